@@ -1,0 +1,36 @@
+"""Say what a run folder holds: `python scripts/describe_run.py runs/NAME`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from metaformer.errors import UserError
+from metaformer.runtime import run_program
+
+
+def main() -> None:
+    """Print the best and the last result, and where weights, metrics and wandb's files lie."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    run_dir = parser.parse_args().run_dir
+    manifest = run_dir / "checkpoints" / "last" / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(f"{run_dir}: not a run folder with a checkpoint")
+    contents = json.loads(manifest.read_text())
+    progress, best = contents["progress"], contents["progress"]["best"]
+    last = progress["last_validation"]
+    offline = sorted((run_dir / "wandb").glob("offline-run-*"))
+    print(f"model        {contents['model']}, {progress['step']} steps, {progress['samples']:,} images seen")
+    print(f"top-1        {last['top1']:.2f} % of {last['images']:,} held-out images; best {best['top1']:.2f} %, "
+          f"after epoch {best['epoch']}")  # fmt: skip
+    print(f"run folder   {run_dir}: metrics.jsonl, summary.csv, config.yaml, log.txt, mixed_images.png")
+    print(f"weights      {run_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
+    if offline:
+        print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")
+    print(
+        "next         torchrun --nproc_per_node=GPUS train.py model=poolformer_s12 data.root=/path/to/imagenet; see README.md"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

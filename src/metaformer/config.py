@@ -1,0 +1,170 @@
+"""The typed configuration of both programs. YAML in conf/ holds values; the types are here and with their owners."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from metaformer.data.augmentation import AugmentationConfig
+from metaformer.data.index import DataConfig
+from metaformer.data.loader import LoaderConfig, LoaderName
+from metaformer.errors import UserError
+from metaformer.models.variants import ModelConfig
+from metaformer.tracking.config import TrackingConfig
+from metaformer.training.checkpoint import CheckpointConfig
+from metaformer.training.ema import EmaConfig
+from metaformer.training.optimizer import OptimizerConfig
+from metaformer.training.precision import PrecisionConfig
+from metaformer.training.schedule import ScheduleConfig
+
+
+@dataclass
+class CommonConfig:
+    """What both programs need: a network, a data set, and how to read it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    image_size: int = 224  # pixels, each side
+    num_classes: int | None = None  # None: counted in the data
+    seed: int = 0
+    workers: int | None = None  # processes or threads of a loader, per rank; None: this rank's share of the CPU cores
+    eval_batch_size: int = 128  # images of a rank
+    channels_last: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "image_size", "num_classes", "eval_batch_size")
+        _at_least(0, self, "workers", "seed")
+        if self.image_size < 32:
+            raise UserError(f"image_size={self.image_size}: the networks reduce an image 32-fold; use 32 or more")
+        if not 0 < self.model.crop_pct <= 1:
+            raise UserError(f"model.crop_pct={self.model.crop_pct}: must lie in (0, 1]")
+
+
+@dataclass
+class TrainConfig(CommonConfig):
+    """Configuration of train.py; the defaults are the paper's recipe."""
+
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run_dir: str | None = None  # None: runs/MODEL-EXPERIMENT
+    epochs: int = 300  # the schedule's cool-down epochs come on top
+    global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
+    accumulation_steps: int = 1
+    init_weights: str | None = None  # weights file to start from
+    resume: str = "auto"  # auto: go on where the run folder stands; never: only in an empty folder; or a checkpoint
+    clip_grad_norm: float | None = None
+    log_every_steps: int = 50
+    max_steps: int | None = None  # stop after this many steps in all, for trials
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, self, "epochs", "global_batch_size", "accumulation_steps", "log_every_steps", "max_steps")
+        _at_least(0, self.schedule, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
+        if self.loader.name is LoaderName.dali and self.augmentation.randaugment.num_ops:
+            raise UserError(
+                "loader=dali: does not do RandAugment yet; use loader=torch, or augmentation=light, "
+                "or augmentation.randaugment.num_ops=0"
+            )
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise UserError(f"clip_grad_norm={self.clip_grad_norm}: must be positive, or null for none")
+
+    def check_batches(self, world_size: int) -> None:
+        """The batch must divide among the ranks, and mix in pairs.
+
+        Raises:
+            UserError: it does not.
+        """
+        parts = world_size * self.accumulation_steps
+        size, left = divmod(self.global_batch_size, parts)
+        if left or not size:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size}: does not divide by {world_size} ranks x "
+                f"accumulation_steps={self.accumulation_steps}; use a multiple of {parts}"
+            )
+        group = self.augmentation.mix_group_size
+        if self.augmentation.mixes and size % (group or 2):
+            raise UserError(
+                f"global_batch_size={self.global_batch_size}: gives each rank batches of {size}, but mixup and cutmix "
+                f"need {f'a multiple of augmentation.mix_group_size={group}' if group else 'an even size'}; "
+                f"use a multiple of {parts * (group or 2)}, or augmentation=light"
+            )
+
+    @property
+    def resolved_run_dir(self) -> Path:
+        """The run folder; `from_hydra` has filled it in."""
+        assert self.run_dir is not None
+        return Path(self.run_dir)
+
+
+@dataclass
+class ValidateConfig(CommonConfig):
+    """Configuration of validate.py."""
+
+    checkpoint: str | None = None  # weights file, checkpoint folder or run folder
+    use_ema: bool = False
+    results_csv: str | None = None  # gets a row with the result
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is None:
+            raise UserError("checkpoint: missing; give checkpoint=FILE, a checkpoint folder or a run folder")
+
+
+def register_schemas() -> None:
+    """Make the types known to Hydra, under the names that conf/*.yaml build on."""
+    store = ConfigStore.instance()
+    store.store("train_schema", TrainConfig)
+    store.store("validate_schema", ValidateConfig)
+
+
+def train_config(composed: DictConfig) -> TrainConfig:
+    """Typed and checked, with the run folder filled in.
+
+    Raises:
+        UserError: fields contradict each other.
+    """
+    config: Any = OmegaConf.to_object(composed)
+    assert isinstance(config, TrainConfig)
+    if config.run_dir is None:
+        experiment = HydraConfig.get().runtime.choices.get("experiment") or "default"
+        config.run_dir = f"runs/{config.model.name}-{experiment.replace('/', '-')}"
+    return config
+
+
+def validate_config(composed: DictConfig) -> ValidateConfig:
+    """Typed and checked.
+
+    Raises:
+        UserError: fields contradict each other.
+    """
+    config: Any = OmegaConf.to_object(composed)
+    assert isinstance(config, ValidateConfig)
+    return config
+
+
+def to_yaml(config: CommonConfig) -> str:
+    """The whole configuration, to keep."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def fingerprint(config: CommonConfig) -> str:
+    """Equal for equal configurations."""
+    return hashlib.sha256(to_yaml(config).encode()).hexdigest()
+
+
+def _at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"{prefix}{name}={value}: must be at least {least}")

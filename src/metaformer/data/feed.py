@@ -1,0 +1,56 @@
+"""From a loader's images to batches on the device, as the network takes them."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaformer.data.device_transform import normalize
+from metaformer.data.index import ImageIndex
+from metaformer.data.loader import Loader
+from metaformer.data.plan import BatchPlan, Plan
+
+Transform = Callable[[Tensor, Tensor, BatchPlan], tuple[Tensor, Tensor]]
+
+
+class Batch(NamedTuple):
+    """One rank's batch, on the device."""
+
+    images: Tensor  # float32 [B, 3, S, S], normalised
+    targets: Tensor  # int64 labels [B], or float32 soft targets [B, classes]
+    waited: float  # seconds that the loop waited for the loader
+
+
+def evaluation_transform(images: Tensor, labels: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
+    """Normalised images and the labels as they are."""
+    return normalize(images), labels
+
+
+class Feed:
+    """The batches of one plan, read by one loader, transformed on the device."""
+
+    def __init__(
+        self, index: ImageIndex, plan: Plan, loader: Loader, transform: Transform, device: torch.device
+    ) -> None:
+        self._index, self._plan, self._loader = index, plan, loader
+        self._transform, self._device = transform, device
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Batches from position `first` of an epoch to its end."""
+        images = self._loader.epoch(epoch, first)
+        for position in range(first, self._plan.batches_per_epoch):
+            started = time.perf_counter()
+            pixels = next(images)
+            waited = time.perf_counter() - started
+            plan = self._plan.batch(epoch, position)
+            labels = torch.from_numpy(self._index.labels[plan.samples])
+            if self._device.type == "cuda":
+                labels = labels.pin_memory()
+            pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, labels))
+            yield Batch(*self._transform(pixels, labels, plan), waited)
+
+    def close(self) -> None:
+        """Stop the loader."""
+        self._loader.close()

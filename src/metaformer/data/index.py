@@ -1,0 +1,177 @@
+"""The index of a data set: which images there are, in an order that never changes.
+
+Layout on disk, as ImageNet's: SPLIT/CLASS/IMAGE, classes and images in sorted order, labels as torchvision's
+ImageFolder gives them. A scan is kept in a cache beside the data (or in the user's cache folder where the data is
+read-only) and reused while no class folder has changed.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaformer.errors import UserError
+from metaformer.files import write_whole
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+CACHE_FORMAT = 1
+
+
+class Source(Enum):
+    """Where a data set comes from when its folder does not exist yet."""
+
+    folder = "folder"  # the user brings it
+    sample = "sample"  # built on first use from a package's data
+
+
+@dataclass
+class DataConfig:
+    """A data set on disk."""
+
+    name: str = "imagenet"
+    root: str = "data/imagenet"  # holds the split folders
+    train_split: str = "train"
+    val_split: str = "val"
+    source: Source = Source.folder
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The images of one split.
+
+    Attributes:
+        folder: the split's folder.
+        classes: class folder names; a label is a position in them.
+        paths: uint8 [N, L], each row a file's path below `folder`, padded with NUL.
+        labels: int64 [N].
+        sizes: int64 [N], bytes.
+        fingerprint: sha256 over classes, paths and sizes.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, sample: int) -> Path:
+        """The file of one sample."""
+        return self.folder / os.fsdecode(self.paths[sample].tobytes().rstrip(b"\0"))
+
+
+def load_index(root: Path, split: str) -> ImageIndex:
+    """The index of `root/split`, from the cache if no class folder changed since it was written.
+
+    Raises:
+        UserError: the folder is missing, flat, or has a class without images.
+    """
+    folder = root / split
+    classes = _class_folders(root, split)
+    key = json.dumps([CACHE_FORMAT, str(folder.resolve()), [(c, (folder / c).stat().st_mtime_ns) for c in classes]])
+    for cache in _cache_files(root, split):
+        if cache.is_file():
+            stored = np.load(cache, allow_pickle=False)
+            if str(stored["key"]) == key:
+                arrays = (stored["paths"], stored["labels"], stored["sizes"])
+                return ImageIndex(folder, tuple(classes), *arrays, fingerprint=str(stored["fingerprint"]))
+    index = _scan(folder, classes)
+    _store(index, key, _cache_files(root, split))
+    return index
+
+
+def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
+    """Labels of the two splits must mean the same.
+
+    Raises:
+        UserError: names the classes that only one split has.
+    """
+    for here, there in ((train, val), (val, train)):
+        extra = sorted(set(here.classes) - set(there.classes))
+        if extra:
+            names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
+            raise UserError(f"data.root: class folders {names} are in {here.folder} but not in {there.folder}")
+
+
+def _class_folders(root: Path, split: str) -> list[str]:
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(
+            f"data.root={root}: no folder {folder.absolute()}; expected {split}/CLASS/*.JPEG below data.root; "
+            "prepare ImageNet with `python scripts/prepare_data.py imagenet --help`, or try data=sample"
+        )
+    with os.scandir(folder) as entries:
+        listing = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    classes = sorted(name for name, is_dir in listing if is_dir)
+    if not classes:
+        what = "images lie in it without class folders" if listing else "it is empty"
+        raise UserError(
+            f"data.root={root}: {folder.absolute()} is not a data set: {what}; expected {split}/CLASS/*.JPEG; "
+            "see `python scripts/prepare_data.py --help`"
+        )
+    return classes
+
+
+def _scan(folder: Path, classes: list[str]) -> ImageIndex:
+    names: list[bytes] = []
+    sizes: list[int] = []
+    counts: list[int] = []
+    for name in classes:
+        images = sorted(_images_below(folder / name, name))
+        if not images:
+            raise UserError(f"data.root: class folder {(folder / name).absolute()} holds no image; fill or remove it")
+        names.extend(os.fsencode(path) for path, _ in images)
+        sizes.extend(size for _, size in images)
+        counts.append(len(images))
+    length = max(map(len, names))
+    paths = np.frombuffer(b"".join(n.ljust(length, b"\0") for n in names), np.uint8).reshape(len(names), length)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    size_array = np.array(sizes, np.int64)
+    digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
+    digest.update(paths.tobytes())
+    digest.update(size_array.tobytes())
+    return ImageIndex(folder, tuple(classes), paths, labels, size_array, digest.hexdigest())
+
+
+def _images_below(folder: Path, prefix: str) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = f"{prefix}/{entry.name}"
+            if entry.is_dir():
+                found.extend(_images_below(Path(entry.path), path))
+            elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                found.append((path, entry.stat().st_size))
+    return found
+
+
+def _cache_files(root: Path, split: str) -> list[Path]:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaformer"
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    return [root / ".metaformer" / f"{split}.npz", home / f"{name}-{split}.npz"]
+
+
+def _store(index: ImageIndex, key: str, places: list[Path]) -> None:
+    arrays: dict[str, Any] = {"paths": index.paths, "labels": index.labels, "sizes": index.sizes}
+    arrays |= {"key": np.array(key), "fingerprint": np.array(index.fingerprint)}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, write)
+            return
+        except OSError:  # read-only data: the next place; without any cache the scan is repeated, nothing is lost
+            continue

@@ -1,0 +1,34 @@
+"""Reading one image with PIL and timm's operations: the reference for the other loaders."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
+from metaformer.data.plan import BatchPlan
+from metaformer.data.randaugment import apply_operations
+
+
+def read_with_pil(path: Path, plan: BatchPlan, row: int) -> Tensor:
+    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S]."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    size = plan.image_size
+    if plan.crop is None:
+        resize = resize_and_center_crop(*image.size, plan.resize_to, size)
+        image = image.resize((resize.width, resize.height), Image.Resampling.BICUBIC)
+        image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))
+    else:
+        crop = plan.crop
+        box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, *image.size)
+        image = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+        filter_ = Image.Resampling.BICUBIC if crop.bicubic[row] else Image.Resampling.BILINEAR
+        image = image.resize((size, size), filter_)
+        if crop.flip[row]:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if plan.randaugment is not None:
+        image = apply_operations(image, plan.randaugment.of_sample(row))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,0 +1,96 @@
+"""RandAugment's operations from drawn numbers, applied by timm's own PIL functions.
+
+`rand-m9-mstd0.5-inc1` in timm's notation. The draws come from the plan, so every loader applies the same operations
+with the same arguments to one sample.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP
+
+from metaformer.data.augmentation import RandAugmentConfig
+from metaformer.data.draws import Float64
+
+MAX_MAGNITUDE = 10.0
+FILL = (124, 116, 104)  # ImageNet's mean colour, for pixels that a warp brings in from outside
+DRAWS_PER_OPERATION = 6
+
+
+def _signed(value: float, negative: bool) -> float:
+    return -value if negative else value
+
+
+def _enhance(level: float, negative: bool) -> float:
+    return max(0.1, 1.0 + _signed(level * 0.9, negative))
+
+
+# Operation -> its argument, from the level (magnitude / 10, in [0, 1]) and the sign.
+ARGUMENTS: dict[str, Callable[[float, bool], tuple[float, ...]]] = {
+    "AutoContrast": lambda level, negative: (),
+    "Equalize": lambda level, negative: (),
+    "Invert": lambda level, negative: (),
+    "Rotate": lambda level, negative: (_signed(level * 30.0, negative),),  # degrees
+    "PosterizeIncreasing": lambda level, negative: (4 - int(level * 4),),  # bits kept
+    "SolarizeIncreasing": lambda level, negative: (256 - min(256, int(level * 256)),),  # threshold
+    "SolarizeAdd": lambda level, negative: (min(128, int(level * 110)),),  # added to pixels under 128
+    "ColorIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "ContrastIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "BrightnessIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "SharpnessIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "ShearX": lambda level, negative: (_signed(level * 0.3, negative),),
+    "ShearY": lambda level, negative: (_signed(level * 0.3, negative),),
+    "TranslateXRel": lambda level, negative: (_signed(level * 0.45, negative),),  # share of the side
+    "TranslateYRel": lambda level, negative: (_signed(level * 0.45, negative),),
+}
+OPERATIONS = tuple(ARGUMENTS)
+
+
+class Operation(NamedTuple):
+    """One operation on one image."""
+
+    name: str
+    magnitude: float  # 0 to 10
+    negative: bool  # sign of geometric operations, direction of the enhancing ones
+    bicubic: bool  # interpolation of geometric operations, else bilinear
+
+
+class RandAugmentDraws(NamedTuple):
+    """The operations of a batch, as arrays [B, num_ops]; see `Operation`."""
+
+    operation: NDArray[np.int64]  # position in OPERATIONS, or -1: not applied
+    magnitude: Float64
+    negative: NDArray[np.bool_]
+    bicubic: NDArray[np.bool_]
+
+    def of_sample(self, row: int) -> list[Operation]:
+        """The operations that one image gets, in order."""
+        return [
+            Operation(OPERATIONS[op], float(magnitude), bool(negative), bool(bicubic))
+            for op, magnitude, negative, bicubic in zip(*(array[row] for array in self), strict=True)
+            if op >= 0
+        ]
+
+
+def draw_operations(config: RandAugmentConfig, uniform: Float64) -> RandAugmentDraws:
+    """Operations from uniform numbers [B, num_ops, DRAWS_PER_OPERATION] in [0, 1)."""
+    which, applied, radius, angle, sign, filter_ = np.moveaxis(uniform, -1, 0)
+    normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller, 1958
+    return RandAugmentDraws(
+        operation=np.where(applied < config.probability, (which * len(OPERATIONS)).astype(np.int64), -1),
+        magnitude=np.clip(config.magnitude + config.magnitude_std * normal, 0.0, MAX_MAGNITUDE),
+        negative=sign < 0.5,
+        bicubic=filter_ < 0.5,
+    )
+
+
+def apply_operations(image: Image.Image, operations: list[Operation]) -> Image.Image:
+    """The augmented RGB image, of the same size."""
+    for operation in operations:
+        argument: tuple[Any, ...] = ARGUMENTS[operation.name](operation.magnitude / MAX_MAGNITUDE, operation.negative)
+        resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
+        image = NAME_TO_OP[operation.name](image, *argument, fillcolor=FILL, resample=resample)
+    return image

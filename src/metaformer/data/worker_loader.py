@@ -1,0 +1,92 @@
+"""The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from metaformer.data.index import ImageIndex
+from metaformer.data.plan import BatchPlan, Plan
+from metaformer.errors import UserError
+
+ReadImage = Callable[[Path, BatchPlan, int], Tensor]
+
+
+class WorkerLoader:
+    """A `Loader` on torch's DataLoader: each worker makes whole batches, delivered in the plan's order.
+
+    Workers live as long as the loader; which batch to make comes to them as (epoch, position).
+
+    Args:
+        read: makes one image of a batch.
+        workers: processes; 0 reads in this process.
+        prefetch_batches: batches that each worker makes ahead.
+        pin_memory: put batches in page-locked memory, for fast copies to a GPU.
+    """
+
+    def __init__(
+        self, read: ReadImage, index: ImageIndex, plan: Plan, workers: int, prefetch_batches: int, pin_memory: bool
+    ) -> None:
+        self._positions = _Positions(plan.batches_per_epoch)
+        self._loader: DataLoader[Tensor | str] = DataLoader(
+            _Batches(read, index, plan),
+            batch_size=None,
+            sampler=self._positions,
+            num_workers=workers,
+            prefetch_factor=prefetch_batches if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=_prepare_worker,
+        )
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        self._positions.epoch, self._positions.first = epoch, first
+        for images in self._loader:
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
+
+    def close(self) -> None:
+        self._loader._iterator = None  # drops the persistent workers; DataLoader has no public way to
+
+
+class _Positions(Sampler[tuple[int, int]]):
+    def __init__(self, batches_per_epoch: int) -> None:
+        self.epoch, self.first = 0, 0
+        self._batches_per_epoch = batches_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, position) for position in range(self.first, self._batches_per_epoch)])
+
+    def __len__(self) -> int:
+        return self._batches_per_epoch - self.first
+
+
+class _Batches(Dataset[Tensor | str]):
+    def __init__(self, read: ReadImage, index: ImageIndex, plan: Plan) -> None:
+        self._read, self._index, self._plan = read, index, plan
+
+    def __getitem__(self, place: tuple[int, int]) -> Tensor | str:
+        """A batch, or what is wrong with a file: an exception would lose its type on the way out of a worker."""
+        plan = self._plan.batch(*place)
+        images = torch.empty(
+            (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
+        )
+        for row, sample in enumerate(plan.samples):
+            path = self._index.path(int(sample))
+            try:
+                images[row] = self._read(path, plan, row)
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                return f"{path}: cannot be read as an image ({reason}); repair or remove the file"
+        return images
+
+
+def _prepare_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # The launcher signals the whole process group; the trainer decides when to stop, and workers end with it.
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,19 @@
+"""Errors that a user can mend: one line that says what is wrong, where, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What the user gave cannot work. The message is one line: the field or file, what is wrong, the mend."""
+
+    exit_code = 2
+
+
+def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a component chosen by a name that does not exist: lists the nearest names, or all of a few."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=5)
+    offer = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:20])}"
+    more = f" and {len(names) - 20} more" if not near and len(names) > 20 else ""
+    return UserError(f"{field}={name}: unknown; {offer}{more}")

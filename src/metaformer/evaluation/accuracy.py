@@ -1,0 +1,71 @@
+"""Top-1, top-5 and loss over a whole split: sums over images, reduced over the ranks once."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metaformer.runtime import Runtime
+
+
+class LabelledBatch(Protocol):
+    """One rank's batch, on the device."""
+
+    @property
+    def images(self) -> Tensor:
+        """float32 [B, 3, S, S], normalised."""
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [B]."""
+
+
+class EvaluationData(Protocol):
+    """Where the images come from."""
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[LabelledBatch]:
+        """This rank's share of the images, each once."""
+
+
+class Autocast(Protocol):
+    """What evaluation needs to know of the precision."""
+
+    def autocast(self) -> Any:
+        """The context of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The result of one evaluation."""
+
+    top1: float  # percent
+    top5: float  # percent; of fewer than five classes, 100
+    loss: float  # mean cross entropy
+    images: int  # counted, each once
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a row of metrics."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: EvaluationData, precision: Autocast, runtime: Runtime) -> Accuracy:
+    """Evaluate on every image of the data over all ranks; every rank gets the result.
+
+    The model is left in evaluation mode.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # top-1, top-5, loss, images
+    for batch in data.epoch(0):
+        with precision.autocast():
+            logits = model(batch.images).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]
+        sums[0] += best[:, 0].sum()
+        sums[1] += best.sum()
+        sums[2] += functional.cross_entropy(logits, batch.targets, reduction="sum")
+        sums[3] += len(batch.targets)
+    top1, top5, loss, images = runtime.sum(sums).tolist()
+    return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))

@@ -1,0 +1,39 @@
+"""Result files: a CSV with the header of timm's, so that both can be read together."""
+
+import csv
+from pathlib import Path
+
+from metaformer.errors import UserError
+
+HEADER = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+
+
+def append_result(path: Path, row: dict[str, str | int | float]) -> None:
+    """Append one row to a results CSV, made with its header where it does not exist.
+
+    Args:
+        row: a value for each column of HEADER but the two error columns; top1 and top5 in percent, parameters counted.
+
+    Raises:
+        UserError: the file has another header, or cannot be written.
+    """
+    values = dict(row)
+    for name in ("top1", "top5"):
+        values[f"{name}_err"] = f"{100 - float(row[name]):.3f}"
+        values[name] = f"{float(row[name]):.3f}"
+    values["param_count"] = f"{float(row['param_count']) / 1e6:.2f}"
+    try:
+        exists = path.exists() and path.stat().st_size > 0
+        if exists:
+            with path.open(newline="") as file:
+                header = next(csv.reader(file), [])
+            if tuple(header) != HEADER:
+                raise UserError(f"results_csv={path}: another header ({','.join(header)[:80]}); give another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, HEADER)
+            if not exists:
+                writer.writeheader()
+            writer.writerow(values)
+    except OSError as error:
+        raise UserError(f"results_csv={path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,15 @@
+"""Networks and their weights: `create_model`, `list_models`, `load_weights`."""
+
+from metaformer.models.metaformer import MetaFormer, MetaFormerBlock
+from metaformer.models.variants import create_model, create_timm_model, list_models
+from metaformer.models.weights import load_weights, save_weights
+
+__all__ = [
+    "MetaFormer",
+    "MetaFormerBlock",
+    "create_model",
+    "create_timm_model",
+    "list_models",
+    "load_weights",
+    "save_weights",
+]

@@ -1,0 +1,195 @@
+"""Processes and devices: the only file that reads the launcher's variables, and where ranks agree or fail together."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from metaformer.errors import UserError
+
+T = TypeVar("T")
+
+EXIT_USER_ERROR = UserError.exit_code
+_GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the others.
+
+    Attributes:
+        rank, world_size: over all nodes.
+        local_rank, local_world_size: on this node.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def cpus_per_rank(self) -> int:
+        """CPU cores that this rank may count as its own, at least 1."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+    def peak_memory_gib(self) -> float:
+        """Most GPU memory that this rank has held; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks; every rank gets it."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Give every rank the mean of the floating-point buffers (running statistics of BatchNorm), in place."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer.div_(self.world_size)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0 alone and give its result to every rank; a UserError there is every rank's."""
+        if self.world_size == 1:
+            return make()
+        outcome: list[T | UserError | None] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except UserError as error:
+                outcome[0] = error
+        dist.broadcast_object_list(outcome, src=0)
+        result = outcome[0]
+        if isinstance(result, UserError):
+            raise result
+        return result  # type: ignore[return-value]
+
+    def main_only(self, make: Callable[[], T], otherwise: T) -> T:
+        """Run `make` on rank 0, which keeps its result to itself; the other ranks wait for it and get `otherwise`."""
+        result = otherwise
+
+        def make_and_keep() -> None:
+            nonlocal result
+            result = make()
+
+        self.from_main(make_and_keep)
+        return result
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0, then on the others, which find what it left on disk."""
+        result = self.main_only(make, otherwise=None)
+        return make() if result is None else result
+
+    def print_result(self, result: dict[str, Any]) -> None:
+        """Print one JSON object as a line on stdout, once."""
+        if self.is_main:
+            print(json.dumps(result), flush=True)
+
+    def without_reduction(self, network: nn.Module) -> AbstractContextManager[None]:
+        """While gradients only accumulate, ranks need not exchange them."""
+        if isinstance(network, DistributedDataParallel):
+            manager: AbstractContextManager[None] = network.no_sync()
+            return manager
+        return nullcontext()
+
+    def check_agreement(self, what: str, value: str) -> None:
+        """Refuse to go on unless every rank has the same value.
+
+        Raises:
+            UserError: names the first rank that differs from rank 0.
+        """
+        if self.world_size == 1:
+            return
+        values: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """The model whose gradients are averaged over the ranks; with one rank, the model itself."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
+    """Join the processes that torchrun started (or be the only one), and leave them at the end.
+
+    Raises:
+        UserError: more ranks on this node than GPUs.
+    """
+    world_size, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
+    local_rank, local_world_size = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise UserError(f"rank {rank}: {local_world_size} processes on {socket.gethostname()}, which has {gpus} GPUs; "
+                        f"start torchrun with --nproc_per_node={gpus}")  # fmt: skip
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+    yield Runtime(rank, world_size, local_rank, local_world_size, device)
+    if world_size > 1:  # not after an error: a group that lost a rank may wait for it
+        dist.destroy_process_group()
+
+
+def run_program(program: Callable[[], None]) -> None:
+    """Run a program's main function and exit: errors of the user's making end in one line, once, on stderr."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing a page about it
+    try:
+        program()
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_one_line(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted", 128 + signal.SIGINT)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    """Report and exit. Most errors are every rank's: the others wait for rank 0 to say it and be ended by torchrun."""
+    rank = _variable("RANK", 0)
+    if rank > 0:
+        time.sleep(_GRACE_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: a broken process group may wait for the other ranks on its way out.
+    os._exit(exit_code)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("See https"))
+
+
+def _variable(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))

@@ -1,0 +1,1 @@
+"""Where metrics, messages, pictures and checkpoints of a run go."""

@@ -1,0 +1,40 @@
+"""What a run ran on: versions, devices, code. Written once into the run folder."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "wandb", "nvidia-dali-cuda130", "numpy", "pillow")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions of Python and packages, devices, the command, and the state of the code's git repository."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor()],
+        "git": {"commit": _git("rev-parse", "HEAD").strip(), "diff": _git("diff", "HEAD")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    """Output of git in the code's folder; empty where the code is not in a repository or git is missing."""
+    folder = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,70 @@
+"""Metrics as files in the run folder: metrics.jsonl, a row a line, and summary.csv, a line an epoch."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from metaformer.errors import UserError
+from metaformer.files import write_whole
+from metaformer.tracking.tracker import NullTracker, Row
+
+
+class JsonlTracker(NullTracker):
+    """Appends to RUN/metrics.jsonl and rewrites RUN/summary.csv after each validation.
+
+    Rows after step `resumed_at`, left by a run that died after its last checkpoint, go to metrics.superseded.jsonl:
+    their steps are done again.
+    """
+
+    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        self._path, self._summary = run_dir / "metrics.jsonl", run_dir / "summary.csv"
+        rows = _read(self._path)
+        kept = [row for row in rows if row["step"] <= resumed_at]
+        if len(kept) < len(rows):
+            superseded = _read(run_dir / "metrics.superseded.jsonl") + [r for r in rows if r["step"] > resumed_at]
+            _write(run_dir / "metrics.superseded.jsonl", superseded)
+            _write(self._path, kept)
+        self._validations = [row for row in kept if row["kind"] == "validation"]
+        self._file = self._path.open("a")
+
+    def metrics(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if row["kind"] == "validation":
+            self._validations.append(row)
+            write_whole(self._summary, lambda path: _write_text(path, _csv(self._validations)))
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):  # a last line may be half written; any other is not ours
+                raise UserError(f"{path}: line {number} is not JSON; move the file away") from error
+    return rows
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    write_whole(path, lambda temporary: _write_text(temporary, "".join(json.dumps(row) + "\n" for row in rows)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _csv(rows: list[Row]) -> str:
+    buffer = io.StringIO()
+    columns = [name for name in rows[0] if name != "kind"]
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

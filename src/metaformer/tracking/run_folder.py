@@ -1,0 +1,54 @@
+"""The run folder: what was run, with which configuration, on what."""
+
+import json
+import time
+from pathlib import Path
+
+from metaformer.errors import UserError
+from metaformer.files import write_whole
+from metaformer.tracking.environment import describe_environment
+
+
+def check_empty(run_dir: Path) -> None:
+    """For a run that must not continue another.
+
+    Raises:
+        UserError: something is there.
+    """
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"run_dir={run_dir}: not empty, and resume=never; give another run_dir, or resume=auto")
+
+
+def open_run_folder(run_dir: Path, config: str, overrides: list[str]) -> list[str]:
+    """Make the folder and write config.yaml, overrides.yaml and environment.json; earlier ones are kept under a date.
+
+    Returns:
+        The lines by which the configuration differs from the folder's earlier one.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    contents = {
+        "config.yaml": config,
+        "overrides.yaml": "".join(f"- {json.dumps(override)}\n" for override in overrides),
+        "environment.json": json.dumps(describe_environment(), indent=2) + "\n",
+    }
+    changed: list[str] = []
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            path = run_dir / name
+            earlier = path.read_text() if path.exists() else content
+            if earlier != content:
+                path.rename(run_dir / f"{path.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
+                if name == "config.yaml":
+                    old = set(earlier.splitlines())
+                    changed = [line.strip() for line in content.splitlines() if line not in old]
+            write_whole(path, lambda temporary, text=content: _write_text(temporary, text))  # type: ignore[misc]
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
+    return changed
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
