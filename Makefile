@@ -6,6 +6,8 @@ BIN := .venv/bin
 RUN := runs/poolformer_s12-demo
 # One thread for each of the demo's two processes; torchrun sets the same, with a page of warning.
 export OMP_NUM_THREADS ?= 1
+# Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test check clean
 

@@ -3,17 +3,13 @@
 Options: conf/ and src/metaformer/config.py, or `python train.py --help`. The same command again resumes.
 """
 
-import hydra
-from omegaconf import DictConfig
-
 from metaformer import build, runtime
-from metaformer.config import register_schemas, train_config
+from metaformer.config import TrainConfig, compose
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(composed: DictConfig) -> None:
+def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
-    config = train_config(composed)
+    config = compose("train", TrainConfig)
     with runtime.start() as ranks:
         with build.training(config, ranks) as trainer:
             validation = trainer.run()
@@ -21,5 +17,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    register_schemas()
     runtime.run_program(main)

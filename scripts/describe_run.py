@@ -21,14 +21,12 @@ def main() -> None:
     last = progress["last_validation"]
     offline = sorted((run_dir / "wandb").glob("offline-run-*"))
     print(f"model        {contents['model']}, {progress['step']} steps, {progress['samples']:,} images seen")
-    print(f"top-1        {last['top1']:.2f} % of {last['images']:,} held-out images; best {best['top1']:.2f} %, "
-          f"after epoch {best['epoch']}")  # fmt: skip
     print(f"run folder   {run_dir}: metrics.jsonl, summary.csv, config.yaml, log.txt, mixed_images.png")
     print(f"weights      {run_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
     if offline:
         print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")
     print(
-        "next         torchrun --nproc_per_node=GPUS train.py model=poolformer_s12 data.root=/path/to/imagenet; see README.md"
+        "next         torchrun --nproc_per_node=8 train.py model=poolformer_s12 data.root=/path/to/imagenet (README.md)"
     )
 
 

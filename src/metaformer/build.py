@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import nn
 from torchvision.utils import save_image
@@ -290,7 +289,7 @@ def _evaluation_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex) 
 
 def _tracker(config: TrainConfig, settings: LoopSettings, state: TrainState) -> Tracker:
     run_dir = config.resolved_run_dir
-    changed = open_run_folder(run_dir, to_yaml(config), list(HydraConfig.get().overrides.task))
+    changed = open_run_folder(run_dir, to_yaml(config))
     steps = settings.epochs * settings.steps_per_epoch
     console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")
     if changed:

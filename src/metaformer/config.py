@@ -1,18 +1,25 @@
-"""The typed configuration of both programs. YAML in conf/ holds values; the types are here and with their owners."""
+"""The configuration of both programs, typed: YAML in conf/ holds values, the types are here and with their owners."""
 
+import dataclasses
+import difflib
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from metaformer.data.augmentation import AugmentationConfig
 from metaformer.data.index import DataConfig
 from metaformer.data.loader import LoaderConfig, LoaderName
-from metaformer.errors import UserError
+from metaformer.errors import UserError, unknown_name
 from metaformer.models.variants import ModelConfig
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.checkpoint import CheckpointConfig
@@ -20,6 +27,8 @@ from metaformer.training.ema import EmaConfig
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import PrecisionConfig
 from metaformer.training.schedule import ScheduleConfig
+
+CONF_FOLDER = Path(__file__).parents[2] / "conf"
 
 
 @dataclass
@@ -121,36 +130,69 @@ class ValidateConfig(CommonConfig):
             raise UserError("checkpoint: missing; give checkpoint=FILE, a checkpoint folder or a run folder")
 
 
-def register_schemas() -> None:
-    """Make the types known to Hydra, under the names that conf/*.yaml build on."""
+C = TypeVar("C", bound=CommonConfig)
+
+
+def compose(name: str, kind: type[C]) -> C:
+    """The typed, checked configuration that the command line asks for, from conf/NAME.yaml; `kind` is its type.
+
+    Hydra's own flags work too (`--help`, `--cfg job`); those print and exit.
+
+    Raises:
+        UserError: an override names an unknown field, group or value, or fields contradict each other.
+    """
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("validate_schema", ValidateConfig)
+    composed: list[tuple[DictConfig, HydraConf]] = []
 
+    # The program runs outside hydra.main, which would report its errors in a manner of its own.
+    @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name=name)
+    def capture(config: DictConfig) -> None:
+        composed.append((config, HydraConfig.get()))
 
-def train_config(composed: DictConfig) -> TrainConfig:
-    """Typed and checked, with the run folder filled in.
-
-    Raises:
-        UserError: fields contradict each other.
-    """
-    config: Any = OmegaConf.to_object(composed)
-    assert isinstance(config, TrainConfig)
-    if config.run_dir is None:
-        experiment = HydraConfig.get().runtime.choices.get("experiment") or "default"
+    try:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing a page about it
+        capture()
+        if not composed:
+            raise SystemExit(0)
+        if len(composed) > 1:
+            raise UserError("-m: one process trains one configuration; start a job for each")
+        ((values, hydra_config),) = composed
+        config: Any = OmegaConf.to_object(values)
+    except HydraException as error:
+        raise UserError(_explain(error)) from error
+    except OmegaConfBaseException as error:
+        raise UserError(_explain_value(error)) from error
+    if isinstance(config, TrainConfig) and config.run_dir is None:
+        experiment = hydra_config.runtime.choices.get("experiment") or "default"
         config.run_dir = f"runs/{config.model.name}-{experiment.replace('/', '-')}"
+    assert isinstance(config, kind)
     return config
 
 
-def validate_config(composed: DictConfig) -> ValidateConfig:
-    """Typed and checked.
+def _explain(error: HydraException) -> str:
+    """Hydra's message in one line; where a value or a key is wrong, its cause's, which says more."""
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return _explain_value(error.__cause__)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, name = os.path.split(error.missing_cfg_file)
+        return str(unknown_name(group, name, error.options))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
+    return " ".join(str(error).split())
 
-    Raises:
-        UserError: fields contradict each other.
-    """
-    config: Any = OmegaConf.to_object(composed)
-    assert isinstance(config, ValidateConfig)
-    return config
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    key = error.full_key or str(error.key)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(error.object_type):
+        known = [field.name for field in dataclasses.fields(error.object_type)]
+        parent = key.removesuffix(str(error.key))
+        near = difflib.get_close_matches(str(error.key), known, n=3) or known
+        return f"{key}: no such field; did you mean {', '.join(parent + name for name in near)}?"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: missing; give {key}=..."
+    return f"{key}: {str(error).splitlines()[0]}"
 
 
 def to_yaml(config: CommonConfig) -> str:

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +21,6 @@ from metaformer.errors import UserError
 
 T = TypeVar("T")
 
-EXIT_USER_ERROR = UserError.exit_code
 _GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
 
 
@@ -163,13 +160,10 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
 
 def run_program(program: Callable[[], None]) -> None:
     """Run a program's main function and exit: errors of the user's making end in one line, once, on stderr."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing a page about it
     try:
         program()
     except UserError as error:
         _fail(str(error), error.exit_code)
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(_one_line(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
 
@@ -184,11 +178,6 @@ def _fail(message: str, exit_code: int) -> None:
     sys.stdout.flush()
     # Not sys.exit: a broken process group may wait for the other ranks on its way out.
     os._exit(exit_code)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith("See https"))
 
 
 def _variable(name: str, default: int) -> int:

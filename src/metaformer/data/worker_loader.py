@@ -1,14 +1,17 @@
 """The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metaformer.data.index import ImageIndex
+from metaformer.data.pil_reader import BAD_FILE, describe_bad_file
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.errors import UserError
 
@@ -41,6 +44,8 @@ class WorkerLoader:
             pin_memory=pin_memory,
             worker_init_fn=_prepare_worker,
         )
+        # Workers ignore SIGTERM: at exit, Python would wait for them forever.
+        self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         self._positions.epoch, self._positions.first = epoch, first
@@ -50,7 +55,7 @@ class WorkerLoader:
             yield images
 
     def close(self) -> None:
-        self._loader._iterator = None  # drops the persistent workers; DataLoader has no public way to
+        self._stop_workers()
 
 
 class _Positions(Sampler[tuple[int, int]]):
@@ -79,10 +84,16 @@ class _Batches(Dataset[Tensor | str]):
             path = self._index.path(int(sample))
             try:
                 images[row] = self._read(path, plan, row)
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                return f"{path}: cannot be read as an image ({reason}); repair or remove the file"
+            except BAD_FILE as error:
+                return describe_bad_file(path, error)
         return images
+
+
+def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
+    iterator: Any = loader._iterator  # DataLoader has no public way to stop persistent workers
+    if iterator is not None and loader.num_workers:
+        iterator._shutdown_workers()
+        loader._iterator = None
 
 
 def _prepare_worker(worker: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import timm
+from omegaconf import MISSING
 from torch import nn
 
 from metaformer.errors import UserError, unknown_name
@@ -26,7 +27,7 @@ class Library(Enum):
 class ModelConfig:
     """A network by name."""
 
-    name: str = "poolformer_s12"
+    name: str = MISSING
     library: Library = Library.metaformer
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
     crop_pct: float = 0.9  # evaluation resizes the short side to image_size / crop_pct

@@ -1,6 +1,7 @@
 """The run folder: what was run, with which configuration, on what."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def check_empty(run_dir: Path) -> None:
         raise UserError(f"run_dir={run_dir}: not empty, and resume=never; give another run_dir, or resume=auto")
 
 
-def open_run_folder(run_dir: Path, config: str, overrides: list[str]) -> list[str]:
+def open_run_folder(run_dir: Path, config: str) -> list[str]:
     """Make the folder and write config.yaml, overrides.yaml and environment.json; earlier ones are kept under a date.
 
     Returns:
@@ -30,7 +31,7 @@ def open_run_folder(run_dir: Path, config: str, overrides: list[str]) -> list[st
     """
     contents = {
         "config.yaml": config,
-        "overrides.yaml": "".join(f"- {json.dumps(override)}\n" for override in overrides),
+        "overrides.yaml": "".join(f"- {json.dumps(override)}\n" for override in sys.argv[1:]),
         "environment.json": json.dumps(describe_environment(), indent=2) + "\n",
     }
     changed: list[str] = []

@@ -158,12 +158,12 @@ class Trainer:
     def _step(self, batches: Iterator[SoftBatch], with_norm: bool) -> Tensor | None:
         """One optimizer step; returns the gradient's norm before clipping, still on the device, where it is known."""
         state, settings, scaler = self.state, self.settings, self.state.scaler
-        self._seed_step()
         for part in range(settings.accumulation_steps):
             batch = next(batches)
             self._window.waited += batch.waited
             if state.progress.step == 0 and part == 0:
                 self.inspect(batch)
+            self._seed(part)
             if part < settings.accumulation_steps - 1:
                 with self.runtime.without_reduction(self.network):
                     self._forward_backward(batch)
@@ -191,10 +191,14 @@ class Trainer:
         self.state.scaler.scale(loss).backward()
         self.state.loss_sum += loss.detach()
 
-    def _seed_step(self) -> None:
-        """Drop path draws from torch's generator: seeded anew at each step, there is no generator state to save."""
-        position = self.state.progress.step * self.runtime.world_size + self.runtime.rank
-        torch.manual_seed((self.settings.seed * 2**40 + position) % 2**63)
+    def _seed(self, part: int) -> None:
+        """Drop path draws from torch's generator: seeded anew for each batch, there is no generator state to save.
+
+        After the batch is read, because torch's DataLoader draws from the same generator when it starts an epoch.
+        """
+        settings, runtime = self.settings, self.runtime
+        position = self.state.progress.step * settings.accumulation_steps + part
+        torch.manual_seed((settings.seed * 2**40 + position * runtime.world_size + runtime.rank) % 2**63)
 
     def _log(self, lr: float, grad_norm: Tensor | None) -> None:
         """Log the mean over the steps since the last row: the only place where the host waits for the device."""
@@ -226,13 +230,11 @@ class Trainer:
         row = self._validation_row("validation") | {
             "train_loss": progress.epoch_loss_sum / self.settings.steps_per_epoch
         }
-        candidates = [Best(row["top1"], row["epoch"], "model")]
-        if "ema_top1" in row:
-            candidates.append(Best(row["ema_top1"], row["epoch"], "ema"))
-        best = max(candidates, key=lambda candidate: candidate.top1)
-        is_best = best.top1 > progress.best.top1
+        scores = {name: row[key] for name, key in (("model", "top1"), ("ema", "ema_top1")) if key in row}
+        weights = max(scores, key=lambda name: scores[name])
+        is_best = progress.best.top1 is None or scores[weights] > progress.best.top1
         if is_best:
-            progress.best = best
+            progress.best = Best(scores[weights], row["epoch"], weights)
         progress.last_validation = row
         progress.epochs_completed += 1
         progress.steps_in_epoch = 0

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class Best:
     """The best validation so far."""
 
-    top1: float = -1.0  # percent
-    epoch: int = 0  # counted from 1
-    weights: str = ""  # "model" or "ema"
+    top1: float | None = None  # percent; None before the first validation
+    epoch: int | None = None  # counted from 1
+    weights: str | None = None  # "model" or "ema"
 
 
 @dataclass

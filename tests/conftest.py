@@ -1,0 +1,107 @@
+"""What all tests share: a small data set of real JPEGs, and the programs as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+import validate
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 48, 403
+
+# A recipe that trains in seconds, with everything random switched on.
+QUICK = (
+    "image_size=32",
+    "precision=fp32",
+    "global_batch_size=8",
+    "eval_batch_size=32",
+    "workers=1",
+    "tracking=local",
+    "log_every_steps=1",
+    "schedule.warmup_epochs=1",
+    "schedule.cooldown_epochs=0",
+    "optimizer.lr=1e-3",
+)
+
+
+@dataclass
+class Finished:
+    """A program that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON object on stdout's last line."""
+        found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
+        return found
+
+    @property
+    def errors(self) -> list[str]:
+        """The program's error lines."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 training and 403 validation JPEGs in 4 classes, told apart by colour and stripes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for number in range(count):
+            label = number % CLASSES
+            height, width = rng.integers(34, 60, 2)
+            pixels = rng.integers(0, 80, (height, width, 3))
+            pixels[..., label % 3] += 100
+            if label == 3:
+                pixels[::4] += 75
+            file = root / split / f"class_{label}" / f"{number:03}.JPEG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(file, format="JPEG")
+    return root
+
+
+@pytest.fixture
+def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run train.py's or validate.py's main function in this process; returns the result that it prints last."""
+
+    def run(program: str, *overrides: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *overrides])
+        {"train": train.main, "validate": validate.main}[program]()
+        return Finished(0, capsys.readouterr().out, "").result
+
+    return run
+
+
+def launch(program: str, *overrides: str, ranks: int = 1, timeout: float = 180) -> Finished:
+    """Run a program in processes of its own: plain python for one rank, torchrun for more."""
+    command = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+    done = subprocess.run(
+        [*command, str(REPOSITORY / f"{program}.py"), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of one kind in a run's metrics, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("images_per_second", "data_wait", "memory_gib")
+    return [{k: v for k, v in row.items() if k not in clock} for row in lines if row["kind"] == kind]

@@ -1,0 +1,181 @@
+"""The index of a data set."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import ImageFolder
+
+from metaformer.data.index import check_same_classes, load_index
+from metaformer.errors import UserError
+
+
+def refusal(root: Path, split: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_index(root, split)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def age(folder: Path) -> None:
+    """Set the time of a folder's last change back, past the resolution of the file system's clock."""
+    os.utime(folder, ns=(10**18, 10**18))
+
+
+def test_order_and_labels_equal_image_folders(own_root: Path) -> None:
+    """Classes, files and labels are torchvision's ImageFolder's, for names whose order is easily got wrong."""
+    train = own_root / "train"
+    for name in ("B", "n10", "n2", "é", "a b", "a-b", "a.d"):
+        shutil.copytree(train / "c", train / name)
+    for name in ("10.JPEG", "2.jpg", "X.PNG", "x.jpeg", "é.JPEG"):
+        shutil.copy(train / "a" / "0.JPEG", train / "a" / name)
+    (train / "a" / "readme.txt").write_text("no image")
+    (train / "a-list.JPEG").write_text("a file among the class folders")
+    index, reference = load_index(own_root, "train"), ImageFolder(str(train))
+    assert list(index.classes) == reference.classes
+    assert [(str(index.path(i)), label) for i, label in enumerate(index.labels.tolist())] == reference.samples
+    assert index.sizes.tolist() == [Path(path).stat().st_size for path, _ in reference.samples]
+
+
+def test_hidden_files_are_left_out_and_folders_below_a_class_are_read(own_root: Path) -> None:
+    """macOS's `._x.JPEG` and hidden folders are no images and no classes; images in folders below a class count."""
+    train = own_root / "train"
+    before = len(load_index(own_root, "train"))
+    (train / "a" / "._0.JPEG").write_bytes(b"x")
+    (train / ".thumbnails").mkdir()
+    shutil.copytree(train / "b", train / "a" / "more")
+    index = load_index(own_root, "train")
+    assert index.classes == ("a", "b", "c")
+    assert len(index) == before + 3
+    assert train / "a" / "more" / "cmyk.JPEG" in {index.path(int(i)) for i in np.flatnonzero(index.labels == 0)}
+
+
+def test_cache_is_used_while_no_class_folder_changed(own_root: Path) -> None:
+    """The second index is the first, without a scan: a file rewritten in place still has its old size in it."""
+    first = load_index(own_root, "train")
+    assert (own_root / ".metaformer" / "train.npz").is_file()
+    (own_root / "train" / "a" / "0.JPEG").write_bytes(b"longer or shorter")
+    second = load_index(own_root, "train")
+    assert second.fingerprint == first.fingerprint
+    assert second.classes == first.classes
+    for name in ("paths", "labels", "sizes"):
+        assert np.array_equal(getattr(second, name), getattr(first, name))
+        assert getattr(second, name).dtype == getattr(first, name).dtype
+
+
+def test_added_and_removed_files_and_classes_are_seen(own_root: Path) -> None:
+    """A file added or removed, or a class added, makes a new scan in spite of the cache."""
+    train = own_root / "train"
+    for folder in ("a", "b", "c"):
+        age(train / folder)
+    full = load_index(own_root, "train")
+    shutil.copy(train / "a" / "0.JPEG", train / "b" / "added.JPEG")
+    added = load_index(own_root, "train")
+    assert len(added) == len(full) + 1
+    age(train / "b")
+    load_index(own_root, "train")
+    (train / "b" / "added.JPEG").unlink()
+    removed = load_index(own_root, "train")
+    assert removed.fingerprint == full.fingerprint
+    shutil.copytree(train / "c", train / "d")
+    assert load_index(own_root, "train").classes == ("a", "b", "c", "d")
+
+
+def test_files_added_below_a_class_are_seen(own_root: Path) -> None:
+    """A file added to a folder inside a class folder makes a new scan too."""
+    more = own_root / "train" / "a" / "more"
+    shutil.copytree(own_root / "train" / "b", more)
+    for folder in (more, *(own_root / "train").iterdir()):
+        age(folder)
+    before = len(load_index(own_root, "train"))
+    shutil.copy(own_root / "train" / "a" / "0.JPEG", more / "added.JPEG")
+    assert len(load_index(own_root, "train")) == before + 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no archive"])
+def test_damaged_cache_is_replaced(own_root: Path, content: bytes) -> None:
+    """A cache that cannot be read costs a scan and nothing else."""
+    first = load_index(own_root, "train")
+    (own_root / ".metaformer" / "train.npz").write_bytes(content)
+    for _ in range(2):
+        assert load_index(own_root, "train").fingerprint == first.fingerprint
+
+
+def test_splits_have_caches_of_their_own(own_root: Path) -> None:
+    """The cached index of one split is never taken for the other's."""
+    for _ in range(2):
+        train, val = load_index(own_root, "train"), load_index(own_root, "val")
+        assert train.fingerprint != val.fingerprint
+        assert val.path(0) == own_root / "val" / "a" / "0.JPEG"
+
+
+def test_cache_moves_to_the_user_where_the_data_is_read_only(own_root: Path, tmp_path: Path) -> None:
+    """Where no cache can lie beside the data it lies in XDG_CACHE_HOME, and is used from there."""
+    (own_root / ".metaformer").write_text("a file where the cache's folder would be")
+    first = load_index(own_root, "train")
+    assert [f.suffix for f in (tmp_path / "cache" / "metaformer").iterdir()] == [".npz"]
+    (own_root / "train" / "a" / "0.JPEG").write_bytes(b"rewritten in place")
+    assert load_index(own_root, "train").sizes.tolist() == first.sizes.tolist()
+
+
+def test_index_works_where_nothing_can_be_cached(own_root: Path, tmp_path: Path) -> None:
+    """Without any place for a cache the scan is repeated and nothing fails."""
+    for place in (own_root / ".metaformer", tmp_path / "cache"):
+        place.write_text("in the way")
+    assert load_index(own_root, "train").fingerprint == load_index(own_root, "train").fingerprint
+
+
+def test_fingerprint_follows_content_and_not_place(own_root: Path, tmp_path: Path) -> None:
+    """Equal data elsewhere has an equal fingerprint; another size, file name or class name changes it."""
+    seen = {load_index(own_root, "train").fingerprint}
+    shutil.copytree(own_root, tmp_path / "copy")
+    assert load_index(tmp_path / "copy", "train").fingerprint in seen
+    a = tmp_path / "copy" / "train" / "a"
+    file = a / "0.JPEG"
+    for change in (
+        lambda: file.write_bytes(file.read_bytes() + b"\0"),
+        lambda: file.rename(a / "00.JPEG"),
+        lambda: a.rename(a.with_name("A")),
+    ):
+        change()
+        shutil.rmtree(tmp_path / "copy" / ".metaformer")
+        fingerprint = load_index(tmp_path / "copy", "train").fingerprint
+        assert fingerprint not in seen
+        seen.add(fingerprint)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    """A missing split names data.root and the whole path, and says what to run."""
+    text = refusal(tmp_path, "train")
+    assert text.startswith(f"data.root={tmp_path}: no folder {tmp_path / 'train'}")
+    assert "prepare_data.py" in text
+
+
+def test_flat_and_empty_splits_are_refused(tmp_path: Path) -> None:
+    """Images without class folders, which would score 0.1 %, and an empty split are told apart."""
+    (tmp_path / "val").mkdir()
+    assert f"{tmp_path / 'val'} is not a data set: it is empty" in refusal(tmp_path, "val")
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x")
+    assert f"{tmp_path / 'val'} is not a data set: images lie in it without class folders" in refusal(tmp_path, "val")
+
+
+def test_empty_class_folder_is_named(own_root: Path) -> None:
+    """A class folder without an image is refused by name: it would shift every label after it."""
+    (own_root / "train" / "bb").mkdir()
+    (own_root / "train" / "bb" / "notes.txt").write_text("no image")
+    assert str(own_root / "train" / "bb") in refusal(own_root, "train")
+
+
+def test_splits_must_have_the_same_classes(own_root: Path) -> None:
+    """Class folders that one split alone has are named, with the split that lacks them, in either direction."""
+    train, val = load_index(own_root, "train"), load_index(own_root, "val")
+    check_same_classes(train, val)
+    (own_root / "val" / "b").rename(own_root / "val" / "z")
+    changed = load_index(own_root, "val")
+    with pytest.raises(UserError, match=r"class folders b are in .*/train but not in .*/val$"):
+        check_same_classes(train, changed)
+    shutil.rmtree(own_root / "train" / "b")
+    with pytest.raises(UserError, match=r"class folders z are in .*/val but not in .*/train$"):
+        check_same_classes(load_index(own_root, "train"), changed)

@@ -1,0 +1,68 @@
+"""validate.py: exact over processes, and its outputs."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.evaluation.results import HEADER
+from metaformer.models import create_model, save_weights
+from tests.conftest import QUICK, VAL_IMAGES, launch
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fresh weights of a four-class PoolFormer-S12."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_weights(create_model("poolformer_s12", num_classes=4), path, "poolformer_s12")
+    return path
+
+
+def test_every_image_counts_once_at_any_world_size(images: Path, weights: Path) -> None:
+    """403 images on 1, 2 and 3 processes with batches of 32: 403 counted, the same accuracy."""
+    command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", "eval_batch_size=32", "workers=1")
+    results = []
+    for ranks in (1, 2, 3):
+        done = launch("validate", *command, ranks=ranks)
+        assert done.code == 0, done.stderr
+        results.append(done.result)
+    assert [result["images"] for result in results] == [VAL_IMAGES] * 3
+    assert len({(result["top1"], result["top5"]) for result in results}) == 1
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("loader", ["torch", "pil", "dali"])
+def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: Run, loader: str) -> None:
+    """Each evaluation appends a row under timm's header; another header is refused."""
+    table = tmp_path / "results" / "table.csv"
+    command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", f"loader={loader}", "workers=1")
+    result = run_program("validate", *command, f"results_csv={table}")
+    run_program("validate", *command, f"results_csv={table}")
+    with table.open(newline="") as file:
+        header, first, second = csv.reader(file)
+    assert tuple(header) == HEADER
+    assert first == second
+    row = dict(zip(header, first, strict=True))
+    assert float(row["top1"]) == pytest.approx(result["top1"], abs=1e-3)
+    assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
+    assert row["param_count"] == "11.40"
+
+
+def test_finds_the_weights_of_a_run(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """checkpoint= takes a run folder, one of its checkpoints, or a file; the accuracy is the one that training saw."""
+    run_dir = tmp_path / "run"
+    run_program(
+        "train", f"data.root={images}", *QUICK, "epochs=1", "ema=enabled", "ema.decay=0.5", f"run_dir={run_dir}"
+    )
+    logged = json.loads((run_dir / "checkpoints" / "last" / "manifest.json").read_text())["progress"]["last_validation"]
+    command = (f"data.root={images}", "image_size=32", "eval_batch_size=32", "workers=1")
+    for place in (run_dir, run_dir / "checkpoints" / "last", run_dir / "checkpoints" / "last" / "model.safetensors"):
+        assert run_program("validate", *command, f"checkpoint={place}")["top1"] == logged["top1"]
+    averaged = run_program("validate", *command, f"checkpoint={run_dir}", "use_ema=true")
+    assert averaged["top1"] == logged["ema_top1"]
+    assert averaged["loss"] == pytest.approx(logged["ema_loss"], rel=1e-6)
