@@ -21,8 +21,12 @@ def main() -> None:
     last = progress["last_validation"]
     offline = sorted((run_dir / "wandb").glob("offline-run-*"))
     print(f"model        {contents['model']}, {progress['step']} steps, {progress['samples']:,} images seen")
+    print(f"top-1        {last['top1']:.2f} % of {last['images']:,} held-out images in the last validation")
+    if best["top1"] is not None:
+        print(f"best         {best['top1']:.2f} %, after epoch {best['epoch']}")
     print(f"run folder   {run_dir}: metrics.jsonl, summary.csv, config.yaml, log.txt, mixed_images.png")
-    print(f"weights      {run_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
+    weights = run_dir / "checkpoints" / ("last" if best["top1"] is None else "best")
+    print(f"weights      {weights / 'model.safetensors'}")
     if offline:
         print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")
     print(

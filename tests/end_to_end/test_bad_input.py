@@ -1,0 +1,164 @@
+"""What a user gets wrong ends in one line that names the field and the mend, before any training."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+import validate
+from metaformer.errors import UserError
+from metaformer.models import create_model, save_weights
+from tests.conftest import QUICK, launch
+
+
+def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> str:
+    """The message that a program ends with, run in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *overrides])
+    with pytest.raises(UserError) as caught:
+        {"train": train.main, "validate": validate.main}[program]()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["epohcs=3"], ["epohcs", "epochs"]),
+        (["model.nmae=x"], ["model.nmae", "model.name"]),
+        (["model=poolformer_s21"], ["model=poolformer_s21", "poolformer_s12"]),
+        (["model.name=poolformer_s21"], ["model.name=poolformer_s21", "poolformer_s12"]),
+        (["model=timm"], ["model.name", "missing"]),
+        (["model=timm", "model.name=resnet51"], ["model.name=resnet51", "resnet50"]),
+        (["loader=dalli"], ["loader=dalli", "dali"]),
+        (["loader.name=dalli"], ["loader.name", "dali"]),
+        (["loader=dali", "augmentation=paper"], ["loader=dali", "RandAugment", "augmentation=light"]),
+        (["optimizer=adam2"], ["optimizer=adam2", "adamw"]),
+        (["optimizer.name=adamww"], ["optimizer.name=adamww", "adamw"]),
+        (["experiment=dmeo"], ["experiment=dmeo", "demo"]),
+        (["epochs=many"], ["epochs", "many"]),
+        (["epochs=0"], ["epochs=0", "at least 1"]),
+        (["image_size=16"], ["image_size=16", "32"]),
+        (["global_batch_size=9", "accumulation_steps=2"], ["global_batch_size=9", "accumulation_steps=2", "multiple of 2"]),
+        (["global_batch_size=9"], ["global_batch_size=9", "mixup", "even", "augmentation=light"]),
+        (["augmentation.mix_group_size=6"], ["global_batch_size=8", "mix_group_size=6"]),
+        (["global_batch_size=4096"], ["global_batch_size=4096", "48 images"]),
+        (["precision=fp16"], ["precision=fp16", "CPU", "precision=fp32"]),
+        (["num_classes=2"], ["num_classes=2", "4 classes"]),
+        (["augmentation.flip_probability=2"], ["augmentation.flip_probability=2", "[0, 1]"]),
+        (["init_weights=nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["resume=nowhere"], ["nowhere"]),
+        (["run_dir=/proc/nowhere"], ["run_dir=/proc/nowhere"]),
+        (["tracking.name=a b\"c"], ["quote"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)  # fmt: skip
+def test_one_line_names_the_field_and_the_mend(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], parts: list[str]
+) -> None:
+    """Each mistake is refused with what is wrong and what would be right; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    message = error_of(monkeypatch, "train", f"data.root={images}", *QUICK, *overrides)
+    for part in parts:
+        assert part in message, message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_no_data_set(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder, an empty, a flat or a half-empty one, and splits that disagree, are named with the layout expected."""
+
+    def message() -> str:
+        return error_of(monkeypatch, "train", f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'run'}")
+
+    missing = message()
+    assert str(tmp_path / "data" / "train") in missing
+    assert "CLASS/*.JPEG" in missing
+    assert "prepare_data.py" in missing
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    assert "empty" in message()
+    Image.new("RGB", (40, 40)).save(tmp_path / "data" / "train" / "flat.JPEG")
+    assert "without class folders" in message()
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
+    (tmp_path / "data" / "train" / "void").mkdir()
+    assert "void" in message()
+    (tmp_path / "data" / "train" / "void").rmdir()
+    (tmp_path / "data" / "val" / "class_0").rename(tmp_path / "data" / "val" / "other")
+    assert "class_0" in message()
+    assert not (tmp_path / "run").exists()
+
+
+def test_imagenet_dir_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.root is $IMAGENET_DIR, or data/imagenet where that is not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMAGENET_DIR", str(tmp_path / "elsewhere"))
+    assert str(tmp_path / "elsewhere") in error_of(monkeypatch, "train")
+    monkeypatch.delenv("IMAGENET_DIR")
+    assert "data/imagenet" in error_of(monkeypatch, "train")
+
+
+def test_checkpoint_of_another_network(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of another network or class count, no weights, and half a file are refused with the file's name."""
+    weights = tmp_path / "s12.safetensors"
+    save_weights(create_model("poolformer_s12", num_classes=4), weights, "poolformer_s12")
+    common = (f"data.root={images}", "image_size=32")
+    other = error_of(monkeypatch, "validate", *common, "model=poolformer_s24", f"checkpoint={weights}")
+    assert "poolformer_s12" in other
+    assert str(weights) in other
+    assert "head.fc" in error_of(monkeypatch, "validate", *common, "num_classes=7", f"checkpoint={weights}")
+    assert "checkpoint=" in error_of(monkeypatch, "validate", *common)
+    assert "nowhere" in error_of(monkeypatch, "validate", *common, "checkpoint=nowhere")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert str(weights) in error_of(monkeypatch, "validate", *common, f"checkpoint={weights}")
+
+
+def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder is not continued with another network, seed, batch or data, nor reused where resume=never."""
+    common = (f"data.root={images}", *QUICK, f"run_dir={tmp_path / 'run'}", "max_steps=1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *common])
+    train.main()
+    for change in ("model=poolformer_s24", "seed=3", "global_batch_size=12"):
+        assert "cannot resume" in error_of(monkeypatch, "train", *common, change)
+    assert "resume=never" in error_of(monkeypatch, "train", *common, "resume=never")
+
+
+def test_bad_image_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training that meets a damaged file stops and names it."""
+    shutil.copytree(images, tmp_path / "data")
+    bad = tmp_path / "data" / "train" / "class_1" / "005.JPEG"
+    bad.write_bytes(bad.read_bytes()[:100])
+    assert str(bad) in error_of(
+        monkeypatch, "train", f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'r'}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides", "part"),
+    [
+        ("train", ("modle=poolformer_s12",), "modle"),
+        ("train", ("global_batch_size=10", "accumulation_steps=5"), "global_batch_size=10"),
+        ("train", ("precision=fp16",), "precision=fp16"),
+        ("validate", ("checkpoint=nowhere",), "nowhere"),
+    ],
+)
+def test_two_ranks_fail_together(images: Path, tmp_path: Path, program: str, overrides: tuple[str], part: str) -> None:
+    """Under torchrun the line appears once, no rank hangs, and the only traceback is torchrun's own at the end."""
+    quick = QUICK if program == "train" else ("image_size=32",)
+    run_dir = (f"run_dir={tmp_path / 'run'}",) if program == "train" else ()
+    done = launch(program, f"data.root={images}", *quick, *run_dir, *overrides, ranks=2, timeout=120)
+    assert done.code != 0
+    assert len(done.errors) == 1
+    assert part in done.errors[0]
+    assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_exit_code_without_torchrun(tmp_path: Path) -> None:
+    """Plain python ends with code 2 and nothing but the line."""
+    done = launch("train", f"data.root={tmp_path}")
+    assert done.code == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == done.errors

@@ -1,0 +1,51 @@
+"""The structure that the code keeps."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "src" / "metaformer"
+COMPONENTS = ("models", "data", "training", "evaluation", "tracking")
+FOUNDATION = {"errors", "files", "runtime"}
+
+
+def imports(file: Path) -> set[str]:
+    """The parts of this package that a file imports: "data", "runtime", ..."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("metaformer.")}
+    return found
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_components_import_no_sibling(component: str) -> None:
+    """A component knows itself and the foundation; only build.py and config.py know several."""
+    for file in (PACKAGE / component).glob("*.py"):
+        assert imports(file) <= {component} | FOUNDATION, file
+
+
+def test_foundation_knows_no_component() -> None:
+    """errors, files and runtime stand below everything."""
+    for name in FOUNDATION:
+        assert imports(PACKAGE / f"{name}.py") <= FOUNDATION
+
+
+def test_config_knows_no_builder_and_entry_points_are_short() -> None:
+    """Types do not build; train.py and validate.py compose, build and call."""
+    assert "build" not in imports(PACKAGE / "config.py")
+    for name in ("train.py", "validate.py"):
+        assert len((REPOSITORY / name).read_text().splitlines()) <= 40
+
+
+def test_only_the_runtime_reads_the_launchers_variables() -> None:
+    """No other file asks torchrun or SLURM who it is."""
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "runtime.py":
+            text = file.read_text()
+            assert not any(f'"{name}"' in text for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), file
+            assert "SLURM_" not in text, file
