@@ -150,7 +150,6 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
     yield Runtime(rank, world_size, local_rank, local_world_size, device)

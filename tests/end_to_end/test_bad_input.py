@@ -42,7 +42,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["epochs=many"], ["epochs", "many"]),
         (["epochs=0"], ["epochs=0", "at least 1"]),
         (["image_size=16"], ["image_size=16", "32"]),
-        (["global_batch_size=9", "accumulation_steps=2"], ["global_batch_size=9", "accumulation_steps=2", "multiple of 2"]),
+        (["global_batch_size=9", "accumulation_steps=2"], ["=9", "accumulation_steps=2", "multiple of 2"]),
         (["global_batch_size=9"], ["global_batch_size=9", "mixup", "even", "augmentation=light"]),
         (["augmentation.mix_group_size=6"], ["global_batch_size=8", "mix_group_size=6"]),
         (["global_batch_size=4096"], ["global_batch_size=4096", "48 images"]),
@@ -130,9 +130,8 @@ def test_bad_image_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.Mo
     shutil.copytree(images, tmp_path / "data")
     bad = tmp_path / "data" / "train" / "class_1" / "005.JPEG"
     bad.write_bytes(bad.read_bytes()[:100])
-    assert str(bad) in error_of(
-        monkeypatch, "train", f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'r'}"
-    )
+    command = (f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'run'}")
+    assert str(bad) in error_of(monkeypatch, "train", *command)
 
 
 @pytest.mark.parametrize(
