@@ -16,17 +16,21 @@ def main() -> None:
     manifest = run_dir / "checkpoints" / "last" / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{run_dir}: not a run folder with a checkpoint")
-    contents = json.loads(manifest.read_text())
+    try:
+        contents = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise UserError(f"{manifest}: damaged ({error})") from error
     progress, best = contents["progress"], contents["progress"]["best"]
     last = progress["last_validation"]
     offline = sorted((run_dir / "wandb").glob("offline-run-*"))
     print(f"model        {contents['model']}, {progress['step']} steps, {progress['samples']:,} images seen")
-    print(f"top-1        {last['top1']:.2f} % of {last['images']:,} held-out images in the last validation")
+    if last:
+        print(f"top-1        {last['top1']:.2f} % of {last['images']:,} held-out images in the last validation")
     if best["top1"] is not None:
         print(f"best         {best['top1']:.2f} %, after epoch {best['epoch']}")
     print(f"run folder   {run_dir}: metrics.jsonl, summary.csv, config.yaml, log.txt, mixed_images.png")
     weights = run_dir / "checkpoints" / ("last" if best["top1"] is None else "best")
-    print(f"weights      {weights / 'model.safetensors'}")
+    print(f"weights      {weights / (best['weights'] or 'model')}.safetensors")
     if offline:
         print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")
     print(

@@ -6,6 +6,8 @@ python scripts/prepare_data.py imagenet --train-tar ILSVRC2012_img_train.tar --v
 """
 
 import argparse
+import shutil
+import tarfile
 from pathlib import Path
 
 from torchvision.datasets import imagenet
@@ -48,12 +50,13 @@ def unpack_imagenet(train_tar: Path, val_tar: Path, devkit: Path, out: Path) -> 
         if not archive.is_file():
             raise UserError(f"{archive}: no such file; get it from image-net.org, after signing in")
     temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         imagenet.parse_devkit_archive(temporary, str(devkit.absolute()))
         imagenet.parse_train_archive(temporary, str(train_tar.absolute()))
         imagenet.parse_val_archive(temporary, str(val_tar.absolute()))
-    except RuntimeError as error:
+    except (RuntimeError, OSError, tarfile.TarError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
     temporary.rename(out)
 

@@ -13,9 +13,9 @@ from torch import nn
 from torchvision.utils import save_image
 
 from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, fingerprint, to_yaml
-from metaformer.data.dali_loader import DaliLoader
+from metaformer.data.dali_loader import DaliLoader, dali_is_installed
 from metaformer.data.device_transform import TrainingTransform, denormalize
-from metaformer.data.feed import Feed, Transform, evaluation_transform
+from metaformer.data.feed import Feed, Target, Transform, evaluation_transform
 from metaformer.data.index import ImageIndex, Source, check_same_classes, load_index
 from metaformer.data.loader import Loader, LoaderName
 from metaformer.data.pil_reader import read_with_pil
@@ -27,6 +27,7 @@ from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.evaluation.results import append_result
 from metaformer.models import create_model, create_timm_model, load_weights, save_weights
+from metaformer.models.token_mixers import check_pooling
 from metaformer.models.variants import Library
 from metaformer.runtime import Runtime
 from metaformer.tracking.console import ConsoleTracker
@@ -126,7 +127,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     runtime.check_agreement("the configuration", fingerprint(config))
     precision = Precision(config.precision, runtime.device)
     assert config.checkpoint is not None
-    weights = find_weights(Path(config.checkpoint), config.use_ema)
+    weights = find_weights("checkpoint", Path(config.checkpoint), config.use_ema)
     splits = _splits(config, runtime)
     model = _model(config, splits.num_classes, runtime)
     load_weights(model, weights)
@@ -161,6 +162,7 @@ def _splits(config: CommonConfig, runtime: Runtime) -> Splits:
         runtime.main_first(partial(load_index, root, split))
         for split in (config.data.train_split, config.data.val_split)
     )
+    runtime.check_agreement(f"the data set in {root}", train.fingerprint + val.fingerprint)
     check_same_classes(train, val)
     num_classes = config.num_classes or len(train.classes)
     if num_classes < len(train.classes):
@@ -193,17 +195,22 @@ def _model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.Modul
     torch.manual_seed(config.seed)
     create = create_timm_model if config.model.library is Library.timm else create_model
     model: nn.Module = create(config.model.name, num_classes, config.model.drop_path_rate)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(runtime.device, memory_format=memory_format)  # type: ignore[call-overload]
+    if config.channels_last and config.model.library is Library.metaformer:
+        check_pooling(runtime.device)
+    model = model.to(runtime.device, memory_format=_memory_format(config))  # type: ignore[call-overload]
     if config.compile:
         model.compile()  # in place: the state dict keeps its keys
     return model
 
 
+def _memory_format(config: CommonConfig) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
 def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision: Precision) -> TrainState:
     model = _model(config, splits.num_classes, runtime)
     if config.init_weights is not None:
-        load_weights(model, find_weights(Path(config.init_weights), use_ema=False))
+        load_weights(model, find_weights("init_weights", Path(config.init_weights), use_ema=False))
     lr = config.optimizer.learning_rate(config.global_batch_size)
     return TrainState(
         model=model,
@@ -216,6 +223,7 @@ def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision:
             "seed": config.seed,
             "global_batch_size": config.global_batch_size,
             "data": splits.train.fingerprint[:16],
+            "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
         },
     )
 
@@ -226,7 +234,7 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
     `resume=FOLDER` with a checkpoint of this very run goes back to it. Any other folder is where a new run starts:
     once the run has a checkpoint of its own, the same command goes on from that.
     """
-    run_dir, folder = config.resolved_run_dir, checkpoints.last()
+    run_dir, folder = config.resolved_run_dir, runtime.from_main(checkpoints.last)
     if config.resume == "never":
         runtime.main_only(lambda: check_empty(run_dir), None)
         return None
@@ -236,8 +244,6 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
             folder = given.resolve()
     if folder is not None:
         checkpoints.load(state, folder)
-        if not runtime.is_main:
-            state.loss_sum.zero_()  # rank 0's checkpoint holds the sum of all
     return folder
 
 
@@ -265,14 +271,15 @@ def _feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan,
         read = read_with_torch if name is LoaderName.torch else read_with_pil
         pin_memory = runtime.device.type == "cuda"
         loader = WorkerLoader(read, index, plan, workers, config.loader.prefetch_batches, pin_memory)
-    return Feed(index, plan, loader, transform, runtime.device)
+    return Feed(index, plan, loader, transform, Target(runtime.device, _memory_format(config)))
 
 
 def _loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
     if config.loader.name is not LoaderName.auto:
         return config.loader.name
     randaugment = isinstance(config, TrainConfig) and config.augmentation.randaugment.num_ops > 0
-    return LoaderName.dali if runtime.device.type == "cuda" and not randaugment else LoaderName.torch
+    dali = runtime.device.type == "cuda" and not randaugment and dali_is_installed()
+    return LoaderName.dali if dali else LoaderName.torch
 
 
 def _evaluation_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex) -> Feed:
@@ -316,8 +323,8 @@ def _describe(
     yield f"loader       {loader}, augmentation {config.augmentation.name}, {config.image_size} px"
     yield f"device       {runtime.world_size} x {device}, {config.precision.name.value}"
     yield (
-        f"batch        {config.global_batch_size} = {runtime.world_size} ranks x {rank_batch} images "
-        f"x {config.accumulation_steps} accumulation steps"
+        f"batch        {config.global_batch_size} images = {runtime.world_size} (ranks) x {rank_batch} "
+        f"x {config.accumulation_steps} (accumulation)"
     )
     yield f"optimizer    {config.optimizer.name}, lr {lr:.3g}, weight decay {config.optimizer.weight_decay:g}"
     schedule = config.schedule

@@ -111,7 +111,7 @@ class TrainConfig(CommonConfig):
 
     @property
     def resolved_run_dir(self) -> Path:
-        """The run folder; `from_hydra` has filled it in."""
+        """The run folder; `compose` has filled it in."""
         assert self.run_dir is not None
         return Path(self.run_dir)
 

@@ -28,3 +28,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """`write_whole` of a text.
+
+    Raises:
+        OSError: as there.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_whole(path, write)

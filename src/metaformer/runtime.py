@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,13 +61,11 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def average_buffers(self, model: nn.Module) -> None:
-        """Give every rank the mean of the floating-point buffers (running statistics of BatchNorm), in place."""
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers (BatchNorm's running statistics): those that a checkpoint holds."""
         if self.world_size > 1:
             for buffer in model.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer.div_(self.world_size)
+                dist.broadcast(buffer, src=0)
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0 alone and give its result to every rank; a UserError there is every rank's."""
@@ -163,6 +162,10 @@ def run_program(program: Callable[[], None]) -> None:
         program()
     except UserError as error:
         _fail(str(error), error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # as in _fail
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
 

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
 from metaformer.data.dali_loader import DaliLoader
 from metaformer.data.device_transform import TrainingTransform, normalize
-from metaformer.data.feed import Feed, evaluation_transform
+from metaformer.data.feed import Feed, Target, evaluation_transform
 from metaformer.data.index import ImageIndex, load_index
 from metaformer.data.loader import Loader, LoaderConfig
 from metaformer.data.pil_reader import read_with_pil
@@ -331,10 +331,11 @@ def test_feed_gives_the_plans_labels_and_transforms(index: ImageIndex) -> None:
     plan = evaluation_plan()
     with open_loader("pil", index, plan) as loader:
         images = list(loader.epoch(0))
-        feed = Feed(index, plan, loader, evaluation_transform, CPU)
+        feed = Feed(index, plan, loader, evaluation_transform, Target(CPU, torch.contiguous_format))
         batches = list(feed.epoch(0, first=1))
     assert torch.cat([batch.targets for batch in batches]).tolist() == index.labels[4:].tolist()
     assert same([batch.images for batch in batches], [normalize(batch) for batch in images[1:]])
+    assert all(batch.images.is_contiguous() for batch in batches)
     assert all(batch.waited >= 0 for batch in batches)
 
 
@@ -342,7 +343,7 @@ def test_training_feed_is_the_same_from_any_resume_point(index: ImageIndex) -> N
     """Images and soft targets, mixed and erased, of a resumed epoch are bit for bit those of the whole epoch."""
     plan = training_plan(augmentation=AugmentationConfig(erase_probability=0.5))
     with open_loader("torch", index, plan) as loader:
-        feed = Feed(index, plan, loader, TrainingTransform(3, 0.1), CPU)
+        feed = Feed(index, plan, loader, TrainingTransform(3, 0.1), Target(CPU, torch.channels_last))
         whole, rest = list(feed.epoch(2)), list(feed.epoch(2, first=1))
     assert len(whole) == 3
     for one, other in zip(whole[1:], rest, strict=True):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from metaformer.errors import UserError
 from metaformer.models import MetaFormer, create_model
 from metaformer.models.metaformer import MetaFormerBlock
-from metaformer.models.token_mixers import Pooling
+from metaformer.models.token_mixers import Pooling, check_pooling
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,16 @@ def test_any_size_from_32_up_gives_logits(size: int) -> None:
     assert logits.shape == (2, 5)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_pooling_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check passes where the pooling is right, and refuses one whose channels_last gradient is off."""
+    check_pooling(torch.device("cpu"))
+    right = Pooling.forward
+
+    def wrong(self: Pooling, x: Tensor) -> Tensor:
+        return right(self, x) if x.is_contiguous() else right(self, x.detach()) + x
+
+    monkeypatch.setattr(Pooling, "forward", wrong)
+    with pytest.raises(UserError, match="channels_last=false"):
+        check_pooling(torch.device("cpu"))

@@ -1,16 +1,192 @@
 """The loop: divergence, clipping, accumulation."""
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import QUICK
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from metaformer.runtime import Runtime
+from metaformer.tracking.tracker import NullTracker
+from metaformer.training.checkpoint import CheckpointConfig
+from metaformer.training.loop import Diverged, LoopSettings, Trainer
+from metaformer.training.optimizer import OptimizerConfig
+from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.schedule import Schedule, ScheduleConfig
+from metaformer.training.state import TrainState
+from tests.conftest import QUICK, TRAIN_IMAGES, rows
+from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
+
+Run = Callable[..., dict[str, Any]]
+SMALL = (*QUICK, "workers=0", "model=timm", "model.name=test_resnet", "model.drop_path_rate=null")
+STEPS_PER_EPOCH = TRAIN_IMAGES // 8
+CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))
 
 
-def test_time(images: Path, tmp_path: Path, run_program: Callable[..., dict[str, Any]]) -> None:
-    import time
-    t=time.time()
-    run_program("train", f"data.root={images}", "epochs=2", *QUICK, f"run_dir={tmp_path/'a'}")
-    print("A",time.time()-t); t=time.time()
-    run_program("train", f"data.root={images}", "epochs=1", *QUICK, "workers=0","model=timm","model.name=test_resnet","model.drop_path_rate=null",f"run_dir={tmp_path/'b'}")
-    print("B",time.time()-t)
+@dataclass
+class Batch:
+    """In memory."""
+
+    images: Tensor
+    targets: Tensor
+    waited: float = 0.0
+
+
+@dataclass
+class Numbers:
+    """Endless data for the tiny network: the same at every call, cut into batches of any size."""
+
+    batch_size: int
+    scale: float = 1.0
+    poisoned_from: int = 96  # images from here on are not numbers
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(epoch)
+        images = self.scale * torch.randn(96, FEATURES, generator=generator)
+        images[self.poisoned_from :] = math.nan
+        targets = torch.rand(96, TINY_CLASSES, generator=generator).softmax(1)
+        for start in range(first * self.batch_size, 96, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield Batch(images[part], targets[part])
+
+
+@dataclass
+class Rows(NullTracker):
+    """Keeps what it is told."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def trainer(state: TrainState, folder: Path, data: Numbers, **settings: Any) -> Trainer:
+    """The real loop over the tiny network, its learning rate constant: three epochs of four steps of eight images."""
+    defaults: dict[str, Any] = {
+        "epochs": 3, "steps_per_epoch": 4, "accumulation_steps": 1, "global_batch_size": 8, "seed": 0,
+        "log_every_steps": 1, "checkpoint": CheckpointConfig(),
+    }  # fmt: skip
+    lr = state.optimizer.param_groups[0]["lr"]
+    constant = ScheduleConfig(warmup_epochs=0, min_lr=lr, cooldown_epochs=0)
+    return Trainer(
+        state=state,
+        network=state.model,
+        data=data,
+        schedule=Schedule(constant, state.optimizer, 3, 4),
+        precision=Precision(PrecisionConfig(PrecisionName.fp32), CPU.device),
+        validate=lambda model: {"top1": 50.0, "top5": 100.0, "loss": 1.0, "images": 2},
+        checkpoints=checkpoint_folder(folder),
+        tracker=Rows(),
+        runtime=CPU,
+        settings=LoopSettings(**(defaults | settings)),
+        inspect=lambda batch: None,
+    )
+
+
+def logged(loop: Trainer, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of one kind that the loop's tracker was told."""
+    assert isinstance(loop.tracker, Rows)
+    return [row for row in loop.tracker.rows if row["kind"] == kind]
+
+
+def sgd_state() -> TrainState:
+    """Without BatchNorm, momentum and decay: an update is the gradient times the learning rate."""
+    plain = OptimizerConfig(name="momentum", momentum=0.0, weight_decay=0.0)
+    return tiny_state(tiny_network(nn.Tanh), ema=False, lr=0.5, optimizer=plain)
+
+
+def update_norm(tmp_path: Path, clip: float | None) -> tuple[float, float]:
+    """How far one step goes, and the gradient's norm that the loop logged for it."""
+    state = sgd_state()
+    before = tensors(state.model)
+    loop = trainer(state, tmp_path, Numbers(8, scale=10.0), clip_grad_norm=clip, max_steps=1)
+    loop.run()
+    change = [value - before[name] for name, value in state.model.state_dict().items()]
+    return float(torch.nn.utils.get_total_norm(change)), logged(loop)[0]["grad_norm"]
+
+
+def test_clipping_limits_the_update(tmp_path: Path) -> None:
+    """The update's length is lr times the gradient's norm, or times clip_grad_norm where that is less."""
+    free, norm = update_norm(tmp_path / "free", None)
+    assert free == pytest.approx(0.5 * norm, rel=1e-5)
+    clipped, norm_before = update_norm(tmp_path / "clipped", norm / 10)
+    assert clipped == pytest.approx(0.05 * norm, rel=1e-4)
+    assert norm_before == pytest.approx(norm), "the norm before clipping is logged"
+    assert update_norm(tmp_path / "loose", 10 * norm)[0] == pytest.approx(free, rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_big_batch(tmp_path: Path, parts: int) -> None:
+    """Batches of 8 in 2 or 4 parts: the weights, losses and counts of whole batches."""
+    whole, cut = sgd_state(), sgd_state()
+    loops = [
+        trainer(whole, tmp_path / "whole", Numbers(8)),
+        trainer(cut, tmp_path / "cut", Numbers(8 // parts), accumulation_steps=parts),
+    ]
+    for loop in loops:
+        loop.run()
+    torch.testing.assert_close(cut.model.state_dict(), whole.model.state_dict(), rtol=1e-5, atol=1e-6)
+    one, other = (logged(loop) for loop in loops)
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert [row["samples"] for row in other] == [8 * step for step in range(1, 13)]
+
+
+def test_logged_losses_are_means(tmp_path: Path) -> None:
+    """Rows of every third step, and of an epoch's last, hold the mean loss of the steps since the row before."""
+    each, some = (
+        trainer(sgd_state(), tmp_path / name, Numbers(8), log_every_steps=every)
+        for name, every in (("each", 1), ("some", 3))
+    )
+    for loop in (each, some):
+        loop.run()
+    losses = [row["loss"] for row in logged(each)]
+    figures = {row["step"]: row["loss"] for row in logged(some)}
+    spans = {3: losses[:3], 4: losses[3:4], 6: losses[4:6], 8: losses[6:8], 9: losses[8:9], 12: losses[9:12]}
+    assert figures == pytest.approx({step: sum(span) / len(span) for step, span in spans.items()})
+    epochs = [row["train_loss"] for row in logged(some, "validation")]
+    assert epochs == pytest.approx([sum(losses[start : start + 4]) / 4 for start in (0, 4, 8)])
+
+
+def test_divergence_ends_the_run(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """An absurd learning rate in the second epoch: exit code 3, one line, and the first epoch's checkpoint stays."""
+    command = (f"data.root={images}", *SMALL, "epochs=3", "optimizer.lr=1e18", f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(Diverged, match=r"^epoch 2, step \d+: the loss is (nan|inf); lower optimizer\.lr") as caught:
+        run_program("train", *command)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    last = (tmp_path / "run" / "checkpoints" / "last").resolve()
+    assert last.name == "epoch-001"
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
+    assert json.loads((last / "manifest.json").read_text())["progress"]["step"] == STEPS_PER_EPOCH
+    assert rows(tmp_path / "run")[-1]["loss"] is None, "which JSON has for what is not a number"
+
+
+def test_a_diverged_state_is_not_saved(tmp_path: Path) -> None:
+    """Between two log rows too: no checkpoint is written after a loss that was not finite."""
+    state = sgd_state()
+    checkpoint = CheckpointConfig(every_steps=1, keep=1)
+    loop = trainer(state, tmp_path, Numbers(8, poisoned_from=16), log_every_steps=100, checkpoint=checkpoint)
+    with pytest.raises(Diverged):
+        loop.run()
+    last = checkpoint_folder(tmp_path).last()
+    assert last is not None
+    assert last.name == "step-00000002"
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
+
+
+def test_changed_hyperparameters_hold_after_a_resume(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """Resumed with another learning rate and weight decay, a run uses these, not those of its checkpoint."""
+    command = (f"data.root={images}", *SMALL, "epochs=2", "schedule.warmup_epochs=0", f"run_dir={tmp_path / 'run'}")
+    run_program("train", *command, "optimizer.lr=1e-3", f"max_steps={STEPS_PER_EPOCH}")
+    run_program("train", *command, "optimizer.lr=1e-4", "optimizer.weight_decay=0.3")
+    before, after = rows(tmp_path / "run")[0]["lr"], rows(tmp_path / "run")[-1]["lr"]
+    assert before == pytest.approx(1e-3)
+    assert after == pytest.approx(1e-5 + 0.5 * (1e-4 - 1e-5))
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last" / "trainer.pt", weights_only=True)
+    assert {group["weight_decay"] for group in saved["optimizer"]["param_groups"]} == {0.0, 0.3}

@@ -4,6 +4,7 @@ DALI's own readers shuffle badly and cannot resume exactly, so none is used: the
 through `external_source`, and the graph computes the crops of `geometry` in float64.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,11 @@ from metaformer.data.loader import LoaderConfig
 from metaformer.data.pil_reader import BAD_FILE, describe_bad_file, read_with_pil
 from metaformer.data.plan import TRIES, BatchPlan, Plan
 from metaformer.errors import UserError
+
+
+def dali_is_installed() -> bool:
+    """Whether `loader=dali` can work at all."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 class DaliLoader:

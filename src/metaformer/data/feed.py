@@ -23,6 +23,13 @@ class Batch(NamedTuple):
     waited: float  # seconds that the loop waited for the loader
 
 
+class Target(NamedTuple):
+    """Where batches go, and how their images lie in memory."""
+
+    device: torch.device
+    memory_format: torch.memory_format
+
+
 def evaluation_transform(images: Tensor, labels: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
     """Normalised images and the labels as they are."""
     return normalize(images), labels
@@ -31,11 +38,9 @@ def evaluation_transform(images: Tensor, labels: Tensor, plan: BatchPlan) -> tup
 class Feed:
     """The batches of one plan, read by one loader, transformed on the device."""
 
-    def __init__(
-        self, index: ImageIndex, plan: Plan, loader: Loader, transform: Transform, device: torch.device
-    ) -> None:
+    def __init__(self, index: ImageIndex, plan: Plan, loader: Loader, transform: Transform, target: Target) -> None:
         self._index, self._plan, self._loader = index, plan, loader
-        self._transform, self._device = transform, device
+        self._transform, self._device, self._memory_format = transform, target.device, target.memory_format
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Batches from position `first` of an epoch to its end."""
@@ -49,7 +54,8 @@ class Feed:
             if self._device.type == "cuda":
                 labels = labels.pin_memory()
             pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, labels))
-            yield Batch(*self._transform(pixels, labels, plan), waited)
+            images_out, targets = self._transform(pixels, labels, plan)
+            yield Batch(images_out.contiguous(memory_format=self._memory_format), targets, waited)
 
     def close(self) -> None:
         """Stop the loader."""

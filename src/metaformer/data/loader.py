@@ -7,11 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from metaformer.errors import UserError
+
 
 class LoaderName(Enum):
     """The loaders, fed by one plan: they read, crop, flip and augment a sample alike."""
 
-    auto = "auto"  # dali on a GPU, torch on a CPU
+    auto = "auto"  # dali on a GPU where RandAugment is off, else torch
     dali = "dali"  # NVIDIA DALI: decodes on the GPU where there is one
     torch = "torch"  # torchvision's decoder and resize on uint8 tensors, in worker processes
     pil = "pil"  # PIL, the reference that published weights expect, in worker processes
@@ -27,6 +29,10 @@ class LoaderConfig:
     hw_decoder_load: float = 0.65
     preallocate_width: int = 5980
     preallocate_height: int = 6430
+
+    def __post_init__(self) -> None:
+        if self.prefetch_batches < 1:
+            raise UserError(f"loader.prefetch_batches={self.prefetch_batches}: must be at least 1")
 
 
 class Loader(Protocol):

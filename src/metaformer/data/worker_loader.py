@@ -99,5 +99,5 @@ def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        # The launcher signals the whole process group; the trainer decides when to stop, and workers end with it.
+        # The launcher signals the whole process group; workers end with the trainer, not before it.
         signal.signal(number, signal.SIG_IGN)

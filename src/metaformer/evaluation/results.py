@@ -30,7 +30,10 @@ def append_result(path: Path, row: dict[str, str | int | float]) -> None:
             if tuple(header) != HEADER:
                 raise UserError(f"results_csv={path}: another header ({','.join(header)[:80]}); give another file")
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = exists and not path.read_bytes().endswith(b"\n")
         with path.open("a", newline="") as file:
+            if unfinished:  # an editor left out the last line's end
+                file.write("\r\n")
             writer = csv.DictWriter(file, HEADER)
             if not exists:
                 writer.writeheader()

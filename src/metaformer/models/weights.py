@@ -16,7 +16,10 @@ def save_weights(model: nn.Module, path: Path, name: str) -> None:
         OSError: the file cannot be written.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", "model": name})
+    try:
+        save_file(tensors, path, metadata={"format": "pt", "model": name})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def load_weights(model: nn.Module, path: Path | str) -> None:

@@ -3,10 +3,11 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 from metaformer.errors import UserError
-from metaformer.files import write_whole
+from metaformer.files import write_text_whole
 from metaformer.tracking.tracker import NullTracker, Row
 
 
@@ -24,16 +25,21 @@ class JsonlTracker(NullTracker):
         if len(kept) < len(rows):
             superseded = _read(run_dir / "metrics.superseded.jsonl") + [r for r in rows if r["step"] > resumed_at]
             _write(run_dir / "metrics.superseded.jsonl", superseded)
+        if self._path.exists():  # also without a last line that was half written
             _write(self._path, kept)
         self._validations = [row for row in kept if row["kind"] == "validation"]
         self._file = self._path.open("a")
 
     def metrics(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if row["kind"] == "validation":
-            self._validations.append(row)
-            write_whole(self._summary, lambda path: _write_text(path, _csv(self._validations)))
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            if row["kind"] == "validation":
+                self._validations.append(row)
+                write_text_whole(self._summary, _csv(self._validations))
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
     def close(self, failed: bool) -> None:
         self._file.close()
@@ -54,17 +60,13 @@ def _read(path: Path) -> list[Row]:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    write_whole(path, lambda temporary: _write_text(temporary, "".join(json.dumps(row) + "\n" for row in rows)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    write_text_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _csv(rows: list[Row]) -> str:
     buffer = io.StringIO()
-    columns = [name for name in rows[0] if name != "kind"]
-    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    columns = dict.fromkeys(name for row in rows for name in row if name != "kind")
+    writer = csv.DictWriter(buffer, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

@@ -1,12 +1,14 @@
 """The run folder: what was run, with which configuration, on what."""
 
+import difflib
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
 
 from metaformer.errors import UserError
-from metaformer.files import write_whole
+from metaformer.files import write_text_whole
 from metaformer.tracking.environment import describe_environment
 
 
@@ -41,15 +43,18 @@ def open_run_folder(run_dir: Path, config: str) -> list[str]:
             path = run_dir / name
             earlier = path.read_text() if path.exists() else content
             if earlier != content:
-                path.rename(run_dir / f"{path.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
+                path.rename(_name_for_earlier(path))
                 if name == "config.yaml":
-                    old = set(earlier.splitlines())
-                    changed = [line.strip() for line in content.splitlines() if line not in old]
-            write_whole(path, lambda temporary, text=content: _write_text(temporary, text))  # type: ignore[misc]
+                    lines = difflib.ndiff(earlier.splitlines(), content.splitlines())
+                    changed = [line[2:].strip() for line in lines if line.startswith("+ ")]
+            write_text_whole(path, content)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
     return changed
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+def _name_for_earlier(path: Path) -> Path:
+    """NAME.until-DATE.SUFFIX, with a number where two changes fall into one second."""
+    stem = f"{path.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(free for name in names if not (free := path.with_name(name + path.suffix)).exists())

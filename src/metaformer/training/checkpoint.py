@@ -8,6 +8,7 @@ RUN/checkpoints/
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class WeightFiles(NamedTuple):
 
     save: Callable[[nn.Module, Path], None]
     load: Callable[[nn.Module, Path], None]
+
+
+NAME = re.compile(r"epoch-\d+|step-\d+")
 
 
 @dataclass
@@ -66,11 +70,19 @@ class CheckpointFolder:
         self._model_name, self._weight_files = model_name, weight_files
 
     def last(self) -> Path | None:
-        """The newest checkpoint, if there is any."""
+        """The newest checkpoint, if there is any.
+
+        Raises:
+            UserError: there was one, and it is gone.
+        """
         link = self._folder / "last"
         if link.exists():
             return link.resolve()
-        return max(self._complete(), key=_steps, default=None)  # the run died before its first link was made
+        newest = max(self._complete(), key=_steps, default=None)  # the run died before its first link was made
+        if newest is None and link.is_symlink():
+            name = link.readlink()
+            raise UserError(f"{link}: {name} is missing; rename .{name}.old.tmp to it if there, or remove the link")
+        return newest
 
     def pointed(self) -> dict[Path, list[str]]:
         """The last and the best checkpoint, each with what it is: "latest", "best" or both."""
@@ -86,22 +98,25 @@ class CheckpointFolder:
         Raises:
             UserError: the disk refuses; earlier checkpoints are as they were.
         """
-        target = self._folder / name
-        temporary = self._folder / f".{name}.tmp"
+        target, temporary = self._folder / name, self._folder / f".{name}.tmp"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left_over in self._folder.glob(".*.tmp"):  # of a run that was killed
+                _remove(left_over)
             temporary.mkdir()
             self._write(state, temporary)
-            if target.exists():  # only after work was redone from an older checkpoint
-                shutil.rmtree(target)
+            replaced = self._folder / f".{name}.old.tmp"
+            if target.exists():  # work was done again from an older checkpoint
+                target.rename(replaced)
             temporary.rename(target)
             fsync(self._folder)
-            self._point("last", target)
-            if is_best:
+            _remove(replaced)
+            if is_best:  # first: a run killed here does this epoch again
                 self._point("best", target)
+            self._point("last", target)
             self._remove_old()
         except OSError as error:
+            _remove(temporary)
             raise UserError(f"{target}: cannot write the checkpoint ({error.strerror or error})") from error
         return target
 
@@ -124,18 +139,23 @@ class CheckpointFolder:
             self._weight_files.load(state.ema.module, folder / EMA_FILE)
         try:
             trainer: dict[str, Any] = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{folder / TRAINER_FILE}: damaged or missing ({str(error).splitlines()[0]})") from error
-        state.load_state_dict(trainer)
+            state.load_state_dict(trainer)
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{folder / TRAINER_FILE}: missing, damaged or of another optimizer ({reason})") from error
 
     def _write(self, state: TrainState, folder: Path) -> None:
         self._weight_files.save(state.model, folder / MODEL_FILE)
         if state.ema is not None:
             self._weight_files.save(state.ema.module, folder / EMA_FILE)
-        torch.save(state.state_dict(), folder / TRAINER_FILE)
-        progress = state.state_dict()["progress"]
+        trainer = state.state_dict()
+        try:
+            torch.save(trainer, folder / TRAINER_FILE)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
         files = {file.name: file.stat().st_size for file in folder.iterdir()}
-        manifest = {"model": self._model_name, "progress": progress, "identity": state.identity, "files": files}
+        manifest = {"model": self._model_name, "identity": state.identity, "files": files}
+        manifest["progress"] = trainer["progress"]
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         for file in folder.iterdir():
             fsync(file)
@@ -149,24 +169,40 @@ class CheckpointFolder:
         fsync(self._folder)
 
     def _complete(self) -> list[Path]:
-        """All checkpoints: a folder without a dot was renamed to its name when it was whole."""
-        if not self._folder.is_dir():
-            return []
-        return [f for f in self._folder.iterdir() if f.is_dir() and not f.is_symlink() and f.name[0] != "."]
+        """All checkpoints: a folder was renamed to such a name when it was whole."""
+        return [f for f in self._folder.glob("*-*") if NAME.fullmatch(f.name) and (f / MANIFEST_FILE).is_file()]
 
     def _remove_old(self) -> None:
         pointed = self.pointed()
         for folder in sorted(self._complete(), key=_steps, reverse=True)[self._keep :]:
             if folder.resolve() not in pointed:
-                shutil.rmtree(folder)
+                _discard(folder)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; one that is half removed no longer has a checkpoint's name."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    _remove(gone)
+    checkpoint.rename(gone)
+    _remove(gone)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _steps(checkpoint: Path) -> int:
     return int(_read_manifest(checkpoint)["progress"]["step"])
 
 
-def find_weights(checkpoint: Path, use_ema: bool) -> Path:
+def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
     """The weights file that a path means: itself, or that of a checkpoint folder, or of a run folder's best.
+
+    Args:
+        field: what the user gave it as, for the error.
 
     Raises:
         UserError: there is none.
@@ -177,8 +213,7 @@ def find_weights(checkpoint: Path, use_ema: bool) -> Path:
     for folder in (checkpoint, checkpoint / "checkpoints" / "best", checkpoint / "checkpoints" / "last"):
         if (folder / name).is_file():
             return folder / name
-    hint = "; the run kept no EMA: use_ema=false" if use_ema and find_weights(checkpoint, False) else ""
-    raise UserError(f"checkpoint={checkpoint}: no file, checkpoint folder or run folder with {name}{hint}")
+    raise UserError(f"{field}={checkpoint}: no file, and no checkpoint or run folder with {name}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

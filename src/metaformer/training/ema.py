@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from metaformer.errors import UserError
+
 
 @dataclass
 class EmaConfig:
@@ -13,6 +15,10 @@ class EmaConfig:
     enabled: bool = False
     decay: float = 0.9999
     warmup: bool = False  # let the decay rise to its value, for short runs
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"ema.decay={self.decay}: must lie in [0, 1]")
 
 
 def make_ema(config: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:

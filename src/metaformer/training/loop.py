@@ -143,20 +143,20 @@ class Trainer:
             lr = self.schedule.set(progress.step)
             last = progress.steps_in_epoch + 1 == settings.steps_per_epoch or progress.step + 1 == settings.max_steps
             logs = last or (progress.step + 1) % settings.log_every_steps == 0
-            grad_norm = self._step(batches, with_norm=logs)
+            grad_norm = self._step(batches, logs)
             progress.step += 1
             progress.steps_in_epoch += 1
             progress.steps_since_log += 1
             progress.samples += settings.global_batch_size
             self._window.steps += 1
-            if logs:
+            if grad_norm is not None:
                 self._log(lr, grad_norm)
             every = settings.checkpoint.every_steps
             if every and progress.step % every == 0 and not last:
                 self._save(f"step-{progress.step:08d}", is_best=False)
 
-    def _step(self, batches: Iterator[SoftBatch], with_norm: bool) -> Tensor | None:
-        """One optimizer step; returns the gradient's norm before clipping, still on the device, where it is known."""
+    def _step(self, batches: Iterator[SoftBatch], logs: bool) -> Tensor | None:
+        """One optimizer step; for a log row, returns the gradient's norm before clipping, still on the device."""
         state, settings, scaler = self.state, self.settings, self.state.scaler
         for part in range(settings.accumulation_steps):
             batch = next(batches)
@@ -171,7 +171,7 @@ class Trainer:
                 self._forward_backward(batch)
 
         norm = None
-        if with_norm or settings.clip_grad_norm is not None:
+        if logs or settings.clip_grad_norm is not None:
             scaler.unscale_(state.optimizer)
             parameters = [p for p in state.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -182,7 +182,7 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
             state.ema.update(state.model, step=state.progress.step + 1)
-        return norm
+        return norm if logs else None
 
     def _forward_backward(self, batch: SoftBatch) -> None:
         with self.precision.autocast():
@@ -200,7 +200,7 @@ class Trainer:
         position = self.state.progress.step * settings.accumulation_steps + part
         torch.manual_seed((settings.seed * 2**40 + position * runtime.world_size + runtime.rank) % 2**63)
 
-    def _log(self, lr: float, grad_norm: Tensor | None) -> None:
+    def _log(self, lr: float, grad_norm: Tensor) -> None:
         """Log the mean over the steps since the last row: the only place where the host waits for the device."""
         progress, settings, ranks = self.state.progress, self.settings, self.runtime.world_size
         totals = torch.stack([self.state.loss_sum, self.state.loss_sum.new_tensor(self._window.waited)])
@@ -209,7 +209,7 @@ class Trainer:
         row = self._row("train") | {
             "loss": loss_sum / progress.steps_since_log,
             "lr": lr,
-            "grad_norm": math.nan if grad_norm is None else float(grad_norm),
+            "grad_norm": float(grad_norm),
             "images_per_second": self._window.steps * settings.global_batch_size / elapsed,
             "data_wait": waited / elapsed,
             "memory_gib": self.runtime.peak_memory_gib(),
@@ -219,9 +219,14 @@ class Trainer:
         progress.steps_since_log = 0
         self._window = Window()
         self.tracker.metrics(row)
-        if not math.isfinite(row["loss"]):
+        self._check_finite(loss_sum)
+
+    def _check_finite(self, loss: float) -> None:
+        """Called before anything is saved; all ranks have the same loss, so all stop."""
+        if not math.isfinite(loss):
+            row = self._row("train")
             raise Diverged(
-                f"epoch {row['epoch']}, step {progress.step}: the loss is {row['loss']}; "
+                f"epoch {row['epoch']}, step {row['step']}: the loss is {loss}; "
                 "lower optimizer.lr, set clip_grad_norm, or use precision=bf16 or fp32"
             )
 
@@ -246,10 +251,10 @@ class Trainer:
 
     def _validation_row(self, kind: str) -> dict[str, Any]:
         state = self.state
-        self.runtime.average_buffers(state.model)
+        self.runtime.share_buffers(state.model)
         row = self._row(kind) | self.validate(state.model)
         if state.ema is not None:
-            self.runtime.average_buffers(state.ema.module)
+            self.runtime.share_buffers(state.ema.module)
             row |= {f"ema_{name}": value for name, value in self.validate(state.ema.module).items() if name != "images"}
         return row
 
@@ -260,8 +265,7 @@ class Trainer:
 
     def _save(self, name: str, is_best: bool) -> None:
         state = self.state
-        self.runtime.average_buffers(state.model)
-        # One checkpoint holds the sum of all ranks' losses since the last row, and rank 0 alone goes on with it.
-        total = self.runtime.sum(state.loss_sum)
-        state.loss_sum.copy_(total if self.runtime.is_main else torch.zeros_like(total))
+        # All ranks' mean, so that a checkpoint can go on with another number of them.
+        state.loss_sum.copy_(self.runtime.sum(state.loss_sum) / self.runtime.world_size)
+        self._check_finite(float(state.loss_sum))
         self.runtime.main_only(lambda: self.checkpoints.save(state, name, is_best), None)

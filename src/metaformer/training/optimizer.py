@@ -32,6 +32,10 @@ class OptimizerConfig:
     momentum: float = 0.9  # of optimizers that have one
     implementation: Implementation = Implementation.torch
 
+    def __post_init__(self) -> None:
+        if self.betas is not None and len(self.betas) != 2:
+            raise UserError(f"optimizer.betas={self.betas}: must be two numbers, as in [0.9,0.999]")
+
     def learning_rate(self, global_batch_size: int) -> float:
         """The peak learning rate."""
         return self.base_lr * global_batch_size / self.base_batch_size if self.lr is None else self.lr
@@ -58,8 +62,9 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torc
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
             model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
         )
-    except TypeError as error:
-        raise UserError(f"optimizer.name={config.name}: an option does not fit ({error})") from error
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"optimizer.name={config.name}: cannot be made with these options ({reason})") from error
     return optimizer
 
 

@@ -36,7 +36,7 @@ class TrainState:
     """All that a checkpoint holds.
 
     Attributes:
-        loss_sum: float64 scalar on the device: this rank's losses since the last log row.
+        loss_sum: float64 scalar on the device: losses since the last log row; a save makes it all ranks' mean.
         identity: what a run cannot change half-way (data fingerprint, seed, batch, ...).
     """
 
@@ -59,9 +59,14 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; the optimizer's options stay those that this run was given."""
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, given in zip(self.optimizer.param_groups, options, strict=True):
+            group.pop("initial_lr", None)  # else the schedule would take the saved peak
+            group.update(given)
+        if state["scaler"]:  # empty where the run so far needed no scaling
+            self.scaler.load_state_dict(state["scaler"])
         self.loss_sum.copy_(state["loss_sum"])
         progress = dict(state["progress"])
         self.progress = Progress(**(progress | {"best": Best(**progress["best"])}))

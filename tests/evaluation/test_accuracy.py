@@ -1,0 +1,99 @@
+"""Accuracy over a split, against a plain computation."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metaformer.evaluation.accuracy import Accuracy, evaluate
+from metaformer.runtime import Runtime
+from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+
+CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))
+FP32 = Precision(PrecisionConfig(PrecisionName.fp32), CPU.device)
+IMAGES = 23
+
+
+@dataclass
+class Batch:
+    """In memory."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Split:
+    """Images of which each pixel is a class's score, in batches of 7 and a last one of 2."""
+
+    scores: Tensor
+    targets: Tensor
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        for start in range(0, len(self.targets), 7):
+            yield Batch(self.scores[start : start + 7], self.targets[start : start + 7])
+
+
+class Dropped(nn.Module):
+    """Passes the scores through dropout, which only an evaluation in training mode would notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.9)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        scores: Tensor = self.dropout(images * self.scale)
+        return scores
+
+
+def split(classes: int) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(IMAGES, classes, generator=generator)
+    return Split(scores, torch.randint(classes, (IMAGES,), generator=generator))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 12])
+def test_equals_a_plain_computation(classes: int) -> None:
+    """Top-1, top-5 (all, where there are five classes or fewer) and loss, image by image, every image once."""
+    data = split(classes)
+    first = fifth = 0
+    loss = 0.0
+    for scores, target in zip(data.scores.tolist(), data.targets.tolist(), strict=True):
+        rank = sum(score > scores[target] for score in scores)
+        first, fifth = first + (rank < 1), fifth + (rank < 5)
+        loss += math.log(sum(math.exp(score) for score in scores)) - scores[target]
+    found = evaluate(Dropped(), data, FP32, CPU)
+    assert found.images == IMAGES
+    assert (found.top1, found.top5) == pytest.approx((100 * first / IMAGES, 100 * fifth / IMAGES), rel=1e-12)
+    assert (found.top5 == 100) == (classes <= 5)
+    assert found.loss == pytest.approx(loss / IMAGES, rel=1e-6)
+
+
+def test_model_is_left_in_evaluation_mode() -> None:
+    """As promised; and nothing of it has changed."""
+    model = Dropped().train()
+    evaluate(model, split(3), FP32, CPU)
+    assert not model.training
+    assert model.scale == 1
+
+
+def test_computes_in_the_given_precision() -> None:
+    """Under bf16 the products are rounded, the loss is not summed in it."""
+    torch.manual_seed(0)
+    layer, data = nn.Linear(12, 12), split(12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = layer(data.scores).float()
+    rounded = evaluate(layer, data, Precision(PrecisionConfig(PrecisionName.bf16), CPU.device), CPU)
+    assert rounded.loss == pytest.approx(float(functional.cross_entropy(logits, data.targets)), rel=1e-6)
+    assert rounded.loss != evaluate(layer, data, FP32, CPU).loss
+
+
+def test_as_a_row() -> None:
+    """The row's names are those that result files and metrics use."""
+    assert Accuracy(1.0, 2.0, 3.0, 4).as_dict() == {"top1": 1.0, "top5": 2.0, "loss": 3.0, "images": 4}

@@ -1,0 +1,60 @@
+"""Result files that timm's readers understand."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from metaformer.errors import UserError
+from metaformer.evaluation.results import HEADER, append_result
+
+ROW: dict[str, str | int | float] = {
+    "model": "poolformer_s12", "img_size": 224, "top1": 77.2284, "top5": 93.5, "param_count": 11_915_176,
+    "crop_pct": 0.9, "interpolation": "bicubic",
+}  # fmt: skip
+LINE = ["poolformer_s12", "224", "77.228", "22.772", "93.500", "6.500", "11.92", "0.9", "bicubic"]
+
+
+def read(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("there", [None, ""], ids=["missing", "empty"])
+def test_made_with_timms_header(tmp_path: Path, there: str | None) -> None:
+    """A new file, its folder too, or an empty one gets the header, then the row."""
+    path = tmp_path / "results" / "table.csv"
+    if there is not None:
+        path.parent.mkdir()
+        path.write_text(there)
+    append_result(path, ROW)
+    assert read(path) == [list(HEADER), LINE]
+    assert ",".join(HEADER) == "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation"
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""], ids=["unix", "dos", "none"])
+def test_appends(tmp_path: Path, ending: str) -> None:
+    """Rows are added below what is there, however its last line ends."""
+    path = tmp_path / "table.csv"
+    path.write_bytes((",".join(HEADER) + "\r\n" + "other," + ",".join(LINE[1:]) + ending).encode())
+    append_result(path, ROW)
+    append_result(path, ROW)
+    assert read(path) == [list(HEADER), ["other", *LINE[1:]], LINE, LINE]
+
+
+def test_another_header_is_refused(tmp_path: Path) -> None:
+    """A CSV of something else is named in one line and left as it is."""
+    path = tmp_path / "table.csv"
+    path.write_text("model,top1\nx,1\n")
+    with pytest.raises(UserError, match=r"results_csv=\S+table\.csv: another header \(model,top1\)") as caught:
+        append_result(path, ROW)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "model,top1\nx,1\n"
+
+
+def test_unwritable(tmp_path: Path) -> None:
+    """A folder in the file's place, or a file in its folder's, ends in one line."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "table.csv"):
+        with pytest.raises(UserError, match=r"results_csv=\S+: cannot be written \("):
+            append_result(path, ROW)

@@ -1,0 +1,144 @@
+"""prepare_data.py: the sample, and ImageNet's archives in small."""
+
+import hashlib
+import io
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+from torchvision.datasets import imagenet
+
+from metaformer.data.index import load_index
+from metaformer.errors import UserError
+from scripts import prepare_data
+
+Prepare = Callable[..., str]
+WNIDS = ("n01440764", "n02119789", "n01443537")  # in the devkit's order, which is not the alphabet's
+VAL_LABELS = (2, 1, 3, 2, 1)  # of the validation images in order, counted from 1
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Prepare:
+    """Run the program; returns what it prints."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
+        prepare_data.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def jpeg(gray: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (gray, gray, gray)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar(files: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def devkit() -> bytes:
+    """Synsets as the devkit has them, one with children (which is no class) among them, and the labels."""
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    leaves = [(number, wnid, f"word {number}, other", "gloss", 0) for number, wnid in enumerate(WNIDS, 1)]
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": np.array([*leaves, (1001, "n00001740", "entity", "gloss", 3)], dtype=fields)})
+    labels = "\n".join(map(str, VAL_LABELS)).encode()
+    contents = {"meta.mat": meta.getvalue(), "ILSVRC2012_validation_ground_truth.txt": labels}
+    return tar({f"ILSVRC2012_devkit_t12/data/{name}": content for name, content in contents.items()}, "w:gz")
+
+
+@pytest.fixture
+def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The three archives, built as the real ones are, with torchvision told their hashes; the arguments that name them.
+
+    Class k has k + 1 training images. Each validation image is as bright as its label says.
+    """
+    classes = {
+        f"{wnid}.tar": tar({f"{wnid}_{number}.JPEG": jpeg(10) for number in range(count)})
+        for count, wnid in enumerate(WNIDS, 2)
+    }
+    val = {f"ILSVRC2012_val_{number:08}.JPEG": jpeg(40 * label) for number, label in enumerate(VAL_LABELS, 1)}
+    contents = {"train": tar(classes), "val": tar(dict(reversed(val.items()))), "devkit": devkit()}
+    arguments: list[str] = []
+    known = {}
+    for (split, content), option in zip(contents.items(), ("train-tar", "val-tar", "devkit"), strict=True):
+        name, _ = imagenet.ARCHIVE_META[split]
+        (tmp_path / name).write_bytes(content)
+        known[split] = (name, hashlib.md5(content).hexdigest())
+        arguments += [f"--{option}", str(tmp_path / name)]
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
+    return tuple(arguments)
+
+
+def test_imagenet(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
+    """Nested archives end as SPLIT/CLASS/IMAGE, validation images by the devkit's labels; counts printed."""
+    out = tmp_path / "data" / "imagenet"
+    printed = prepare("imagenet", *archives, "--out", str(out))
+    assert printed.splitlines()[-1] == f"{out}: 9 training and 5 validation images, 3 classes"
+    train, val = load_index(out, "train"), load_index(out, "val")
+    assert train.classes == val.classes == tuple(sorted(WNIDS))
+    assert {wnid: len(list((out / "train" / wnid).iterdir())) for wnid in WNIDS} == dict(
+        zip(WNIDS, (2, 3, 4), strict=True)
+    )
+    for label, wnid in enumerate(WNIDS, 1):
+        files = sorted((out / "val" / wnid).iterdir())
+        assert len(files) == VAL_LABELS.count(label)
+        assert all(abs(np.asarray(Image.open(file)).mean() - 40 * label) < 2 for file in files)
+    assert list(out.rglob("*.tar")) == []
+    assert [path.name for path in out.parent.iterdir()] == ["imagenet"]
+
+
+@pytest.mark.parametrize("option", ["--train-tar", "--val-tar", "--devkit"])
+def test_wrong_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, option: str) -> None:
+    """Another archive is named in one line, nothing is at --out, and with the right one the same command works."""
+    out = tmp_path / "data" / "imagenet"
+    archive = Path(archives[archives.index(option) + 1])
+    right = archive.read_bytes()
+    archive.write_bytes(right + b"\0")
+    with pytest.raises(UserError) as caught:
+        prepare("imagenet", *archives, "--out", str(out))
+    assert str(archive) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    archive.write_bytes(right)
+    prepare("imagenet", *archives, "--out", str(out))
+    assert len(load_index(out, "val")) == len(VAL_LABELS)
+
+
+def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
+    """An archive that is not there is named, before anything is unpacked."""
+    Path(archives[3]).unlink()
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: no such file; get it from image-net\.org"):
+        prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("source", ["sample", "imagenet"])
+def test_existing_folder(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, source: str) -> None:
+    """What is at --out already is left alone."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    arguments = archives if source == "imagenet" else ()
+    with pytest.raises(UserError, match=r"^--out \S+mine: exists already; give another folder, or remove it$"):
+        prepare(source, *arguments, "--out", str(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_sample(tmp_path: Path, prepare: Prepare) -> None:
+    """The built-in sample is counted as it is printed, below a folder that it makes."""
+    out = tmp_path / "new" / "sample"
+    assert prepare("sample", "--out", str(out)) == f"{out}: 4,000 training and 1,000 validation images, 10 classes\n"

@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from metaformer.files import write_whole
+
+
+def test_replaces_in_one_step(tmp_path: Path) -> None:
+    """While the new content is written the old is still there; then only the new is, and nothing temporary."""
+    path = tmp_path / "file"
+    for content in ("old", "new"):
+
+        def write(temporary: Path, content: str = content) -> None:
+            temporary.write_text(content)
+            assert temporary.parent == path.parent, "else the rename would copy"
+            assert not path.exists() or path.read_text() == "old"
+
+        write_whole(path, write)
+        assert path.read_text() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failure_leaves_the_old(tmp_path: Path) -> None:
+    """Where writing fails half-way, the old content and nothing temporary is left."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,100 @@
+"""What people see of a run: plain lines in a file or pipe, a bar in a terminal, all of it in log.txt."""
+
+import os
+import pty
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.tracking.console import ConsoleTracker
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.tracking.test_console import run
+run(Path(sys.argv[1]))
+"""
+
+
+def train_row(step: int, **figures: Any) -> dict[str, Any]:
+    return {
+        "kind": "train", "epoch": 1, "step": step, "samples": 8 * step, "loss": 1.25, "lr": 4e-3, "grad_norm": 0.5,
+        "images_per_second": 16.0, "data_wait": 0.25, "memory_gib": 0.0,
+    } | figures  # fmt: skip
+
+
+def run(log_file: Path) -> None:
+    """A run of 1000 steps, seen at two of them and at a validation."""
+    tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=log_file)
+    tracker.message("model        [tiny], 3 classes")
+    tracker.metrics(train_row(10))
+    tracker.metrics(train_row(400, memory_gib=12.34))
+    scores = {"images": 403, "top1": 25.0, "top5": 75.5, "loss": 1.5, "ema_top1": 30.25}
+    tracker.metrics({"kind": "validation", "epoch": 1, "step": 400, "samples": 3200} | scores)
+    tracker.metrics({"kind": "final", "epoch": 1, "step": 400, "samples": 3200} | scores)
+    tracker.close(failed=False)
+
+
+EXPECTED = [
+    "model        [tiny], 3 classes",
+    "epoch 1/3  step 10/1000  eta 8m15s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50",
+    "epoch 1/3  step 400/1000  eta 5m00s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50  12.3 GiB",
+    "epoch 1 validated on 403 images: top-1 25.00 %  top-5 75.50 %  loss 1.5000  EMA top-1 30.25 %",
+]
+
+
+def without_times(log_file: Path) -> list[str]:
+    lines = log_file.read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    return [line[20:] for line in lines]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Into a pipe: one line for each row, not wrapped, without control characters; the same in log.txt with times."""
+    run(tmp_path / "log.txt")
+    printed = capfd.readouterr().out
+    assert printed.splitlines() == EXPECTED
+    assert "\x1b" not in printed
+    assert without_times(tmp_path / "log.txt") == EXPECTED
+
+
+def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
+    """In a terminal a bar is drawn in place; messages stay above it, and log.txt gets everything as before."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)}
+        os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(tmp_path / "log.txt")])
+    shown = b""
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:  # how Linux says that the other side has closed
+        pass
+    _, status = os.waitpid(child, 0)
+    text = shown.decode()
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert "━" in text
+    assert "\x1b[2K" in text, "the bar's line is drawn anew"
+    assert EXPECTED[3] in text
+    assert without_times(tmp_path / "log.txt") == EXPECTED
+
+
+def test_log_is_appended_to(tmp_path: Path) -> None:
+    """A resumed run's log goes on below the earlier one's."""
+    run(tmp_path / "log.txt")
+    run(tmp_path / "log.txt")
+    assert without_times(tmp_path / "log.txt") == EXPECTED * 2
+
+
+@pytest.mark.parametrize(
+    ("images_per_second", "eta"), [(8.0, "16m30s"), (1.0, "2h12m"), (0.02, "4d14h"), (8000.0, "0m00s")]
+)
+def test_time_left(tmp_path: Path, images_per_second: float, eta: str) -> None:
+    """ETA: the images left at the present speed, in two units."""
+    tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=tmp_path / "log.txt")
+    tracker.metrics(train_row(10, images_per_second=images_per_second))
+    tracker.close(failed=False)
+    assert f"eta {eta}  " in (tmp_path / "log.txt").read_text()

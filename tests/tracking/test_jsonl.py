@@ -1,0 +1,85 @@
+"""metrics.jsonl and summary.csv."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.errors import UserError
+from metaformer.tracking.jsonl import JsonlTracker
+
+
+def row(step: int, kind: str = "train", **figures: Any) -> dict[str, Any]:
+    return {"kind": kind, "epoch": 1 + step // 10, "step": step, "samples": 8 * step, **figures}
+
+
+def write(run_dir: Path, resumed_at: int, *new: dict[str, Any]) -> None:
+    """What a process adds that starts at a step."""
+    tracker = JsonlTracker(run_dir, resumed_at)
+    for each in new:
+        tracker.metrics(each)
+    tracker.close(failed=False)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_after_the_resume_point_are_set_aside(tmp_path: Path) -> None:
+    """Rows of steps that are done again go to metrics.superseded.jsonl, which grows with each resume."""
+    write(tmp_path, 0, *(row(step, loss=1.0) for step in range(1, 7)))
+    write(tmp_path, 4, *(row(step, loss=2.0) for step in range(5, 8)))
+    write(tmp_path, 6, row(7, loss=3.0))
+    kept = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.jsonl")]
+    assert kept == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 3.0)]
+    aside = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.superseded.jsonl")]
+    assert aside == [(5, 1.0), (6, 1.0), (7, 2.0)]
+
+
+def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
+    """A killed process loses no row that it has logged."""
+    tracker = JsonlTracker(tmp_path, 0)
+    tracker.metrics(row(1, loss=1.0))
+    assert [each["step"] for each in read(tmp_path / "metrics.jsonl")] == [1]
+    tracker.close(failed=True)
+
+
+@pytest.mark.parametrize("resumed_at", [2, 1], ids=["all-rows-count", "a-row-is-redone"])
+@pytest.mark.parametrize("ending", ['{"kind": "tr', json.dumps(row(3))], ids=["half", "no-newline"])
+def test_half_written_last_line(tmp_path: Path, resumed_at: int, ending: str) -> None:
+    """What a machine left that died while it wrote a row is no obstacle, now or at the resume after."""
+    write(tmp_path, 0, row(1), row(2))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(ending)
+    write(tmp_path, resumed_at, row(resumed_at + 1))
+    write(tmp_path, resumed_at + 1, row(resumed_at + 2))
+    assert [each["step"] for each in read(tmp_path / "metrics.jsonl")] == list(range(1, resumed_at + 3))
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    """A metrics.jsonl that is something else is named with its line, and left as it is."""
+    text = "epoch,loss\n1,2.0\n" + json.dumps(row(1)) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is not JSON; move the file away"):
+        JsonlTracker(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_summary_has_a_line_an_epoch(tmp_path: Path) -> None:
+    """summary.csv: the validation rows' fields but the kind, a line each, over a resume too, without redone epochs."""
+    write(tmp_path, 0, row(5), row(5, "validation", top1=1.0, loss=3.0), row(10, "validation", top1=2.0, loss=2.0))
+    write(tmp_path, 5, row(10, "validation", top1=2.5, loss=2.0), row(10, "final", top1=2.5))
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["epoch", "step", "samples", "top1", "loss"]
+    assert [(line["step"], line["top1"]) for line in lines] == [("5", "1.0"), ("10", "2.5")]
+
+
+def test_figures_that_come_later_have_a_column(tmp_path: Path) -> None:
+    """EMA switched on at a resume: its figures are in summary.csv, and empty in the epochs before."""
+    write(tmp_path, 0, row(5, "validation", top1=1.0))
+    write(tmp_path, 5, row(10, "validation", top1=2.0, ema_top1=3.0))
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        assert [line["ema_top1"] for line in csv.DictReader(file)] == ["", "3.0"]

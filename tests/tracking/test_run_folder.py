@@ -1,0 +1,96 @@
+"""The run folder: what was run, with what, on what."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaformer.errors import UserError
+from metaformer.tracking.run_folder import check_empty, open_run_folder
+from tests.conftest import QUICK, REPOSITORY
+
+Run = Callable[..., dict[str, Any]]
+
+
+def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """Configuration, overrides, environment; after a change the earlier ones too, and a line that says what changed."""
+    run_dir = tmp_path / "run"
+    small = ("model=timm", "model.name=test_resnet", "model.drop_path_rate=null", "workers=0")
+    command = (f"data.root={images}", *QUICK, *small, "epochs=2", f"run_dir={run_dir}")
+    run_program("train", *command, "max_steps=6")
+    written = (run_dir / "config.yaml").read_text()
+    assert "max_steps: 6\n" in written
+    assert "weight_decay: 0.05\n" in written, "defaults too"
+    assert '- "max_steps=6"\n' in (run_dir / "overrides.yaml").read_text()
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["packages"]["torch"] == version("torch")
+    assert environment["command"][1:] == [*command, "max_steps=6"]
+
+    run_program("train", *command, "epochs=1", "log_every_steps=3")
+    (earlier,) = run_dir.glob("config.until-*.yaml")
+    assert earlier.read_text() == written
+    changes = [line for line in (run_dir / "log.txt").read_text().splitlines() if " changed " in line]
+    assert len(changes) == 1
+    assert all(change in changes[0] for change in ("max_steps: null", "log_every_steps: 3", "epochs: 1"))
+
+    with pytest.raises(UserError, match=r"run_dir=\S+: not empty, and resume=never"):
+        run_program("train", *command, "resume=never")
+
+
+def test_same_configuration_is_no_change(tmp_path: Path) -> None:
+    """Opened again with the same configuration, nothing is reported or set aside."""
+    assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n") == []
+    assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n") == []
+    assert list((tmp_path / "run").glob("*until*")) == []
+
+
+def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
+    """Changes follow each other within a second, and none is lost."""
+    for value in range(4):
+        changed = open_run_folder(tmp_path / "run", f"a: {value}\nb: 2\n")
+        assert changed == ([f"a: {value}"] if value else [])
+    kept = {path.read_text() for path in (tmp_path / "run").glob("config.until-*.yaml")}
+    assert kept == {f"a: {value}\nb: 2\n" for value in range(3)}
+
+
+def test_a_change_to_a_value_that_stands_elsewhere(tmp_path: Path) -> None:
+    """A changed line is reported where another line reads the same."""
+    open_run_folder(tmp_path / "run", "one:\n  name: a\ntwo:\n  name: b\n")
+    assert open_run_folder(tmp_path / "run", "one:\n  name: b\ntwo:\n  name: b\n") != []
+
+
+def test_environment(tmp_path: Path) -> None:
+    """environment.json: versions of Python and packages, devices, and the commit that git names."""
+    open_run_folder(tmp_path, "a: 1\n")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["packages"]["torch"] == version("torch")
+    assert environment["packages"]["timm"] == version("timm")
+    assert environment["cuda"] == torch.version.cuda
+    assert len(environment["devices"]) == max(1, torch.cuda.device_count())
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert environment["git"]["commit"] == git.stdout.strip()
+
+
+def test_only_an_empty_folder_is_new(tmp_path: Path) -> None:
+    """resume=never: a missing or empty folder will do; one with a file, or a file, will not."""
+    check_empty(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    check_empty(tmp_path / "empty")
+    for taken in (tmp_path, tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="not empty, and resume=never"):
+            check_empty(taken)
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    """A run folder below a file ends in one line."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run_dir=\S+run: cannot be written \(Not a directory\)"):
+        open_run_folder(tmp_path / "file" / "run", "a: 1\n")

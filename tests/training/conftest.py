@@ -1,0 +1,69 @@
+"""A tiny network and its training state, real in every part."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metaformer.models import load_weights, save_weights
+from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.training.ema import EmaConfig, make_ema
+from metaformer.training.optimizer import OptimizerConfig, make_optimizer
+from metaformer.training.state import TrainState
+
+FEATURES, TINY_CLASSES = 5, 3
+
+
+def tiny_network(middle: type[nn.Module] | None = None) -> nn.Module:
+    """A linear layer, BatchNorm (which has buffers) or another in its place, and a head; equal at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(FEATURES, 4), middle() if middle else nn.BatchNorm1d(4), nn.Linear(4, TINY_CLASSES))
+
+
+def tiny_state(
+    model: nn.Module | None = None, ema: bool = True, lr: float = 0.1, optimizer: OptimizerConfig | None = None
+) -> TrainState:
+    """A state at the beginning."""
+    model = model or tiny_network()
+    return TrainState(
+        model=model,
+        ema=make_ema(EmaConfig(enabled=ema, decay=0.9), model),
+        optimizer=make_optimizer(optimizer or OptimizerConfig(), model, lr),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        loss_sum=torch.zeros((), dtype=torch.float64),
+        identity={"model": "tiny", "seed": 0, "global_batch_size": 8, "data": "abc"},
+    )
+
+
+def advance(state: TrainState, steps: int = 1) -> None:
+    """Real optimizer steps, each other than the one before; the counters follow."""
+    for _ in range(steps):
+        state.progress.step += 1
+        generator = torch.Generator().manual_seed(state.progress.step)
+        loss = state.model(torch.randn(8, FEATURES, generator=generator)).square().sum()
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.loss_sum += loss.detach()
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.progress.step)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state dict."""
+    return copy.deepcopy(model.state_dict())
+
+
+def checkpoint_folder(folder: Path, keep: int = 2) -> CheckpointFolder:
+    """Checkpoints of the tiny network, written as train.py writes them."""
+    return CheckpointFolder(folder, keep, "tiny", WeightFiles(partial(save_weights, name="tiny"), load_weights))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Callable[..., CheckpointFolder]:
+    """The checkpoints of a run in this test's folder."""
+    return lambda keep=2: checkpoint_folder(tmp_path / "run" / "checkpoints", keep)

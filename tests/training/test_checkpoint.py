@@ -1,0 +1,351 @@
+"""Checkpoints: complete, kept as promised, never half there."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaformer.errors import UserError
+from metaformer.models import load_weights
+from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, find_weights
+from metaformer.training.state import Best, TrainState
+from tests.training.conftest import advance, checkpoint_folder, tensors, tiny_network, tiny_state
+
+Checkpoints = Callable[..., CheckpointFolder]
+KILLS = 12
+FILE_EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}  # of sys.addaudithook
+
+
+def save_steps(checkpoints: CheckpointFolder, *steps: int, best: int | None = None) -> TrainState:
+    """Train to each of the steps and save there."""
+    state = tiny_state()
+    for step in steps:
+        advance(state, step - state.progress.step)
+        checkpoints.save(state, f"step-{step:08d}", is_best=step == best)
+    return state
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_same_state(a: TrainState, b: TrainState) -> None:
+    """All of it, bit for bit."""
+    for left, right in ((a.model, b.model), (a.ema, b.ema)):
+        assert left is not None
+        assert right is not None
+        torch.testing.assert_close(left.state_dict(), right.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(a.optimizer.state_dict(), b.optimizer.state_dict(), rtol=0, atol=0)
+    assert a.progress == b.progress
+    assert a.loss_sum == b.loss_sum
+
+
+def test_restores_everything(checkpoints: Checkpoints) -> None:
+    """A new process's state becomes the saved one in every part, and trains on to the same weights."""
+    state = tiny_state()
+    advance(state, 3)
+    state.progress.samples, state.progress.epochs_completed, state.progress.epoch_loss_sum = 24, 1, 2.5
+    state.progress.best = Best(12.5, 1, "ema")
+    state.progress.last_validation = {"kind": "validation", "top1": 12.5, "step": 3}
+    folder = checkpoints().save(state, "epoch-001", is_best=True)
+    assert names(folder) == ["ema.safetensors", "manifest.json", "model.safetensors", "trainer.pt"]
+
+    restored = tiny_state()
+    advance(restored, 1)  # what it holds before does not matter
+    checkpoints().load(restored, folder)
+    assert_same_state(restored, state)
+    for one in (state, restored):
+        advance(one, 2)
+    assert_same_state(restored, state)
+
+
+def test_keeps_the_newest_the_best_and_the_last(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """With keep=2, the two newest stay, and the best however old; all others go."""
+    folder = tmp_path / "run" / "checkpoints"
+    save_steps(checkpoints(keep=2), 1, 2, 3, 10, 11, best=2)
+    assert names(folder) == ["best", "last", "step-00000002", "step-00000010", "step-00000011"]
+    assert (folder / "last").readlink() == Path("step-00000011")
+    assert (folder / "best").readlink() == Path("step-00000002")
+    pointed = {path.name: aliases for path, aliases in checkpoints().pointed().items()}
+    assert pointed == {"step-00000011": ["latest"], "step-00000002": ["best"]}
+
+
+def test_keeps_the_last_after_going_back(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """Work redone from an older checkpoint: `last` is what was saved last, though its step is lower, and stays."""
+    save_steps(checkpoints(keep=1), 5, 6)
+    state = tiny_state()
+    checkpoints(keep=1).save(state, "step-00000002", is_best=False)
+    last = checkpoints().last()
+    assert last is not None
+    assert last.name == "step-00000002"
+    checkpoints().load(tiny_state(), last)
+
+
+def test_replaces_a_checkpoint_of_the_same_name(checkpoints: Checkpoints) -> None:
+    """Saving under a name that exists leaves the new contents, whole."""
+    save_steps(checkpoints(), 4)
+    state = tiny_state()
+    advance(state, 9)
+    folder = checkpoints().save(state, "step-00000004", is_best=False)
+    restored = tiny_state()
+    checkpoints().load(restored, folder)
+    assert_same_state(restored, state)
+
+
+@pytest.mark.parametrize("link", ["missing", "dangling"])
+def test_falls_back_to_the_newest(tmp_path: Path, checkpoints: Checkpoints, link: str) -> None:
+    """Without a `last` that leads somewhere, the newest by step counts, not by name."""
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoints().last() is None, "there is no checkpoint yet"
+    state = tiny_state()
+    advance(state, 2)
+    checkpoints().save(state, "step-00000002", is_best=False)
+    advance(state, 2)
+    checkpoints().save(state, "epoch-001", is_best=False)
+    (folder / "last").unlink()
+    if link == "dangling":
+        (folder / "last").symlink_to("epoch-009")
+    assert checkpoints().last() == (folder / "epoch-001").resolve()
+
+
+@pytest.mark.parametrize("field", ["model", "seed", "global_batch_size", "data"])
+def test_another_run_is_refused(checkpoints: Checkpoints, field: str) -> None:
+    """A checkpoint of another network, seed, batch or data set is refused by the field's name, and nothing loaded."""
+    folder = checkpoints().save(tiny_state(), "epoch-001", is_best=False)
+    state = tiny_state()
+    advance(state, 1)
+    before = tensors(state.model)
+    state.identity[field] = "other"
+    with pytest.raises(UserError, match=rf"cannot resume: it was trained with {field}=\S+, this run has other;"):
+        checkpoints().load(state, folder)
+    torch.testing.assert_close(state.model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer.pt", "manifest.json"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97, None], ids=lambda share: f"first-{share}")
+def test_damage_is_named(checkpoints: Checkpoints, name: str, share: float | None) -> None:
+    """A file cut short (or, with None, missing) ends in one line with its path."""
+    folder = save_and_cut(checkpoints(), name, share)
+    with pytest.raises(UserError) as caught:
+        checkpoints().load(tiny_state(), folder)
+    assert str(folder / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def save_and_cut(checkpoints: CheckpointFolder, name: str, share: float | None) -> Path:
+    """A checkpoint of which one file has only the first share of its bytes, or is missing."""
+    state = tiny_state()
+    advance(state, 1)
+    folder = checkpoints.save(state, "epoch-001", is_best=False)
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if share is not None:
+        (folder / name).write_bytes(content[: int(share * len(content))])
+    return folder
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self._file}",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """A trainer.pt that would run a command when unpickled is refused in one line, and the command not run."""
+    canary = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Canary(canary)))
+    assert canary.exists(), "the pickle does run code where pickle.load reads it"
+    canary.unlink()
+    folder = checkpoints().save(tiny_state(), "epoch-001", is_best=False)
+    torch.save({"optimizer": Canary(canary)}, folder / "trainer.pt")
+    with pytest.raises(UserError, match=r"trainer\.pt: ") as caught:
+        checkpoints().load(tiny_state(), folder)
+    assert "\n" not in str(caught.value)
+    assert not canary.exists()
+
+
+def test_another_optimizer_is_refused(checkpoints: Checkpoints) -> None:
+    """A checkpoint whose optimizer state does not fit this run's parameters ends in one line."""
+    folder = checkpoints().save(tiny_state(), "epoch-001", is_best=False)
+    contents = torch.load(folder / "trainer.pt", weights_only=True)
+    del contents["optimizer"]["param_groups"][1]
+    torch.save(contents, folder / "trainer.pt")
+    with pytest.raises(UserError, match=r"trainer\.pt"):
+        checkpoints().load(tiny_state(), folder)
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    """A run folder that is a file ends in one line."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"epoch-001: cannot write the checkpoint \(Not a directory\)"):
+        checkpoint_folder(tmp_path / "file" / "checkpoints").save(tiny_state(), "epoch-001", is_best=False)
+
+
+@pytest.mark.parametrize("limit", [100, 1200], ids=["weights", "trainer"])
+def test_full_disk_leaves_the_former(checkpoints: Checkpoints, limit: int) -> None:
+    """A disk that takes only so many bytes of a file: one line, and the former checkpoint still loads."""
+    state = save_steps(checkpoints(), 1)
+    advance(state, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write the checkpoint"):
+            checkpoints().save(state, "step-00000002", is_best=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_last_loads(checkpoints(), at_step=1)
+
+
+def assert_last_loads(checkpoints: CheckpointFolder, at_step: int | None = None) -> int:
+    """The last checkpoint is whole; returns its step."""
+    last = checkpoints.last()
+    assert last is not None
+    state = tiny_state()
+    checkpoints.load(state, last)
+    assert at_step in (None, state.progress.step)
+    return state.progress.step
+
+
+def save_forever(folder: Path, started: Any) -> None:
+    """Go on from the last checkpoint, saving at every step, until killed."""
+    torch.set_num_threads(1)
+    checkpoints, state = checkpoint_folder(folder, keep=1), tiny_state()
+    last = checkpoints.last()
+    if last is not None:
+        checkpoints.load(state, last)
+    while True:
+        advance(state, 1)
+        checkpoints.save(state, f"step-{state.progress.step:08d}", is_best=state.progress.step % 7 == 0)
+        started.set()
+
+
+def test_sigkill_never_breaks_the_last(tmp_path: Path) -> None:
+    """Killed at random moments of a loop of saves, a run always finds a whole last checkpoint and goes on from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.test_checkpoint"])
+    rng, folder, step = random.Random(0), tmp_path / "checkpoints", 0
+    for _ in range(KILLS):
+        started = context.Event()
+        process = context.Process(target=save_forever, args=(folder, started))
+        process.start()
+        while not started.wait(0.05):
+            assert process.is_alive(), f"nothing could be saved after a kill at step {step}"
+        time.sleep(rng.uniform(0, 0.05))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        reached = assert_last_loads(checkpoint_folder(folder))
+        assert reached > step
+        step = reached
+
+
+def save_and_die(folder: Path, at: int) -> None:
+    """Save anew what `last` points to; SIGKILL comes just before the given change to the file system."""
+    checkpoints, state, changes = checkpoint_folder(folder, keep=1), tiny_state(), itertools.count()
+    advance(state, 4)
+
+    def kill(event: str, _: Any) -> None:
+        if event in FILE_EVENTS and next(changes) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    checkpoints.save(state, "step-00000003", is_best=False)
+
+
+def test_sigkill_at_each_moment_of_a_save(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """Killed before any one of the changes that a save makes on disk, a run has a whole checkpoint, and saves again."""
+    save_steps(checkpoints(keep=3), 1, 2, 3, best=1)
+    template, context = tmp_path / "run" / "checkpoints", multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.test_checkpoint"])
+    for at in itertools.count():
+        folder = tmp_path / str(at)
+        shutil.copytree(template, folder, symlinks=True)
+        process = context.Process(target=save_and_die, args=(folder, at))
+        process.start()
+        process.join()
+        reached = assert_last_loads(checkpoint_folder(folder))
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        checkpoint_folder(folder, keep=1).save(tiny_state(), "step-00000003", is_best=False)
+    assert at > 10
+    assert reached == 4
+    assert names(folder) == ["best", "last", "step-00000001", "step-00000003"]
+
+
+def test_half_removed_checkpoint_does_not_stop_training(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """Beside the remains of a removal or of a save that was killed, a run still saves; it clears away the latter's."""
+    state = save_steps(checkpoints(), 1, 2, 3)
+    folder = tmp_path / "run" / "checkpoints"
+    for remains in ("step-00000001", ".step-00000002.tmp"):
+        (folder / remains).mkdir()
+        (folder / remains / "trainer.pt").touch()
+    advance(state, 1)
+    checkpoints().save(state, "step-00000004", is_best=False)
+    assert_last_loads(checkpoints(), at_step=4)
+    assert not (folder / ".step-00000002.tmp").exists()
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, checkpoints: Checkpoints) -> Path:
+    """A run without EMA, its best checkpoint at step 1 and its last at step 2."""
+    state = tiny_state(ema=False)
+    for step in (1, 2):
+        advance(state, 1)
+        checkpoints().save(state, f"step-{step:08d}", is_best=step == 1)
+    return tmp_path / "run"
+
+
+def test_finds_weights(run_folder: Path) -> None:
+    """A file means itself, a checkpoint its weights, a run folder its best weights or, without any, its last."""
+    first, second = (run_folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (1, 2))
+    assert find_weights("checkpoint", second, use_ema=False) == second
+    assert find_weights("checkpoint", second.parent, use_ema=False) == second
+    assert find_weights("checkpoint", run_folder, use_ema=False).resolve() == first.resolve()
+    load_weights(tiny_network(), find_weights("checkpoint", run_folder, use_ema=False))
+    (run_folder / "checkpoints" / "best").unlink()
+    assert find_weights("checkpoint", run_folder, use_ema=False).resolve() == second.resolve()
+
+
+def test_missing_weights(tmp_path: Path, run_folder: Path) -> None:
+    """No weights, or no averaged ones: one line that says which."""
+    with pytest.raises(UserError, match=r"checkpoint=\S+nowhere: no file, and no checkpoint or run folder with model"):
+        find_weights("checkpoint", tmp_path / "nowhere", use_ema=False)
+    with pytest.raises(UserError, match=r"with ema\.safetensors"):
+        find_weights("checkpoint", run_folder, use_ema=True)
+    with pytest.raises(UserError, match=r"checkpoint=\S+nowhere"):
+        find_weights("checkpoint", tmp_path / "nowhere", use_ema=True)
+
+
+def test_manifest_says_what_is_there(run_folder: Path) -> None:
+    """The manifest lists the files with their sizes, the network's name and the progress."""
+    folder = run_folder / "checkpoints" / "last"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"}
+    assert manifest["files"] == sizes
+    assert (manifest["model"], manifest["progress"]["step"]) == ("tiny", 2)
+
+
+@pytest.mark.parametrize("field", ["every_epochs", "every_steps", "keep"])
+def test_config_is_checked(field: str) -> None:
+    """0 is refused by the field's name."""
+    with pytest.raises(UserError, match=rf"checkpoint\.{field}=0: must be at least 1"):
+        CheckpointConfig(**{field: 0})

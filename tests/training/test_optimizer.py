@@ -1,0 +1,123 @@
+"""Optimizers: the right parameters decayed, the same updates as the reference, errors that help."""
+
+import copy
+import importlib.util
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from metaformer.errors import UserError
+from metaformer.models import create_model
+from metaformer.training.optimizer import Implementation, OptimizerConfig, make_optimizer
+from tests.training.conftest import FEATURES, tiny_network
+
+LR, DECAY = 1e-3, 0.05
+
+
+def test_only_matrices_are_decayed() -> None:
+    """Of PoolFormer-S12, exactly the parameters with one dimension or none are in groups without weight decay."""
+    model = create_model("poolformer_s12", num_classes=4)
+    model.register_parameter("scalar", nn.Parameter(torch.ones(())))
+    model.register_parameter("position", nn.Parameter(torch.ones(1, 8, 2, 2)))
+    groups = make_optimizer(OptimizerConfig(), model, LR).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay == {id(p): DECAY if p.ndim > 1 else 0.0 for p in model.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())), "none is in two groups"
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters after 20 steps on gradients drawn from a fixed generator."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("reference", ["torch", "timm"])
+def test_adamw_updates_as_the_reference(reference: str) -> None:
+    """20 steps of ours, fused, equal those of PyTorch's plain loop and of timm's own AdamW, group by group."""
+    ours, theirs = tiny_network(), tiny_network()
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in theirs.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    other = {
+        "torch": lambda: torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, foreach=False),
+        "timm": lambda: timm.optim.AdamWLegacy(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8),
+    }[reference]()
+    start = copy.deepcopy(list(ours.parameters()))
+    after = steps(ours, make_optimizer(OptimizerConfig(), ours, LR))
+    torch.testing.assert_close(after, steps(theirs, other), rtol=0, atol=1e-6)
+    assert all((a - b).abs().max() > LR for a, b in zip(after, start, strict=True))
+
+
+@pytest.mark.parametrize(("batch", "lr"), [(1024, 1e-3), (4096, 4e-3), (8, 1e-3 / 128)])
+def test_learning_rate_grows_with_the_batch(batch: int, lr: float) -> None:
+    """1e-3 for each 1024 images of the global batch, unless lr is given."""
+    assert OptimizerConfig().learning_rate(batch) == pytest.approx(lr, rel=1e-12)
+    assert OptimizerConfig(lr=0.5).learning_rate(batch) == 0.5
+
+
+def test_options_reach_the_optimizer() -> None:
+    """lr, betas, eps, momentum and weight decay are those of the configuration."""
+    config = OptimizerConfig(betas=[0.8, 0.95], eps=1e-6, weight_decay=0.3)
+    for group, decay in zip(make_optimizer(config, tiny_network(), 0.7).param_groups, (0.0, 0.3), strict=True):
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.7, (0.8, 0.95), 1e-6, decay)
+    sgd = make_optimizer(OptimizerConfig(name="sgd", momentum=0.5), tiny_network(), 0.1)
+    assert {group["momentum"] for group in sgd.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("name", ["lamb", "sgd", "adam", "adamw", "lion"])
+def test_named_optimizers_reduce_a_loss(name: str) -> None:
+    """Other optimizers build and learn."""
+    model = tiny_network()
+    optimizer = make_optimizer(OptimizerConfig(name=name), model, 1e-2)
+    images = torch.randn(16, FEATURES, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(20):
+        loss = (model(images) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_unknown_name() -> None:
+    """The error offers the near names."""
+    with pytest.raises(UserError, match=r"optimizer\.name=adamv: unknown; did you mean .*\badamw\b.*\?"):
+        make_optimizer(OptimizerConfig(name="adamv"), tiny_network(), LR)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"betas": [0.9]}, id="too-few"),
+        pytest.param({"betas": [1.5, 0.99]}, id="out-of-range"),
+        pytest.param({"lr": -1.0}, id="negative"),
+        pytest.param({"name": "fusedadamw"}, id="not-installed"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
+    """An option that cannot work ends in one line that names a field of the optimizer."""
+
+    def make() -> None:
+        config = OptimizerConfig(**options)
+        make_optimizer(config, tiny_network(), config.learning_rate(8))
+
+    with pytest.raises(UserError, match=r"^optimizer\.(betas|lr|name)=") as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed here")
+def test_apex_missing() -> None:
+    """Asked for and not installed, apex ends in one line that says where it comes from."""
+    with pytest.raises(UserError, match=r"implementation=apex: apex is not installed; .*NVIDIA/apex") as caught:
+        make_optimizer(OptimizerConfig(implementation=Implementation.apex), tiny_network(), LR)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,62 @@
+"""Number formats: what is cast, what is scaled, what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from metaformer.errors import UserError
+from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_products_have_the_format(name: str, dtype: torch.dtype) -> None:
+    """Inside, matrix products come out in the format; parameters, their gradients and what is outside stay float32."""
+    precision, layer, images = Precision(PrecisionConfig(PrecisionName[name]), CPU), nn.Linear(3, 2), torch.randn(4, 3)
+    with precision.autocast():
+        inside = layer(images)
+    assert inside.dtype == dtype
+    assert layer(images).dtype == torch.float32
+    inside.float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+
+
+def test_fp32_changes_nothing() -> None:
+    """With fp32 the result is bit for bit the plain one, and with bf16 it is not."""
+    layer, images = nn.Linear(64, 8), torch.randn(4, 64)
+    for name in (PrecisionName.fp32, PrecisionName.bf16):
+        with Precision(PrecisionConfig(name), CPU).autocast():
+            inside = layer(images).float()
+        assert torch.equal(inside, layer(images)) == (name is PrecisionName.fp32)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_only_fp16_is_scaled(name: str) -> None:
+    """Elsewhere the scaler passes losses through, has nothing to save, and steps the optimizer."""
+    scaler = Precision(PrecisionConfig(PrecisionName[name]), CPU).scaler
+    weight = nn.Parameter(torch.tensor(3.0))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(2 * weight).backward()
+    assert weight.grad == 2
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight == 1
+    assert not scaler.is_enabled()
+    assert scaler.state_dict() == {}
+
+
+def test_fp16_needs_a_gpu() -> None:
+    """fp16 on a CPU is refused, with what to use there."""
+    with pytest.raises(UserError, match=r"precision=fp16: needs a GPU; use precision=fp32 or precision=bf16"):
+        Precision(PrecisionConfig(PrecisionName.fp16), CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp16_is_scaled_on_a_gpu() -> None:
+    """On a GPU fp16 scales losses, so that small gradients survive."""
+    precision = Precision(PrecisionConfig(PrecisionName.fp16), torch.device("cuda"))
+    assert precision.scaler.is_enabled()
+    assert precision.scaler.scale(torch.ones((), device="cuda")) > 1
