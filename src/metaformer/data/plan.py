@@ -135,6 +135,7 @@ class TrainingPlan:
         return self.global_batch_size // (self.world_size * self.accumulation_steps)
 
     def batch(self, epoch: int, position: int) -> BatchPlan:
+        """As in `Plan`; the draws of a sample depend on seed, epoch and sample alone."""
         number = position * self.world_size + self.rank  # among all ranks' batches of the epoch
         order = _epoch_order(self.seed, epoch, self.num_samples)
         samples = order[number * self.batch_size : (number + 1) * self.batch_size]
