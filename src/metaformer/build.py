@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,12 +77,10 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
     network = runtime.distribute(state.model)  # before there are worker processes: it talks to the other ranks
     with ExitStack() as parts:
         transform = TrainingTransform(splits.num_classes, config.augmentation.label_smoothing)
-        train_feed = _feed(config, runtime, splits.train, plan, transform)
-        parts.callback(train_feed.close)
-        val_feed = _evaluation_feed(config, runtime, splits.val)
-        parts.callback(val_feed.close)
-        tracker: Tracker = NullTracker()
-        tracker = runtime.main_only(lambda: _tracker(config, settings, state), tracker)
+        train_feed = parts.enter_context(closing(_feed(config, runtime, splits.train, plan, transform)))
+        val_feed = parts.enter_context(closing(_evaluation_feed(config, runtime, splits.val)))
+        silent: Tracker = NullTracker()
+        tracker = runtime.main_only(lambda: _tracker(config, settings, state), otherwise=silent)
         parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
         for line in _describe(config, runtime, splits, settings, state):
             tracker.message(line)
@@ -131,9 +129,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     splits = _splits(config, runtime)
     model = _model(config, splits.num_classes, runtime)
     load_weights(model, weights)
-    feed = _evaluation_feed(config, runtime, splits.val)
 
-    def run() -> dict[str, Any]:
+    def run(feed: Feed) -> dict[str, Any]:
         accuracy = evaluate(model, feed, precision, runtime)
         if config.results_csv is not None:
             row: dict[str, str | int | float] = {
@@ -149,9 +146,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
             runtime.main_only(lambda: append_result(path, row), None)
         return {"model": config.model.name, **accuracy.as_dict(), "checkpoint": str(weights)}
 
-    with ExitStack() as parts:
-        parts.callback(feed.close)
-        yield run
+    with closing(_evaluation_feed(config, runtime, splits.val)) as feed:
+        yield partial(run, feed)
 
 
 def _splits(config: CommonConfig, runtime: Runtime) -> Splits:

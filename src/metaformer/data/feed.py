@@ -44,18 +44,18 @@ class Feed:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Batches from position `first` of an epoch to its end."""
-        images = self._loader.epoch(epoch, first)
+        loaded = self._loader.epoch(epoch, first)
         for position in range(first, self._plan.batches_per_epoch):
             started = time.perf_counter()
-            pixels = next(images)
+            pixels = next(loaded)
             waited = time.perf_counter() - started
             plan = self._plan.batch(epoch, position)
             labels = torch.from_numpy(self._index.labels[plan.samples])
             if self._device.type == "cuda":
                 labels = labels.pin_memory()
             pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, labels))
-            images_out, targets = self._transform(pixels, labels, plan)
-            yield Batch(images_out.contiguous(memory_format=self._memory_format), targets, waited)
+            images, targets = self._transform(pixels, labels, plan)
+            yield Batch(images.contiguous(memory_format=self._memory_format), targets, waited)
 
     def close(self) -> None:
         """Stop the loader."""

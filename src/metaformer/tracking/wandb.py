@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from metaformer.errors import UserError
+from metaformer.files import write_text_whole
 from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.tracker import NullTracker, Row
 
@@ -37,7 +38,7 @@ class WandbTracker(NullTracker):
         self._run: Any = None  # None once wandb has failed
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8] + "\n")
+            write_text_whole(id_file, uuid.uuid4().hex[:8] + "\n")
         options = {
             "id": id_file.read_text().strip(),
             "resume": "allow",

@@ -201,7 +201,7 @@ class Trainer:
         torch.manual_seed((settings.seed * 2**40 + position * runtime.world_size + runtime.rank) % 2**63)
 
     def _log(self, lr: float, grad_norm: Tensor) -> None:
-        """Log the mean over the steps since the last row: the only place where the host waits for the device."""
+        """Log the mean over the steps since the last row. Only here and in saving does the host wait for the device."""
         progress, settings, ranks = self.state.progress, self.settings, self.runtime.world_size
         totals = torch.stack([self.state.loss_sum, self.state.loss_sum.new_tensor(self._window.waited)])
         loss_sum, waited = (self.runtime.sum(totals) / ranks).tolist()
