@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "metaformer"
-COMPONENTS = ("models", "data", "training", "evaluation", "tracking")
+COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting")
 FOUNDATION = {"errors", "files", "runtime"}
 
 

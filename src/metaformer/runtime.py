@@ -130,7 +130,8 @@ class Runtime:
         if self.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        # Buffers are shared when they are read, before evaluation and saving: not at every step.
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 @contextmanager

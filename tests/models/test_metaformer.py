@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from metaformer.errors import UserError
 from metaformer.models import MetaFormer, create_model
-from metaformer.models.metaformer import MetaFormerBlock
+from metaformer.models.metaformer import BlockParts, MetaFormerBlock
 from metaformer.models.token_mixers import Pooling, check_pooling
 
 
@@ -49,7 +49,7 @@ def test_forward_equals_timm_with_the_papers_head(fresh: MetaFormer) -> None:
 
 def test_block_and_mixer_equal_their_formulas() -> None:
     """A block is x + s1 (pool(n(x)) - n(x)), then x + s2 mlp(n(x)), padding left out of the pool, GELU by erf."""
-    block = MetaFormerBlock(4, Pooling, lambda dim: nn.GroupNorm(1, dim), nn.GELU, 0.0, 0.5)
+    block = MetaFormerBlock(4, 7, Pooling, 0.0, BlockParts(layer_scale_init=0.5))
     randomise(block)
     x = torch.randn(2, 4, 5, 7)
 
@@ -70,6 +70,21 @@ def test_block_and_mixer_equal_their_formulas() -> None:
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     expected = y + block.layer_scale2.scale.view(-1, 1, 1) * channels(hidden, block.mlp.fc2)
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("channel_mlp", [True, False])
+def test_ablated_blocks_leave_out_one_part(residual: bool, channel_mlp: bool) -> None:
+    """Without the residual a branch replaces its input; without the channel MLP the second branch is not there."""
+    parts = BlockParts(layer_scale_init=0.5, residual=residual, channel_mlp=channel_mlp)
+    block = MetaFormerBlock(4, 5, Pooling, 0.0, parts)
+    randomise(block)
+    x = torch.randn(2, 4, 5, 5)
+    expected = x * residual + block.layer_scale1(block.token_mixer(block.norm1(x)))
+    if channel_mlp:
+        expected = expected * residual + block.layer_scale2(block.mlp(block.norm2(expected)))
+    torch.testing.assert_close(block(x), expected)
+    assert any(key.startswith("mlp.") for key in block.state_dict()) == channel_mlp
 
 
 def test_linear_and_mlp_layers_start_as_truncated_normal(fresh: MetaFormer) -> None:

@@ -1,11 +1,17 @@
 """The named networks."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
+from torch import nn
 
 from metaformer.errors import UserError
 from metaformer.models import MetaFormerBlock, create_model, create_timm_model, list_models
+from metaformer.models.token_mixers import Attention, DepthwiseConv, Pooling, SpatialFC
+from tests.conftest import REPOSITORY
 
 # name: parameters at 1000 classes, blocks, drop path rate, LayerScale's initial value (paper, table 1 and appendix)
 PAPER = {
@@ -17,9 +23,74 @@ PAPER = {
 }
 
 
+# What the ablations vary in PoolFormer-S12 (paper, table 5), and what each block then holds.
+ABLATIONS: dict[str, Callable[[MetaFormerBlock], bool]] = {
+    "identity": lambda block: isinstance(block.token_mixer, nn.Identity),
+    "random_matrix": lambda block: not list(block.token_mixer.parameters()),
+    "depthwise_conv": lambda block: isinstance(block.token_mixer, DepthwiseConv),
+    "pool5": lambda block: repr(block.token_mixer.pool).startswith("AvgPool2d(kernel_size=5,"),
+    "pool7": lambda block: repr(block.token_mixer.pool).startswith("AvgPool2d(kernel_size=7,"),
+    "pool9": lambda block: repr(block.token_mixer.pool).startswith("AvgPool2d(kernel_size=9,"),
+    "layer_norm": lambda block: isinstance(block.norm1, nn.LayerNorm) and isinstance(block.norm2, nn.LayerNorm),
+    "batch_norm": lambda block: isinstance(block.norm1, nn.BatchNorm2d) and isinstance(block.norm2, nn.BatchNorm2d),
+    "no_norm": lambda block: isinstance(block.norm1, nn.Identity) and isinstance(block.norm2, nn.Identity),
+    "relu": lambda block: isinstance(block.mlp.act, nn.ReLU),
+    "silu": lambda block: isinstance(block.mlp.act, nn.SiLU),
+    "no_residual": lambda block: not block.residual,
+    "no_channel_mlp": lambda block: not hasattr(block, "mlp"),
+}
+HYBRIDS = ("pppa", "ppaa", "pppf", "ppff")
+
+
+def blocks(model: nn.Module) -> list[MetaFormerBlock]:
+    return [module for module in model.modules() if isinstance(module, MetaFormerBlock)]
+
+
 def test_list_names_the_papers_networks() -> None:
-    """`list_models` gives the five networks in the paper's order."""
-    assert list_models() == list(PAPER)
+    """`list_models` gives the five networks, then the ablations, in the paper's order; `model=` offers each."""
+    assert list_models() == list(PAPER) + [f"metaformer_s12_{part}" for part in (*ABLATIONS, *HYBRIDS)]
+    files = {file.stem: OmegaConf.load(file) for file in (REPOSITORY / "conf" / "model").glob("*.yaml")}
+    assert {stem: values.name for stem, values in files.items() if stem != "timm"} == {n: n for n in list_models()}
+
+
+@pytest.mark.parametrize("part", ABLATIONS)
+def test_ablation_changes_its_part_alone(part: str) -> None:
+    """Every block of an ablation has the named part, PoolFormer-S12 has not, and what else there is keeps its name."""
+    ablated, baseline = create_model(f"metaformer_s12_{part}"), create_model("poolformer_s12")
+    assert all(ABLATIONS[part](block) for block in blocks(ablated))
+    assert not any(ABLATIONS[part](block) for block in blocks(baseline) if part != "random_matrix")
+    keys, known = set(ablated.state_dict()), set(baseline.state_dict())
+    changed = {key for key in keys ^ known if "running_" not in key and "num_batches" not in key}
+    allowed = {"no_norm": "norm", "no_channel_mlp": "2.|mlp|norm2"}.get(part, "token_mixer")
+    assert all(any(word in key for word in allowed.split("|")) for key in changed)
+
+
+@pytest.mark.parametrize("letters", HYBRIDS)
+def test_hybrid_has_a_mixer_a_stage(letters: str) -> None:
+    """The letters name the stages' mixers; attention brings channel LayerNorm everywhere and one position embedding."""
+    model = create_model(f"metaformer_s12_{letters}")
+    kinds = {"p": Pooling, "a": Attention, "f": SpatialFC}
+    for stage, letter in zip(model.stages, letters, strict=True):
+        assert all(isinstance(block.token_mixer, kinds[letter]) for block in blocks(stage))
+    norm = nn.LayerNorm if "a" in letters else nn.GroupNorm
+    assert isinstance(model.head.norm, norm)
+    assert all(isinstance(n, norm) and n.eps == 1e-5 for block in blocks(model) for n in (block.norm1, block.norm2))
+    embeddings = {key: p for key, p in model.named_parameters() if "position_embedding" in key}
+    expected = {"pppa": {"stages.3.position_embedding": (1, 512, 7, 7)},
+                "ppaa": {"stages.2.position_embedding": (1, 320, 14, 14)}}  # fmt: skip
+    assert {key: tuple(p.shape) for key, p in embeddings.items()} == expected.get(letters, {})
+    assert not any(p.any() for p in embeddings.values())
+
+
+@pytest.mark.parametrize("name", ["metaformer_s12_ppaa", "metaformer_s12_ppff", "metaformer_s12_random_matrix"])
+@pytest.mark.parametrize("size", [32, 65])
+def test_networks_with_positions_follow_the_image_size(name: str, size: int) -> None:
+    """Networks whose weights belong to positions take images of the size that they were made for."""
+    model = create_model(name, num_classes=3, image_size=size)
+    logits = model(torch.randn(2, 3, size, size))
+    logits.square().sum().backward()
+    assert logits.shape == (2, 3)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -28,10 +99,9 @@ def test_network_is_the_papers(name: str) -> None:
     parameters, depth, drop_path, layer_scale = PAPER[name]
     model = create_model(name)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    blocks = [m for m in model.modules() if isinstance(m, MetaFormerBlock)]
-    assert len(blocks) == depth
-    assert blocks[-1].drop_path1.drop_prob == pytest.approx(drop_path)
-    scales = torch.cat([scale.scale for b in blocks for scale in (b.layer_scale1, b.layer_scale2)])
+    assert len(blocks(model)) == depth
+    assert blocks(model)[-1].drop_path1.drop_prob == pytest.approx(drop_path)
+    scales = torch.cat([scale.scale for b in blocks(model) for scale in (b.layer_scale1, b.layer_scale2)])
     assert torch.equal(scales, torch.full_like(scales, layer_scale))
     with torch.device("meta"):
         reference = timm.create_model(name)

@@ -6,17 +6,36 @@ after (timm pools first), and convolutions outside the MLPs keep PyTorch's defau
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-Part = Callable[[int], nn.Module]  # a channel count in, a module for [B, C, H, W] out
+from metaformer.models.initialization import initialize
+from metaformer.models.norms import group_norm
+
+Norm = Callable[[int], nn.Module]  # a channel count in, a module for [B, C, H, W] out
+TokenMixer = Callable[[int, int], nn.Module]  # channels and positions a side in, the same
 
 
-def group_norm(dim: int) -> nn.Module:
-    """The paper's "modified layer norm": statistics over channels and space of each image, an affine per channel."""
-    return nn.GroupNorm(1, dim, eps=1e-5)
+@dataclass(frozen=True)
+class BlockParts:
+    """What a block consists of besides its token mixer; the paper's ablations change one part each.
+
+    Attributes:
+        residual: whether a branch is added to its input or replaces it.
+        channel_mlp: whether the block has its second branch.
+    """
+
+    norm: Norm = group_norm
+    activation: Callable[[], nn.Module] = nn.GELU
+    layer_scale_init: float = 1e-5
+    residual: bool = True
+    channel_mlp: bool = True
+
+
+POOLFORMER_PARTS = BlockParts()
 
 
 class LayerScale(nn.Module):
@@ -38,10 +57,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
         self.act = activation()
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
-        for conv in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(conv.weight, std=0.02)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+        initialize(self.fc1)
+        initialize(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x)))
@@ -54,28 +71,26 @@ class MetaFormerBlock(nn.Module):
     Shapes: [B, dim, H, W] -> [B, dim, H, W].
     """
 
-    def __init__(
-        self,
-        dim: int,
-        token_mixer: Part,
-        norm: Part,
-        activation: Callable[[], nn.Module],
-        drop_path_rate: float,
-        layer_scale_init: float,
-    ) -> None:
+    def __init__(self, dim: int, side: int, token_mixer: TokenMixer, drop_path_rate: float, parts: BlockParts) -> None:
         super().__init__()
-        self.norm1 = norm(dim)
-        self.token_mixer = token_mixer(dim)
+        self.residual = parts.residual
+        self.norm1 = parts.norm(dim)
+        self.token_mixer = token_mixer(dim, side)
         self.drop_path1 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.layer_scale1 = LayerScale(dim, layer_scale_init)
-        self.norm2 = norm(dim)
-        self.mlp = Mlp(dim, 4 * dim, activation)
-        self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.layer_scale2 = LayerScale(dim, layer_scale_init)
+        self.layer_scale1 = LayerScale(dim, parts.layer_scale_init)
+        self.channel_mlp = parts.channel_mlp
+        if self.channel_mlp:
+            self.norm2 = parts.norm(dim)
+            self.mlp = Mlp(dim, 4 * dim, parts.activation)
+            self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+            self.layer_scale2 = LayerScale(dim, parts.layer_scale_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.layer_scale1(self.token_mixer(self.norm1(x))))
-        x = x + self.drop_path2(self.layer_scale2(self.mlp(self.norm2(x))))
+        branch = self.drop_path1(self.layer_scale1(self.token_mixer(self.norm1(x))))
+        x = x + branch if self.residual else branch
+        if self.channel_mlp:
+            branch = self.drop_path2(self.layer_scale2(self.mlp(self.norm2(x))))
+            x = x + branch if self.residual else branch
         return x
 
 
@@ -92,27 +107,32 @@ class Downsampling(nn.Module):
 
 
 class Stage(nn.Module):
-    """Downsampling (none in the first stage), then the blocks of one resolution."""
+    """Downsampling (none in the first stage), a position embedding [1, dim, side, side] if asked for, the blocks."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], embedding_shape: Sequence[int] | None
+    ) -> None:
         super().__init__()
         self.downsample = downsample
+        self.position_embedding = nn.Parameter(torch.zeros(*embedding_shape)) if embedding_shape else None
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.blocks(self.downsample(x))
+        x = self.downsample(x)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding
+        out: Tensor = self.blocks(x)
         return out
 
 
 class Head(nn.Module):
     """Norm, THEN the mean over space, then the classifier: the paper's order."""
 
-    def __init__(self, dim: int, norm: Part, num_classes: int) -> None:
+    def __init__(self, dim: int, norm: Norm, num_classes: int) -> None:
         super().__init__()
         self.norm = norm(dim)
         self.fc = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.fc.weight, std=0.02)
-        nn.init.zeros_(self.fc.bias)
+        initialize(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(self.norm(x).mean((-2, -1)))
@@ -126,36 +146,40 @@ class MetaFormer(nn.Module):
         depths: blocks in each stage.
         dims: channels in each stage.
         token_mixers: the token mixer of each stage.
-        norm, activation: parts of every block.
-        drop_path_rate: drop path of the last block; it rises linearly from 0 at the first.
-        layer_scale_init: initial value of every LayerScale.
         num_classes: logits.
+        drop_path_rate: drop path of the last block; it rises linearly from 0 at the first.
+        image_size: side of the images in pixels; only a position embedding, and token mixers whose weights belong to
+            positions, depend on it.
+        parts: what every block consists of.
+        position_embedding_stage: the stage before whose blocks a position embedding is added, if any.
     """
 
     def __init__(
         self,
         depths: Sequence[int],
         dims: Sequence[int],
-        token_mixers: Sequence[Part],
+        token_mixers: Sequence[TokenMixer],
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
-        layer_scale_init: float = 1e-5,
-        norm: Part = group_norm,
-        activation: Callable[[], nn.Module] = nn.GELU,
+        image_size: int = 224,
+        parts: BlockParts = POOLFORMER_PARTS,
+        position_embedding_stage: int | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.stem = Downsampling(3, dims[0], kernel_size=7, stride=4, padding=2)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64).tolist())
+        side = (image_size - 3) // 4 + 1  # after the stem
         stages = []
         for i, (depth, dim, token_mixer) in enumerate(zip(depths, dims, token_mixers, strict=True)):
-            downsample = Downsampling(dims[i - 1], dim, kernel_size=3, stride=2, padding=1) if i else nn.Identity()
-            blocks = [
-                MetaFormerBlock(dim, token_mixer, norm, activation, next(rates), layer_scale_init) for _ in range(depth)
-            ]
-            stages.append(Stage(downsample, blocks))
+            downsample: nn.Module = nn.Identity()
+            if i:
+                downsample = Downsampling(dims[i - 1], dim, kernel_size=3, stride=2, padding=1)
+                side = (side + 1) // 2
+            blocks = [MetaFormerBlock(dim, side, token_mixer, next(rates), parts) for _ in range(depth)]
+            stages.append(Stage(downsample, blocks, (1, dim, side, side) if i == position_embedding_stage else None))
         self.stages = nn.Sequential(*stages)
-        self.head = Head(dims[-1], norm, num_classes)
+        self.head = Head(dims[-1], parts.norm, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.stages(self.stem(x)))

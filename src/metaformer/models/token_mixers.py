@@ -1,25 +1,95 @@
-"""Token mixers: the part of a MetaFormer block that lets positions of an image exchange information."""
+"""Token mixers: the part of a MetaFormer block that lets positions of an image exchange information.
+
+All are made from (dim, side) and map [B, dim, side, side] to the same shape; only those whose weights belong to
+positions (`RandomMatrix`, `SpatialFC`) insist on the side.
+"""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from metaformer.errors import UserError
+from metaformer.models.initialization import initialize
 
 
 class Pooling(nn.Module):
     """PoolFormer's token mixer: the average over a window, minus the input (the block's residual adds it back).
 
     Padding is not counted in the average (paper, section 3.2), so a constant image maps to zero everywhere.
-    Shapes: [B, C, H, W] -> [B, C, H, W].
     """
 
-    def __init__(self, dim: int, pool_size: int = 3) -> None:
+    def __init__(self, dim: int, side: int, pool_size: int = 3) -> None:
         super().__init__()
         self.pool = nn.AvgPool2d(pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled: Tensor = self.pool(x)
         return pooled - x
+
+
+class Identity(nn.Identity):
+    """No mixing at all: what the rest of the network achieves alone."""
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+
+
+class RandomMatrix(nn.Module):
+    """Mixes positions by a random matrix that is never trained: rows of U[0, 1) numbers after a softmax."""
+
+    matrix: Tensor
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.rand(side**2, side**2).softmax(dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.flatten(2), self.matrix).view(x.shape)
+
+
+class DepthwiseConv(nn.Module):
+    """A learned 3x3 filter for each channel."""
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention between all positions (arXiv 1706.03762), heads of 32 channels."""
+
+    HEAD_DIM = 32
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        initialize(self.qkv)
+        initialize(self.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(tokens).unflatten(2, (3, -1, self.HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value)  # its softmax is float32 in any precision
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+class SpatialFC(nn.Module):
+    """A linear layer over the positions, the same for all channels (ResMLP, arXiv 2105.03404), without bias."""
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(side**2, side**2, bias=False)
+        initialize(self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.flatten(2))
+        return out.view(x.shape)
 
 
 def check_pooling(device: torch.device) -> None:
@@ -34,7 +104,7 @@ def check_pooling(device: torch.device) -> None:
     def gradient(on: torch.device, memory_format: torch.memory_format) -> Tensor:
         values = torch.arange(2 * 8 * 7 * 7, dtype=torch.float32, device=on).view(2, 8, 7, 7).sin()
         x = values.clone(memory_format=memory_format).requires_grad_()
-        (Pooling(8)(x) * values.flip(0).contiguous(memory_format=memory_format)).sum().backward()
+        (Pooling(8, 7)(x) * values.flip(0).contiguous(memory_format=memory_format)).sum().backward()
         assert x.grad is not None
         return x.grad.cpu()
 

@@ -1,16 +1,18 @@
 """The named networks of the paper, and how to make one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import timm
 from omegaconf import MISSING
 from torch import nn
 
 from metaformer.errors import UserError, unknown_name
-from metaformer.models.metaformer import MetaFormer
-from metaformer.models.token_mixers import Pooling
+from metaformer.models.metaformer import POOLFORMER_PARTS, BlockParts, MetaFormer, TokenMixer
+from metaformer.models.norms import ChannelLayerNorm, no_norm
+from metaformer.models.token_mixers import Attention, DepthwiseConv, Identity, Pooling, RandomMatrix, SpatialFC
 
 SMALL_DIMS = (64, 128, 320, 512)
 MEDIUM_DIMS = (96, 192, 384, 768)
@@ -35,20 +37,53 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells one PoolFormer from another (paper, table 1 and appendix)."""
+    """What tells one network from another (paper, tables 1 and 5, and appendix); the defaults are PoolFormer-S12's."""
 
-    depths: Sequence[int]
-    dims: Sequence[int]
-    drop_path_rate: float
-    layer_scale_init: float
+    depths: Sequence[int] = (2, 2, 6, 2)
+    dims: Sequence[int] = SMALL_DIMS
+    drop_path_rate: float = 0.1
+    token_mixers: Sequence[TokenMixer] = (Pooling,) * 4
+    parts: BlockParts = POOLFORMER_PARTS
+    position_embedding_stage: int | None = None
+
+
+S12 = Variant()
+DEEP = BlockParts(layer_scale_init=1e-6)
+LETTERS: dict[str, TokenMixer] = {"p": Pooling, "a": Attention, "f": SpatialFC}
+
+
+def _with_mixer(token_mixer: TokenMixer) -> Variant:
+    return replace(S12, token_mixers=(token_mixer,) * 4)
+
+
+def _hybrid(letters: str) -> Variant:
+    """A letter a stage: pooling, attention or spatial FC; attention brings LayerNorm and a position embedding."""
+    hybrid = replace(S12, token_mixers=[LETTERS[letter] for letter in letters])
+    if "a" not in letters:
+        return hybrid
+    return replace(hybrid, parts=BlockParts(norm=ChannelLayerNorm), position_embedding_stage=letters.index("a"))
 
 
 VARIANTS = {
-    "poolformer_s12": Variant((2, 2, 6, 2), SMALL_DIMS, drop_path_rate=0.1, layer_scale_init=1e-5),
-    "poolformer_s24": Variant((4, 4, 12, 4), SMALL_DIMS, drop_path_rate=0.1, layer_scale_init=1e-5),
-    "poolformer_s36": Variant((6, 6, 18, 6), SMALL_DIMS, drop_path_rate=0.2, layer_scale_init=1e-6),
-    "poolformer_m36": Variant((6, 6, 18, 6), MEDIUM_DIMS, drop_path_rate=0.3, layer_scale_init=1e-6),
-    "poolformer_m48": Variant((8, 8, 24, 8), MEDIUM_DIMS, drop_path_rate=0.4, layer_scale_init=1e-6),
+    "poolformer_s12": S12,
+    "poolformer_s24": Variant((4, 4, 12, 4)),
+    "poolformer_s36": Variant((6, 6, 18, 6), drop_path_rate=0.2, parts=DEEP),
+    "poolformer_m36": Variant((6, 6, 18, 6), MEDIUM_DIMS, drop_path_rate=0.3, parts=DEEP),
+    "poolformer_m48": Variant((8, 8, 24, 8), MEDIUM_DIMS, drop_path_rate=0.4, parts=DEEP),
+    "metaformer_s12_identity": _with_mixer(Identity),
+    "metaformer_s12_random_matrix": _with_mixer(RandomMatrix),
+    "metaformer_s12_depthwise_conv": _with_mixer(DepthwiseConv),
+    "metaformer_s12_pool5": _with_mixer(partial(Pooling, pool_size=5)),
+    "metaformer_s12_pool7": _with_mixer(partial(Pooling, pool_size=7)),
+    "metaformer_s12_pool9": _with_mixer(partial(Pooling, pool_size=9)),
+    "metaformer_s12_layer_norm": replace(S12, parts=BlockParts(norm=ChannelLayerNorm)),
+    "metaformer_s12_batch_norm": replace(S12, parts=BlockParts(norm=nn.BatchNorm2d)),
+    "metaformer_s12_no_norm": replace(S12, parts=BlockParts(norm=no_norm)),
+    "metaformer_s12_relu": replace(S12, parts=BlockParts(activation=nn.ReLU)),
+    "metaformer_s12_silu": replace(S12, parts=BlockParts(activation=nn.SiLU)),
+    "metaformer_s12_no_residual": replace(S12, parts=BlockParts(residual=False)),
+    "metaformer_s12_no_channel_mlp": replace(S12, parts=BlockParts(channel_mlp=False)),
+    **{f"metaformer_s12_{letters}": _hybrid(letters) for letters in ("pppa", "ppaa", "pppf", "ppff")},
 }
 
 
@@ -57,13 +92,16 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def create_model(name: str, num_classes: int = 1000, drop_path_rate: float | None = None) -> MetaFormer:
+def create_model(
+    name: str, num_classes: int = 1000, drop_path_rate: float | None = None, image_size: int = 224
+) -> MetaFormer:
     """Make a network with freshly initialised weights.
 
     Args:
         name: one of `list_models()`.
         num_classes: size of the last layer.
         drop_path_rate: None takes the paper's rate for this network.
+        image_size: pixels a side; matters to networks with attention, spatial FC or a random matrix only.
 
     Raises:
         UserError: the name is unknown.
@@ -74,10 +112,12 @@ def create_model(name: str, num_classes: int = 1000, drop_path_rate: float | Non
     return MetaFormer(
         depths=variant.depths,
         dims=variant.dims,
-        token_mixers=[Pooling] * len(variant.depths),
+        token_mixers=variant.token_mixers,
         num_classes=num_classes,
         drop_path_rate=variant.drop_path_rate if drop_path_rate is None else drop_path_rate,
-        layer_scale_init=variant.layer_scale_init,
+        image_size=image_size,
+        parts=variant.parts,
+        position_embedding_stage=variant.position_embedding_stage,
     )
 
 

@@ -1,0 +1,35 @@
+"""Norms."""
+
+import torch
+from torch import nn
+
+from metaformer.models.norms import ChannelLayerNorm, group_norm, no_norm
+
+
+def test_group_norm_is_over_channels_and_space() -> None:
+    """Each image gets mean 0 and variance 1 over all its values, then the affine of each channel; eps is 1e-5."""
+    norm, x = group_norm(4), torch.randn(2, 4, 5, 7) * 3 + 1
+    assert isinstance(norm, nn.GroupNorm)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    mean, var = x.mean((1, 2, 3), keepdim=True), x.var((1, 2, 3), keepdim=True, correction=0)
+    expected = (x - mean) / (var + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_channel_layer_norm_is_over_channels_of_each_position() -> None:
+    """Each position gets mean 0 and variance 1 over its channels, then the affine; the memory format stays."""
+    norm = ChannelLayerNorm(4)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    x = (torch.randn(2, 4, 5, 7) * 0.01 + 1).to(memory_format=torch.channels_last)  # a variance that shows eps
+    mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+    expected = (x - mean) / (var + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-4)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_norm_changes_nothing() -> None:
+    """The ablation without norms has no parameters and gives its input back."""
+    x = torch.randn(2, 4, 5, 7)
+    assert no_norm(4)(x) is x
