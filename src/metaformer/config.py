@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from metaformer.data.augmentation import AugmentationConfig
 from metaformer.data.index import DataConfig
-from metaformer.data.loader import LoaderConfig, LoaderName
+from metaformer.data.loader import LoaderConfig
 from metaformer.errors import UserError, unknown_name
 from metaformer.models.variants import ModelConfig
 from metaformer.tracking.config import TrackingConfig
@@ -52,8 +52,6 @@ class CommonConfig:
         _at_least(0, self, "workers", "seed")
         if self.image_size < 32:
             raise UserError(f"image_size={self.image_size}: the networks reduce an image 32-fold; use 32 or more")
-        if not 0 < self.model.crop_pct <= 1:
-            raise UserError(f"model.crop_pct={self.model.crop_pct}: must lie in (0, 1]")
 
 
 @dataclass
@@ -78,13 +76,9 @@ class TrainConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.check_can_train()
         _at_least(1, self, "epochs", "global_batch_size", "accumulation_steps", "log_every_steps", "max_steps")
         _at_least(0, self.schedule, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
-        if self.loader.name is LoaderName.dali and self.augmentation.randaugment.num_ops:
-            raise UserError(
-                "loader=dali: does not do RandAugment yet; use loader=torch, or augmentation=light, "
-                "or augmentation.randaugment.num_ops=0"
-            )
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise UserError(f"clip_grad_norm={self.clip_grad_norm}: must be positive, or null for none")
 
@@ -141,9 +135,7 @@ def compose(name: str, kind: type[C]) -> C:
     Raises:
         UserError: an override names an unknown field, group or value, or fields contradict each other.
     """
-    store = ConfigStore.instance()
-    store.store("train_schema", TrainConfig)
-    store.store("validate_schema", ValidateConfig)
+    _store_schemas()
     composed: list[tuple[DictConfig, HydraConf]] = []
 
     # The program runs outside hydra.main, which would report its errors in a manner of its own.
@@ -165,10 +157,37 @@ def compose(name: str, kind: type[C]) -> C:
     except OmegaConfBaseException as error:
         raise UserError(_explain_value(error)) from error
     if isinstance(config, TrainConfig) and config.run_dir is None:
-        experiment = hydra_config.runtime.choices.get("experiment") or "default"
-        config.run_dir = f"runs/{config.model.name}-{experiment.replace('/', '-')}"
+        config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
     assert isinstance(config, kind)
     return config
+
+
+def compose_recipe(experiment: str) -> TrainConfig:
+    """The configuration of train.py with `experiment=` and nothing else.
+
+    Raises:
+        UserError: there is no such experiment, or it cannot work.
+    """
+    _store_schemas()
+    try:
+        with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
+            values = hydra.compose("train", [f"experiment={experiment}"])
+        config: Any = OmegaConf.to_object(values)
+    except HydraException as error:
+        raise UserError(_explain(error)) from error
+    assert isinstance(config, TrainConfig)
+    config.run_dir = config.run_dir or _default_run_dir(config, experiment)
+    return config
+
+
+def _store_schemas() -> None:
+    store = ConfigStore.instance()
+    store.store("train_schema", TrainConfig)
+    store.store("validate_schema", ValidateConfig)
+
+
+def _default_run_dir(config: TrainConfig, experiment: str) -> str:
+    return f"runs/{config.model.name}-{experiment.replace('/', '-')}"
 
 
 def _explain(error: HydraException) -> str:

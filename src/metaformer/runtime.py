@@ -130,8 +130,11 @@ class Runtime:
         if self.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are shared when they are read, before evaluation and saving: not at every step.
-        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        distributed = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        # Buffers are shared when they are read, before evaluation and saving: not at every step. Not as an argument,
+        # which torch 2.14 renames and before does not know by the new name.
+        distributed.broadcast_buffers = False
+        return distributed
 
 
 @contextmanager

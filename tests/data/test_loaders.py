@@ -20,8 +20,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
 from metaformer.data.dali_loader import DaliLoader
-from metaformer.data.device_transform import TrainingTransform, normalize
-from metaformer.data.feed import Feed, Target, evaluation_transform
+from metaformer.data.device_transform import EvaluationTransform, TrainingTransform, normalize
+from metaformer.data.feed import Feed, Target
 from metaformer.data.index import ImageIndex, load_index
 from metaformer.data.loader import Loader, LoaderConfig
 from metaformer.data.pil_reader import read_with_pil
@@ -108,15 +108,16 @@ def samples_of(plan: Plan, epoch: int = 0) -> list[int]:
     return [s for position in range(plan.batches_per_epoch) for s in plan.batch(epoch, position).samples.tolist()]
 
 
-def test_randaugment_is_the_same_in_torch_and_pil(index: ImageIndex) -> None:
-    """Torch's and PIL's images get the same operations: they stay as close as these let rounding grow."""
+@pytest.mark.parametrize(("name", "bound"), [("torch", 0.5), ("dali", 3.0)])
+def test_randaugment_is_pils_in_every_loader(index: ImageIndex, name: str, bound: float) -> None:
+    """Each loader's images get the operations of PIL's: they stay as close as these let rounding grow."""
     plan = training_plan(augmentation=AugmentationConfig())
     images, reference, plain = (
-        read_epoch("torch", index, plan),
+        read_epoch(name, index, plan),
         read_epoch("pil", index, plan),
         read_epoch("pil", index, training_plan()),
     )
-    assert difference(images, reference).max() < 0.5
+    assert difference(images, reference).max() < bound
     changed = difference(reference, plain) > 0
     expected = [
         bool(batch.randaugment and batch.randaugment.of_sample(row))
@@ -331,7 +332,7 @@ def test_feed_gives_the_plans_labels_and_transforms(index: ImageIndex) -> None:
     plan = evaluation_plan()
     with open_loader("pil", index, plan) as loader:
         images = list(loader.epoch(0))
-        feed = Feed(index, plan, loader, evaluation_transform, Target(CPU, torch.contiguous_format))
+        feed = Feed(index, plan, loader, EvaluationTransform(), Target(CPU, torch.contiguous_format))
         batches = list(feed.epoch(0, first=1))
     assert torch.cat([batch.targets for batch in batches]).tolist() == index.labels[4:].tolist()
     assert same([batch.images for batch in batches], [normalize(batch) for batch in images[1:]])

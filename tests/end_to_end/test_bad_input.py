@@ -35,7 +35,6 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["model=timm", "model.name=resnet51"], ["model.name=resnet51", "resnet50"]),
         (["loader=dalli"], ["loader=dalli", "dali"]),
         (["loader.name=dalli"], ["loader.name", "dali"]),
-        (["loader=dali", "augmentation=paper"], ["loader=dali", "RandAugment", "augmentation=light"]),
         (["optimizer=adam2"], ["optimizer=adam2", "adamw"]),
         (["optimizer.name=adamww"], ["optimizer.name=adamww", "adamw"]),
         (["experiment=dmeo"], ["experiment=dmeo", "demo"]),
@@ -108,7 +107,11 @@ def test_checkpoint_of_another_network(images: Path, tmp_path: Path, monkeypatch
     other = error_of(monkeypatch, "validate", *common, "model=poolformer_s24", f"checkpoint={weights}")
     assert "poolformer_s12" in other
     assert str(weights) in other
-    assert "head.fc" in error_of(monkeypatch, "validate", *common, "num_classes=7", f"checkpoint={weights}")
+    assert "has 4 classes" in error_of(monkeypatch, "validate", *common, "num_classes=7", f"checkpoint={weights}")
+    assert "4 class folders" in error_of(monkeypatch, "validate", *common, "num_classes=3", f"checkpoint={weights}")
+    seven = tmp_path / "seven.safetensors"
+    save_weights(create_model("poolformer_s12", num_classes=7), seven, "poolformer_s12")
+    assert "head.fc" in error_of(monkeypatch, "validate", *common, f"checkpoint={seven}")
     assert "checkpoint=" in error_of(monkeypatch, "validate", *common)
     assert "nowhere" in error_of(monkeypatch, "validate", *common, "checkpoint=nowhere")
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.evaluation.results import HEADER, append_result
+from metaformer.evaluation.results import HEADER, TIMMS_HEADER, append_result
 
 ROW: dict[str, str | int | float] = {
     "model": "poolformer_s12", "img_size": 224, "top1": 77.2284, "top5": 93.5, "param_count": 11_915_176,
-    "crop_pct": 0.9, "interpolation": "bicubic",
+    "crop_pct": 0.9, "interpolation": "bicubic", "images": 50_000, "data": "imagenet", "checkpoint": "runs/a, b/model",
 }  # fmt: skip
-LINE = ["poolformer_s12", "224", "77.228", "22.772", "93.500", "6.500", "11.92", "0.9", "bicubic"]
+LINE = ["poolformer_s12", "224", "77.228", "22.772", "93.500", "6.500", "11.92", "0.9", "bicubic",
+        "50000", "imagenet", "runs/a, b/model"]  # fmt: skip
 
 
 def read(path: Path) -> list[list[str]]:
@@ -29,27 +30,30 @@ def test_made_with_timms_header(tmp_path: Path, there: str | None) -> None:
         path.write_text(there)
     append_result(path, ROW)
     assert read(path) == [list(HEADER), LINE]
-    assert ",".join(HEADER) == "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation"
+    timms = "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation"
+    assert ",".join(HEADER) == f"{timms},images,data,checkpoint"
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", ""], ids=["unix", "dos", "none"])
 def test_appends(tmp_path: Path, ending: str) -> None:
     """Rows are added below what is there, however its last line ends."""
     path = tmp_path / "table.csv"
-    path.write_bytes((",".join(HEADER) + "\r\n" + "other," + ",".join(LINE[1:]) + ending).encode())
+    row = ",".join(["other", *LINE[1:-1], f'"{LINE[-1]}"'])
+    path.write_bytes((",".join(HEADER) + "\r\n" + row + ending).encode())
     append_result(path, ROW)
     append_result(path, ROW)
     assert read(path) == [list(HEADER), ["other", *LINE[1:]], LINE, LINE]
 
 
-def test_another_header_is_refused(tmp_path: Path) -> None:
-    """A CSV of something else is named in one line and left as it is."""
+@pytest.mark.parametrize("header", ["model,top1", ",".join(TIMMS_HEADER)], ids=["other", "timm's alone"])
+def test_another_header_is_refused(tmp_path: Path, header: str) -> None:
+    """A CSV of something else, or without our columns, is named in one line and left as it is."""
     path = tmp_path / "table.csv"
-    path.write_text("model,top1\nx,1\n")
-    with pytest.raises(UserError, match=r"results_csv=\S+table\.csv: another header \(model,top1\)") as caught:
+    path.write_text(f"{header}\nx,1\n")
+    with pytest.raises(UserError, match=rf"results_csv=\S+table\.csv: another header \({header[:80]}\)") as caught:
         append_result(path, ROW)
     assert "\n" not in str(caught.value)
-    assert path.read_text() == "model,top1\nx,1\n"
+    assert path.read_text() == f"{header}\nx,1\n"
 
 
 def test_unwritable(tmp_path: Path) -> None:

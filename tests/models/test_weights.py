@@ -1,25 +1,64 @@
-"""Weight files."""
+"""Weight files: this project's, timm's and the paper's authors', and files that are none."""
 
+import io
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from metaformer.errors import UserError
-from metaformer.models import MetaFormer, load_weights, save_weights
-from metaformer.models.token_mixers import Pooling
+from metaformer.models import MetaFormer, create_model, load_weights, save_weights
+from metaformer.models.metaformer import BlockParts
+from metaformer.models.norms import ChannelLayerNorm
+from metaformer.models.token_mixers import Attention, Identity, Pooling, SpatialFC
+from metaformer.models.weight_formats import metaformer_to_official
+from tests.models.released import RELEASED_SLOTS, SMALL_DEPTHS, SMALL_DIMS, released_logits, released_state
+
+S12_DEPTHS, S12_DIMS = (2, 2, 6, 2), (64, 128, 320, 512)
+MIXERS = {"pool": Pooling, "attention": Attention, "fc": SpatialFC, "none": Identity}
 
 
 def small(num_classes: int = 5, depth: int = 1) -> MetaFormer:
     return MetaFormer((1, 1, depth, 1), (4, 8, 12, 16), [Pooling] * 4, num_classes)
 
 
-def message(model: nn.Module, path: Path) -> str:
+def small_released(name: str, num_classes: int = 5, image_size: int = 64) -> MetaFormer:
+    """This project's network with a released one's slots, for `released_state`'s sizes."""
+    slots = [slot for slot in RELEASED_SLOTS[name] if slot in MIXERS]
+    hybrid = "attention" in slots
+    return MetaFormer(
+        SMALL_DEPTHS,
+        SMALL_DIMS,
+        [MIXERS[slot] for slot in slots],
+        num_classes,
+        image_size=image_size,
+        parts=BlockParts(norm=ChannelLayerNorm) if hybrid else BlockParts(),
+        position_embedding_stage=slots.index("attention") if hybrid else None,
+    )
+
+
+def perturb(model: nn.Module) -> Any:
+    """Random weights with which every tensor matters: LayerScales and norms lie far from where they start."""
+    random = torch.Generator().manual_seed(0)
+    for key, tensor in model.state_dict().items():
+        scale = 0.5 if tensor.ndim == 1 else tensor[0].numel() ** -0.5
+        tensor.copy_(torch.randn(tensor.shape, generator=random) * scale + key.endswith("norm.weight"))
+    return model.eval()
+
+
+def message(model: nn.Module, path: Path, use_ema: bool = False) -> str:
     with pytest.raises(UserError) as refusal:
-        load_weights(model, path)
+        load_weights(model, path, use_ema)
     text = str(refusal.value)
     assert text.startswith(f"{path}: ")
     assert len(text.splitlines()) == 1
@@ -44,27 +83,145 @@ def test_round_trip(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
-def test_timm_loads_our_file_and_we_load_timms(tmp_path: Path) -> None:
-    """A file from `save_weights` loads into timm's poolformer as it is, and timm's state dict loads into ours."""
-    reference = timm.models.metaformer.MetaFormer(
-        depths=(1, 1, 1, 1),
-        dims=(4, 8, 12, 16),
-        num_classes=5,
-        token_mixers=timm.models.metaformer.Pooling,
-        mlp_act=nn.GELU,
-        mlp_bias=True,
-        norm_layers=timm.models.metaformer.GroupNorm1,
-        downsample_norm=None,
-        layer_scale_init_values=1e-5,
-        res_scale_init_values=None,
-        use_mlp_head=False,
-    )
-    save_file({key: tensor + 1 for key, tensor in reference.state_dict().items()}, tmp_path / "timm")
-    model = small()
-    load_weights(model, tmp_path / "timm")
-    save_weights(model, tmp_path / "ours", "a_small_network")
+def paper_head(reference: Any, images: Tensor) -> Tensor:
+    """timm's features under the paper's head: norm, then the mean over space, then the classifier."""
+    norm, fc = reference.head.norm, reference.head.fc
+    features = functional.group_norm(reference.forward_features(images), 1, norm.weight, norm.bias, eps=1e-5)
+    return functional.linear(features.mean((2, 3)), fc.weight, fc.bias)
+
+
+@torch.no_grad()
+def test_timms_weights_give_this_projects_function(tmp_path: Path) -> None:
+    """timm's poolformer_s12 and this one agree up to the head; under the paper's head they are one function.
+
+    timm's own head is another function of the same weights: its logits differ.
+    """
+    reference = perturb(timm.create_model("poolformer_s12", num_classes=7))
+    save_file(reference.state_dict(), tmp_path / "timm.safetensors")
+    model = create_model("poolformer_s12", num_classes=7).eval()
+    load_weights(model, tmp_path / "timm.safetensors")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    logits = model(images)
+    torch.testing.assert_close(logits, paper_head(reference, images), rtol=1e-4, atol=1e-4 * logits.std().item())
+    assert (reference(images) - logits).abs().max() > 0.1 * logits.std()
+
+
+@torch.no_grad()
+def test_timm_loads_this_projects_files(tmp_path: Path) -> None:
+    """A file from `save_weights` loads strictly into timm's network of the name, with equal features."""
+    model = perturb(create_model("poolformer_s12", num_classes=7))
+    save_weights(model, tmp_path / "ours", "poolformer_s12")
+    reference = timm.create_model("poolformer_s12", num_classes=7).eval()
     reference.load_state_dict(load_file(tmp_path / "ours"), strict=True)
-    assert torch.equal(reference.state_dict()["stem.conv.weight"], model.stem.conv.weight)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    features = model.stages(model.stem(images))
+    spread = features.std().item()
+    torch.testing.assert_close(reference.forward_features(images), features, rtol=1e-4, atol=1e-4 * spread)
+
+
+@pytest.mark.parametrize("name", RELEASED_SLOTS)
+def test_released_weights_give_the_released_function(tmp_path: Path, name: str) -> None:
+    """Files of the paper's authors, with their keys, compute here what they compute there, embedding included."""
+    state = released_state(name)
+    torch.save(state, tmp_path / f"{name}.pth.tar")
+    model = small_released(name).eval()
+    load_weights(model, tmp_path / f"{name}.pth.tar")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = released_logits(name, {key: tensor.requires_grad_() for key, tensor in state.items()}, images)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+    # The comparison sees every tensor of the file, but that pooling minus its input removes a constant.
+    for key, gradient in zip(state, torch.autograd.grad(expected.square().sum(), list(state.values())), strict=True):
+        pooled = key.endswith("norm1.bias") and RELEASED_SLOTS[name][int(key.split(".")[1])] == "pool"
+        assert pooled or gradient.abs().max() > 1e-2, key
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("poolformer_s12", "poolformer_s12"),
+        ("metaformer_id_s12", "metaformer_s12_identity"),
+        ("metaformer_pppa_s12_224", "metaformer_s12_pppa"),
+        ("metaformer_ppaa_s12_224", "metaformer_s12_ppaa"),
+        ("metaformer_pppf_s12_224", "metaformer_s12_pppf"),
+        ("metaformer_ppff_s12_224", "metaformer_s12_ppff"),
+    ],
+)
+def test_released_sizes_fit_the_named_networks(tmp_path: Path, name: str, ours: str) -> None:
+    """The released S12 networks, at 224 pixels, load into this project's of the corresponding names."""
+    torch.save(released_state(name, S12_DIMS, S12_DEPTHS, image_size=224, num_classes=10), tmp_path / "w")
+    load_weights(create_model(ours, num_classes=10), tmp_path / "w")
+
+
+Writer = Callable[[dict[str, Tensor], Path], None]
+WRITERS: dict[str, Writer] = {
+    "safetensors": save_file,
+    "torch": torch.save,
+    "torch before 1.6": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "official": lambda state, path: torch.save(metaformer_to_official(state), path),
+    "official safetensors": lambda state, path: save_file(metaformer_to_official(state), path),
+    "ddp": lambda state, path: torch.save({f"module.{key}": tensor for key, tensor in state.items()}, path),
+    "timm": lambda state, path: torch.save(training_checkpoint(state), path),
+    "timm ddp, official": lambda state, path: torch.save(
+        training_checkpoint({f"module.{key}": t for key, t in metaformer_to_official(state).items()}), path
+    ),
+}
+
+
+def training_checkpoint(state: dict[str, Tensor], **entries: Any) -> dict[str, Any]:
+    """What timm's training program writes, beside `state_dict` and what is given."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    options = Namespace(model="small", lr=1e-3, mean=[0.5], aug_splits=0, resume="")
+    return {
+        "epoch": 7,
+        "arch": "a_timm_network",
+        "state_dict": state,
+        "optimizer": optimizer.state_dict(),
+        "version": 2,
+        "args": options,
+        "metric": 71.5,
+        **entries,
+    }
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth.tar", "txt"])
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_format_under_every_name(tmp_path: Path, layout: str, ending: str) -> None:
+    """The bytes and keys tell the format; the file's name does not matter."""
+    saved = small()
+    WRITERS[layout](saved.state_dict(), tmp_path / f"w.{ending}")
+    loaded = small()
+    load_weights(loaded, tmp_path / f"w.{ending}")
+    for key, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_average_of_a_timm_checkpoint(tmp_path: Path) -> None:
+    """use_ema takes `state_dict_ema`; files without one are refused, and so are safetensors."""
+    state, average = small().state_dict(), small().state_dict()
+    torch.save(training_checkpoint(state, state_dict_ema=average), tmp_path / "both")
+    torch.save(training_checkpoint(state), tmp_path / "one")
+    save_file(state, tmp_path / "safetensors")
+    model = small()
+    load_weights(model, tmp_path / "both")
+    assert torch.equal(model.stem.conv.weight, state["stem.conv.weight"])
+    load_weights(model, tmp_path / "both", use_ema=True)
+    assert torch.equal(model.stem.conv.weight, average["stem.conv.weight"])
+    for name in ("one", "safetensors"):
+        assert "use_ema=false" in message(model, tmp_path / name, use_ema=True)
+
+
+def test_networks_of_timm(tmp_path: Path) -> None:
+    """Another library's network loads its own keys, unwrapped; official keys are converted for this project's alone."""
+    saved = timm.create_model("poolformer_s12", num_classes=3)
+    torch.save(training_checkpoint({f"module.{k}": v for k, v in saved.state_dict().items()}), tmp_path / "w")
+    loaded = timm.create_model("poolformer_s12", num_classes=3)
+    load_weights(loaded, tmp_path / "w")
+    assert torch.equal(loaded.state_dict()["stem.conv.weight"], saved.state_dict()["stem.conv.weight"])
+    torch.save(metaformer_to_official(saved.state_dict()), tmp_path / "w")
+    assert "unexpected patch_embed.proj.weight" in message(loaded, tmp_path / "w")
+    resnet = timm.create_model("resnet10t", num_classes=3)
+    save_weights(timm.create_model("resnet10t", num_classes=8), tmp_path / "r", "resnet10t")
+    assert "has 8 classes (fc.weight), this model 3; num_classes=8" in message(resnet, tmp_path / "r")
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -73,30 +230,142 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert "no such" in message(small(), tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_damaged_file_is_named(file: Path, keep: int) -> None:
-    """A file cut anywhere, or one that is no safetensors file, is a UserError that names it."""
-    file.write_bytes(file.read_bytes()[:keep])
-    assert "safetensors" in message(small(), file)
-    file.write_bytes(b"not weights at all, but text\n" * 9)
-    assert "safetensors" in message(small(), file)
+@pytest.mark.parametrize("layout", ["safetensors", "torch", "torch before 1.6"])
+@pytest.mark.parametrize("keep", [0, 3, 7, 60, 0.1, 0.5, 0.99, -1])
+def test_file_cut_short_is_named(tmp_path: Path, layout: str, keep: float) -> None:
+    """A file of any format, cut anywhere, is a UserError that names it."""
+    WRITERS[layout](small().state_dict(), tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    (tmp_path / "w").write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else int(keep)])
+    text = message(small(), tmp_path / "w")
+    assert "not a whole" in text or "not a weights file" in text or "not one that torch writes" in text
 
 
-def test_other_class_count_is_named(file: Path) -> None:
-    """Weights for another number of classes name the network in the file, the first tensor and both shapes."""
-    text = message(small(num_classes=6), file)
-    assert "a_small_network" in text
-    assert "head.fc.weight is [5, 16], not [6, 16] and 1 more" in text
+@pytest.mark.parametrize("layout", ["torch", "torch before 1.6"])
+def test_damaged_pickle_is_named(tmp_path: Path, layout: str) -> None:
+    """A changed byte among a torch file's keys ends in the one line, or is one that changes nothing of it."""
+    WRITERS[layout](small().state_dict(), tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    key = whole.index(b"stem.conv.weight")
+    refusals = []
+    for place in range(key - 20, key + 80):
+        (tmp_path / "w").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        try:
+            load_weights(small(), tmp_path / "w")
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(text.startswith(f"{tmp_path / 'w'}: ") and len(text.splitlines()) == 1 for text in refusals)
+
+
+def archive(entries: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        for name, content in entries.items():
+            out.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"not weights at all, but text\n" * 9, "neither safetensors nor torch's format"),
+        (b"<!DOCTYPE html><html>", "neither safetensors nor torch's format"),
+        (pickle.dumps({"a": 1}), "refused, not executed"),
+        (archive({"x.txt": b"text"}), "a zip archive, but without a state dict"),
+        (archive({"x/data.pkl": b"", "x/constants.pkl": b""}), "a zip archive, but without a state dict"),
+        (archive({"x/data.pkl": b"text"}), "not a whole torch file"),
+    ],
+)
+def test_other_file_is_named(tmp_path: Path, content: bytes, part: str) -> None:
+    """Text, other pickles and other archives are said to be what they are."""
+    (tmp_path / "w").write_bytes(content)
+    assert part in message(small(), tmp_path / "w")
+
+
+class Malice:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("wrap", ["zip", "old", "pickle"])
+def test_pickle_that_runs_code_is_refused(tmp_path: Path, wrap: str) -> None:
+    """A pickle with a call in it is refused by name and not executed, whichever way it is packed."""
+    mark, path = tmp_path / "mark", tmp_path / "w"
+    contents = {"state_dict": small().state_dict(), "args": Malice(mark)}
+    if wrap == "pickle":
+        path.write_bytes(pickle.dumps(contents))
+        assert "refused, not executed" in message(small(), path)
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=wrap == "zip")
+        assert "refused, and not executed: it would call posix.mkdir" in message(small(), path)
+    assert not mark.exists()
+    if wrap != "pickle":
+        torch.load(path, weights_only=False)  # what it would have done
+        assert mark.exists()
+
+
+def test_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    """A torch file that holds the module instead of its state dict names the class that it would need."""
+    torch.save(nn.Linear(1, 1), tmp_path / "w")
+    assert "refused, and not executed: it would call torch.nn.modules.linear.Linear" in message(small(), tmp_path / "w")
+
+
+def test_file_of_other_contents(tmp_path: Path) -> None:
+    """A torch file without a state dict says what it holds."""
+    torch.save({"epoch": 3, "step": 4}, tmp_path / "w")
+    assert "holds no state dict, but epoch, step" in message(small(), tmp_path / "w")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "official"])
+def test_other_class_count_is_named(tmp_path: Path, layout: str) -> None:
+    """Weights for another number of classes say both numbers and the field to set."""
+    WRITERS[layout](small().state_dict(), tmp_path / "w")
+    text = message(small(num_classes=6), tmp_path / "w")
+    assert text.endswith(": has 5 classes (head.fc.weight), this model 6; num_classes=5")
+
+
+def test_other_image_size_is_named(tmp_path: Path) -> None:
+    """A position embedding or a layer over positions for another image size says both sizes and the field to set."""
+    for name in ("metaformer_pppa_s12_224", "metaformer_ppaa_s12_224", "metaformer_ppff_s12_224"):
+        torch.save(released_state(name, image_size=96), tmp_path / "w")
+        text = message(small_released(name, image_size=64), tmp_path / "w")
+        assert "is for images of 96 pixels (stages." in text
+        assert text.endswith("this model for 64; image_size=96")
+        text = message(small_released(name, num_classes=9), tmp_path / "w")
+        assert "num_classes=5, and is for images of 96 pixels" in text
 
 
 def test_other_network_is_named_and_leaves_the_model_as_it_was(file: Path) -> None:
     """Missing and unexpected keys are named, one each; nothing of the file is loaded."""
     deeper = small(depth=2)
     before = deeper.stem.conv.weight.clone()
-    assert "missing stages.2.blocks.1." in message(deeper, file)
+    text = message(deeper, file)
+    assert "holds the weights of a_small_network" in text
+    assert "missing stages.2.blocks.1." in text
     assert torch.equal(deeper.stem.conv.weight, before)
     save_weights(deeper, file, "a_deeper_network")
     assert "unexpected stages.2.blocks.1." in message(small(), file)
+
+
+def test_other_shapes_are_named(tmp_path: Path) -> None:
+    """A wider network of the same keys names the first tensor with both shapes."""
+    wider = MetaFormer((1, 1, 1, 1), (8, 8, 12, 16), [Pooling] * 4, num_classes=5)
+    torch.save(training_checkpoint(wider.state_dict()), tmp_path / "w")
+    text = message(small(), tmp_path / "w")
+    assert "holds the weights of a_timm_network" in text
+    assert "stem.conv.weight is [8, 3, 7, 7], not [4, 3, 7, 7] and " in text
+
+
+def test_strange_official_key_is_named(tmp_path: Path) -> None:
+    """A file of the paper's program with a key that none of its networks has is refused."""
+    torch.save(released_state("poolformer_s12") | {"head2.bias": torch.zeros(1)}, tmp_path / "w")
+    assert "head2.bias" in message(small_released("poolformer_s12"), tmp_path / "w")
 
 
 def test_file_of_unknown_origin_is_refused_without_a_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Everything is batched and driven by the plan's draws; nothing here asks the devi
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,27 +14,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaformer.data.plan import BatchPlan, EraseDraws, MixDraws
+from metaformer.data.transfer import to_device
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB values in [0, 1]
-STD = (0.229, 0.224, 0.225)
+
+class ColourStatistics(NamedTuple):
+    """What a network takes as the mean and the standard deviation of RGB values in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = ColourStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+def _mean_and_std(statistics: ColourStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
     """Float32 [3, 1, 1] each, in units of [0, 255]; kept, because making them on a GPU waits for it."""
-    mean, std = torch.tensor([MEAN, STD], device=device).mul(255).view(2, 3, 1, 1).unbind()
+    mean, std = torch.tensor(statistics, device=device).mul(255).view(2, 3, 1, 1).unbind()
     return mean, std
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, statistics: ColourStatistics = IMAGENET) -> Tensor:
     """uint8 [B, 3, H, W] to float32 of the same shape and memory format: (x / 255 - mean) / std."""
-    mean, std = _mean_and_std(images.device)
+    mean, std = _mean_and_std(statistics, images.device)
     return images.float().sub_(mean).div_(std)
 
 
-def denormalize(images: Tensor) -> Tensor:
+def denormalize(images: Tensor, statistics: ColourStatistics = IMAGENET) -> Tensor:
     """The inverse of `normalize`, to float32 in [0, 1]; erasing's noise is clipped."""
-    mean, std = _mean_and_std(images.device)
+    mean, std = _mean_and_std(statistics, images.device)
     return ((images * std + mean) / 255).clamp(0, 1)
 
 
@@ -43,16 +52,28 @@ class TrainingTransform:
 
     num_classes: int
     label_smoothing: float
+    statistics: ColourStatistics = IMAGENET
 
     def __call__(self, images: Tensor, labels: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, H, W] and labels int64 [B] to float32 images and soft targets float32 [B, classes]."""
-        images = normalize(images)
+        images = normalize(images, self.statistics)
         targets = smooth_one_hot(labels, self.num_classes, self.label_smoothing)
         if plan.mix is not None:
             images, targets = mix(images, targets, plan.mix)
         if plan.erase is not None and len(plan.erase.rows):
             images = erase(images, plan.erase)
         return images, targets
+
+
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """Normalised images and the labels as they are."""
+
+    statistics: ColourStatistics = IMAGENET
+
+    def __call__(self, images: Tensor, labels: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B, 3, H, W] to float32."""
+        return normalize(images, self.statistics), labels
 
 
 def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
@@ -114,8 +135,4 @@ def _boxes_to_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _to(like: Tensor, array: NDArray[np.float64] | NDArray[np.int64], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A few numbers to the device without waiting for it."""
-    tensor = torch.from_numpy(array).to(dtype)
-    if like.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(like.device, non_blocking=True)
+    return to_device(torch.from_numpy(array).to(dtype), like.device)

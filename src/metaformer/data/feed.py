@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metaformer.data.device_transform import normalize
 from metaformer.data.index import ImageIndex
 from metaformer.data.loader import Loader
 from metaformer.data.plan import BatchPlan, Plan
+from metaformer.data.transfer import to_device
 
 Transform = Callable[[Tensor, Tensor, BatchPlan], tuple[Tensor, Tensor]]
 
@@ -30,11 +30,6 @@ class Target(NamedTuple):
     memory_format: torch.memory_format
 
 
-def evaluation_transform(images: Tensor, labels: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
-    """Normalised images and the labels as they are."""
-    return normalize(images), labels
-
-
 class Feed:
     """The batches of one plan, read by one loader, transformed on the device."""
 
@@ -51,9 +46,7 @@ class Feed:
             waited = time.perf_counter() - started
             plan = self._plan.batch(epoch, position)
             labels = torch.from_numpy(self._index.labels[plan.samples])
-            if self._device.type == "cuda":
-                labels = labels.pin_memory()
-            pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, labels))
+            pixels, labels = to_device(pixels, self._device), to_device(labels, self._device)
             images, targets = self._transform(pixels, labels, plan)
             yield Batch(images.contiguous(memory_format=self._memory_format), targets, waited)
 

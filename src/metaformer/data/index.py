@@ -1,14 +1,14 @@
 """The index of a data set: which images there are, in an order that never changes.
 
 Layout on disk, as ImageNet's: SPLIT/CLASS/IMAGE, classes and images in sorted order, labels as torchvision's
-ImageFolder gives them. A scan is kept in a cache beside the data (or in the user's cache folder where the data is
-read-only) and reused while no folder has changed.
+ImageFolder gives them (`label_schemes` gives others). A scan is kept in a cache beside the data (or in the user's
+cache folder where the data is read-only) and reused while no folder has changed.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,51 @@ class Source(Enum):
     sample = "sample"  # built on first use from a package's data
 
 
+class Labels(Enum):
+    """What an image's label is; `label_schemes` has those of ImageNet's test sets."""
+
+    folders = "folders"  # the place of its class folder among the class folders
+    numbers = "numbers"  # the number that its class folder is named by, 0 to 999
+    wnids = "wnids"  # the place of its class folder's name among the 1000 wnids of ImageNet-1K
+    real = "real"  # several labels, all right, known by the file's name: ReaL (arXiv 2006.07159)
+
+
+class ClassSubset(Enum):
+    """Some of ImageNet-1K's classes."""
+
+    imagenet_a = "imagenet_a"  # arXiv 1907.07174
+    imagenet_r = "imagenet_r"  # arXiv 2006.16241
+
+
 @dataclass
 class DataConfig:
     """A data set on disk."""
 
     name: str = "imagenet"
     root: str = "data/imagenet"  # holds the split folders
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str | None = "train"  # None: a test set
+    val_split: str = "val"  # ".": the class folders lie in `root` itself
     source: Source = Source.folder
+    labels: Labels = Labels.folders
+    class_subset: ClassSubset | None = None  # the network chooses among these classes only
+    expected_images: int | None = None  # published counts of a test set: a part of it gives another accuracy
+    expected_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.class_subset is not None and self.labels is not Labels.wnids:
+            raise UserError(f"data.class_subset={self.class_subset.value}: needs class folders named by wnids; "
+                            "give data.labels=wnids")  # fmt: skip
+
+    def check_can_train(self) -> None:
+        """Refuse what only serves to evaluate.
+
+        Raises:
+            UserError: a test set, or labels that are not the folders' places.
+        """
+        if self.train_split is None:
+            raise UserError(f"data={self.name}: a test set, without a training split; use it with validate.py")
+        if self.labels is not Labels.folders:
+            raise UserError(f"data.labels={self.labels.value}: for validate.py only; train with data.labels=folders")
 
 
 @dataclass(frozen=True)
@@ -48,11 +84,12 @@ class ImageIndex:
 
     Attributes:
         folder: the split's folder.
-        classes: class folder names; a label is a position in them.
+        classes: names; a label is a position in them.
         paths: uint8 [N, L], each row a file's path below `folder`, padded with NUL.
-        labels: int64 [N].
+        labels: int64 [N]; with `label_sets`, rows of it.
         sizes: int64 [N], bytes.
-        fingerprint: sha256 over classes, paths and sizes.
+        fingerprint: sha256 over classes, paths and sizes, and over labels where they are not the folders' places.
+        label_sets: int64 [S, L], where an image may have several labels; short rows end in -1.
     """
 
     folder: Path
@@ -61,13 +98,26 @@ class ImageIndex:
     labels: NDArray[np.int64]
     sizes: NDArray[np.int64]
     fingerprint: str
+    label_sets: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_labelled_classes(self) -> int:
+        """Classes that are the label of an image here."""
+        labels = self.labels if self.label_sets is None else self.label_sets[self.labels]
+        return len(np.unique(labels[labels >= 0]))
+
     def path(self, sample: int) -> Path:
         """The file of one sample."""
         return self.folder / os.fsdecode(self.paths[sample].tobytes().rstrip(b"\0"))
+
+    def select(self, samples: NDArray[np.int64]) -> "ImageIndex":
+        """The index of these images alone, in this order."""
+        digest = hashlib.sha256(self.fingerprint.encode() + samples.tobytes()).hexdigest()
+        arrays = {name: getattr(self, name)[samples] for name in ("paths", "labels", "sizes")}
+        return replace(self, **arrays, fingerprint=digest)
 
 
 def load_index(root: Path, split: str) -> ImageIndex:
@@ -91,6 +141,18 @@ def load_index(root: Path, split: str) -> ImageIndex:
     key = json.dumps({"format": CACHE_FORMAT, "folder": str(folder.resolve()), "classes": classes, "scanned": scanned})
     _store(index, key, _cache_files(root, split))
     return index
+
+
+def find_images(folder: Path) -> ImageIndex:
+    """All images below a folder, in class folders or not; nothing is cached.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return _scan(folder, classes or ["."], {})
 
 
 def _is_current(key: dict[str, Any], folder: Path, classes: list[str]) -> bool:
@@ -117,20 +179,23 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
 def _class_folders(root: Path, split: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
-        raise UserError(
-            f"data.root={root}: no folder {folder.absolute()}; expected {split}/CLASS/*.JPEG below data.root; "
-            "prepare ImageNet with `python scripts/prepare_data.py imagenet --help`, or try data=sample"
-        )
+        raise UserError(f"data.root={root}: no folder {folder.absolute()}; {_expected_layout(split)}")
     with os.scandir(folder) as entries:
         listing = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
     classes = sorted(name for name, is_dir in listing if is_dir)
     if not classes:
         what = "images lie in it without class folders" if listing else "it is empty"
-        raise UserError(
-            f"data.root={root}: {folder.absolute()} is not a data set: {what}; expected {split}/CLASS/*.JPEG; "
-            "see `python scripts/prepare_data.py --help`"
-        )
+        raise UserError(f"data.root={root}: {folder.absolute()} is not a data set: {what}; {_expected_layout(split)}")
     return classes
+
+
+def _expected_layout(split: str) -> str:
+    if split == ".":
+        return "data.root must hold the class folders: CLASS/*.JPEG below it; see docs/data.md"
+    return (
+        f"expected {split}/CLASS/*.JPEG below data.root; "
+        "prepare ImageNet with `python scripts/prepare_data.py imagenet --help`, or try data=sample"
+    )
 
 
 def _scan(folder: Path, classes: list[str], scanned: dict[str, int]) -> ImageIndex:
@@ -173,7 +238,8 @@ def _images_below(folder: Path, below: str, scanned: dict[str, int]) -> list[tup
 def _cache_files(root: Path, split: str) -> list[Path]:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaformer"
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return [root / ".metaformer" / f"{split}.npz", home / f"{name}-{split}.npz"]
+    file = "all.npz" if split == "." else f"{split}.npz"
+    return [root / ".metaformer" / file, home / f"{name}-{file}"]
 
 
 def _store(index: ImageIndex, key: str, places: list[Path]) -> None:

@@ -13,7 +13,7 @@ from metaformer.errors import UserError
 class LoaderName(Enum):
     """The loaders, fed by one plan: they read, crop, flip and augment a sample alike."""
 
-    auto = "auto"  # dali on a GPU where RandAugment is off, else torch
+    auto = "auto"  # dali on a GPU where DALI is installed, else torch
     dali = "dali"  # NVIDIA DALI: decodes on the GPU where there is one
     torch = "torch"  # torchvision's decoder and resize on uint8 tensors, in worker processes
     pil = "pil"  # PIL, the reference that published weights expect, in worker processes

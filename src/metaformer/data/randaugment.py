@@ -57,6 +57,11 @@ class Operation(NamedTuple):
     negative: bool  # sign of geometric operations, direction of the enhancing ones
     bicubic: bool  # interpolation of geometric operations, else bilinear
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the operation's function takes after the image: nothing, or one number."""
+        return ARGUMENTS[self.name](self.magnitude / MAX_MAGNITUDE, self.negative)
+
 
 class RandAugmentDraws(NamedTuple):
     """The operations of a batch, as arrays [B, num_ops]; see `Operation`."""
@@ -68,11 +73,13 @@ class RandAugmentDraws(NamedTuple):
 
     def of_sample(self, row: int) -> list[Operation]:
         """The operations that one image gets, in order."""
-        return [
-            Operation(OPERATIONS[op], float(magnitude), bool(negative), bool(bicubic))
-            for op, magnitude, negative, bicubic in zip(*(array[row] for array in self), strict=True)
-            if op >= 0
-        ]
+        places = (self.at(row, number) for number in range(self.operation.shape[1]))
+        return [operation for operation in places if operation is not None]
+
+    def at(self, row: int, number: int) -> Operation | None:
+        """One image's operation in a place of the order, None where it is not applied."""
+        operation, magnitude, negative, bicubic = (array[row, number].item() for array in self)
+        return None if operation < 0 else Operation(OPERATIONS[operation], magnitude, negative, bicubic)
 
 
 def draw_operations(config: RandAugmentConfig, uniform: Float64) -> RandAugmentDraws:
@@ -90,7 +97,6 @@ def draw_operations(config: RandAugmentConfig, uniform: Float64) -> RandAugmentD
 def apply_operations(image: Image.Image, operations: list[Operation]) -> Image.Image:
     """The augmented RGB image, of the same size."""
     for operation in operations:
-        argument: tuple[Any, ...] = ARGUMENTS[operation.name](operation.magnitude / MAX_MAGNITUDE, operation.negative)
         resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
-        image = NAME_TO_OP[operation.name](image, *argument, fillcolor=FILL, resample=resample)
+        image = NAME_TO_OP[operation.name](image, *operation.arguments, fillcolor=FILL, resample=resample)
     return image

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from metaformer.evaluation.scoring import SINGLE_LABEL, Scoring
 from metaformer.runtime import Runtime
 
 
@@ -20,7 +20,7 @@ class LabelledBatch(Protocol):
 
     @property
     def targets(self) -> Tensor:
-        """int64 [B]."""
+        """int64 [B], as the scoring reads them."""
 
 
 class EvaluationData(Protocol):
@@ -43,7 +43,7 @@ class Accuracy:
 
     top1: float  # percent
     top5: float  # percent; of fewer than five classes, 100
-    loss: float  # mean cross entropy
+    loss: float  # mean
     images: int  # counted, each once
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,7 +52,9 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: EvaluationData, precision: Autocast, runtime: Runtime) -> Accuracy:
+def evaluate(
+    model: nn.Module, data: EvaluationData, precision: Autocast, runtime: Runtime, scoring: Scoring = SINGLE_LABEL
+) -> Accuracy:
     """Evaluate on every image of the data over all ranks; every rank gets the result.
 
     The model is left in evaluation mode.
@@ -62,10 +64,10 @@ def evaluate(model: nn.Module, data: EvaluationData, precision: Autocast, runtim
     for batch in data.epoch(0):
         with precision.autocast():
             logits = model(batch.images).float()
-        best = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]
-        sums[0] += best[:, 0].sum()
-        sums[1] += best.sum()
-        sums[2] += functional.cross_entropy(logits, batch.targets, reduction="sum")
+        scores = scoring(logits, batch.targets)
+        sums[0] += scores.top1.sum()
+        sums[1] += scores.top5.sum()
+        sums[2] += scores.loss.sum()
         sums[3] += len(batch.targets)
     top1, top5, loss, images = runtime.sum(sums).tolist()
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))

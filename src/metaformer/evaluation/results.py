@@ -1,11 +1,12 @@
-"""Result files: a CSV with the header of timm's, so that both can be read together."""
+"""Result files: a CSV with timm's header first, so that both can be read together."""
 
 import csv
 from pathlib import Path
 
 from metaformer.errors import UserError
 
-HEADER = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+TIMMS_HEADER = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+HEADER = (*TIMMS_HEADER, "images", "data", "checkpoint")
 
 
 def append_result(path: Path, row: dict[str, str | int | float]) -> None:

@@ -1,7 +1,7 @@
 """The named networks of the paper, and how to make one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 
@@ -33,6 +33,15 @@ class ModelConfig:
     library: Library = Library.metaformer
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
     crop_pct: float = 0.9  # evaluation resizes the short side to image_size / crop_pct
+    # Of RGB values in [0, 1]: ImageNet's, which this project's networks and most of timm's take.
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"model.crop_pct={self.crop_pct}: must lie in (0, 1]")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"model.mean={self.mean}, model.std={self.std}: three numbers each, std above 0")
 
 
 @dataclass(frozen=True)

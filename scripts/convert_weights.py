@@ -1,0 +1,75 @@
+"""Rewrite the weights of a network in the keys of another program.
+
+python scripts/convert_weights.py official:poolformer_s12 poolformer_s12.safetensors --to timm
+python scripts/convert_weights.py runs/RUN poolformer_s12.pth.tar --to official
+
+IN is what checkpoint= of validate.py takes: a file of this project, of timm or of the paper's authors, a checkpoint or
+run folder, or a name to download. This project's files have timm's keys: --to timm writes safetensors for both. --to
+official writes a torch file for the paper's program.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from metaformer.build import locate_weights
+from metaformer.errors import UserError
+from metaformer.files import write_whole
+from metaformer.models.weight_formats import (
+    StateDict,
+    check_whole,
+    is_official,
+    metaformer_to_official,
+    official_to_metaformer,
+)
+from metaformer.models.weight_reader import read_weights
+from metaformer.models.weights import save_state
+from metaformer.runtime import run_program
+
+
+def main() -> None:
+    """Read, check, rename, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="file, checkpoint folder, run folder or name")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write; must not exist")
+    parser.add_argument("--to", choices=("official", "timm"), required=True, help="whose keys to write")
+    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another name, or remove it")
+    located = locate_weights("IN", arguments.source, arguments.use_ema)
+    weights = read_weights(located.path, located.use_ema)
+    try:
+        state = official_to_metaformer(weights.state) if is_official(weights.state) else weights.state
+        check_whole(state)
+    except ValueError as error:
+        raise UserError(f"{located.path}: not a whole network in a known layout: {error}") from error
+    write(state, out, arguments.to, located.name)
+    tensors, parameters = len(state), sum(tensor.numel() for tensor in state.values())
+    classes = state["head.fc.weight"].shape[0]
+    print(f"{out}: {tensors} tensors, {parameters:,} values, {classes} classes, in {arguments.to}'s keys")
+
+
+def write(state: StateDict, out: Path, target: str, name: str) -> None:
+    """Write a state dict with this project's keys; `name` says in the file where it came from.
+
+    Raises:
+        UserError: the disk refuses; there is no file then.
+    """
+
+    def write_file(temporary: Path) -> None:
+        if target == "timm":
+            save_state(state, temporary, name)
+        else:
+            torch.save(metaformer_to_official(state), temporary)
+
+    try:
+        write_whole(out, write_file)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+if __name__ == "__main__":
+    run_program(main)

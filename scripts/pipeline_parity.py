@@ -1,0 +1,142 @@
+"""How far each loader's images are from PIL's, and what that does to a network: for any folder of images.
+
+  python scripts/pipeline_parity.py /path/to/imagenet/val
+  python scripts/pipeline_parity.py /path/to/imagenet/val --model poolformer_m36 --checkpoint official:poolformer_m36
+
+Pixels are compared as the loaders give them, uint8, for evaluation and for training (the same crops and operations from
+one plan). With --checkpoint also logits and predictions, and top-1 where the folder has as many classes as the network.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from metaformer.build import make_loader
+from metaformer.config import CONF_FOLDER
+from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
+from metaformer.data.dali_loader import dali_is_installed
+from metaformer.data.device_transform import normalize
+from metaformer.data.index import ImageIndex, find_images
+from metaformer.data.loader import LoaderConfig, LoaderName
+from metaformer.data.plan import EvaluationPlan, Plan, TrainingPlan
+from metaformer.errors import UserError
+from metaformer.models import create_model, list_models, load_weights
+from metaformer.runtime import run_program
+
+BATCH = 16
+
+
+class Compared(NamedTuple):
+    """A loader against PIL on one plan."""
+
+    pixels: Tensor  # float32 [N], mean absolute difference of each image, of 255
+    logits: Tensor  # float32 [N, C], or [N, 0] without a network
+    reference_logits: Tensor
+
+
+def main() -> None:
+    """Print a table of pixels, and with a checkpoint one of predictions."""
+    arguments = _parse()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    index = _some(find_images(arguments.folder), arguments.images)
+    names = [LoaderName.torch] + ([LoaderName.dali] if dali_is_installed() else [])
+    print(f"{len(index)} images of {arguments.folder}, {arguments.image_size} px, {device.type}; differences from PIL")
+    pixels = Table("images", "loader", "mean of 255", "worst image")
+    for title, plan in _plans(len(index), arguments.image_size).items():
+        for name in names:
+            difference = _compare(name, index, plan, device, None).pixels
+            pixels.add_row(title, name.value, f"{difference.mean():.3f}", f"{difference.max():.3f}")
+    console = Console()
+    console.print(pixels)
+    if arguments.checkpoint is not None:
+        console.print(_predictions(arguments, index, names, device))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="images, in class folders or not")
+    parser.add_argument("--images", type=int, default=256, help="how many to take, spread over the folder (256)")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--model", choices=list_models(), default="poolformer_s12", metavar="NAME")
+    parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--checkpoint", help="weights: a file or a name, as for validate.py")
+    return parser.parse_args()
+
+
+def _some(index: ImageIndex, count: int) -> ImageIndex:
+    """About `count` images, evenly spread."""
+    if count < 1:
+        raise UserError(f"--images={count}: must be at least 1")
+    return index.select(np.unique(np.linspace(0, len(index) - 1, count).astype(np.int64)))
+
+
+def _plans(count: int, size: int) -> dict[str, Plan]:
+    def training(augmentation: AugmentationConfig) -> Plan:
+        return TrainingPlan(count, min(BATCH, count), 1, 0, 1, 0, size, 0.9, augmentation)
+
+    return {
+        "evaluation, crop .9 (S)": _evaluation(count, size, 0.9),
+        "evaluation, crop .95 (M)": _evaluation(count, size, 0.95),
+        "training, crop and flip": training(AugmentationConfig(randaugment=RandAugmentConfig(num_ops=0))),
+        "training, RandAugment": training(AugmentationConfig()),
+    }
+
+
+def _evaluation(count: int, size: int, crop_pct: float) -> Plan:
+    return EvaluationPlan(count, BATCH, rank=0, world_size=1, image_size=size, crop_pct=crop_pct)
+
+
+def _batches(name: LoaderName, index: ImageIndex, plan: Plan, device: torch.device) -> Iterator[Tensor]:
+    with closing(make_loader(LoaderConfig(name), index, plan, device, workers=2)) as loader:
+        for batch in loader.epoch(0):
+            yield batch.to(device)
+
+
+@torch.inference_mode()
+def _compare(
+    name: LoaderName, index: ImageIndex, plan: Plan, device: torch.device, network: nn.Module | None
+) -> Compared:
+    parts = []
+    pairs = (_batches(which, index, plan, device) for which in (name, LoaderName.pil))
+    for images, reference in zip(*pairs, strict=True):
+        pixels = (images.float() - reference.float()).abs().mean((1, 2, 3)).cpu()
+        both = [network(normalize(x)).cpu() if network else torch.empty(len(x), 0) for x in (images, reference)]
+        parts.append((pixels, *both))
+    return Compared(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _predictions(
+    arguments: argparse.Namespace, index: ImageIndex, names: list[LoaderName], device: torch.device
+) -> Table:
+    network = create_model(arguments.model, arguments.num_classes, image_size=arguments.image_size)
+    load_weights(network, arguments.checkpoint)
+    network = network.to(device).eval()
+    crop_pct = float(OmegaConf.load(CONF_FOLDER / "model" / f"{arguments.model}.yaml").crop_pct)
+    labels = torch.from_numpy(index.labels) if len(index.classes) == arguments.num_classes else None
+
+    def top1(logits: Tensor) -> str:
+        return "no labels" if labels is None else f"{100 * (logits.argmax(1) == labels).float().mean():.2f}"
+
+    table = Table(f"{arguments.model}, crop {crop_pct:g}", "logits, mean", "logits, most", "same prediction", "top-1")
+    for name in names:
+        plan = _evaluation(len(index), arguments.image_size, crop_pct)
+        found = _compare(name, index, plan, device, network)
+        difference = (found.logits - found.reference_logits).abs()
+        same = 100 * (found.logits.argmax(1) == found.reference_logits.argmax(1)).float().mean()
+        cells = (f"{difference.mean():.4f}", f"{difference.max():.4f}", f"{same:.2f} %", top1(found.logits))
+        table.add_row(name.value, *cells)
+    table.add_row("pil", "0", "0", "100 %", top1(found.reference_logits))
+    return table
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,130 @@
+"""Reproduce the paper's tables, row by row: list them, run them here or on SLURM, and report what there is.
+
+  python scripts/reproduce_table.py --list
+  python scripts/reproduce_table.py --run paper/poolformer_s12 -- data.root=/path/to/imagenet
+  python scripts/reproduce_table.py --released --run 'paper/*' 'comparison/*' -- data.root=/path/to/imagenet
+  python scripts/reproduce_table.py --submit 'ablation/*' --sbatch '--nodes=1 --gpus-per-node=8' -- data.root=...
+  python scripts/reproduce_table.py --report
+
+A row is trained by its recipe conf/experiment/ROW.yaml; with --released its published weights are evaluated instead.
+What follows -- goes to train.py or validate.py. The same command again resumes.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from metaformer.config import compose_recipe
+from metaformer.errors import UserError
+from metaformer.files import write_text_whole
+from metaformer.reporting.commands import submit_command, train_command, validate_command
+from metaformer.reporting.outcomes import Outcome, read_released, read_run
+from metaformer.reporting.paper import ROWS, Row, find_rows
+from metaformer.reporting.plot import save_plot
+from metaformer.reporting.table import Comparison, to_csv, to_markdown
+from metaformer.runtime import run_program
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class RowFailed(UserError):
+    """A row's program ended with an error, which it has printed."""
+
+    def __init__(self, row: Row, exit_code: int) -> None:
+        super().__init__(f"row={row.name}: its program ended with exit code {exit_code}; later rows were not started")
+        self.exit_code = exit_code
+
+
+def main() -> None:
+    """Parse the command line and do one of the four things."""
+    arguments = _parse()
+    runs: Path = arguments.runs.absolute()
+    if arguments.list:
+        _list()
+    elif arguments.report:
+        _report(runs)
+    else:
+        rows = find_rows(arguments.run or arguments.submit)
+        commands = [(row, _command(row, runs, arguments) + arguments.overrides) for row in rows]
+        for row, command in commands:
+            print(f"{row.name}: {shlex.join(command)}", flush=True)
+            done = subprocess.run(command, cwd=REPOSITORY, check=False)
+            if done.returncode:
+                raise RowFailed(row, done.returncode)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="say which rows there are")
+    action.add_argument("--run", nargs="+", metavar="ROW", help="run rows here, one after the other; * matches many")
+    action.add_argument("--submit", nargs="+", metavar="ROW", help="submit rows to SLURM, a job each")
+    action.add_argument("--report", action="store_true", help="write table.md, table.csv and table.png into --runs")
+    parser.add_argument("--released", action="store_true", help="evaluate released weights instead of training")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and results lie (runs)")
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--processes", type=int, default=max(1, gpus), help="of --run; default: one for each GPU")
+    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="options for sbatch, as one quoted text")
+    own, overrides = sys.argv[1:], []
+    if "--" in own:
+        place = own.index("--")
+        own, overrides = own[:place], own[place + 1 :]
+    arguments = parser.parse_args(own)
+    arguments.overrides = overrides
+    if arguments.released and arguments.submit:
+        parser.error("--released: goes with --run; an evaluation takes minutes")
+    return arguments
+
+
+def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
+    if arguments.released:
+        return validate_command(row, runs / "results.csv", arguments.processes)
+    if arguments.submit:
+        return submit_command(row, _run_dir(row, runs), shlex.split(arguments.sbatch))
+    return train_command(row, _run_dir(row, runs), arguments.processes)
+
+
+def _run_dir(row: Row, runs: Path) -> Path:
+    """The folder that train.py chooses itself where --runs is its default."""
+    if not row.trained:
+        raise UserError(f"row={row.name}: has no recipe here; its released weights can be evaluated: --released --run")
+    return runs / compose_recipe(row.name).resolved_run_dir.name
+
+
+def _list() -> None:
+    table = Table("row", "table", "top-1 (paper)", "released weights")
+    for row in ROWS:
+        nothing = "none" if row.trained else "timm has no weights of this training"
+        table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released or nothing)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print("Rows of the comparison have no recipe here: their released weights can be evaluated (--released --run).")
+
+
+def _report(runs: Path) -> None:
+    comparisons = []
+    for row in ROWS:
+        ours = Outcome(note="no recipe here")
+        if row.trained:
+            recipe = compose_recipe(row.name)
+            values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
+            ours = read_run(runs / recipe.resolved_run_dir.name, values)
+        comparisons.append(Comparison(row, ours, read_released(row, runs / "results.csv")))
+    runs.mkdir(parents=True, exist_ok=True)
+    write_text_whole(runs / "table.md", to_markdown(comparisons))
+    write_text_whole(runs / "table.csv", to_csv(comparisons))
+    save_plot(comparisons, runs / "table.png")
+    trained = sum(comparison.ours.top1 is not None for comparison in comparisons)
+    evaluated = sum(comparison.released.top1 is not None for comparison in comparisons)
+    print(f"{runs / 'table.md'}, table.csv, table.png: {len(ROWS)} rows, {trained} trained here, {evaluated} evaluated")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,57 @@
+"""The commands that reproduce a row of the paper."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+
+from metaformer.errors import UserError
+from metaformer.reporting.paper import Row, Table
+
+
+def train_command(row: Row, run_dir: Path, processes: int) -> list[str]:
+    """Train a row's recipe on this machine."""
+    return [*_python(processes), "train.py", *_recipe(row, run_dir)]
+
+
+def submit_command(row: Row, run_dir: Path, sbatch_options: Sequence[str]) -> list[str]:
+    """Train a row's recipe as a SLURM job."""
+    return ["sbatch", *sbatch_options, "slurm/train.sbatch", *_recipe(row, run_dir)]
+
+
+def validate_command(row: Row, results_csv: Path, processes: int) -> list[str]:
+    """Evaluate a row's released weights on this machine.
+
+    Raises:
+        UserError: there are none.
+    """
+    if row.released is None or row.model is None:
+        raise UserError(f"row={row.name}: there are no released weights to evaluate; see --list")
+    network = _timm_network(row.released) if row.table is Table.comparison else [f"model={row.model}"]
+    arguments = [*network, f"checkpoint={row.released}", f"results_csv={results_csv}"]
+    return [*_python(processes), "validate.py", *arguments]
+
+
+def _python(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def _recipe(row: Row, run_dir: Path) -> list[str]:
+    return [f"experiment={row.name}", f"run_dir={run_dir}"]
+
+
+def _timm_network(weights: str) -> list[str]:
+    """A network of timm with the pre-processing that its weights expect."""
+    name = weights.removeprefix("hf:timm/")
+    wants = timm.get_pretrained_cfg(name)
+    mean, std = (f"[{','.join(map(str, values))}]" for values in (wants.mean, wants.std))
+    return [
+        "model=timm",
+        f"model.name={name.split('.')[0]}",
+        f"model.crop_pct={wants.crop_pct}",
+        f"model.mean={mean}",
+        f"model.std={std}",
+    ]

@@ -1,0 +1,295 @@
+"""Weights by name: from a real server on this machine into the caches."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from metaformer.errors import UserError
+from metaformer.models import download, list_models, load_weights
+from metaformer.models.download import OFFICIAL_FILES, OFFICIAL_NAMES, download_weights, is_weights_name, weights_cache
+from tests.models.local_server import Reply, Server, serve
+from tests.models.released import released_state
+from tests.models.test_weights import small_released
+
+NAME, FILE = "official:poolformer_s12", "poolformer_s12.pth.tar"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """The authors' release, here, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serve() as server:
+        monkeypatch.setattr(download, "OFFICIAL_RELEASE", server.url)
+        yield server
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> bytes:
+    """A small network's file, as the authors write theirs."""
+    torch.save(released_state("poolformer_s12"), tmp_path / "w")
+    return (tmp_path / "w").read_bytes()
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        download_weights(name, "checkpoint")
+    text = str(caught.value)
+    assert text.startswith(f"checkpoint={name}: ")
+    assert len(text.splitlines()) == 1
+    return text
+
+
+def cached() -> list[str]:
+    return sorted(path.name for path in weights_cache().iterdir())
+
+
+def test_names() -> None:
+    """What begins with official: or hf: is a name; each of this project's networks with another name there is known."""
+    assert is_weights_name("official:poolformer_s12")
+    assert is_weights_name("hf:timm/poolformer_s12.sail_in1k")
+    assert not is_weights_name("runs/official:x")
+    assert len(OFFICIAL_FILES) == 10
+    assert set(OFFICIAL_NAMES) <= set(list_models())
+    assert set(OFFICIAL_NAMES.values()) <= set(OFFICIAL_FILES)
+
+
+def test_download(server: Server, weights: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file comes once, with its hash beside it, and is then used without the network; it loads by its name."""
+    server.replies[f"/{FILE}"] = Reply(weights)
+    path = download_weights(NAME)
+    assert path == weights_cache() / FILE
+    assert path.read_bytes() == weights
+    assert capsys.readouterr().err == f"downloading {server.url}{FILE} to {path}\n"
+    record = f"{hashlib.sha256(weights).hexdigest()}  {FILE}\n"
+    assert path.with_name(f"{FILE}.sha256").read_text() == record
+    server.replies.clear()
+    model = small_released("poolformer_s12")
+    load_weights(model, NAME)
+    assert torch.equal(model.head.fc.weight, released_state("poolformer_s12")["head.weight"])
+    assert server.requests == [f"GET /{FILE}"]
+    assert cached() == [FILE, f"{FILE}.sha256"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ours", OFFICIAL_NAMES)
+def test_this_projects_names(server: Server, weights: bytes, ours: str) -> None:
+    """The authors' name and this project's mean one file."""
+    server.replies[f"/{OFFICIAL_NAMES[ours]}.pth.tar"] = Reply(weights)
+    assert download_weights(f"official:{ours}") == download_weights(f"official:{OFFICIAL_NAMES[ours]}")
+    assert len(server.requests) == 1
+
+
+def test_unknown_name(server: Server) -> None:
+    """Another name is refused with those that are near, before anything is asked."""
+    with pytest.raises(UserError, match=r"^checkpoint=official:poolformer_s13: unknown; did you mean .*poolformer_s12"):
+        download_weights("official:poolformer_s13", "checkpoint")
+    assert server.requests == []
+
+
+def test_short_file(server: Server, weights: bytes) -> None:
+    """A connection that ends early is told in bytes, and leaves nothing; the next try is a fresh one."""
+    server.replies[f"/{FILE}"] = Reply(weights, length=len(weights) + 1000)
+    assert f"({len(weights)} of {len(weights) + 1000} bytes came)" in refusal(NAME)
+    assert cached() == []
+    server.replies[f"/{FILE}"] = Reply(weights)
+    download_weights(NAME)
+
+
+@pytest.mark.parametrize(
+    ("reply", "part"),
+    [
+        (Reply(status=404), "404"),
+        (Reply(status=503), "503"),
+        (Reply(status=0), "closed connection"),
+        (Reply(b"<html>Sign in to the network</html>"), "not a whole zip archive"),
+    ],
+)
+def test_other_answers(server: Server, reply: Reply, part: str) -> None:
+    """A missing file, a broken server and a page in its place name the address, the reason and the mend."""
+    server.replies[f"/{FILE}"] = reply
+    text = refusal(NAME)
+    assert f"cannot get {server.url}{FILE} (" in text
+    assert part in text
+    assert text.endswith("; download it by hand and give its path")
+    assert cached() == []
+
+
+def test_changed_byte_on_the_way(server: Server, weights: bytes) -> None:
+    """One other byte among a tensor's numbers is found by the archive's checksums."""
+    middle = len(weights) // 2
+    server.replies[f"/{FILE}"] = Reply(weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :])
+    assert "a damaged zip archive" in refusal(NAME)
+    assert cached() == []
+
+
+def test_no_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server, no such host, and a host that never answers end in the one line, soon."""
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.replies[f"/{FILE}"] = Reply(silent=True)
+    start = time.monotonic()
+    assert "timed out" in refusal(NAME)
+    monkeypatch.setattr(download, "OFFICIAL_RELEASE", "http://127.0.0.1:9/")  # discard: nothing listens
+    assert "refused" in refusal(NAME)
+    monkeypatch.setattr(download, "OFFICIAL_RELEASE", "http://nowhere.invalid/")
+    assert f"cannot get http://nowhere.invalid/{FILE} (" in refusal(NAME)
+    assert time.monotonic() - start < 10
+
+
+def test_changed_file(server: Server, weights: bytes) -> None:
+    """A cached file that is no longer what came is refused until it is deleted."""
+    server.replies[f"/{FILE}"] = Reply(weights)
+    path = download_weights(NAME)
+    path.write_bytes(weights[:-1] + b"x")
+    text = refusal(NAME)
+    assert f"{path} has changed" in text
+    assert f"{FILE}.sha256; delete both" in text
+    path.unlink()
+    path.with_name(f"{FILE}.sha256").unlink()
+    assert download_weights(NAME).read_bytes() == weights
+    path.with_name(f"{FILE}.sha256").write_text("")
+    assert "has changed" in refusal(NAME)
+
+
+def test_file_put_there_by_hand(server: Server, weights: bytes) -> None:
+    """A file copied into the cache is used once its archive is whole, and has a hash from then on."""
+    weights_cache().mkdir(parents=True)
+    path = weights_cache() / FILE
+    path.write_bytes(weights[:-100])
+    assert "not a whole zip archive" in refusal(NAME)
+    assert cached() == [FILE]
+    path.write_bytes(weights)
+    assert download_weights(NAME) == path
+    assert cached() == [FILE, f"{FILE}.sha256"]
+    assert server.requests == []
+
+
+def test_cache_that_cannot_be_written(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache folder that cannot be made is named."""
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    assert str(tmp_path / "taken") in refusal(NAME)
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """$XDG_CACHE_HOME where it is set, else ~/.cache."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert weights_cache() == tmp_path / ".cache" / "metaformer" / "weights"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert weights_cache() == tmp_path / "x" / "metaformer" / "weights"
+
+
+HUB_PROGRAM = """
+import json, sys, time
+from metaformer.errors import UserError
+from metaformer.models import download
+download.TIMEOUT = 1
+for line in sys.stdin:
+    start = time.monotonic()
+    try:
+        outcome = {"path": str(download.download_weights(f"hf:{line.strip()}", "checkpoint"))}
+    except UserError as error:
+        outcome = {"error": str(error)}
+    print(json.dumps(outcome | {"seconds": time.monotonic() - start}), flush=True)
+"""
+HUB_FILE = "/timm/{}/resolve/main/{}"
+
+
+class Hub(NamedTuple):
+    """A hub, here, and a process that takes its files: the hub's library asks for its address once, at import."""
+
+    server: Server
+    process: "subprocess.Popen[str]"
+
+    def download(self, repository: str) -> dict[str, Any]:
+        """What becomes of `hf:REPOSITORY`: "path" or "error", and "seconds"."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(repository, file=self.process.stdin, flush=True)
+        outcome: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub and an empty cache."""
+    with serve() as server:
+        addresses = {"HF_ENDPOINT": server.url.rstrip("/"), "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+        command = [sys.executable, "-c", HUB_PROGRAM]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=os.environ | addresses, stdin=pipe, stdout=pipe, text=True) as process:
+            yield Hub(server, process)
+            process.kill()
+
+
+def large_file(content: bytes) -> Reply:
+    """The hub's answer for a large file: its ETag is its SHA-256."""
+    return Reply(content, headers={"X-Repo-Commit": "a" * 40, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+
+
+MISSING = Reply(status=404, headers={"X-Repo-Commit": "a" * 40, "X-Error-Code": "EntryNotFound"})
+PRIVATE = Reply(status=401, headers={"X-Error-Code": "RepoNotFound"})
+
+
+def test_hub(hub: Hub) -> None:
+    """model.safetensors, else pytorch_model.bin; afterwards from the cache, without a request."""
+    hub.server.replies[HUB_FILE.format("one", "model.safetensors")] = large_file(b"safetensors")
+    hub.server.replies[HUB_FILE.format("two", "model.safetensors")] = MISSING
+    hub.server.replies[HUB_FILE.format("two", "pytorch_model.bin")] = large_file(b"torch")
+    first = [Path(hub.download(f"timm/{name}")["path"]) for name in ("one", "two")]
+    assert [path.read_bytes() for path in first] == [b"safetensors", b"torch"]
+    requests = len(hub.server.requests)
+    again = [Path(hub.download(f"timm/{name}")["path"]) for name in ("one", "two")]
+    assert again == first
+    assert len(hub.server.requests) == requests
+
+
+@pytest.mark.parametrize(
+    ("reply", "part"),
+    [
+        (MISSING, "neither model.safetensors nor pytorch_model.bin"),
+        (PRIVATE, "no such repository, or it needs a login"),
+        (Reply(status=500), "500"),
+        (Reply(status=0), "disconnected"),
+        (Reply(silent=True), "timed out"),
+    ],
+)
+def test_hub_refuses(hub: Hub, reply: Reply, part: str) -> None:
+    """Whatever fails at the hub ends in one line that gives the reason, without long retries."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        hub.server.replies[HUB_FILE.format("refused", name)] = reply
+    outcome = hub.download("timm/refused")
+    assert outcome["error"].startswith("checkpoint=hf:timm/refused: ")
+    assert part in outcome["error"]
+    assert "\n" not in outcome["error"]
+    assert outcome["seconds"] < 5
+    if reply not in (MISSING, PRIVATE):
+        assert f"cannot get {hub.server.url}timm/refused/resolve/main/model.safetensors (" in outcome["error"]
+        assert outcome["error"].endswith("; download it by hand and give its path")
+
+
+def test_hub_name_that_is_none(hub: Hub) -> None:
+    """What the hub allows for no repository is refused before anything is asked."""
+    requests = len(hub.server.requests)
+    for name in ("no repository", "a/b/c", ""):
+        assert hub.download(name)["error"].startswith(f"checkpoint=hf:{name}: not a repository of the hub (")
+    assert len(hub.server.requests) == requests
+
+
+def test_changed_hub_file(hub: Hub) -> None:
+    """A file in the hub's cache that no longer has its hash is refused; deleted, it comes again."""
+    hub.server.replies[HUB_FILE.format("changing", "model.safetensors")] = large_file(b"safetensors again")
+    file = Path(hub.download("timm/changing")["path"]).resolve()
+    file.write_bytes(b"safetensors agaim")
+    assert f"delete {file}, and run again" in hub.download("timm/changing")["error"]
+    file.unlink()
+    assert Path(hub.download("timm/changing")["path"]).read_bytes() == b"safetensors again"

@@ -1,0 +1,146 @@
+"""Crops of training and evaluation, held against torchvision's and timm's."""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
+
+from metaformer.data.augmentation import AugmentationConfig
+from metaformer.data.geometry import Box, evaluation_resize, random_resized_crop, resize_and_center_crop
+from metaformer.data.index import load_index
+from metaformer.data.pil_reader import read_with_pil
+from metaformer.data.plan import CropDraws, EvaluationPlan, TrainingPlan
+from metaformer.data.worker_loader import WorkerLoader
+from tests.data.conftest import picture
+from tests.parity.conftest import crop_drawn_from
+
+# (width, height): ImageNet's usual sizes, a square, a small one, panoramas where tries fail
+SIZES = ((500, 375), (375, 500), (256, 256), (71, 64), (900, 200), (120, 700))
+DRAWS = 3000
+LEAST_P = 1e-3  # of the statistics, whose draws are fixed
+SCALE, ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
+every_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+both_crops = pytest.mark.parametrize(("crop_pct", "resize_to"), [(0.9, 248), (0.95, 235)])
+
+
+@pytest.fixture(scope="module")
+def draws() -> CropDraws:
+    """The plan's, for one batch of the default recipe."""
+    crop = TrainingPlan(DRAWS, DRAWS, 1, 0, 1, 6, 224, 0.9, AugmentationConfig()).batch(2, 0).crop
+    assert crop is not None
+    return crop
+
+
+def our_box(draws: CropDraws, row: int, size: tuple[int, int]) -> Box:
+    return random_resized_crop(draws.tries[row], draws.position[row], draws.aspects, *size)
+
+
+def theirs(get_params: Callable[..., tuple[int, int, int, int]], size: tuple[int, int]) -> Box:
+    """A rectangle of torchvision's or timm's get_params; it knows an image by its size alone."""
+    top, left, height, width = get_params(Image.new("1", size), SCALE, ASPECTS)
+    return Box(left, top, width, height)
+
+
+@every_size
+def test_rectangles_are_timms_for_the_same_numbers(draws: CropDraws, size: tuple[int, int]) -> None:
+    """3000 times timm's crop, given the plan's areas, aspects and places, takes the very pixels that ours takes."""
+    for row in range(DRAWS):
+        with crop_drawn_from(draws.tries[row], draws.position[row]):
+            expected = theirs(RandomResizedCropAndInterpolation.get_params, size)
+        assert our_box(draws, row, size) == expected
+
+
+@every_size
+def test_rectangles_are_distributed_as_torchvisions(draws: CropDraws, size: tuple[int, int]) -> None:
+    """Area, aspect and place of 3000 rectangles pass two-sample Kolmogorov-Smirnov tests."""
+    torch.manual_seed(0)
+    ours = np.array([our_box(draws, row, size) for row in range(DRAWS)])
+    reference = np.array([theirs(RandomResizedCrop.get_params, size) for _ in range(DRAWS)])
+    for name, values in properties(ours, size).items():
+        assert stats.ks_2samp(values, properties(reference, size)[name]).pvalue > LEAST_P, name
+
+
+def properties(boxes: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What is compared; a place is a share of the room that the rectangle has, where it has some."""
+    left, top, width, height = boxes.T
+    room_x, room_y = size[0] - width, size[1] - height
+    return {
+        "area": width * height,
+        "aspect": width / height,
+        "width": width,
+        "height": height,
+        "horizontal place": (left / np.maximum(room_x, 1))[room_x > 0],
+        "vertical place": (top / np.maximum(room_y, 1))[room_y > 0],
+    }
+
+
+def test_flip_and_filter_are_fair_and_unrelated_to_the_crop(draws: CropDraws) -> None:
+    """Half of the images are flipped and half resized bicubically, whatever the other and wherever the crop."""
+    assert stats.binomtest(int(draws.flip.sum()), DRAWS, 0.5).pvalue > LEAST_P
+    assert stats.binomtest(int(draws.bicubic.sum()), DRAWS, 0.5).pvalue > LEAST_P
+    columns = np.column_stack([draws.flip, draws.bicubic, draws.position, draws.tries.prod(axis=2)[:, 0]])
+    assert stats.spearmanr(columns).pvalue[np.triu_indices(5, 1)].min() > LEAST_P
+
+
+def evaluation_sizes() -> list[tuple[int, int]]:
+    """100 sizes: of ImageNet's kind, small, extreme, and those whose resized side is odd or a near miss."""
+    rng = np.random.default_rng(0)
+    near = [(224, 224), (248, 248), (235, 301), (249, 248), (223, 225)]
+    special = [(500, 375), (375, 500), *near, (1, 9), (3, 4), (2000, 31)]
+    return [*special, *((int(width), int(height)) for width, height in rng.integers(16, 800, (90, 2)))]
+
+
+@both_crops
+def test_evaluation_sizes_and_offsets_are_torchvisions(crop_pct: float, resize_to: int) -> None:
+    """For 100 image sizes, Resize makes the size and CenterCrop takes the place that ours says, at 224."""
+    assert evaluation_resize(224, crop_pct) == resize_to
+    sizes = evaluation_sizes()
+    assert len(set(sizes)) == 100
+    for width, height in sizes:
+        ours = resize_and_center_crop(width, height, evaluation_resize(224, crop_pct), 224)
+        resized = Resize(resize_to, InterpolationMode.NEAREST)(Image.new("1", (width, height)))
+        assert resized.size == (ours.width, ours.height), (width, height)
+        numbered = torch.arange(ours.width * ours.height).view(1, ours.height, ours.width)
+        first = int(CenterCrop(224)(numbered)[0, 0, 0])
+        assert divmod(first, ours.width) == (ours.top, ours.left), (width, height)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of odd sizes: landscape, portrait, smaller than 224, larger, narrow; grey and CMYK ones among them."""
+    folder = tmp_path_factory.mktemp("crops") / "val" / "a"
+    folder.mkdir(parents=True)
+    sizes = [(500, 375), (333, 501), (225, 224), (97, 151), (151, 97), (640, 91), (31, 33), (249, 248), (401, 403)]
+    for number, (width, height) in enumerate(sizes):
+        for mode in ("RGB", "L", "CMYK"):
+            image = picture(width, height, seed=number).convert(mode)
+            image.save(folder / f"{number}_{mode}.JPEG", quality=91)
+    return folder.parents[1]
+
+
+@both_crops
+def test_evaluation_images_are_timms(root: Path, crop_pct: float, resize_to: int) -> None:
+    """The pil loader's images are, bit for bit, those of timm's evaluation transform before they are normalised."""
+    index = load_index(root, "val")
+    plan = EvaluationPlan(len(index), len(index), 0, 1, 224, crop_pct)
+    with closing(WorkerLoader(read_with_pil, index, plan, workers=0, prefetch_batches=2, pin_memory=False)) as loader:
+        (images,) = loader.epoch(0)
+    transform: Any = create_transform(
+        224, is_training=False, crop_pct=crop_pct, interpolation="bicubic", use_prefetcher=True
+    )
+    assert transform.transforms[0].size == resize_to
+    for sample in range(len(index)):
+        with Image.open(index.path(sample)) as file:
+            expected: Tensor = transform(file.convert("RGB"))
+        assert expected.dtype == torch.uint8
+        assert torch.equal(images[sample], expected), index.path(sample).name

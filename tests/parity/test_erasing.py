@@ -1,0 +1,147 @@
+"""Random erasing, held against timm's as its loader builds it: which images, which rectangles, what noise."""
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from metaformer.data.augmentation import AugmentationConfig
+from metaformer.data.device_transform import erase, normalize
+from metaformer.data.plan import EraseDraws, TrainingPlan
+
+IMAGES, SIZE = 12_000, 224
+LEAST_P = 1e-3  # of the statistics, whose draws are fixed
+
+
+class Rectangles(NamedTuple):
+    """Of the erased images; pixels."""
+
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+
+    @property
+    def properties(self) -> dict[str, np.ndarray]:
+        """What is compared: all that a rectangle is, and its place as a share of the room it has."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "area": self.height * self.width,
+            "aspect": self.height / self.width,
+            "vertical place": self.top / (SIZE - self.height),
+            "horizontal place": self.left / (SIZE - self.width),
+        }
+
+
+def timms_erasing() -> RandomErasing:
+    """As timm's PrefetchLoader makes it for `--reprob 0.25 --remode pixel`."""
+    return RandomErasing(probability=0.25, mode="pixel", max_count=1, num_splits=0, device=torch.device("cpu"))
+
+
+def draws(images: int, size: int) -> EraseDraws:
+    """The plan's, for one batch."""
+    plan = TrainingPlan(images, images, 1, 0, 1, 2, size, 0.9, AugmentationConfig()).batch(1, 0)
+    assert plan.erase is not None
+    return plan.erase
+
+
+@pytest.fixture(scope="module")
+def ours() -> Rectangles:
+    top, left, bottom, right = draws(IMAGES, SIZE).boxes.T
+    return Rectangles(top, left, bottom - top, right - left)
+
+
+@pytest.fixture(scope="module")
+def timms() -> Rectangles:
+    """Read off images of one channel that were all zero."""
+    random.seed(0)
+    torch.manual_seed(0)
+    erasing, found = timms_erasing(), []
+    for _ in range(IMAGES // 500):
+        changed = erasing(torch.zeros(500, 1, SIZE, SIZE))[:, 0] != 0
+        rows, columns = changed.any(2).numpy(), changed.any(1).numpy()
+        for row, column in zip(rows[rows.any(1)], columns[rows.any(1)], strict=True):
+            (y,), (x,) = row.nonzero(), column.nonzero()
+            found.append((y[0], x[0], y[-1] - y[0] + 1, x[-1] - x[0] + 1))
+    return Rectangles(*np.array(found).T)
+
+
+def test_a_quarter_of_the_images_is_erased(ours: Rectangles, timms: Rectangles) -> None:
+    """In both, the number of erased images is binomial with probability .25."""
+    for rectangles in (ours, timms):
+        assert stats.binomtest(len(rectangles.top), IMAGES, 0.25).pvalue > LEAST_P
+
+
+def test_rectangles_are_distributed_as_timms(ours: Rectangles, timms: Rectangles) -> None:
+    """Size, area, aspect and place pass two-sample Kolmogorov-Smirnov tests of about 3000 rectangles each."""
+    for name, values in ours.properties.items():
+        assert stats.ks_2samp(values, timms.properties[name]).pvalue > LEAST_P, name
+
+
+def test_rectangles_keep_timms_bounds(ours: Rectangles, timms: Rectangles) -> None:
+    """Area .02 to 1/3 of the image, aspect .3 to 1/.3, but for rounding sides to pixels; in both."""
+    for rectangles in (ours, timms):
+        area, aspect = rectangles.properties["area"] / SIZE**2, rectangles.properties["aspect"]
+        assert 0.0195 < area.min() < 0.025
+        assert 0.325 < area.max() < 0.336
+        assert 0.29 < aspect.min() < 0.32
+        assert 3.1 < aspect.max() < 3.45
+        assert (rectangles.top + rectangles.height).max() == SIZE
+        assert (rectangles.left + rectangles.width).max() == SIZE
+
+
+def test_rectangles_do_not_depend_on_their_place(ours: Rectangles) -> None:
+    """Area, aspect and the two places of a rectangle are unrelated."""
+    names = ("area", "aspect", "vertical place", "horizontal place")
+    ranks = stats.spearmanr(np.stack([ours.properties[name] for name in names], axis=1))
+    assert ranks.pvalue[np.triu_indices(4, 1)].min() > LEAST_P
+
+
+def erased_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """400 images before and after erasing, and what lies in a rectangle: bool [B, 1, S, S]."""
+    size = 64
+    plan = draws(400, size)
+    pixels = torch.randint(0, 256, (400, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    inside = torch.zeros(400, 1, size, size, dtype=torch.bool)
+    for row, (top, left, bottom, right) in zip(plan.rows.tolist(), plan.boxes.tolist(), strict=True):
+        inside[row, :, top:bottom, left:right] = True
+    before = normalize(pixels)
+    return before, erase(before.clone(), plan), inside
+
+
+def test_outside_of_the_rectangle_nothing_changes() -> None:
+    """Of a whole batch, exactly the rectangles' pixels change, in all three channels."""
+    before, after, inside = erased_batch()
+    assert torch.equal(after != before, inside.expand_as(before))
+    assert 80 < inside.flatten(1).any(1).sum() < 120
+
+
+def test_noise_is_standard_normal_as_timms() -> None:
+    """The rectangles' pixels have mean 0, deviation 1, and pass tests against the normal law and timm's noise."""
+    _, after, inside = erased_batch()
+    noise = after[inside.expand_as(after)].double().numpy()
+    assert len(noise) > 100_000
+    assert abs(noise.mean()) < 4 / len(noise) ** 0.5
+    assert noise.std() == pytest.approx(1, abs=4 / (2 * len(noise)) ** 0.5)
+    assert stats.kstest(noise, stats.norm.cdf).pvalue > LEAST_P
+    random.seed(1)
+    torch.manual_seed(1)
+    theirs = timms_erasing()(torch.zeros(400, 3, 64, 64))
+    assert stats.ks_2samp(noise, theirs[theirs != 0].double().numpy()).pvalue > LEAST_P
+
+
+def test_noise_is_drawn_for_each_pixel_and_channel() -> None:
+    """Channels of a pixel, and neighbouring pixels, are unrelated: not one colour for a rectangle."""
+    _, after, inside = erased_batch()
+    channels = after.movedim(1, -1)[inside[:, 0]].double().numpy()
+    bound = 4.5 / len(channels) ** 0.5
+    assert np.abs(np.corrcoef(channels.T) - np.eye(3)).max() < bound
+    pairs = inside[..., 1:] & inside[..., :-1]
+    neighbours = [half[pairs.expand_as(half)].double().numpy() for half in (after[..., 1:], after[..., :-1])]
+    assert abs(np.corrcoef(neighbours)[0, 1]) < bound

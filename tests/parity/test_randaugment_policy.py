@@ -1,0 +1,182 @@
+"""RandAugment's draws, held against what timm's `rand-m9-mstd0.5-inc1` was seen to do over many images."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import stats
+from timm.data import auto_augment
+from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, rand_augment_transform
+
+from metaformer.data.augmentation import AugmentationConfig
+from metaformer.data.plan import TrainingPlan
+from metaformer.data.randaugment import ARGUMENTS, FILL, MAX_MAGNITUDE, OPERATIONS, Operation, RandAugmentDraws
+
+IMAGES = 8000
+LEAST_P = 1e-3  # of the statistics, whose draws are fixed
+SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+ENHANCING = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
+
+Applied = list[list[Operation]]  # by image; the sign of operations without one says nothing
+
+
+def timms_policy() -> Any:
+    """As timm's create_transform makes it for 224 pixels, ImageNet's mean and random interpolation."""
+    return rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 100, "img_mean": (124, 116, 104)})
+
+
+def watch(operation: AugmentOp, seen: list[Operation]) -> None:
+    """Have one of timm's operations note what it was about to do, instead of changing the image."""
+    to_argument: Callable[..., tuple[Any, ...]] | None = operation.level_fn
+    magnitudes: list[float] = []
+
+    def note_magnitude(magnitude: float, hparams: dict[str, Any]) -> tuple[Any, ...]:
+        magnitudes.append(magnitude)
+        return to_argument(magnitude, hparams) if to_argument else ()
+
+    def note(image: Image.Image, *argument: float, **options: Any) -> Image.Image:
+        assert options["fillcolor"] == FILL
+        negative = bool(argument) and argument[0] < (1 if operation.name in ENHANCING else 0)
+        bicubic = auto_augment._interpolation(options) == Image.Resampling.BICUBIC
+        seen.append(Operation(operation.name, magnitudes[-1], negative, bicubic))
+        return image
+
+    operation.level_fn, operation.aug_fn = note_magnitude, note
+
+
+@pytest.fixture(scope="module")
+def timms() -> Applied:
+    """The operations that timm's policy applies to each of 8000 images."""
+    random.seed(0)
+    np.random.seed(0)
+    policy, seen = timms_policy(), list[Operation]()
+    for operation in policy.ops:
+        watch(operation, seen)
+    image, applied = Image.new("RGB", (1, 1)), []
+    for _ in range(IMAGES):
+        policy(image)
+        applied.append(seen.copy())
+        seen.clear()
+    return applied
+
+
+@pytest.fixture(scope="module")
+def draws() -> RandAugmentDraws:
+    """The plan's, for one batch."""
+    plan = TrainingPlan(IMAGES, IMAGES, 1, 0, 1, 9, 224, 0.9, AugmentationConfig()).batch(3, 0)
+    assert plan.randaugment is not None
+    return plan.randaugment
+
+
+@pytest.fixture(scope="module")
+def ours(draws: RandAugmentDraws) -> Applied:
+    return [draws.of_sample(row) for row in range(IMAGES)]
+
+
+def flat(applied: Applied) -> list[Operation]:
+    return [operation for operations in applied for operation in operations]
+
+
+def counts(applied: Applied) -> NDArray[np.int64]:
+    """How often each operation was applied, in the order of OPERATIONS."""
+    names = [operation.name for operation in flat(applied)]
+    return np.array([names.count(name) for name in OPERATIONS])
+
+
+def test_policies_have_the_same_operations(ours: Applied, timms: Applied) -> None:
+    """timm's policy has two layers of these 15 operations at magnitude 9 with deviation .5, and both apply them all."""
+    policy = timms_policy()
+    assert tuple(operation.name for operation in policy.ops) == OPERATIONS
+    assert (policy.num_layers, policy.choice_weights) == (2, None)
+    settings = {(o.prob, o.magnitude, o.magnitude_std, o.magnitude_max) for o in policy.ops}
+    assert settings == {(0.5, 9, 0.5, None)}
+    for applied in (ours, timms):
+        assert {operation.name for operation in flat(applied)} == set(OPERATIONS)
+
+
+def test_a_quarter_of_the_images_stays_unchanged(ours: Applied, timms: Applied) -> None:
+    """Images with 0, 1 and 2 operations: one quarter, one half, one quarter, in both."""
+    for applied in (ours, timms):
+        number = np.bincount([len(operations) for operations in applied], minlength=3)
+        assert stats.binomtest(int(number[0]), IMAGES, 0.25).pvalue > LEAST_P
+        assert stats.chisquare(number, IMAGES * np.array([0.25, 0.5, 0.25])).pvalue > LEAST_P
+
+
+def test_operations_are_equally_likely(ours: Applied, timms: Applied) -> None:
+    """All 15 uniformly, in both, and drawn with replacement: the same one twice in a fifteenth of the pairs."""
+    for applied in (ours, timms):
+        assert stats.chisquare(counts(applied)).pvalue > LEAST_P
+        pairs = [operations for operations in applied if len(operations) == 2]
+        same = sum(first.name == second.name for first, second in pairs)
+        assert stats.binomtest(same, len(pairs), 1 / 15).pvalue > LEAST_P
+    assert stats.chi2_contingency([counts(ours), counts(timms)]).pvalue > LEAST_P
+
+
+def test_magnitudes_are_normal_clipped_at_ten(ours: Applied, timms: Applied) -> None:
+    """Magnitudes are Normal(9, .5), those above 10 become 10, in both, and pass the two-sample test."""
+    samples = [np.array([operation.magnitude for operation in flat(applied)]) for applied in (ours, timms)]
+    below_ten = stats.truncnorm(-np.inf, 2, loc=9, scale=0.5)
+    for magnitudes in samples:
+        assert magnitudes.max() == MAX_MAGNITUDE
+        clipped = magnitudes == MAX_MAGNITUDE
+        assert stats.binomtest(int(clipped.sum()), len(clipped), stats.norm.sf(2)).pvalue > LEAST_P
+        assert stats.kstest(magnitudes[~clipped], below_ten.cdf).pvalue > LEAST_P
+    assert stats.ks_2samp(*samples).pvalue > LEAST_P
+
+
+def test_layers_are_drawn_apart(draws: RandAugmentDraws) -> None:
+    """The two layers of an image share nothing: neither the operation nor the magnitude tells of the other's."""
+    first, second = draws.operation.T
+    both = (first >= 0) & (second >= 0)
+    table = np.zeros((15, 15))
+    np.add.at(table, (first[both], second[both]), 1)
+    assert stats.chi2_contingency(table).pvalue > LEAST_P
+    assert stats.spearmanr(*draws.magnitude.T).pvalue > LEAST_P
+    assert stats.spearmanr(draws.operation[both, 0], draws.magnitude[both, 0]).pvalue > LEAST_P
+
+
+@pytest.mark.parametrize("names", [SIGNED, ENHANCING], ids=["geometric", "enhancing"])
+def test_half_of_the_arguments_are_negative(names: tuple[str, ...], ours: Applied, timms: Applied) -> None:
+    """Both directions are equally likely, in both, for each operation that has one."""
+    for applied in (ours, timms):
+        for name in names:
+            signs = [operation.negative for operation in flat(applied) if operation.name == name]
+            assert len(signs) > 400
+            assert stats.binomtest(sum(signs), len(signs), 0.5).pvalue > LEAST_P, name
+
+
+def test_half_of_the_warps_are_bicubic(ours: Applied, timms: Applied) -> None:
+    """The filter is drawn anew for each operation, bilinear or bicubic, in both."""
+    for applied in (ours, timms):
+        filters = [operation.bicubic for operation in flat(applied)]
+        assert stats.binomtest(sum(filters), len(filters), 0.5).pvalue > LEAST_P
+        pairs = [operations for operations in applied if len(operations) == 2]
+        same = sum(first.bicubic == second.bicubic for first, second in pairs)
+        assert stats.binomtest(same, len(pairs), 0.5).pvalue > LEAST_P
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_arguments_at_every_level_are_timms(name: str) -> None:
+    """At magnitudes 0, .1, ..., 10 the arguments of both signs are exactly those that timm draws between."""
+    random.seed(0)
+    to_argument = LEVEL_TO_ARG[name]
+    for tenths in range(101):
+        magnitude = tenths / 10
+        theirs = {to_argument(magnitude, {}) if to_argument else () for _ in range(30)}
+        assert {ARGUMENTS[name](magnitude / MAX_MAGNITUDE, negative) for negative in (False, True)} == theirs
+        assert len(theirs) == (2 if name in SIGNED + ENHANCING and magnitude else 1)
+
+
+@pytest.mark.parametrize("name", SIGNED + ENHANCING)
+def test_a_negative_argument_lies_on_the_other_side(name: str) -> None:
+    """The sign turns geometric arguments about 0 and factors about 1, down to .1."""
+    for magnitude in np.linspace(0.1, 10, 100):
+        (positive,), (negative,) = (ARGUMENTS[name](float(magnitude) / MAX_MAGNITUDE, sign) for sign in (False, True))
+        if name in SIGNED:
+            assert 0 < positive == -negative
+        else:
+            assert 1 < positive == pytest.approx(2 - negative, rel=1e-12)

@@ -1,0 +1,41 @@
+"""The commands that reproduce a row; the end-to-end tests run them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaformer.errors import UserError
+from metaformer.reporting.commands import submit_command, train_command, validate_command
+from metaformer.reporting.paper import find_rows
+
+(S12, IDENTITY, GMLP, VIT) = find_rows(
+    ["paper/poolformer_s12", "ablation/identity", "comparison/gmlp_s", "comparison/vit_b16"]
+)
+
+
+def test_training_is_plain_or_by_torchrun() -> None:
+    """One process is started directly, more by torchrun; both with the recipe and the run folder."""
+    recipe = ["train.py", "experiment=paper/poolformer_s12", "run_dir=runs/a b"]
+    assert train_command(S12, Path("runs/a b"), 1) == [sys.executable, *recipe]
+    assert train_command(S12, Path("runs/a b"), 8)[-4:] == ["--nproc_per_node=8", *recipe]
+
+
+def test_submission_gives_sbatch_its_options() -> None:
+    """sbatch's options come before the script, train.py's after it."""
+    command = submit_command(IDENTITY, Path("runs/x"), ["--nodes=2"])
+    assert command == ["sbatch", "--nodes=2", "slurm/train.sbatch", "experiment=ablation/identity", "run_dir=runs/x"]
+
+
+def test_released_weights_are_evaluated_as_they_expect() -> None:
+    """This project's networks by their group; timm's with the crop, mean and std that timm states for the weights."""
+    assert validate_command(S12, Path("r.csv"), 1)[1:] == [
+        "validate.py", "model=poolformer_s12", "checkpoint=official:poolformer_s12", "results_csv=r.csv",
+    ]  # fmt: skip
+    command = validate_command(GMLP, Path("r.csv"), 1)
+    assert command[2:7] == [
+        "model=timm", "model.name=gmlp_s16_224", "model.crop_pct=0.875", "model.mean=[0.5,0.5,0.5]",
+        "model.std=[0.5,0.5,0.5]",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"^row=comparison/vit_b16: .*no released weights"):
+        validate_command(VIT, Path("r.csv"), 1)

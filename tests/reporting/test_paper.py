@@ -1,0 +1,68 @@
+"""The paper's rows, and the recipes that belong to them."""
+
+import pytest
+
+from metaformer.config import compose_recipe
+from metaformer.errors import UserError
+from metaformer.models import create_timm_model, list_models
+from metaformer.reporting.paper import ROWS, Row, Table, find_rows
+from tests.conftest import REPOSITORY
+
+RECIPES = REPOSITORY / "conf" / "experiment"
+TRAINED = [row for row in ROWS if row.trained]
+LONGER = {400: 77.5, 500: 77.9, 1000: 78.4, 1500: 78.6, 2000: 78.8, 2500: 78.8, 3000: 78.8}
+
+
+def test_every_row_of_the_tables_is_there() -> None:
+    """5 PoolFormers, 7 longer trainings, 17 ablations and 22 comparisons, each once; every network has a row."""
+    counts = {table: sum(row.table is table for row in ROWS) for table in Table}
+    assert counts == {Table.paper: 5, Table.longer: 7, Table.ablation: 17, Table.comparison: 22}
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    assert {row.model for row in TRAINED} == set(list_models())
+
+
+@pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
+def test_recipe_is_the_papers(row: Row) -> None:
+    """Each recipe composes to its network under the paper's training, and its first lines tell of the row."""
+    recipe = compose_recipe(row.name)
+    text = (RECIPES / f"{row.name}.yaml").read_text()
+    assert recipe.model.name == row.model
+    epochs = next((number for number in LONGER if f"_{number}_" in row.name), 300)
+    batch = 1024 if row.name in ("ablation/pppa", "ablation/ppaa") else 4096
+    assert (recipe.epochs, recipe.schedule.cooldown_epochs, recipe.global_batch_size) == (epochs, 10, batch)
+    assert recipe.optimizer.learning_rate(batch) == pytest.approx(batch / 1024 * 1e-3)
+    assert row.top1 == LONGER.get(epochs, row.top1)
+    assert (recipe.augmentation.name, recipe.optimizer.name, recipe.data.name) == ("paper", "adamw", "imagenet")
+    head = text.splitlines()[1:5]
+    assert f"top-1 {row.top1} in the paper" in head[0]
+    assert f"train.py experiment={row.name} data.root=" in head[1]
+    assert head[2].startswith("# Hardware: ")
+    images = (epochs + 10) * 1_281_167
+    days = max(1, round(epochs / 300))
+    assert f"{images / 1e6:,.0f} million images: {images / days / 86400:,.0f} images/s" in head[3]
+
+
+def test_no_recipe_is_without_a_row() -> None:
+    """conf/experiment/paper and ablation hold the rows' recipes and nothing else."""
+    files = {
+        str(f.relative_to(RECIPES).with_suffix(""))
+        for part in ("paper", "ablation")
+        for f in (RECIPES / part).iterdir()
+    }
+    assert files == {row.name for row in TRAINED}
+
+
+def test_compared_networks_are_timms() -> None:
+    """Where a comparison has released weights, timm makes the network, of the size that the paper states."""
+    for row in ROWS:
+        if row.table is Table.comparison and row.model is not None and row.parameters < 70:
+            parameters = sum(p.numel() for p in create_timm_model(row.model, 1000).parameters())
+            assert parameters / 1e6 == pytest.approx(row.parameters, abs=0.6), row.name
+
+
+def test_rows_are_found_by_name_and_pattern() -> None:
+    """Names come in the order given, patterns in the tables', none twice; what matches nothing is refused."""
+    assert [row.name for row in find_rows(["ablation/relu", "ablation/[rs]*lu"])] == ["ablation/relu", "ablation/silu"]
+    assert len(find_rows(["*"])) == len(ROWS)
+    with pytest.raises(UserError, match=r"^row=paper/poolformer_s13: unknown; .*paper/poolformer_s12"):
+        find_rows(["paper/poolformer_s13"])

@@ -1,0 +1,78 @@
+"""The paper's tables from the command line, on small images."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaformer.reporting.paper import ROWS
+from tests.conftest import QUICK, REPOSITORY, Finished
+
+
+def reproduce(*arguments: str) -> Finished:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "reproduce_table.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def table(runs: Path) -> dict[str, dict[str, str]]:
+    with (runs / "table.csv").open(newline="") as file:
+        return {row["row"]: row for row in csv.DictReader(file)}
+
+
+def test_list_names_every_row() -> None:
+    """All rows with their weights, and those that timm does not have."""
+    listed = reproduce("--list")
+    assert listed.code == 0
+    assert all(row.name in listed.stdout for row in ROWS)
+    assert "timm has no weights" in listed.stdout
+
+
+def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
+    """A row trains by its recipe; the report has its number, and what differs from the recipe, and no other number."""
+    command = ("--run", "ablation/relu", "--runs", str(tmp_path), "--processes", "1", "--", f"data.root={images}")
+    finished = reproduce(*command, *QUICK, "epochs=2", "workers=0")
+    assert finished.code == 0
+    top1 = finished.result["best_top1"]
+    assert reproduce("--report", "--runs", str(tmp_path)).code == 0
+    row = table(tmp_path)["ablation/relu"]
+    assert row["top-1, ours"] == f"{top1:.2f}"
+    assert row["difference"] == f"{top1 - 76.4:+.2f}"
+    assert row["images"] == "403"
+    assert "epochs=2" in row["note"]
+    assert "403 images, not 50,000" in row["note"]
+    assert Path(row["run folder"]) == tmp_path / "metaformer_s12_relu-ablation-relu"
+    others = [other for name, other in table(tmp_path).items() if name != "ablation/relu"]
+    assert not any(other["top-1, ours"][0].isdigit() for other in others)
+    assert (tmp_path / "table.md").read_text().count("| ") > len(ROWS)
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--run", "paper/poolformer_s13"), ("row=paper/poolformer_s13", "unknown", "paper/poolformer_s12")),
+        (("--run", "comparison/deit_s"), ("row=comparison/deit_s", "no recipe", "--released")),
+        (("--released", "--run", "comparison/pvt_tiny"), ("row=comparison/pvt_tiny", "no released weights")),
+    ],
+)
+def test_rows_that_cannot_be_run_are_refused(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """An unknown row, one without a recipe and one without weights: one line, exit code 2, nothing is started."""
+    refused = reproduce(*arguments)
+    assert refused.code == 2
+    (line,) = refused.errors
+    assert all(word in line for word in words), line
+    assert refused.stdout == ""
+
+
+def test_a_failing_row_stops_the_rest(images: Path, tmp_path: Path) -> None:
+    """The program's own line and exit code, then the row's name; the next row is not started."""
+    command = ("--run", "ablation/relu", "ablation/silu", "--runs", str(tmp_path), "--processes", "1", "--")
+    failed = reproduce(*command, f"data.root={images}", "global_batch_size=64")
+    assert failed.code == 2
+    assert [line.split(":")[1].strip() for line in failed.errors] == ["global_batch_size=64", "row=ablation/relu"]
+    assert "silu" not in failed.stdout
