@@ -15,7 +15,7 @@ from metaformer.errors import UserError
 from metaformer.models import create_model, download, save_weights
 from metaformer.models.weight_formats import metaformer_to_official
 from tests.conftest import QUICK, REPOSITORY, launch
-from tests.models.local_server import Reply, Server, serve
+from tests.local_server import Reply, Server, serve
 
 Run = Callable[..., dict[str, Any]]
 NAME, FILE = "official:poolformer_s12", "poolformer_s12.pth.tar"

@@ -16,7 +16,7 @@ import torch
 from metaformer.errors import UserError
 from metaformer.models import download, list_models, load_weights
 from metaformer.models.download import OFFICIAL_FILES, OFFICIAL_NAMES, download_weights, is_weights_name, weights_cache
-from tests.models.local_server import Reply, Server, serve
+from tests.local_server import Reply, Server, serve
 from tests.models.released import released_state
 from tests.models.test_weights import small_released
 

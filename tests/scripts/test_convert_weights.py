@@ -13,7 +13,7 @@ from torch import Tensor
 from metaformer.errors import UserError
 from metaformer.models import create_model, download, load_weights, save_weights
 from scripts import convert_weights
-from tests.models.local_server import Reply, serve
+from tests.local_server import Reply, serve
 from tests.models.released import RELEASED_SLOTS, released_state
 from tests.models.test_weights import small_released
 

@@ -1,0 +1,127 @@
+"""What both programs are built of: data, network, weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from metaformer.config import CommonConfig
+from metaformer.data.dali_loader import DaliLoader, dali_is_installed
+from metaformer.data.device_transform import ColourStatistics, EvaluationTransform
+from metaformer.data.feed import Feed, Target, Transform
+from metaformer.data.index import ImageIndex, Source, load_index
+from metaformer.data.label_schemes import relabel
+from metaformer.data.loader import Loader, LoaderConfig, LoaderName
+from metaformer.data.pil_reader import read_with_pil
+from metaformer.data.plan import EvaluationPlan, Plan
+from metaformer.data.sample import build_sample
+from metaformer.data.torch_reader import read_with_torch
+from metaformer.data.worker_loader import WorkerLoader
+from metaformer.models import create_model, create_timm_model
+from metaformer.models.download import download_weights, is_weights_name
+from metaformer.models.token_mixers import check_pooling
+from metaformer.models.variants import Library
+from metaformer.runtime import Runtime
+from metaformer.training.checkpoint import find_weights
+
+
+class LocatedWeights(NamedTuple):
+    """A file of weights, and which of the sets in it are meant."""
+
+    name: str  # for results
+    path: Path
+    use_ema: bool
+
+
+def locate_weights(field: str, given: str, use_ema: bool) -> LocatedWeights:
+    """The file behind a name, a path, a checkpoint folder or a run folder; what a name means is downloaded.
+
+    Args:
+        field: what the user gave it as, for errors.
+
+    Raises:
+        UserError: there is none.
+    """
+    if is_weights_name(given):
+        return LocatedWeights(given, download_weights(given, field), use_ema)
+    path = find_weights(field, Path(given), use_ema)
+    return LocatedWeights(str(path), path, use_ema and path == Path(given))  # folders have a file for each set
+
+
+def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex:
+    """One split of the data set, the same on all ranks; the sample is built if it is not there.
+
+    Raises:
+        UserError: the folder is missing or no data set, or ranks see another one.
+    """
+    root = Path(config.data.root)
+    if config.data.source is Source.sample:
+        runtime.main_only(lambda: None if root.exists() else build_sample(root), None)
+    index = runtime.main_first(lambda: relabel(load_index(root, split), config.data))
+    runtime.check_agreement(f"the data set in {root}", index.fingerprint)
+    return index
+
+
+def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.Module:
+    """The network on the device; equal on all ranks, because all start from the seed."""
+    torch.manual_seed(config.seed)
+    named = config.model
+    model: nn.Module
+    if named.library is Library.timm:
+        model = create_timm_model(named.name, num_classes, named.drop_path_rate)
+    else:
+        model = create_model(named.name, num_classes, named.drop_path_rate, config.image_size)
+        if config.channels_last:
+            check_pooling(runtime.device)
+    model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    if config.compile:
+        model.compile()  # in place: the state dict keeps its keys
+    return model
+
+
+def colours(config: CommonConfig) -> ColourStatistics:
+    """The mean and deviation that the network expects."""
+    return ColourStatistics(tuple(config.model.mean), tuple(config.model.std))
+
+
+def memory_format(config: CommonConfig) -> torch.memory_format:
+    """How images and activations lie in memory."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
+    """A plan's batches, read by the configured loader."""
+    workers = runtime.cpus_per_rank() if config.workers is None else config.workers
+    settings = dataclasses.replace(config.loader, name=loader_name(config, runtime))
+    loader = make_loader(settings, index, plan, runtime.device, workers)
+    return Feed(index, plan, loader, transform, Target(runtime.device, memory_format(config)))
+
+
+def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: torch.device, workers: int) -> Loader:
+    """The loader of that name (not `auto`), with `workers` processes or threads."""
+    if config.name is LoaderName.dali:
+        return DaliLoader(index, plan, config, device, max(1, workers))
+    read = read_with_torch if config.name is LoaderName.torch else read_with_pil
+    return WorkerLoader(read, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
+
+
+def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
+    """The loader that is meant, `auto` resolved."""
+    if config.loader.name is not LoaderName.auto:
+        return config.loader.name
+    return LoaderName.dali if runtime.device.type == "cuda" and dali_is_installed() else LoaderName.torch
+
+
+def evaluation_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex) -> Feed:
+    """This rank's share of the images, each once."""
+    plan = EvaluationPlan(
+        num_samples=len(index),
+        batch_size=config.eval_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        image_size=config.image_size,
+        crop_pct=config.model.crop_pct,
+    )
+    return make_feed(config, runtime, index, plan, EvaluationTransform(colours(config)))

@@ -1,0 +1,94 @@
+"""What validate.py runs."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaformer.build.parts import evaluation_feed, locate_weights, make_model, open_index
+from metaformer.config import ValidateConfig, fingerprint
+from metaformer.data.feed import Feed
+from metaformer.data.index import ImageIndex, Labels, check_same_classes
+from metaformer.data.label_schemes import class_counts, incompleteness, subset_mask
+from metaformer.errors import UserError
+from metaformer.evaluation.accuracy import evaluate
+from metaformer.evaluation.results import append_result
+from metaformer.evaluation.scoring import Scoring
+from metaformer.models import load_weights
+from metaformer.runtime import Runtime
+from metaformer.training.precision import Precision
+
+
+@contextmanager
+def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A function that evaluates, writes the results file, and returns what validate.py prints last.
+
+    Raises:
+        UserError: something that the user gave cannot work.
+    """
+    runtime.check_agreement("the configuration", fingerprint(config))
+    precision = Precision(config.precision, runtime.device)
+    assert config.checkpoint is not None
+    weights = runtime.from_main(partial(locate_weights, "checkpoint", config.checkpoint, config.use_ema))
+    index = _evaluation_index(config, runtime)
+    model = make_model(config, config.num_classes or len(index.classes), runtime)
+    load_weights(model, weights.path, weights.use_ema)
+    scoring = _scoring(config, index, runtime.device)
+
+    def run(feed: Feed) -> dict[str, Any]:
+        accuracy = evaluate(model, feed, precision, runtime, scoring)
+        if config.results_csv is not None:
+            row: dict[str, str | int | float] = {
+                "model": config.model.name,
+                "img_size": config.image_size,
+                "top1": accuracy.top1,
+                "top5": accuracy.top5,
+                "param_count": sum(p.numel() for p in model.parameters()),
+                "crop_pct": config.model.crop_pct,
+                "interpolation": "bicubic",
+                "images": accuracy.images,
+                "data": config.data.name,
+                "checkpoint": weights.name,
+            }
+            path = Path(config.results_csv)
+            runtime.main_only(lambda: append_result(path, row), None)
+        scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
+        return {"model": config.model.name, "data": config.data.name, **scored, "checkpoint": weights.name}
+
+    with closing(evaluation_feed(config, runtime, index)) as feed:
+        yield partial(run, feed)
+
+
+def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
+    """The images to evaluate on; the training split need not be there."""
+    index = open_index(config, runtime, config.data.val_split)
+    if config.num_classes is not None and config.num_classes != len(index.classes):
+        _check_num_classes(config.num_classes, config, runtime, index)
+    warning = incompleteness(index, config.data)
+    if warning is not None:
+        runtime.main_only(lambda: print(f"warning: {warning}", file=sys.stderr, flush=True), None)
+    return index
+
+
+def _check_num_classes(num_classes: int, config: ValidateConfig, runtime: Runtime, index: ImageIndex) -> None:
+    """Labels by folder fit a network of more classes only if the training split, where it is, has the same folders."""
+    data = config.data
+    by_folder = data.labels is Labels.folders and data.train_split is not None
+    if by_folder and (Path(data.root) / str(data.train_split)).is_dir() and num_classes > len(index.classes):
+        check_same_classes(open_index(config, runtime, str(data.train_split)), index)
+        return
+    what = f"{len(index.classes)} class folders" if by_folder else "labels of ImageNet-1K's 1000 classes"
+    mend = ", or, where some of ImageNet's folders are missing, give data.labels=wnids" if by_folder else ""
+    raise UserError(f"num_classes={num_classes}: {index.folder} has {what}; leave it null{mend}")
+
+
+def _scoring(config: ValidateConfig, index: ImageIndex, device: torch.device) -> Scoring:
+    subset = config.data.class_subset
+    return Scoring(
+        competing=None if subset is None else torch.from_numpy(subset_mask(subset)).to(device),
+        label_sets=None if index.label_sets is None else torch.from_numpy(index.label_sets).to(device),
+    )
