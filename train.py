@@ -3,7 +3,7 @@
 Options: conf/ and src/metaformer/config.py, or `python train.py --help`. The same command again resumes.
 """
 
-from metaformer import build, runtime
+from metaformer import assembly, runtime
 from metaformer.config import TrainConfig, compose
 
 
@@ -11,9 +11,9 @@ def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
     with runtime.start() as ranks:
-        with build.training(config, ranks) as trainer:
+        with assembly.training(config, ranks) as trainer:
             validation = trainer.run()
-        ranks.print_result(build.training_result(config, trainer, validation))
+        ranks.print_result(assembly.training_result(config, trainer, validation))
 
 
 if __name__ == "__main__":

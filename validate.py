@@ -3,14 +3,14 @@
 Options: conf/ and src/metaformer/config.py, or `python validate.py --help`.
 """
 
-from metaformer import build, runtime
+from metaformer import assembly, runtime
 from metaformer.config import ValidateConfig, compose
 
 
 def main() -> None:
     """Compose, build, evaluate; the last line on stdout is the result as JSON."""
     config = compose("validate", ValidateConfig)
-    with runtime.start() as ranks, build.validation(config, ranks) as evaluate:
+    with runtime.start() as ranks, assembly.validation(config, ranks) as evaluate:
         ranks.print_result(evaluate())
 
 

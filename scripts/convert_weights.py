@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from metaformer.build import locate_weights
+from metaformer.assembly import locate_weights
 from metaformer.errors import UserError
 from metaformer.files import write_whole
 from metaformer.models.weight_formats import (

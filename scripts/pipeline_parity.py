@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from metaformer.build import make_loader
+from metaformer.assembly import make_loader
 from metaformer.config import CONF_FOLDER
 from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
 from metaformer.data.dali_loader import dali_is_installed

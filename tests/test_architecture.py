@@ -24,7 +24,7 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_components_import_no_sibling(component: str) -> None:
-    """A component knows itself and the foundation; only build.py and config.py know several."""
+    """A component knows itself and the foundation; only assembly/ and config.py know several."""
     for file in (PACKAGE / component).glob("*.py"):
         assert imports(file) <= {component} | FOUNDATION, file
 
@@ -36,8 +36,8 @@ def test_foundation_knows_no_component() -> None:
 
 
 def test_config_knows_no_builder_and_entry_points_are_short() -> None:
-    """Types do not build; train.py and validate.py compose, build and call."""
-    assert "build" not in imports(PACKAGE / "config.py")
+    """Types do not assemble; train.py and validate.py compose, build and call."""
+    assert "assembly" not in imports(PACKAGE / "config.py")
     for name in ("train.py", "validate.py"):
         assert len((REPOSITORY / name).read_text().splitlines()) <= 40
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.utils import save_image
 
-from metaformer.build.parts import (
+from metaformer.assembly.parts import (
     colours,
     evaluation_feed,
     loader_name,

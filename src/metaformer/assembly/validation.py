@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metaformer.build.parts import evaluation_feed, locate_weights, make_model, open_index
+from metaformer.assembly.parts import evaluation_feed, locate_weights, make_model, open_index
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index import ImageIndex, Labels, check_same_classes
