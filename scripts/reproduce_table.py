@@ -102,7 +102,7 @@ def _run_dir(row: Row, runs: Path) -> Path:
 def _list() -> None:
     table = Table("row", "table", "top-1 (paper)", "released weights")
     for row in ROWS:
-        nothing = "none" if row.trained else "timm has no weights of this training"
+        nothing = "none" if row.trained else "none in timm"
         table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released or nothing)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print("Rows of the comparison have no recipe here: their released weights can be evaluated (--released --run).")

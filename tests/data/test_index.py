@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from metaformer.data.index import check_same_classes, load_index
+from metaformer.data.index import IndexCheck, check_same_classes, load_index
 from metaformer.errors import UserError
 
 
@@ -52,17 +52,45 @@ def test_hidden_files_are_left_out_and_folders_below_a_class_are_read(own_root: 
     assert train / "a" / "more" / "cmyk.JPEG" in {index.path(int(i)) for i in np.flatnonzero(index.labels == 0)}
 
 
-def test_cache_is_used_while_no_class_folder_changed(own_root: Path) -> None:
-    """The second index is the first, without a scan: a file rewritten in place still has its old size in it."""
+def test_cache_is_used_while_nothing_changed(own_root: Path) -> None:
+    """The second index is the first, from memory-mapped files without a scan: labels written into them show."""
     first = load_index(own_root, "train")
-    assert (own_root / ".metaformer" / "train.npz").is_file()
-    (own_root / "train" / "a" / "0.JPEG").write_bytes(b"longer or shorter")
+    assert isinstance(first.labels, np.memmap)
     second = load_index(own_root, "train")
-    assert second.fingerprint == first.fingerprint
-    assert second.classes == first.classes
+    assert (second.fingerprint, second.classes) == (first.fingerprint, first.classes)
     for name in ("paths", "labels", "sizes"):
         assert np.array_equal(getattr(second, name), getattr(first, name))
         assert getattr(second, name).dtype == getattr(first, name).dtype
+    (stored,) = own_root.glob(".metaformer/train-*/labels.npy")
+    np.save(stored, first.labels + 7)
+    assert load_index(own_root, "train").labels[0] == 7
+
+
+@pytest.mark.parametrize("check", IndexCheck)
+def test_files_rewritten_in_place_are_seen(own_root: Path, check: IndexCheck) -> None:
+    """Another size or time of one file makes a new scan, though no folder has changed; one set of arrays is kept."""
+    first = load_index(own_root, "train", check)
+    file = own_root / "train" / "a" / "0.JPEG"
+    file.write_bytes(b"longer or shorter")
+    second = load_index(own_root, "train", check)
+    assert second.fingerprint != first.fingerprint
+    assert second.sizes[0] == 17
+    age(file)
+    (before,) = own_root.glob(".metaformer/train-*")
+    assert load_index(own_root, "train", check).fingerprint == second.fingerprint
+    (after,) = own_root.glob(".metaformer/train-*")
+    assert before != after
+
+
+def test_quick_check_looks_at_some_files_and_the_full_one_at_all(tmp_path: Path) -> None:
+    """Of 3,000 files a thousand are looked at each time; a change of another is seen by the check of all files."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in range(3000):
+        (tmp_path / "train" / "a" / f"{number:04}.JPEG").write_bytes(b"x")
+    first = load_index(tmp_path, "train")
+    (tmp_path / "train" / "a" / "0001.JPEG").write_bytes(b"xx")
+    assert load_index(tmp_path, "train").fingerprint == first.fingerprint
+    assert load_index(tmp_path, "train", IndexCheck.files).fingerprint != first.fingerprint
 
 
 def test_added_and_removed_files_and_classes_are_seen(own_root: Path) -> None:
@@ -98,9 +126,13 @@ def test_files_added_below_a_class_are_seen(own_root: Path) -> None:
 def test_damaged_cache_is_replaced(own_root: Path, content: bytes) -> None:
     """A cache that cannot be read costs a scan and nothing else."""
     first = load_index(own_root, "train")
-    (own_root / ".metaformer" / "train.npz").write_bytes(content)
-    for _ in range(2):
-        assert load_index(own_root, "train").fingerprint == first.fingerprint
+    for pattern in ("train.json", "train-*/labels.npy"):
+        (file,) = (own_root / ".metaformer").glob(pattern)
+        file.write_bytes(content)
+        for _ in range(2):
+            index = load_index(own_root, "train")
+            assert index.fingerprint == first.fingerprint
+            assert np.array_equal(index.labels, first.labels)
 
 
 def test_splits_have_caches_of_their_own(own_root: Path) -> None:
@@ -115,9 +147,10 @@ def test_cache_moves_to_the_user_where_the_data_is_read_only(own_root: Path, tmp
     """Where no cache can lie beside the data it lies in XDG_CACHE_HOME, and is used from there."""
     (own_root / ".metaformer").write_text("a file where the cache's folder would be")
     first = load_index(own_root, "train")
-    assert [f.suffix for f in (tmp_path / "cache" / "metaformer").iterdir()] == [".npz"]
-    (own_root / "train" / "a" / "0.JPEG").write_bytes(b"rewritten in place")
+    (kept,) = (tmp_path / "cache" / "metaformer").glob("*/train.json")
+    inode = kept.stat().st_ino
     assert load_index(own_root, "train").sizes.tolist() == first.sizes.tolist()
+    assert kept.stat().st_ino == inode
 
 
 def test_index_works_where_nothing_can_be_cached(own_root: Path, tmp_path: Path) -> None:

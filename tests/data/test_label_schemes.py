@@ -151,7 +151,7 @@ def test_fingerprints_follow_labels(tmp_path: Path, file_names: list[str]) -> No
     prints = [relabel(first, config).fingerprint for config in (DataConfig(), BY_WNIDS, REAL)]
     assert len(set(prints)) == 3
     assert prints == [relabel(again, config).fingerprint for config in (DataConfig(), BY_WNIDS, REAL)]
-    assert (tmp_path / ".metaformer" / "all.npz").is_file()
+    assert (tmp_path / ".metaformer" / "all.json").is_file()
 
 
 def test_same_folders_in_another_scheme_are_no_cache_of_each_other(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import scipy.io
 from PIL import Image
-from torchvision.datasets import imagenet
 
+from metaformer.data import imagenet_archives, imagenette
 from metaformer.data.index import load_index
 from metaformer.errors import UserError
 from scripts import prepare_data
+from tests.local_server import Reply, serve
 
 Prepare = Callable[..., str]
 WNIDS = ("n01440764", "n02119789", "n01443537")  # in the devkit's order, which is not the alphabet's
@@ -63,7 +64,7 @@ def devkit() -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """The three archives, built as the real ones are, with torchvision told their hashes; the arguments that name them.
+    """The three archives, built as the real ones are, their hashes and counts taken for known; the arguments.
 
     Class k has k + 1 training images. Each validation image is as bright as its label says.
     """
@@ -73,14 +74,12 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]
     }
     val = {f"ILSVRC2012_val_{number:08}.JPEG": jpeg(40 * label) for number, label in enumerate(VAL_LABELS, 1)}
     contents = {"train": tar(classes), "val": tar(dict(reversed(val.items()))), "devkit": devkit()}
-    arguments: list[str] = []
-    known = {}
+    arguments = ["--workers", "2"]
     for (split, content), option in zip(contents.items(), ("train-tar", "val-tar", "devkit"), strict=True):
-        name, _ = imagenet.ARCHIVE_META[split]
-        (tmp_path / name).write_bytes(content)
-        known[split] = (name, hashlib.md5(content).hexdigest())
-        arguments += [f"--{option}", str(tmp_path / name)]
-    monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
+        (tmp_path / split).write_bytes(content)
+        monkeypatch.setitem(imagenet_archives.MD5, split, hashlib.md5(content).hexdigest())
+        arguments += [f"--{option}", str(tmp_path / split)]
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 5})
     return tuple(arguments)
 
 
@@ -121,8 +120,8 @@ def test_wrong_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepa
 
 def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
     """An archive that is not there is named, before anything is unpacked."""
-    Path(archives[3]).unlink()
-    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: no such file; get it from image-net\.org"):
+    Path(archives[archives.index("--val-tar") + 1]).unlink()
+    with pytest.raises(UserError, match=r"val: no such file; get it from image-net\.org"):
         prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
@@ -136,6 +135,63 @@ def test_existing_folder(tmp_path: Path, archives: tuple[str, ...], prepare: Pre
     with pytest.raises(UserError, match=r"^--out \S+mine: exists already; give another folder, or remove it$"):
         prepare(source, *arguments, "--out", str(tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+@pytest.fixture
+def tgz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive as Imagenette's, whose hash is taken for known."""
+    files = {f"imagenette2/{split}/{wnid}/{split}_{wnid}.JPEG": jpeg(9) for split in ("train", "val") for wnid in WNIDS}
+    return known_tgz(tmp_path / "imagenette2.tgz", tar(files, "w:gz"), monkeypatch)
+
+
+def known_tgz(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path.write_bytes(content)
+    known = imagenette.SIZES["full"]._replace(md5=hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(imagenette.SIZES, "full", known)
+    return path
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_imagenette(
+    tmp_path: Path, tgz: Path, prepare: Prepare, download: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive, given or downloaded, ends as SPLIT/CLASS/IMAGE, and nothing is left beside it."""
+    out = tmp_path / "data" / "imagenette"
+    with serve() as server:
+        server.replies["/imagenette2.tgz"] = Reply(tgz.read_bytes())
+        known = imagenette.SIZES["full"]._replace(url=f"{server.url}imagenette2.tgz")
+        monkeypatch.setitem(imagenette.SIZES, "full", known)
+        printed = prepare("imagenette", *(() if download else ("--tgz", str(tgz))), "--out", str(out))
+        assert bool(server.requests) == download
+    assert printed.splitlines()[-1] == f"{out}: 3 training and 3 validation images, 3 classes"
+    assert [path.name for path in out.parent.iterdir()] == ["imagenette"]
+    assert tgz.exists()
+
+
+def test_imagenette_refuses_what_it_does_not_know(
+    tmp_path: Path, tgz: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another archive, a missing one and members outside of it: one line, and nothing at --out."""
+    out = tmp_path / "data" / "imagenette"
+
+    def refusal(file: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            prepare("imagenette", "--tgz", str(file), "--out", str(out))
+        assert not out.exists()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    other = tmp_path / "other.tgz"
+    other.write_bytes(tgz.read_bytes() + b"\0")
+    assert "not the known archive" in refusal(other)
+    assert "no such file" in refusal(tmp_path / "none.tgz")
+    known_tgz(other, tgz.read_bytes()[:-50], monkeypatch)
+    assert "imagenette: " in refusal(other)
+    for name in ("../outside.JPEG", str(tmp_path / "absolute.JPEG"), "imagenette2/../../outside.JPEG"):
+        known_tgz(other, tar({"imagenette2/train/n1/a.JPEG": jpeg(1), name: jpeg(2)}, "w:gz"), monkeypatch)
+        assert f"refused: {name!r}" in refusal(other)
+    assert not list(tmp_path.rglob("outside.JPEG"))
+    assert not list(tmp_path.rglob("absolute.JPEG"))
 
 
 def test_sample(tmp_path: Path, prepare: Prepare) -> None:

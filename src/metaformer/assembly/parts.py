@@ -59,7 +59,7 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
     root = Path(config.data.root)
     if config.data.source is Source.sample:
         runtime.main_only(lambda: None if root.exists() else build_sample(root), None)
-    index = runtime.main_first(lambda: relabel(load_index(root, split), config.data))
+    index = runtime.main_first(lambda: relabel(load_index(root, split, config.data.check), config.data))
     runtime.check_agreement(f"the data set in {root}", index.fingerprint)
     return index
 

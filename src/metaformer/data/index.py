@@ -6,22 +6,17 @@ cache folder where the data is read-only) and reused while no folder has changed
 """
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from metaformer.data.index_cache import load_scan, store_scan
+from metaformer.data.scan import Scan, scan
 from metaformer.errors import UserError
-from metaformer.files import write_whole
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-CACHE_FORMAT = 2
 
 
 class Source(Enum):
@@ -29,6 +24,13 @@ class Source(Enum):
 
     folder = "folder"  # the user brings it
     sample = "sample"  # built on first use from a package's data
+
+
+class IndexCheck(Enum):
+    """What is compared with the index of an earlier start; a difference makes a new scan."""
+
+    quick = "quick"  # the times of all folders, the sizes and times of a thousand files
+    files = "files"  # the sizes and times of all files
 
 
 class Labels(Enum):
@@ -56,6 +58,7 @@ class DataConfig:
     train_split: str | None = "train"  # None: a test set
     val_split: str = "val"  # ".": the class folders lie in `root` itself
     source: Source = Source.folder
+    check: IndexCheck = IndexCheck.quick
     labels: Labels = Labels.folders
     class_subset: ClassSubset | None = None  # the network chooses among these classes only
     expected_images: int | None = None  # published counts of a test set: a part of it gives another accuracy
@@ -120,27 +123,15 @@ class ImageIndex:
         return replace(self, **arrays, fingerprint=digest)
 
 
-def load_index(root: Path, split: str) -> ImageIndex:
-    """The index of `root/split`, from the cache if no folder changed since it was written.
+def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> ImageIndex:
+    """The index of `root/split`, from the kept scan as far as `check` finds it true, else from a new one.
 
     Raises:
         UserError: the folder is missing, flat, or has a class without images.
     """
-    folder = root / split
-    classes = _class_folders(root, split)
-    for cache in _cache_files(root, split):
-        try:
-            with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                if _is_current(json.loads(str(stored["key"])), folder, classes):
-                    arrays = (stored["paths"], stored["labels"], stored["sizes"])
-                    return ImageIndex(folder, tuple(classes), *arrays, fingerprint=str(stored["fingerprint"]))
-        except (OSError, ValueError, EOFError, KeyError, BadZipFile):
-            continue  # missing or damaged
-    scanned: dict[str, int] = {}
-    index = _scan(folder, classes, scanned)
-    key = json.dumps({"format": CACHE_FORMAT, "folder": str(folder.resolve()), "classes": classes, "scanned": scanned})
-    _store(index, key, _cache_files(root, split))
-    return index
+    folder, classes = root / split, _class_folders(root, split)
+    found = load_scan(root, split, classes, check is IndexCheck.files)
+    return _index(folder, store_scan(scan(folder, classes), root, split) if found is None else found)
 
 
 def find_images(folder: Path) -> ImageIndex:
@@ -152,15 +143,11 @@ def find_images(folder: Path) -> ImageIndex:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return _scan(folder, classes or ["."], {})
+    return _index(folder, scan(folder, classes or ["."]))
 
 
-def _is_current(key: dict[str, Any], folder: Path, classes: list[str]) -> bool:
-    """Whether a cache is of this folder, and no folder that was scanned for it has changed since."""
-    expected = {"format": CACHE_FORMAT, "folder": str(folder.resolve()), "classes": classes}
-    if {name: key[name] for name in expected} != expected:
-        return False
-    return all((folder / name).stat().st_mtime_ns == changed for name, changed in key["scanned"].items())
+def _index(folder: Path, found: Scan) -> ImageIndex:
+    return ImageIndex(folder, found.classes, found.paths, found.labels, found.sizes, found.fingerprint())
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
@@ -196,64 +183,3 @@ def _expected_layout(split: str) -> str:
         f"expected {split}/CLASS/*.JPEG below data.root; "
         "prepare ImageNet with `python scripts/prepare_data.py imagenet --help`, or try data=sample"
     )
-
-
-def _scan(folder: Path, classes: list[str], scanned: dict[str, int]) -> ImageIndex:
-    """Read the folders; `scanned` gets each one's time of change, taken before it is read."""
-    names: list[bytes] = []
-    sizes: list[int] = []
-    counts: list[int] = []
-    for name in classes:
-        images = sorted(_images_below(folder, name, scanned), key=lambda image: os.path.split(image[0]))
-        if not images:
-            raise UserError(f"data.root: class folder {(folder / name).absolute()} holds no image; fill or remove it")
-        names.extend(os.fsencode(path) for path, _ in images)
-        sizes.extend(size for _, size in images)
-        counts.append(len(images))
-    length = max(map(len, names))
-    paths = np.frombuffer(b"".join(n.ljust(length, b"\0") for n in names), np.uint8).reshape(len(names), length)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    size_array = np.array(sizes, np.int64)
-    digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
-    digest.update(paths.tobytes())
-    digest.update(size_array.tobytes())
-    return ImageIndex(folder, tuple(classes), paths, labels, size_array, digest.hexdigest())
-
-
-def _images_below(folder: Path, below: str, scanned: dict[str, int]) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    scanned[below] = (folder / below).stat().st_mtime_ns
-    with os.scandir(folder / below) as entries:
-        for entry in entries:
-            path = f"{below}/{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                found.extend(_images_below(folder, path, scanned))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                found.append((path, entry.stat().st_size))
-    return found
-
-
-def _cache_files(root: Path, split: str) -> list[Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaformer"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    file = "all.npz" if split == "." else f"{split}.npz"
-    return [root / ".metaformer" / file, home / f"{name}-{file}"]
-
-
-def _store(index: ImageIndex, key: str, places: list[Path]) -> None:
-    arrays: dict[str, Any] = {"paths": index.paths, "labels": index.labels, "sizes": index.sizes}
-    arrays |= {"key": np.array(key), "fingerprint": np.array(index.fingerprint)}
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
-
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, write)
-            return
-        except OSError:  # read-only data: the next place; without any cache the scan is repeated, nothing is lost
-            continue
