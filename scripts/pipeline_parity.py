@@ -48,8 +48,11 @@ def main() -> None:
     arguments = _parse()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     index = _some(find_images(arguments.folder), arguments.images)
+    network = None if arguments.checkpoint is None else _network(arguments, device)
     names = [LoaderName.torch] + ([LoaderName.dali] if dali_is_installed() else [])
     print(f"{len(index)} images of {arguments.folder}, {arguments.image_size} px, {device.type}; differences from PIL")
+    if LoaderName.dali not in names:
+        print("dali is not installed: only torch is compared")
     pixels = Table("images", "loader", "mean of 255", "worst image")
     for title, plan in _plans(len(index), arguments.image_size).items():
         for name in names:
@@ -57,8 +60,8 @@ def main() -> None:
             pixels.add_row(title, name.value, f"{difference.mean():.3f}", f"{difference.max():.3f}")
     console = Console()
     console.print(pixels)
-    if arguments.checkpoint is not None:
-        console.print(_predictions(arguments, index, names, device))
+    if network is not None:
+        console.print(_predictions(arguments, network, index, names))
 
 
 def _parse() -> argparse.Namespace:
@@ -69,7 +72,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=list_models(), default="poolformer_s12", metavar="NAME")
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--checkpoint", help="weights: a file or a name, as for validate.py")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.image_size < 32:
+        raise UserError(f"--image-size={arguments.image_size}: the networks reduce an image 32-fold; use 32 or more")
+    return arguments
+
+
+def _network(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+    network = create_model(arguments.model, arguments.num_classes, image_size=arguments.image_size)
+    load_weights(network, arguments.checkpoint)
+    return network.to(device).eval()
 
 
 def _some(index: ImageIndex, count: int) -> ImageIndex:
@@ -81,7 +93,17 @@ def _some(index: ImageIndex, count: int) -> ImageIndex:
 
 def _plans(count: int, size: int) -> dict[str, Plan]:
     def training(augmentation: AugmentationConfig) -> Plan:
-        return TrainingPlan(count, min(BATCH, count), 1, 0, 1, 0, size, 0.9, augmentation)
+        return TrainingPlan(
+            num_samples=count,
+            global_batch_size=min(BATCH, count),
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            image_size=size,
+            crop_pct=0.9,
+            augmentation=augmentation,
+        )
 
     return {
         "evaluation, crop .9 (S)": _evaluation(count, size, 0.9),
@@ -115,11 +137,9 @@ def _compare(
 
 
 def _predictions(
-    arguments: argparse.Namespace, index: ImageIndex, names: list[LoaderName], device: torch.device
+    arguments: argparse.Namespace, network: nn.Module, index: ImageIndex, names: list[LoaderName]
 ) -> Table:
-    network = create_model(arguments.model, arguments.num_classes, image_size=arguments.image_size)
-    load_weights(network, arguments.checkpoint)
-    network = network.to(device).eval()
+    device = next(network.parameters()).device
     crop_pct = float(OmegaConf.load(CONF_FOLDER / "model" / f"{arguments.model}.yaml").crop_pct)
     labels = torch.from_numpy(index.labels) if len(index.classes) == arguments.num_classes else None
 

@@ -24,11 +24,10 @@ from rich.table import Table
 
 from metaformer.config import compose_recipe
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
-from metaformer.reporting.commands import submit_command, train_command, validate_command
+from metaformer.files import write_text_whole, write_whole
+from metaformer.reporting.commands import submit_command, timm_crop, train_command, validate_command
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
 from metaformer.reporting.paper import ROWS, Row, find_rows
-from metaformer.reporting.plot import save_plot
 from metaformer.reporting.table import Comparison, to_csv, to_markdown
 from metaformer.runtime import run_program
 
@@ -56,7 +55,10 @@ def main() -> None:
         commands = [(row, _command(row, runs, arguments) + arguments.overrides) for row in rows]
         for row, command in commands:
             print(f"{row.name}: {shlex.join(command)}", flush=True)
-            done = subprocess.run(command, cwd=REPOSITORY, check=False)
+            try:
+                done = subprocess.run(command, cwd=REPOSITORY, check=False)
+            except OSError as error:
+                raise UserError(f"row={row.name}: cannot start {command[0]} ({error.strerror})") from error
             if done.returncode:
                 raise RowFailed(row, done.returncode)
 
@@ -79,8 +81,16 @@ def _parse() -> argparse.Namespace:
         own, overrides = own[:place], own[place + 1 :]
     arguments = parser.parse_args(own)
     arguments.overrides = overrides
-    if arguments.released and arguments.submit:
+    if arguments.released and not arguments.run:
         parser.error("--released: goes with --run; an evaluation takes minutes")
+    if overrides and not (arguments.run or arguments.submit):
+        parser.error("overrides after -- go with --run and --submit")
+    if arguments.processes < 1:
+        parser.error(f"--processes {arguments.processes}: must be at least 1")
+    try:
+        arguments.sbatch = shlex.split(arguments.sbatch)
+    except ValueError as error:
+        parser.error(f"--sbatch {arguments.sbatch}: {error}")
     return arguments
 
 
@@ -88,7 +98,7 @@ def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
     if arguments.released:
         return validate_command(row, runs / "results.csv", arguments.processes)
     if arguments.submit:
-        return submit_command(row, _run_dir(row, runs), shlex.split(arguments.sbatch))
+        return submit_command(row, _run_dir(row, runs), arguments.sbatch)
     return train_command(row, _run_dir(row, runs), arguments.processes)
 
 
@@ -109,21 +119,32 @@ def _list() -> None:
 
 
 def _report(runs: Path) -> None:
-    comparisons = []
-    for row in ROWS:
-        ours = Outcome(note="no recipe here")
-        if row.trained:
-            recipe = compose_recipe(row.name)
-            values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
-            ours = read_run(runs / recipe.resolved_run_dir.name, values)
-        comparisons.append(Comparison(row, ours, read_released(row, runs / "results.csv")))
-    runs.mkdir(parents=True, exist_ok=True)
-    write_text_whole(runs / "table.md", to_markdown(comparisons))
-    write_text_whole(runs / "table.csv", to_csv(comparisons))
-    save_plot(comparisons, runs / "table.png")
+    try:
+        from metaformer.reporting.plot import save_plot
+    except ImportError as error:
+        raise UserError("--report: matplotlib is not installed; `uv pip install matplotlib`") from error
+    comparisons = [_compare(row, runs) for row in ROWS]
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        write_text_whole(runs / "table.md", to_markdown(comparisons))
+        write_text_whole(runs / "table.csv", to_csv(comparisons))
+        write_whole(runs / "table.png", lambda file: save_plot(comparisons, file))
+    except OSError as error:
+        raise UserError(f"--runs {runs}: cannot be written ({error.strerror or error})") from error
     trained = sum(comparison.ours.top1 is not None for comparison in comparisons)
     evaluated = sum(comparison.released.top1 is not None for comparison in comparisons)
     print(f"{runs / 'table.md'}, table.csv, table.png: {len(ROWS)} rows, {trained} trained here, {evaluated} evaluated")
+
+
+def _compare(row: Row, runs: Path) -> Comparison:
+    results = runs / "results.csv"
+    if not row.trained:
+        nothing = Outcome(note="no recipe here")
+        return Comparison(row, nothing, read_released(row, results, timm_crop(row.released) if row.released else 0))
+    recipe = compose_recipe(row.name)
+    values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
+    ours = read_run(runs / recipe.resolved_run_dir.name, values)
+    return Comparison(row, ours, read_released(row, results, recipe.model.crop_pct))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class TrainConfig(CommonConfig):
     epochs: int = 300  # the schedule's cool-down epochs come on top
     global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
     accumulation_steps: int = 1
+    fill_last_batch: bool = False  # of an epoch, with images that it began with; else an incomplete batch is left out
     init_weights: str | None = None  # weights file to start from
     resume: str = "auto"  # auto: go on where the run folder stands; never: only in an empty folder; or a checkpoint
     clip_grad_norm: float | None = None
@@ -175,6 +176,8 @@ def compose_recipe(experiment: str) -> TrainConfig:
         config: Any = OmegaConf.to_object(values)
     except HydraException as error:
         raise UserError(_explain(error)) from error
+    except OmegaConfBaseException as error:
+        raise UserError(_explain_value(error)) from error
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
     return config
@@ -195,8 +198,13 @@ def _explain(error: HydraException) -> str:
     if isinstance(error.__cause__, OmegaConfBaseException):
         return _explain_value(error.__cause__)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, name = os.path.split(error.missing_cfg_file)
-        return str(unknown_name(group, name, error.options))
+        group, name = error.missing_cfg_file.split("/", 1)
+        if not (CONF_FOLDER / group).is_dir():  # a group of Hydra's own
+            group, name = os.path.split(error.missing_cfg_file)
+            return str(unknown_name(group, name, error.options))
+        files = (CONF_FOLDER / group).rglob("*.yaml")
+        known = [str(file.relative_to(CONF_FOLDER / group).with_suffix("")) for file in files]
+        return str(unknown_name(group, name, known))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
     return " ".join(str(error).split())

@@ -260,7 +260,28 @@ def test_a_bad_file_is_named(own_root: Path, name: str, plan: Plan, kind: str) -
     with pytest.raises(UserError) as error:
         read_epoch(name, index, plan)
     assert str(error.value).startswith(f"{path}: cannot be read as an image (")
+    assert "data.quarantine=FILE" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("plan", [training_plan(batch=13), evaluation_plan(batch=13)], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", ["GIF", "16-bit", "1x1"])
+@every_loader
+def test_unusual_files_are_read_or_named(own_root: Path, name: str, plan: Plan, kind: str) -> None:
+    """A GIF, a 16-bit PNG and a single pixel under a JPEG's name are read; a GIF by DALI is refused by its path."""
+    path = own_root / "train" / "a" / "3.JPEG"
+    if kind == "GIF":
+        picture(40, 40, seed=0).save(path, "GIF")
+    elif kind == "16-bit":
+        Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(path, "PNG")
+    else:
+        picture(40, 40, seed=0).resize((1, 1)).save(path, "JPEG")
+    index = load_index(own_root, "train")
+    if (name, kind) == ("dali", "GIF"):
+        with pytest.raises(UserError, match=rf"^{path}: loader=dali cannot read a GIF; convert the file[^\n]*$"):
+            read_epoch(name, index, plan)
+    else:
+        assert read_epoch(name, index, plan)[0].shape == (13, 3, 48, 48)
 
 
 @every_loader

@@ -113,6 +113,29 @@ def test_samples_are_seen_at_most_once_and_all_but_the_remainder(cut: Cut, epoch
 
 @few_examples
 @given(cut=cuts, epoch=st.integers(0, 400))
+def test_a_filled_last_batch_leaves_no_image_out(cut: Cut, epoch: int) -> None:
+    """With `fill_last_batch` every image comes, and those that an epoch began with come again to complete its last."""
+    plans = [replace(rank, fill_last_batch=True) for rank in cut.ranks]
+    steps, size = plans[0].steps_per_epoch, cut.whole.num_samples
+    assert steps == -(-size // cut.whole.global_batch_size)
+    positions = range(steps * cut.accumulation_steps)
+    seen = np.concatenate([plan.batch(epoch, position).samples for position in positions for plan in plans])
+    assert len(np.unique(seen)) == size
+    assert seen[size:].tolist() == seen[: len(seen) - size].tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 1024])
+def test_a_thousand_ranks_read_one_order(world_size: int) -> None:
+    """At ImageNet's size, 2 to 1,024 ranks read and augment a step's 4,096 images as one rank does."""
+    one = TrainingPlan(1_281_167, 4096, 1, 0, 1, 7, 224, 0.9, AugmentationConfig(mix_group_size=4))
+    expected = one.batch(3, 300)
+    parts = [replace(one, rank=rank, world_size=world_size).batch(3, 300) for rank in range(world_size)]
+    assert np.array_equal(np.concatenate([part.samples for part in parts]), expected.samples)
+    assert draws_by_sample(parts) == draws_by_sample([expected])
+
+
+@few_examples
+@given(cut=cuts, epoch=st.integers(0, 400))
 def test_a_samples_draws_are_the_same_for_any_ranks_and_accumulation(cut: Cut, epoch: int) -> None:
     """Crop, flip, filter, RandAugment and erasing of each sample do not know how the global batch was cut."""
     assert draws_by_sample(cut.of_step(epoch, 0)) == draws_by_sample([cut.whole.batch(epoch, 0)])

@@ -38,6 +38,8 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["optimizer=adam2"], ["optimizer=adam2", "adamw"]),
         (["optimizer.name=adamww"], ["optimizer.name=adamww", "adamw"]),
         (["experiment=dmeo"], ["experiment=dmeo", "demo"]),
+        (["experiment=ablation/rellu"], ["experiment=ablation/rellu", "ablation/relu"]),
+        (["model.mean=[124,116,104]"], ["model.mean=", "[0, 1]"]),
         (["epochs=many"], ["epochs", "many"]),
         (["epochs=0"], ["epochs=0", "at least 1"]),
         (["image_size=16"], ["image_size=16", "32"]),

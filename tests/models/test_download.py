@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def test_short_file(server: Server, weights: bytes) -> None:
         (Reply(status=404), "404"),
         (Reply(status=503), "503"),
         (Reply(status=0), "closed connection"),
-        (Reply(b"<html>Sign in to the network</html>"), "not a whole zip archive"),
+        (Reply(b"<html>Sign in to the network</html>"), "not a whole weights file"),
     ],
 )
 def test_other_answers(server: Server, reply: Reply, part: str) -> None:
@@ -164,12 +165,23 @@ def test_file_put_there_by_hand(server: Server, weights: bytes) -> None:
     weights_cache().mkdir(parents=True)
     path = weights_cache() / FILE
     path.write_bytes(weights[:-100])
-    assert "not a whole zip archive" in refusal(NAME)
+    assert "is damaged (not a whole weights file" in refusal(NAME)
     assert cached() == [FILE]
     path.write_bytes(weights)
     assert download_weights(NAME) == path
     assert cached() == [FILE, f"{FILE}.sha256"]
     assert server.requests == []
+
+
+def test_file_that_an_old_torch_wrote(server: Server, weights: bytes) -> None:
+    """Torch before 1.6 wrote no zip archive: such a file is taken when it reads, and refused when it is cut short."""
+    old = BytesIO()
+    torch.save(torch.load(BytesIO(weights), weights_only=True), old, _use_new_zipfile_serialization=False)
+    server.replies[f"/{FILE}"] = Reply(old.getvalue()[:-100])
+    assert "not a whole weights file" in refusal(NAME)
+    assert cached() == []
+    server.replies[f"/{FILE}"] = Reply(old.getvalue())
+    assert download_weights(NAME).read_bytes() == old.getvalue()
 
 
 def test_cache_that_cannot_be_written(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

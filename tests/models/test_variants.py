@@ -132,6 +132,14 @@ def test_timm_network_takes_classes_and_drop_path() -> None:
     assert max(getattr(m, "drop_prob", None) or 0 for m in model.modules()) == pytest.approx(0.25)
 
 
+def test_timm_network_of_fixed_size_refuses_another() -> None:
+    """A network of timm for images of one size says which, in one line; others take any."""
+    with pytest.raises(UserError, match=r"^image_size=64: timm's test_vit takes images of 160 pixels; image_size=160$"):
+        create_timm_model("test_vit", image_size=64)
+    create_timm_model("test_vit", image_size=160)
+    create_timm_model("test_resnet", image_size=64)
+
+
 def test_timm_network_without_drop_path_refuses_a_rate() -> None:
     """A drop path rate for a network that has none is a UserError naming field and network; without a rate it works."""
     with pytest.raises(UserError, match=r"^model\.drop_path_rate=0\.1: .*ghostnet_050.*$"):

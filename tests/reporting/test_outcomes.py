@@ -64,19 +64,33 @@ def test_what_is_not_the_recipe_is_said(tmp_path: Path, recipe: TrainConfig) -> 
     assert (found.top1, found.note) == (None, "not comparable: data.name=sample")
 
 
-def test_a_damaged_run_is_named(tmp_path: Path, recipe: TrainConfig) -> None:
-    """A metrics file that does not parse is an error of one line with the folder."""
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.jsonl", "{"),
+        ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", '{"kind": "validation", "epoch": 310}'),
+        ("config.yaml", ""),
+        ("config.yaml", "- 1"),
+        ("config.yaml", "epochs: 300"),
+        ("config.yaml", "a: [\nb"),
+    ],
+)
+def test_a_damaged_run_gives_no_number(tmp_path: Path, recipe: TrainConfig, file: str, text: str) -> None:
+    """What does not read is said in the row's note, in one line; the other rows of a report stand."""
     folder = write_run(tmp_path, recipe, {310: 77.0})
-    (folder / "metrics.jsonl").write_text("{")
-    with pytest.raises(UserError, match=f"^{folder}: damaged .*$"):
-        read_run(folder, values(recipe))
+    (folder / file).write_text(text)
+    found = read_run(folder, values(recipe))
+    assert (found.top1, found.source) == (None, folder)
+    assert found.note.startswith("damaged: ")
+    assert len(found.note.splitlines()) == 1
 
 
-def write_results(path: Path, *rows: tuple[str, str, float, int]) -> Path:
+def write_results(path: Path, *rows: tuple[str, str, float, int], model: str = "poolformer_s12") -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("model", "checkpoint", "data", "top1", "images"))
-        writer.writerows(("poolformer_s12", *row) for row in rows)
+        writer.writerow(("model", "img_size", "crop_pct", "checkpoint", "data", "top1", "images"))
+        writer.writerows((model, 224, 0.9, *row) for row in rows)
     return path
 
 
@@ -90,16 +104,28 @@ def test_released_weights_count_when_evaluated_on_imagenet(tmp_path: Path) -> No
         ("official:poolformer_s24", "imagenet", 80.0, 50_000),
         (weights, "imagenet_v2", 65.5, 10_000),
     )
-    assert read_released(S12, path) == Outcome(77.24, 50_000, path, "")
-    assert read_released(S12, tmp_path / "none.csv").note == "not run"
+    assert read_released(S12, path, 0.9) == Outcome(77.24, 50_000, path, "")
+    assert read_released(S12, tmp_path / "none.csv", 0.9).note == "not run"
     (without,) = find_rows(["ablation/relu"])
-    assert read_released(without, path) == Outcome(note="no released weights")
+    assert read_released(without, path, 0.9) == Outcome(note="no released weights")
     few = write_results(tmp_path / "few.csv", (weights, "imagenet", 77.0, 403))
-    assert read_released(S12, few).note == "403 images, not 50,000"
+    assert read_released(S12, few, 0.9).note == "403 images, not 50,000"
+
+
+def test_another_evaluation_of_the_weights_is_said(tmp_path: Path) -> None:
+    """Another network's name or crop than the row's stands in the note."""
+    row = ("official:poolformer_s12", "imagenet", 12.2, 50_000)
+    found = read_released(S12, write_results(tmp_path / "results.csv", row, model="resnet50"), 0.95)
+    assert found.note == "model=resnet50, not poolformer_s12; crop_pct=0.9, not 0.95"
 
 
 def test_another_csv_is_refused(tmp_path: Path) -> None:
     """A file without the columns is named in one line."""
     (tmp_path / "other.csv").write_text("model,top1\npoolformer_s12,77\n")
     with pytest.raises(UserError, match=r"other\.csv: not a results file"):
-        read_released(S12, tmp_path / "other.csv")
+        read_released(S12, tmp_path / "other.csv", 0.9)
+    (tmp_path / "other.csv").write_text(
+        "model,img_size,crop_pct,data,checkpoint,top1,images\npoolformer_s12,224,0.9,imagenet,official:poolformer_s12"
+    )
+    with pytest.raises(UserError, match=r"other\.csv: not a results file"):
+        read_released(S12, tmp_path / "other.csv", 0.9)

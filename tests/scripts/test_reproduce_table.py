@@ -58,6 +58,7 @@ def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
         (("--run", "paper/poolformer_s13"), ("row=paper/poolformer_s13", "unknown", "paper/poolformer_s12")),
         (("--run", "comparison/deit_s"), ("row=comparison/deit_s", "no recipe", "--released")),
         (("--released", "--run", "comparison/pvt_tiny"), ("row=comparison/pvt_tiny", "no released weights")),
+        (("--report", "--runs", __file__), ("--runs ", "cannot be written")),
     ],
 )
 def test_rows_that_cannot_be_run_are_refused(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -67,6 +68,23 @@ def test_rows_that_cannot_be_run_are_refused(arguments: tuple[str, ...], words: 
     (line,) = refused.errors
     assert all(word in line for word in words), line
     assert refused.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--report", "--", "epochs=1"),
+        ("--released", "--submit", "paper/poolformer_s12"),
+        ("--run", "paper/poolformer_s12", "--processes", "0"),
+        ("--submit", "paper/poolformer_s12", "--sbatch", "'--nodes=1"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(arguments: tuple[str, ...]) -> None:
+    """What would be ignored or cannot work ends with the usage and exit code 2."""
+    refused = reproduce(*arguments)
+    assert refused.code == 2
+    assert "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("reproduce_table.py: error: ")
 
 
 def test_a_failing_row_stops_the_rest(images: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
+from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.loop import Diverged, LoopSettings, Trainer
 from metaformer.training.optimizer import OptimizerConfig
@@ -86,6 +87,7 @@ def trainer(state: TrainState, folder: Path, data: Numbers, **settings: Any) -> 
         runtime=CPU,
         settings=LoopSettings(**(defaults | settings)),
         inspect=lambda batch: None,
+        bottleneck=Bottleneck("raise workers"),
     )
 
 

@@ -16,6 +16,7 @@ from metaformer.data.label_schemes import relabel
 from metaformer.data.loader import Loader, LoaderConfig, LoaderName
 from metaformer.data.pil_reader import read_with_pil
 from metaformer.data.plan import EvaluationPlan, Plan
+from metaformer.data.quarantine import leave_out
 from metaformer.data.sample import build_sample
 from metaformer.data.torch_reader import read_with_torch
 from metaformer.data.worker_loader import WorkerLoader
@@ -54,12 +55,16 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
     """One split of the data set, the same on all ranks; the sample is built if it is not there.
 
     Raises:
-        UserError: the folder is missing or no data set, or ranks see another one.
+        UserError: the folder is missing or no data set, data.quarantine does not fit it, or ranks see another one.
     """
     root = Path(config.data.root)
     if config.data.source is Source.sample:
         runtime.main_only(lambda: None if root.exists() else build_sample(root), None)
-    index = runtime.main_first(lambda: relabel(load_index(root, split, config.data.check), config.data))
+
+    def load() -> ImageIndex:
+        return relabel(leave_out(load_index(root, split, config.data.check), config.data, split), config.data)
+
+    index = runtime.main_first(load)
     runtime.check_agreement(f"the data set in {root}", index.fingerprint)
     return index
 
@@ -70,7 +75,7 @@ def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.M
     named = config.model
     model: nn.Module
     if named.library is Library.timm:
-        model = create_timm_model(named.name, num_classes, named.drop_path_rate)
+        model = create_timm_model(named.name, num_classes, named.drop_path_rate, config.image_size)
     else:
         model = create_model(named.name, num_classes, named.drop_path_rate, config.image_size)
         if config.channels_last:
@@ -93,10 +98,14 @@ def memory_format(config: CommonConfig) -> torch.memory_format:
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
     """A plan's batches, read by the configured loader."""
-    workers = runtime.cpus_per_rank() if config.workers is None else config.workers
     settings = dataclasses.replace(config.loader, name=loader_name(config, runtime))
-    loader = make_loader(settings, index, plan, runtime.device, workers)
+    loader = make_loader(settings, index, plan, runtime.device, worker_count(config, runtime))
     return Feed(index, plan, loader, transform, Target(runtime.device, memory_format(config)))
+
+
+def worker_count(config: CommonConfig, runtime: Runtime) -> int:
+    """A loader's processes or threads."""
+    return runtime.cpus_per_rank() if config.workers is None else config.workers
 
 
 def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: torch.device, workers: int) -> Loader:

@@ -19,10 +19,12 @@ from metaformer.assembly.parts import (
     make_feed,
     make_model,
     open_index,
+    worker_count,
 )
 from metaformer.config import TrainConfig, fingerprint, to_yaml
 from metaformer.data.device_transform import TrainingTransform, denormalize
 from metaformer.data.index import ImageIndex, check_same_classes
+from metaformer.data.loader import LoaderName
 from metaformer.data.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
@@ -32,6 +34,7 @@ from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.make import make_tracker
 from metaformer.tracking.run_folder import check_empty, open_run_folder
 from metaformer.tracking.tracker import NullTracker, Tracker
+from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
 from metaformer.training.ema import make_ema
 from metaformer.training.loop import LoopSettings, SoftBatch, Trainer
@@ -90,11 +93,12 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
             data=train_feed,
             schedule=Schedule(config.schedule, state.optimizer, config.epochs, plan.steps_per_epoch),
             precision=precision,
-            validate=lambda model: evaluate(model, val_feed, precision, runtime).as_dict(),
+            validate=lambda model: evaluate(model, val_feed, precision, runtime).as_dict() | _left_out(config, splits),
             checkpoints=checkpoints,
             tracker=tracker,
             runtime=runtime,
             settings=settings,
+            bottleneck=Bottleneck(_advice(config, runtime)),
             inspect=partial(_picture, config, runtime, tracker),
         )
 
@@ -126,6 +130,11 @@ def _splits(config: TrainConfig, runtime: Runtime) -> Splits:
     return Splits(train, val, num_classes)
 
 
+def _left_out(config: TrainConfig, splits: Splits) -> dict[str, int]:
+    """For the result, the files of both splits that a list leaves out."""
+    return {"quarantined": splits.train.quarantined + splits.val.quarantined} if config.data.quarantine else {}
+
+
 def _training_plan(config: TrainConfig, runtime: Runtime, splits: Splits) -> TrainingPlan:
     if len(splits.train) < config.global_batch_size:
         raise UserError(
@@ -141,6 +150,7 @@ def _training_plan(config: TrainConfig, runtime: Runtime, splits: Splits) -> Tra
         image_size=config.image_size,
         crop_pct=config.model.crop_pct,
         augmentation=config.augmentation,
+        fill_last_batch=config.fill_last_batch,
     )
 
 
@@ -160,6 +170,7 @@ def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision:
             "model": config.model.name,
             "seed": config.seed,
             "global_batch_size": config.global_batch_size,
+            "fill_last_batch": config.fill_last_batch,
             "data": splits.train.fingerprint[:16],
             "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
         },
@@ -223,7 +234,8 @@ def _describe(
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
     yield f"model        {config.model.name}, {parameters:,} parameters, {splits.num_classes} classes"
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
-    yield f"data         {root}: {train:,} training, {val:,} validation images"
+    out = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are left out by {config.data.quarantine}"
+    yield f"data         {root}: {train:,} training, {val:,} validation images{out if config.data.quarantine else ''}"
     loader = loader_name(config, runtime).value
     yield f"loader       {loader}, augmentation {config.augmentation.name}, {config.image_size} px"
     yield f"device       {runtime.world_size} x {device}, {config.precision.name.value}"
@@ -240,6 +252,16 @@ def _describe(
     yield f"run folder   {shlex.quote(str(config.resolved_run_dir))}"
     if schedule.warmup_epochs >= config.epochs:
         yield f"warning      the warm-up is as long as epochs={config.epochs}: the peak lr is never reached"
+
+
+def _advice(config: TrainConfig, runtime: Runtime) -> str:
+    """What makes data come faster."""
+    workers = worker_count(config, runtime)
+    if loader_name(config, runtime) is LoaderName.dali:
+        return f"raise workers (now {workers}) or loader.prefetch_batches (now {config.loader.prefetch_batches})"
+    faster = "loader=dali" if runtime.device.type == "cuda" else "loader=torch"
+    other = "" if loader_name(config, runtime).value in faster else f", or use {faster}"
+    return f"raise workers (now {workers}, {runtime.cpus_per_rank()} CPU cores){other}"
 
 
 def _picture(config: TrainConfig, runtime: Runtime, tracker: Tracker, batch: SoftBatch) -> None:

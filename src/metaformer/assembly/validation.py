@@ -57,6 +57,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
             path = Path(config.results_csv)
             runtime.main_only(lambda: append_result(path, row), None)
         scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
+        if config.data.quarantine is not None:
+            scored["quarantined"] = index.quarantined
         return {"model": config.model.name, "data": config.data.name, **scored, "checkpoint": weights.name}
 
     with closing(evaluation_feed(config, runtime, index)) as feed:
@@ -68,6 +70,9 @@ def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
     index = open_index(config, runtime, config.data.val_split)
     if config.num_classes is not None and config.num_classes != len(index.classes):
         _check_num_classes(config.num_classes, config, runtime, index)
+    if config.data.quarantine is not None:
+        left_out = f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images left out"
+        runtime.main_only(lambda: print(left_out, file=sys.stderr, flush=True), None)
     warning = incompleteness(index, config.data)
     if warning is not None:
         runtime.main_only(lambda: print(f"warning: {warning}", file=sys.stderr, flush=True), None)

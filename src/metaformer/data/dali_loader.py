@@ -14,15 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from metaformer.data.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.index import ImageIndex
 from metaformer.data.loader import LoaderConfig
-from metaformer.data.pil_reader import BAD_FILE, describe_bad_file, read_with_pil
+from metaformer.data.pil_reader import read_with_pil
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.data.tensor_randaugment import apply_to_batch
 from metaformer.errors import UserError
+
+# What DALI 2.4 reads, by PIL's names; MPO is a JPEG with pictures behind the first.
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
 
 
 def dali_is_installed() -> bool:
@@ -97,5 +102,8 @@ class DaliLoader:
                 read_with_pil(path, plan, row)
             except BAD_FILE as reason:
                 return describe_bad_file(path, reason)
+            with Image.open(path) as file:
+                if file.format not in FORMATS:
+                    return f"{path}: loader=dali cannot read a {file.format}; convert the file, or give loader=torch"
         message = " ".join(str(error).split("encountered:")[-1].split())
         return f"loader=dali: the pipeline failed, though PIL reads every file of the batch ({message[:300]})"

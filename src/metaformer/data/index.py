@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaformer.data.index_cache import load_scan, store_scan
-from metaformer.data.scan import Scan, scan
+from metaformer.data.scan import EXTENSIONS, Scan, scan
 from metaformer.errors import UserError
 
 
@@ -59,6 +59,7 @@ class DataConfig:
     val_split: str = "val"  # ".": the class folders lie in `root` itself
     source: Source = Source.folder
     check: IndexCheck = IndexCheck.quick
+    quarantine: str | None = None  # a list of files to leave out, as scripts/scan_data.py writes it
     labels: Labels = Labels.folders
     class_subset: ClassSubset | None = None  # the network chooses among these classes only
     expected_images: int | None = None  # published counts of a test set: a part of it gives another accuracy
@@ -93,6 +94,7 @@ class ImageIndex:
         sizes: int64 [N], bytes.
         fingerprint: sha256 over classes, paths and sizes, and over labels where they are not the folders' places.
         label_sets: int64 [S, L], where an image may have several labels; short rows end in -1.
+        quarantined: images that were left out of the split by a list.
     """
 
     folder: Path
@@ -102,6 +104,7 @@ class ImageIndex:
     sizes: NDArray[np.int64]
     fingerprint: str
     label_sets: NDArray[np.int64] | None = None
+    quarantined: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,22 +130,30 @@ def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> 
     """The index of `root/split`, from the kept scan as far as `check` finds it true, else from a new one.
 
     Raises:
-        UserError: the folder is missing, flat, or has a class without images.
+        UserError: the folder is missing, flat, or has a class without images; or a folder or file cannot be read.
     """
-    folder, classes = root / split, _class_folders(root, split)
-    found = load_scan(root, split, classes, check is IndexCheck.files)
-    return _index(folder, store_scan(scan(folder, classes), root, split) if found is None else found)
+    folder = root / split
+    try:
+        classes = _class_folders(root, split)
+        found = load_scan(root, split, classes, check is IndexCheck.files)
+        return _index(folder, store_scan(scan(folder, classes), root, split) if found is None else found)
+    except OSError as error:
+        raise UserError(
+            f"data.root: {error.filename} cannot be read ({error.strerror}); give yourself the right to, or remove it"
+        ) from error
 
 
 def find_images(folder: Path) -> ImageIndex:
-    """All images below a folder, in class folders or not; nothing is cached.
+    """All images below a folder, either in class folders or without; nothing is cached.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or images lie beside class folders.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if classes and any(entry.name.lower().endswith(EXTENSIONS) for entry in folder.iterdir() if entry.is_file()):
+        raise UserError(f"{folder}: images lie beside class folders; give a folder of one kind")
     return _index(folder, scan(folder, classes or ["."]))
 
 

@@ -90,6 +90,7 @@ def _with_real_labels(index: ImageIndex) -> ImageIndex:
         sizes=index.sizes[scored],
         fingerprint=_fingerprint(index, scored, label_sets[rows]),
         label_sets=label_sets,
+        quarantined=index.quarantined,
     )
 
 

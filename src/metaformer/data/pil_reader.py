@@ -11,15 +11,6 @@ from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
 from metaformer.data.plan import BatchPlan
 from metaformer.data.randaugment import apply_operations
 
-# What PIL and torchvision raise for files that they cannot read.
-BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError)
-
-
-def describe_bad_file(path: Path, error: BaseException) -> str:
-    """The line for a user about a file that cannot be read."""
-    reason = " ".join(str(error).split())
-    return f"{path}: cannot be read as an image ({reason}); repair or remove the file"
-
 
 def read_with_pil(path: Path, plan: BatchPlan, row: int) -> Tensor:
     """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S]."""

@@ -105,10 +105,12 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Shuffled, augmented batches; an epoch's last incomplete global batch is left out.
+    """Shuffled, augmented batches.
 
     A global batch (one optimizer step) is a run of `global_batch_size` places in the epoch's order. It is cut into
     world_size * accumulation_steps equal batches, of which rank r reads those numbered r, r + world_size, ...
+    An epoch's last incomplete global batch is left out or, with `fill_last_batch`, completed with the images that the
+    epoch began with.
     """
 
     num_samples: int
@@ -120,11 +122,13 @@ class TrainingPlan:
     image_size: int
     crop_pct: float
     augmentation: AugmentationConfig
+    fill_last_batch: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
-        return self.num_samples // self.global_batch_size
+        filled = self.global_batch_size - 1 if self.fill_last_batch else 0
+        return (self.num_samples + filled) // self.global_batch_size
 
     @property
     def batches_per_epoch(self) -> int:
@@ -138,7 +142,8 @@ class TrainingPlan:
         """As in `Plan`; the draws of a sample depend on seed, epoch and sample alone."""
         number = position * self.world_size + self.rank  # among all ranks' batches of the epoch
         order = _epoch_order(self.seed, epoch, self.num_samples)
-        samples = order[number * self.batch_size : (number + 1) * self.batch_size]
+        places = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        samples = order.take(places, mode="wrap")  # beyond the end: a filled last batch
         a = self.augmentation
         operations = (a.randaugment.num_ops, DRAWS_PER_OPERATION)
         bits = sample_bits(self.seed, epoch, samples, sum(_COLUMNS) + math.prod(operations))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from metaformer.data.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.index import ImageIndex
-from metaformer.data.pil_reader import BAD_FILE, describe_bad_file
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.errors import UserError
 

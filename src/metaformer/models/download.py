@@ -1,8 +1,8 @@
 """Weights by name: `official:poolformer_s12`, `hf:timm/poolformer_s12.sail_in1k`.
 
 The files of the paper's authors come from their GitHub release into this project's cache. The authors publish no hash,
-so a first download is checked only by its size, by the checksums in its zip archive, and by the strict loading that
-follows. Its SHA-256 is then kept beside it, and each later use is checked against that.
+so a first download is checked only by its size, by the checksums in its zip archive where it is one, and by the strict
+loading that follows. Its SHA-256 is then kept beside it, and each later use is checked against that.
 
 Files of the Hugging Face hub come into the hub's own cache, by its library. Where their name there is their SHA-256, as
 it is for all large files, each use is checked against it.
@@ -33,6 +33,7 @@ from huggingface_hub.errors import (
 
 from metaformer.errors import UserError, unknown_name
 from metaformer.files import write_text_whole, write_whole
+from metaformer.models.weight_reader import read_weights
 
 OFFICIAL, HUB = "official:", "hf:"
 OFFICIAL_RELEASE = "https://github.com/sail-sg/poolformer/releases/download/v1.0/"
@@ -106,17 +107,21 @@ def _fetch(url: str, file: Path) -> None:
         expected = response.headers["Content-Length"]
         if expected is not None and out.tell() != int(expected):
             raise OSError(f"{out.tell()} of {expected} bytes came")
-    _check_archive(file)
+    _check_whole(file)
 
 
-def _check_archive(file: Path) -> None:
+def _check_whole(file: Path) -> None:
+    """Torch's zip archives have checksums; the files that torch wrote before 1.6 have none, but they must read."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise OSError(f"what came is not a whole zip archive: {error}") from error
-    if damaged is not None:
-        raise OSError(f"what came is a damaged zip archive: {damaged}")
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise OSError(f"a damaged zip archive: {damaged}")
+        else:
+            read_weights(file)
+    except (zipfile.BadZipFile, UserError) as error:
+        raise OSError(f"not a whole weights file: {error}") from error
 
 
 def _check_official(path: Path) -> None:
@@ -124,7 +129,10 @@ def _check_official(path: Path) -> None:
     record = path.with_name(f"{path.name}.sha256")
     digest = _sha256(path)
     if not record.is_file():
-        _check_archive(path)  # it may have been put here by hand
+        try:
+            _check_whole(path)  # it may have been put here by hand
+        except OSError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it, and run again") from error
         write_text_whole(record, f"{digest}  {path.name}\n")  # as sha256sum writes
     elif record.read_text().split()[:1] != [digest]:
         raise ValueError(f"{path} has changed: its SHA-256 is not that in {record.name}; delete both, and run again")

@@ -40,8 +40,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop_pct <= 1:
             raise UserError(f"model.crop_pct={self.crop_pct}: must lie in (0, 1]")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(f"model.mean={self.mean}, model.std={self.std}: three numbers each, std above 0")
+        if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
+            raise UserError(f"model.mean={self.mean}: must be three numbers in [0, 1], as in [0.5,0.5,0.5]")
+        if len(self.std) != 3 or not all(0 < value <= 1 for value in self.std):
+            raise UserError(f"model.std={self.std}: must be three numbers in (0, 1], as in [0.5,0.5,0.5]")
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,20 @@ def create_model(
     )
 
 
-def create_timm_model(name: str, num_classes: int = 1000, drop_path_rate: float | None = None) -> nn.Module:
+def create_timm_model(
+    name: str, num_classes: int = 1000, drop_path_rate: float | None = None, image_size: int | None = None
+) -> nn.Module:
     """Make any of timm's networks with freshly initialised weights; None leaves timm's own drop path rate.
 
     Raises:
-        UserError: timm does not know the name, or the network takes no drop path.
+        UserError: timm does not know the name, the network takes no drop path, or images of one other size only.
     """
     if not timm.is_model(name):
         raise unknown_name("model.name", name, timm.list_models())
+    wants = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if image_size is not None and wants is not None and wants.fixed_input_size and wants.input_size[-1] != image_size:
+        size = wants.input_size[-1]
+        raise UserError(f"image_size={image_size}: timm's {name} takes images of {size} pixels; image_size={size}")
     options = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)

@@ -43,6 +43,11 @@ def _recipe(row: Row, run_dir: Path) -> list[str]:
     return [f"experiment={row.name}", f"run_dir={run_dir}"]
 
 
+def timm_crop(weights: str) -> float:
+    """The crop fraction that weights of timm expect, `hf:timm/NAME`."""
+    return float(timm.get_pretrained_cfg(weights.removeprefix("hf:timm/")).crop_pct)
+
+
 def _timm_network(weights: str) -> list[str]:
     """A network of timm with the pre-processing that its weights expect."""
     name = weights.removeprefix("hf:timm/")

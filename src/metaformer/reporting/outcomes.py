@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from metaformer.errors import UserError
 from metaformer.reporting.paper import Row
@@ -53,19 +54,22 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> Outcome:
         folder: a run folder; it need not exist.
         recipe: the row's configuration, nested.
 
-    Raises:
-        UserError: a file of the run folder is damaged.
     """
     if not (folder / "config.yaml").is_file():
         return Outcome()
     try:
-        settings = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-        validations = [row for row in map(json.loads, lines) if row["kind"] == "validation"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: damaged ({error}); remove it, or resume the run") from error
-    assert isinstance(settings, dict)
-    ran, wanted = flatten({str(name): value for name, value in settings.items()}), flatten(recipe)
+        return _read_run(folder, flatten(recipe))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Outcome(source=folder, note=f"damaged: {reason}")
+
+
+def _read_run(folder: Path, wanted: Settings) -> Outcome:
+    settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    validations = [line for line in lines if line["kind"] == "validation"]
+    ran = flatten(settings)
     epochs = ran["epochs"] + ran["schedule.cooldown_epochs"]
     reached = validations[-1]["epoch"] if validations else 0
     if reached < epochs:
@@ -82,14 +86,17 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> Outcome:
     return Outcome(best["top1"], best["images"], folder, "; ".join(notes + _count_note(best["images"])))
 
 
-def read_released(row: Row, results_csv: Path) -> Outcome:
+def read_released(row: Row, results_csv: Path, crop_pct: float) -> Outcome:
     """The newest evaluation of a row's released weights in a file that validate.py wrote.
+
+    Args:
+        crop_pct: what the weights expect.
 
     Raises:
         UserError: the file has not validate.py's columns.
     """
     if row.released is None:
-        return Outcome(note="no released weights")
+        return Outcome(note="no released weights" if row.trained else "no weights of this training in timm")
     if not results_csv.is_file():
         return Outcome()
     try:
@@ -97,9 +104,13 @@ def read_released(row: Row, results_csv: Path) -> Outcome:
             rows = [r for r in csv.DictReader(file) if r["checkpoint"] == row.released and r["data"] == "imagenet"]
         if not rows:
             return Outcome()
-        images = int(rows[-1]["images"])
-        return Outcome(float(rows[-1]["top1"]), images, results_csv, "; ".join(_count_note(images)))
-    except (OSError, ValueError, KeyError) as error:
+        last = rows[-1]
+        found = {"model": last["model"], "img_size": int(last["img_size"]), "crop_pct": float(last["crop_pct"])}
+        wanted = {"model": row.model, "img_size": 224, "crop_pct": crop_pct}
+        notes = [f"{name}={value}, not {wanted[name]}" for name, value in found.items() if value != wanted[name]]
+        images = int(last["images"])
+        return Outcome(float(last["top1"]), images, results_csv, "; ".join(notes + _count_note(images)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{results_csv}: not a results file of validate.py ({error})") from error
 
 

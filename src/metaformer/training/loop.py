@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from metaformer.errors import UserError
 from metaformer.runtime import Runtime
+from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
 from metaformer.training.precision import Precision
 from metaformer.training.schedule import Schedule
@@ -57,8 +58,11 @@ class Tracker(Protocol):
     def checkpoint(self, folder: Path, aliases: list[str]) -> None:
         """A checkpoint worth keeping elsewhere too."""
 
+    def message(self, text: str) -> None:
+        """A line for people."""
 
-Validate = Callable[[nn.Module], dict[str, Any]]  # a model in; top1, top5, loss and images out
+
+Validate = Callable[[nn.Module], dict[str, Any]]  # a model in; top1, top5, loss, images and quarantined out
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Window:
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     waited: float = 0.0  # seconds
+    started_loader: float = 0.0  # seconds of them for the epoch's first batch, which workers start with
 
 
 @dataclass
@@ -105,6 +110,7 @@ class Trainer:
     runtime: Runtime
     settings: LoopSettings
     inspect: Callable[[SoftBatch], None]
+    bottleneck: Bottleneck
     _window: Window = field(init=False)
 
     def run(self) -> dict[str, Any]:
@@ -136,9 +142,9 @@ class Trainer:
     def _train_epoch(self) -> None:
         progress, settings = self.state.progress, self.settings
         self.network.train()
-        self._window = Window()
         first = progress.steps_in_epoch * settings.accumulation_steps
-        batches = self.data.epoch(progress.epochs_completed, first)
+        batches = self._timed(self.data.epoch(progress.epochs_completed, first))
+        self._window = Window()
         while progress.steps_in_epoch < settings.steps_per_epoch and not self._stopped():
             lr = self.schedule.set(progress.step)
             last = progress.steps_in_epoch + 1 == settings.steps_per_epoch or progress.step + 1 == settings.max_steps
@@ -160,7 +166,6 @@ class Trainer:
         state, settings, scaler = self.state, self.settings, self.state.scaler
         for part in range(settings.accumulation_steps):
             batch = next(batches)
-            self._window.waited += batch.waited
             if state.progress.step == 0 and part == 0:
                 self.inspect(batch)
             self._seed(part)
@@ -184,6 +189,12 @@ class Trainer:
             state.ema.update(state.model, step=state.progress.step + 1)
         return norm if logs else None
 
+    def _timed(self, batches: Iterator[SoftBatch]) -> Iterator[SoftBatch]:
+        for number, batch in enumerate(batches):
+            self._window.waited += batch.waited
+            self._window.started_loader += 0.0 if number else batch.waited
+            yield batch
+
     def _forward_backward(self, batch: SoftBatch) -> None:
         with self.precision.autocast():
             logits = self.network(batch.images)
@@ -203,9 +214,11 @@ class Trainer:
     def _log(self, lr: float, grad_norm: Tensor) -> None:
         """Log the mean over the steps since the last row. Only here and in saving does the host wait for the device."""
         progress, settings, ranks = self.state.progress, self.settings, self.runtime.world_size
-        totals = torch.stack([self.state.loss_sum, self.state.loss_sum.new_tensor(self._window.waited)])
-        loss_sum, waited = (self.runtime.sum(totals) / ranks).tolist()
+        own = self.state.loss_sum.new_tensor([self._window.waited, self._window.started_loader])
+        totals = torch.cat([self.state.loss_sum[None], own])
+        loss_sum, waited, started_loader = (self.runtime.sum(totals) / ranks).tolist()
         elapsed = time.perf_counter() - self._window.started
+        self.bottleneck.add(waited - started_loader, elapsed - started_loader)
         row = self._row("train") | {
             "loss": loss_sum / progress.steps_since_log,
             "lr": lr,
@@ -244,6 +257,7 @@ class Trainer:
         progress.epochs_completed += 1
         progress.steps_in_epoch = 0
         progress.epoch_loss_sum = 0.0
+        self.tracker.message(self.bottleneck.verdict(row["epoch"]))
         self.tracker.metrics(row)
         ends = progress.epochs_completed == self.settings.epochs or self._stopped()
         if is_best or ends or progress.epochs_completed % self.settings.checkpoint.every_epochs == 0:
@@ -255,7 +269,8 @@ class Trainer:
         row = self._row(kind) | self.validate(state.model)
         if state.ema is not None:
             self.runtime.share_buffers(state.ema.module)
-            row |= {f"ema_{name}": value for name, value in self.validate(state.ema.module).items() if name != "images"}
+            ema = self.validate(state.ema.module).items()
+            row |= {f"ema_{name}": value for name, value in ema if name not in ("images", "quarantined")}
         return row
 
     def _row(self, kind: str) -> dict[str, Any]:

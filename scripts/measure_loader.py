@@ -1,0 +1,166 @@
+"""Measure one loader on one job, once: images a second, CPU time and memory of this process and its workers.
+
+`benchmark_loader.py` runs this program for each of its measurements and says there what is measured. Prints one JSON
+object: images_per_second; cpu_ms, of all cores, an image; memory_mib.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaformer.assembly import make_loader
+from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
+from metaformer.data.geometry import evaluation_resize
+from metaformer.data.index import ImageIndex
+from metaformer.data.loader import LoaderConfig, LoaderName
+from metaformer.data.plan import EvaluationPlan, Plan, TrainingPlan
+from metaformer.runtime import run_program
+
+SIZE, CROP_PCT = 224, 0.9
+TICKS = os.sysconf("SC_CLK_TCK")  # a second, the unit of time in /proc
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is read.
+
+    Attributes:
+        index: the images, a whole number of batches.
+        uncounted_batches: batches before the window, and as many after it.
+    """
+
+    index: ImageIndex
+    training: bool
+    randaugment: bool
+    batch: int
+    workers: int
+    uncounted_batches: int
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """As torchvision's and timm's data sets hold them."""
+        return [(str(self.index.path(i)), int(label)) for i, label in enumerate(self.index.labels)]
+
+
+def read_with_project(name: LoaderName, task: Task) -> Iterator[Any]:
+    """One of this project's loaders, on a CPU."""
+    count = len(task.index)
+    augmentation = AugmentationConfig(randaugment=RandAugmentConfig(num_ops=2 if task.randaugment else 0))
+    plan: Plan = EvaluationPlan(count, task.batch, 0, 1, SIZE, CROP_PCT)
+    if task.training:
+        plan = TrainingPlan(count, task.batch, 1, 0, 1, 0, SIZE, CROP_PCT, augmentation)
+    yield from make_loader(LoaderConfig(name), task.index, plan, torch.device("cpu"), task.workers).epoch(0)
+
+
+def read_with_timm(task: Task) -> Iterator[Any]:
+    """timm's loader with the options of the paper's recipe."""
+    from timm.data import ImageDataset, create_loader
+
+    dataset = ImageDataset(str(task.index.folder))
+    dataset.reader.samples = task.samples
+    options: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": CROP_PCT}
+    if task.training:
+        operations = "rand-m9-mstd0.5-inc1" if task.randaugment else None
+        options = {"interpolation": "random", "auto_augment": operations, "re_prob": 0.0, "color_jitter": None}
+    options |= {"is_training": task.training, "num_workers": task.workers, "device": torch.device("cpu")}
+    yield from create_loader(dataset, (3, SIZE, SIZE), task.batch, use_prefetcher=False, **options)
+
+
+def read_with_torchvision(task: Task) -> Iterator[Any]:
+    """torchvision's ImageFolder and transforms in torch's DataLoader, as in its training reference."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.Resize(evaluation_resize(SIZE, CROP_PCT), bicubic), transforms.CenterCrop(SIZE)]
+    if task.training:
+        steps = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
+        steps += [transforms.RandAugment()] if task.randaugment else []
+    steps += [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    dataset = ImageFolder(str(task.index.folder), transforms.Compose(steps))
+    dataset.samples = task.samples
+    train = task.training
+    yield from torch.utils.data.DataLoader(dataset, task.batch, train, num_workers=task.workers, drop_last=train)
+
+
+LOADERS: dict[str, Callable[[Task], Iterator[Any]]] = {
+    "torch": partial(read_with_project, LoaderName.torch),
+    "pil": partial(read_with_project, LoaderName.pil),
+    "dali": partial(read_with_project, LoaderName.dali),
+    "timm": read_with_timm,
+    "torchvision": read_with_torchvision,
+}
+
+
+def main() -> None:
+    """Read all of a task's images in this process and its workers; print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index", type=Path, help="a pickled ImageIndex")
+    parser.add_argument("--loader", choices=LOADERS, required=True)
+    parser.add_argument("--training", action="store_true")
+    parser.add_argument("--randaugment", action="store_true")
+    for name in ("--batch", "--workers", "--uncounted-batches"):
+        parser.add_argument(name, type=int, required=True)
+    options = vars(parser.parse_args())
+    read, index = LOADERS[options.pop("loader")], pickle.loads(options.pop("index").read_bytes())
+    print(json.dumps(measure(read, Task(index=index, **options))))
+
+
+def measure(read: Callable[[Task], Iterator[Any]], task: Task) -> dict[str, float]:
+    """The figures of the batches between the uncounted ones."""
+    batches = read(task)
+    counted = len(task.index) // task.batch - 2 * task.uncounted_batches
+    for _ in itertools.islice(batches, task.uncounted_batches):
+        pass
+    cpu, started = cpu_seconds(), time.perf_counter()
+    for _ in itertools.islice(batches, counted):
+        pass
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    memory = max(memory_mib() for _ in itertools.islice(batches, task.uncounted_batches))
+    images = counted * task.batch
+    return {"images_per_second": images / seconds, "cpu_ms": 1000 * cpu / images, "memory_mib": memory}
+
+
+def process_tree() -> dict[int, list[str]]:
+    """This process and all below it: the fields of /proc/PID/stat from the state on (man 5 proc, field 3)."""
+    fields = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields[int(file.parent.name)] = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+    tree = [os.getpid()]
+    for parent in tree:
+        tree += [pid for pid, values in fields.items() if int(values[1]) == parent]
+    return {pid: fields[pid] for pid in tree}
+
+
+def cpu_seconds() -> float:
+    """User and system time of the process tree, with its ended processes."""
+    return sum(int(ticks) for values in process_tree().values() for ticks in values[11:15]) / TICKS
+
+
+def memory_mib() -> float:
+    """PSS of the process tree."""
+    kib = 0
+    for pid in process_tree():
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue  # it has ended
+        kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kib / 1024
+
+
+if __name__ == "__main__":
+    run_program(main)

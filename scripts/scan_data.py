@@ -1,0 +1,148 @@
+"""Decode every image of a data set once, and say which files are broken.
+
+  python scripts/scan_data.py data/imagenet --out manifest.csv --quarantine broken.txt
+
+Then train with data.quarantine=broken.txt, or repair the files. Exit code 0: all decode; 1: some do not.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from metaformer.data.index import load_index
+from metaformer.data.quarantine import write_quarantine
+from metaformer.data.scan_images import Report, ScannedImage, scan_images
+from metaformer.errors import UserError
+from metaformer.files import write_whole
+
+NOTES = {
+    "GIF": " (read by loader=torch and loader=pil, not by loader=dali)",
+    "16-bit": " (gray ones: PIL and loader=torch clip them to white, loader=dali scales them)",
+}
+
+
+@dataclass
+class Summary:
+    """What the report counts."""
+
+    images: int = 0
+    unusual: Counter[str] = field(default_factory=Counter)
+    not_plain: int = 0
+    broken: list[ScannedImage] = field(default_factory=list)
+
+    def add(self, image: ScannedImage) -> None:
+        """Count one image."""
+        self.images += 1
+        self.not_plain += bool(image.unusual and image.ok)
+        if image.ok and image.unusual:
+            self.unusual.update(image.unusual.split(", "))
+        if not image.ok:
+            self.broken.append(image)
+
+
+def main() -> None:
+    """Scan, write what is asked for, report."""
+    arguments = _parse()
+    splits = arguments.split or ["train", "val"]
+    _check_writable(arguments)
+    summary = Summary()
+    if arguments.out is None:
+        for image in _scan(arguments, splits):
+            summary.add(image)
+    else:
+        try:
+            write_whole(arguments.out, lambda temporary: _write_manifest(temporary, _scan(arguments, splits), summary))
+        except OSError as error:
+            raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror or error})") from error
+    if arguments.quarantine is not None:
+        _write_quarantine(arguments.quarantine, summary.broken)
+    _print(summary, f"{arguments.root} ({', '.join(splits)})")
+    if summary.broken:
+        sys.exit(1)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="the folder that data.root names")
+    parser.add_argument("--split", action="append", help="a split folder; give it again for more; default: train, val")
+    parser.add_argument("--out", type=Path, help="a manifest of all files, CSV")
+    parser.add_argument("--quarantine", type=Path, help="a list of the broken files, for data.quarantine")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
+    )
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: must be at least 1")
+    return arguments
+
+
+def _check_writable(arguments: argparse.Namespace) -> None:
+    """Before the scan, which may take an hour."""
+    for option in ("out", "quarantine"):
+        file: Path | None = getattr(arguments, option)
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise UserError(f"--{option} {file}: cannot be written; give a file in a folder that exists")
+
+
+def _scan(arguments: argparse.Namespace, splits: list[str]) -> Iterator[ScannedImage]:
+    indices = {split: load_index(arguments.root, split) for split in splits}
+    with _progress() as bars:
+        for split, index in indices.items():
+            yield from scan_images(index, split, arguments.workers, bars(split))
+
+
+def _write_manifest(file: Path, images: Iterator[ScannedImage], summary: Summary) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        rows = csv.writer(out)
+        rows.writerow(ScannedImage._fields)
+        for image in images:
+            summary.add(image)
+            rows.writerow(image)
+
+
+def _write_quarantine(file: Path, broken: list[ScannedImage]) -> None:
+    for image in broken:
+        if "\n" in image.path:
+            raise UserError(f"--quarantine {file}: {image.path!r} has a line break in its name; rename the file")
+    try:
+        write_quarantine(file, (image.path for image in broken))
+    except OSError as error:
+        raise UserError(f"--quarantine {file}: cannot be written ({error.strerror or error})") from error
+
+
+def _print(summary: Summary, data_set: str) -> None:
+    print(f"{data_set}: {summary.images:,} images, {len(summary.broken):,} do not decode")
+    print(f"decode, but are not plain RGB JPEGs: {summary.not_plain:,}")
+    for what, count in summary.unusual.most_common():
+        print(f"  {count:>9,}  {what}{NOTES.get(what.split()[0], '')}")
+    for image in summary.broken:
+        print(f"broken: {os.fsencode(image.path).decode(errors='replace')}: {image.reason}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Report]]:
+    """A bar for each split on stderr, where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def add(split: str) -> Report:
+            task = bars.add_task(f"decoding {split}", total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield add
+
+
+if __name__ == "__main__":
+    from metaformer.runtime import run_program  # it imports torch, which the worker processes do without
+
+    run_program(main)

@@ -1,0 +1,61 @@
+"""Whether training waits for its data."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from metaformer.tracking.tracker import NullTracker
+from metaformer.training.bottleneck import Bottleneck
+from tests.training.conftest import tiny_state
+from tests.training.test_loop import Batch, Numbers, trainer
+
+
+def test_verdict_by_the_share_of_waiting() -> None:
+    """From a tenth of the epoch's time on it is input-bound, and says what to turn; each epoch is judged by itself."""
+    bottleneck = Bottleneck("raise workers (now 1)")
+    bottleneck.add(0.5, 10)
+    bottleneck.add(1.5, 10)
+    assert bottleneck.verdict(1) == (
+        "epoch 1 input-bound: 10 % of its time went to waiting for data; raise workers (now 1)"
+    )
+    bottleneck.add(0.4, 10)
+    assert bottleneck.verdict(2) == "epoch 2 compute-bound: 4 % of its time went to waiting for data"
+
+
+@dataclass
+class Messages(NullTracker):
+    """Keeps what it is told."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@dataclass
+class Slow(Numbers):
+    """Data that comes late: by `seconds` for each batch, by `at_start` more for an epoch's first."""
+
+    seconds: float = 0.0
+    at_start: float = 0.0
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        for number, batch in enumerate(super().epoch(epoch, first)):
+            delay = self.seconds + (0.0 if number else self.at_start)
+            time.sleep(delay)
+            yield Batch(batch.images, batch.targets, delay)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "at_start", "verdict"),
+    [(0.1, 0.0, "input-bound"), (0.0, 0.0, "compute-bound"), (0.0, 0.5, "compute-bound")],
+)
+def test_each_epoch_gets_a_line(tmp_path: Path, seconds: float, at_start: float, verdict: str) -> None:
+    """The loop says it once an epoch; the start of the workers, before the first batch, does not count."""
+    running = trainer(tiny_state(), tmp_path, Slow(8, seconds=seconds, at_start=at_start))
+    tracker = running.tracker = Messages()
+    running.run()
+    assert [line.split(":")[0] for line in tracker.lines] == [f"epoch {epoch} {verdict}" for epoch in (1, 2, 3)]
