@@ -50,7 +50,9 @@ DECODE: dict[str, tuple[Write, tuple[int, int, str, str], str]] = {
     "1x1": (lambda path: picture(80, 60, 0).resize((1, 1)).save(path), (1, 1, "RGB", "JPEG"), "tiny"),
     "rotated": (turned, (80, 60, "RGB", "JPEG"), "EXIF-rotated"),
     "no EXIF": (
-        lambda path: picture(80, 60, 0).save(path, exif=b"Exif\0\0no TIFF header"), (80, 60, "RGB", "JPEG"), ""
+        lambda path: picture(80, 60, 0).save(path, "PNG", exif=b"Exif\0\0no TIFF header"),
+        (80, 60, "RGB", "PNG"),
+        "PNG named as a JPEG",
     ),
     "bad EXIF": (
         lambda path: picture(80, 60, 0).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01"),

@@ -11,7 +11,7 @@ BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionB
 def describe_bad_file(path: Path, error: BaseException) -> str:
     """The line for a user about a file that cannot be read."""
     reason = " ".join(str(error).split())
-    return f"{path}: cannot be read as an image ({reason}); repair or remove the file, {LEAVE_OUT}"
-
-
-LEAVE_OUT = "or leave it out: data.quarantine=FILE, a list that scripts/scan_data.py writes"
+    return (
+        f"{path}: cannot be read as an image ({reason}); repair or remove the file, "
+        "or leave it out: data.quarantine=FILE, a list that scripts/scan_data.py writes"
+    )

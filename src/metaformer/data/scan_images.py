@@ -24,6 +24,7 @@ TINY = 32  # pixels of the shorter side
 CHUNK = 256  # images that a process decodes before it answers
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 GRAY = ("1", "L", "LA")
+ROTATED = range(2, 9)  # EXIF orientations; 1 is upright
 BAD_EXIF = (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error)
 
 Report = Callable[[int, int], None]  # how many images are done, of how many
@@ -99,7 +100,7 @@ def _unusual(image: ImageFile.ImageFile, suffix: str) -> Iterator[str]:
         yield "16-bit"
     elif image.mode != "RGB":
         yield "gray" if image.mode in GRAY else image.mode
-    if _orientation(image) not in (None, 1):
+    if _orientation(image) in ROTATED:
         yield "EXIF-rotated"
     if min(image.size) < TINY:
         yield "tiny"
