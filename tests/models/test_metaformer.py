@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from metaformer.errors import UserError
 from metaformer.models import MetaFormer, create_model
-from metaformer.models.metaformer import BlockParts, MetaFormerBlock
+from metaformer.models.metaformer import Architecture, BlockParts, MetaFormerBlock
 from metaformer.models.token_mixers import Pooling, check_pooling
 
 
@@ -18,8 +18,8 @@ def fresh() -> MetaFormer:
     return create_model("poolformer_s12", num_classes=10)
 
 
-def small(**options: float) -> MetaFormer:
-    return MetaFormer((1, 1, 2, 1), (8, 16, 24, 32), [Pooling] * 4, num_classes=5, **options)  # type: ignore[arg-type]
+def small(drop_path_rate: float = 0.0) -> MetaFormer:
+    return MetaFormer(Architecture((1, 1, 2, 1), (8, 16, 24, 32), [Pooling] * 4, drop_path_rate), num_classes=5)
 
 
 def randomise(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,16 +23,7 @@ from tests.models.released import RELEASED_SLOTS, SMALL_DIMS, released_state
 @pytest.mark.parametrize("name", VARIANTS)
 def test_there_and_back_is_the_identity(name: str) -> None:
     """Every network's state dict comes back with its own keys and the same tensors, and is a whole network."""
-    variant = VARIANTS[name]
-    model = MetaFormer(
-        variant.depths,
-        SMALL_DIMS,
-        variant.token_mixers,
-        num_classes=3,
-        image_size=64,
-        parts=variant.parts,
-        position_embedding_stage=variant.position_embedding_stage,
-    )
+    model = MetaFormer(replace(VARIANTS[name], dims=SMALL_DIMS), num_classes=3, image_size=64)
     state = dict(model.state_dict())
     official = metaformer_to_official(state)
     assert is_official(official)

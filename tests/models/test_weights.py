@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from metaformer.errors import UserError
 from metaformer.models import MetaFormer, create_model, load_weights, save_weights
-from metaformer.models.metaformer import BlockParts
+from metaformer.models.metaformer import Architecture, BlockParts
 from metaformer.models.norms import ChannelLayerNorm
 from metaformer.models.token_mixers import Attention, Identity, Pooling, SpatialFC
 from metaformer.models.weight_formats import metaformer_to_official
@@ -29,22 +29,21 @@ MIXERS = {"pool": Pooling, "attention": Attention, "fc": SpatialFC, "none": Iden
 
 
 def small(num_classes: int = 5, depth: int = 1) -> MetaFormer:
-    return MetaFormer((1, 1, depth, 1), (4, 8, 12, 16), [Pooling] * 4, num_classes)
+    return MetaFormer(Architecture((1, 1, depth, 1), (4, 8, 12, 16), [Pooling] * 4), num_classes)
 
 
 def small_released(name: str, num_classes: int = 5, image_size: int = 64) -> MetaFormer:
     """This project's network with a released one's slots, for `released_state`'s sizes."""
     slots = [slot for slot in RELEASED_SLOTS[name] if slot in MIXERS]
     hybrid = "attention" in slots
-    return MetaFormer(
+    architecture = Architecture(
         SMALL_DEPTHS,
         SMALL_DIMS,
         [MIXERS[slot] for slot in slots],
-        num_classes,
-        image_size=image_size,
         parts=BlockParts(norm=ChannelLayerNorm) if hybrid else BlockParts(),
         position_embedding_stage=slots.index("attention") if hybrid else None,
     )
+    return MetaFormer(architecture, num_classes, image_size)
 
 
 def perturb(model: nn.Module) -> Any:
@@ -355,7 +354,7 @@ def test_other_network_is_named_and_leaves_the_model_as_it_was(file: Path) -> No
 
 def test_other_shapes_are_named(tmp_path: Path) -> None:
     """A wider network of the same keys names the first tensor with both shapes."""
-    wider = MetaFormer((1, 1, 1, 1), (8, 8, 12, 16), [Pooling] * 4, num_classes=5)
+    wider = MetaFormer(Architecture((1, 1, 1, 1), (8, 8, 12, 16), [Pooling] * 4), num_classes=5)
     torch.save(training_checkpoint(wider.state_dict()), tmp_path / "w")
     text = message(small(), tmp_path / "w")
     assert "holds the weights of a_timm_network" in text

@@ -38,6 +38,27 @@ class BlockParts:
 POOLFORMER_PARTS = BlockParts()
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one network from another.
+
+    Attributes:
+        depths: blocks in each stage.
+        dims: channels in each stage.
+        token_mixers: the token mixer of each stage.
+        drop_path_rate: drop path of the last block; it rises linearly from 0 at the first.
+        parts: what every block consists of.
+        position_embedding_stage: the stage before whose blocks a position embedding is added, if any.
+    """
+
+    depths: Sequence[int]
+    dims: Sequence[int]
+    token_mixers: Sequence[TokenMixer]
+    drop_path_rate: float = 0.0
+    parts: BlockParts = POOLFORMER_PARTS
+    position_embedding_stage: int | None = None
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
 
@@ -143,41 +164,28 @@ class MetaFormer(nn.Module):
     """The whole network: images [B, 3, H, W] (H and W from 32 up) to logits [B, num_classes].
 
     Args:
-        depths: blocks in each stage.
-        dims: channels in each stage.
-        token_mixers: the token mixer of each stage.
+        architecture: what the network consists of.
         num_classes: logits.
-        drop_path_rate: drop path of the last block; it rises linearly from 0 at the first.
         image_size: side of the images in pixels; only a position embedding, and token mixers whose weights belong to
             positions, depend on it.
-        parts: what every block consists of.
-        position_embedding_stage: the stage before whose blocks a position embedding is added, if any.
     """
 
-    def __init__(
-        self,
-        depths: Sequence[int],
-        dims: Sequence[int],
-        token_mixers: Sequence[TokenMixer],
-        num_classes: int = 1000,
-        drop_path_rate: float = 0.0,
-        image_size: int = 224,
-        parts: BlockParts = POOLFORMER_PARTS,
-        position_embedding_stage: int | None = None,
-    ) -> None:
+    def __init__(self, architecture: Architecture, num_classes: int = 1000, image_size: int = 224) -> None:
         super().__init__()
+        depths, dims, parts = architecture.depths, architecture.dims, architecture.parts
         self.num_classes = num_classes
         self.stem = Downsampling(3, dims[0], kernel_size=7, stride=4, padding=2)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64).tolist())
+        rates = iter(torch.linspace(0, architecture.drop_path_rate, sum(depths), dtype=torch.float64).tolist())
         side = (image_size - 3) // 4 + 1  # after the stem
         stages = []
-        for i, (depth, dim, token_mixer) in enumerate(zip(depths, dims, token_mixers, strict=True)):
+        for i, (depth, dim, token_mixer) in enumerate(zip(depths, dims, architecture.token_mixers, strict=True)):
             downsample: nn.Module = nn.Identity()
             if i:
                 downsample = Downsampling(dims[i - 1], dim, kernel_size=3, stride=2, padding=1)
                 side = (side + 1) // 2
             blocks = [MetaFormerBlock(dim, side, token_mixer, next(rates), parts) for _ in range(depth)]
-            stages.append(Stage(downsample, blocks, (1, dim, side, side) if i == position_embedding_stage else None))
+            embedding_shape = (1, dim, side, side) if i == architecture.position_embedding_stage else None
+            stages.append(Stage(downsample, blocks, embedding_shape))
         self.stages = nn.Sequential(*stages)
         self.head = Head(dims[-1], parts.norm, num_classes)
 

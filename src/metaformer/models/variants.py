@@ -1,6 +1,5 @@
 """The named networks of the paper, and how to make one."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -10,7 +9,7 @@ from omegaconf import MISSING
 from torch import nn
 
 from metaformer.errors import UserError, unknown_name
-from metaformer.models.metaformer import POOLFORMER_PARTS, BlockParts, MetaFormer, TokenMixer
+from metaformer.models.metaformer import Architecture, BlockParts, MetaFormer, TokenMixer
 from metaformer.models.norms import ChannelLayerNorm, no_norm
 from metaformer.models.token_mixers import Attention, DepthwiseConv, Identity, Pooling, RandomMatrix, SpatialFC
 
@@ -46,28 +45,18 @@ class ModelConfig:
             raise UserError(f"model.std={self.std}: must be three numbers in (0, 1], as in [0.5,0.5,0.5]")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What tells one network from another (paper, tables 1 and 5, and appendix); the defaults are PoolFormer-S12's."""
-
-    depths: Sequence[int] = (2, 2, 6, 2)
-    dims: Sequence[int] = SMALL_DIMS
-    drop_path_rate: float = 0.1
-    token_mixers: Sequence[TokenMixer] = (Pooling,) * 4
-    parts: BlockParts = POOLFORMER_PARTS
-    position_embedding_stage: int | None = None
-
-
-S12 = Variant()
+# Paper, tables 1 and 5, and appendix.
+POOLING = (Pooling,) * 4
+S12 = Architecture((2, 2, 6, 2), SMALL_DIMS, POOLING, drop_path_rate=0.1)
 DEEP = BlockParts(layer_scale_init=1e-6)
 LETTERS: dict[str, TokenMixer] = {"p": Pooling, "a": Attention, "f": SpatialFC}
 
 
-def _with_mixer(token_mixer: TokenMixer) -> Variant:
+def _with_mixer(token_mixer: TokenMixer) -> Architecture:
     return replace(S12, token_mixers=(token_mixer,) * 4)
 
 
-def _hybrid(letters: str) -> Variant:
+def _hybrid(letters: str) -> Architecture:
     """A letter a stage: pooling, attention or spatial FC; attention brings LayerNorm and a position embedding."""
     hybrid = replace(S12, token_mixers=[LETTERS[letter] for letter in letters])
     if "a" not in letters:
@@ -77,10 +66,10 @@ def _hybrid(letters: str) -> Variant:
 
 VARIANTS = {
     "poolformer_s12": S12,
-    "poolformer_s24": Variant((4, 4, 12, 4)),
-    "poolformer_s36": Variant((6, 6, 18, 6), drop_path_rate=0.2, parts=DEEP),
-    "poolformer_m36": Variant((6, 6, 18, 6), MEDIUM_DIMS, drop_path_rate=0.3, parts=DEEP),
-    "poolformer_m48": Variant((8, 8, 24, 8), MEDIUM_DIMS, drop_path_rate=0.4, parts=DEEP),
+    "poolformer_s24": replace(S12, depths=(4, 4, 12, 4)),
+    "poolformer_s36": Architecture((6, 6, 18, 6), SMALL_DIMS, POOLING, drop_path_rate=0.2, parts=DEEP),
+    "poolformer_m36": Architecture((6, 6, 18, 6), MEDIUM_DIMS, POOLING, drop_path_rate=0.3, parts=DEEP),
+    "poolformer_m48": Architecture((8, 8, 24, 8), MEDIUM_DIMS, POOLING, drop_path_rate=0.4, parts=DEEP),
     "metaformer_s12_identity": _with_mixer(Identity),
     "metaformer_s12_random_matrix": _with_mixer(RandomMatrix),
     "metaformer_s12_depthwise_conv": _with_mixer(DepthwiseConv),
@@ -119,17 +108,10 @@ def create_model(
     """
     if name not in VARIANTS:
         raise unknown_name("model.name", name, VARIANTS)
-    variant = VARIANTS[name]
-    return MetaFormer(
-        depths=variant.depths,
-        dims=variant.dims,
-        token_mixers=variant.token_mixers,
-        num_classes=num_classes,
-        drop_path_rate=variant.drop_path_rate if drop_path_rate is None else drop_path_rate,
-        image_size=image_size,
-        parts=variant.parts,
-        position_embedding_stage=variant.position_embedding_stage,
-    )
+    architecture = VARIANTS[name]
+    if drop_path_rate is not None:
+        architecture = replace(architecture, drop_path_rate=drop_path_rate)
+    return MetaFormer(architecture, num_classes, image_size)
 
 
 def create_timm_model(
