@@ -82,15 +82,12 @@ def _with_real_labels(index: ImageIndex) -> ImageIndex:
     for row, labels in enumerate(distinct):
         label_sets[row, : len(labels)] = labels
     rows = np.array([row_of[sets[sample]] for sample in scored], np.int64)
-    return ImageIndex(
-        folder=index.folder,
+    return replace(
+        index.select(scored),
         classes=tuple(_wnids()),
-        paths=index.paths[scored],
         labels=rows,
-        sizes=index.sizes[scored],
         fingerprint=_fingerprint(index, scored, label_sets[rows]),
         label_sets=label_sets,
-        quarantined=index.quarantined,
     )
 
 
