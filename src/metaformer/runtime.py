@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -218,7 +218,7 @@ def run_program(program: Callable[[], None]) -> None:
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
     except Interrupted as error:
-        _fail(f"interrupted: {error}", error.exit_code)
+        _leave(f"interrupted: {error}" if _variable("RANK", 0) == 0 else "", error.exit_code)  # said once
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
@@ -251,7 +251,12 @@ def _fail(message: str, exit_code: int) -> None:
         time.sleep(_GRACE_FOR_RANK_0)
         kind, _, rest = message.partition(": ")
         message = f"{kind}: rank {rank}: {rest}"
-    print(message, file=sys.stderr, flush=True)
+    _leave(message, exit_code)
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: a broken process group may wait for the other ranks on its way out.
     os._exit(exit_code)

@@ -25,6 +25,7 @@ STEPS = EPOCHS * STEPS_PER_EPOCH
 RECIPE = (*QUICK, f"epochs={EPOCHS}", "ema=enabled", "ema.decay=0.9", "checkpoint.every_steps=2", "workers=0")
 INTERRUPTED = 75
 TIMEOUT = 120
+GRACE = 8.0  # seconds: rank 0 speaks first, then the others do
 
 
 @dataclass
@@ -36,13 +37,13 @@ class Job:
 
     def wait(self, timeout: float = TIMEOUT) -> list[int | None]:
         """Their exit codes; those that are left when a rank has failed are ended, as torchrun does."""
-        deadline = time.monotonic() + timeout
+        deadline, failed_at = time.monotonic() + timeout, 0.0
         while any(process.is_alive() for process in self.processes):
             assert time.monotonic() < deadline, f"no end after {timeout} s: {self.stderr[-3000:]}"
             if any(process.exitcode for process in self.processes):
-                time.sleep(6.5)  # rank 0 speaks first, then the others do
-                for process in self.processes:
-                    process.kill()
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE:
+                    self.end()
             time.sleep(0.02)
         for process in self.processes:
             process.join()
@@ -151,7 +152,7 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
         assert rows(run_dir, kind) == rows(expected, kind)
     for name in ("last", "best"):
         assert_same_checkpoint(run_dir / "checkpoints" / name, expected / "checkpoints" / name)
-    assert [path for path in run_dir.rglob("*.tmp")] == []
+    assert list(run_dir.rglob("*.tmp")) == []
     assert status(run_dir)["state"] == "done"
 
 

@@ -8,8 +8,9 @@ replaced by something simpler.
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 import train
 from metaformer import runtime
+from metaformer.data.feed import Batch
 from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
 from metaformer.training.checkpoint import CheckpointFolder
@@ -36,6 +38,10 @@ def main() -> None:
     _strike_in_steps(planned)
     _strike_in_validation(planned)
     _strike_in_saves(planned)
+    if planned.get(0) == "other-seed":
+        sys.argv.append("seed=7")
+    if planned.get(0) == "other-code":
+        vars(sys.modules["metaformer.assembly.training"])["code_fingerprint"] = lambda: "another"
     runtime.run_program(train.main)
 
 
@@ -48,12 +54,16 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
         match fault:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "kill-once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
             case "term" | "usr1" | "int" | "stop":
                 os.kill(os.getpid(), getattr(signal, f"SIG{fault.upper()}"))
             case "hang":
                 time.sleep(1000)
             case "slow":
                 time.sleep(0.1)
+            case "slow-forward":
+                batches = map(_delay, batches)
             case "nan":
                 batches = map(_poison, batches)
             case "term-in-backward":
@@ -100,24 +110,27 @@ def _poison(batch: SoftBatch) -> SoftBatch:
     return batch
 
 
+def _delay(batch: SoftBatch) -> SoftBatch:
+    time.sleep(0.1)
+    assert isinstance(batch, Batch)
+    return batch._replace(waited=batch.waited + 0.1)
+
+
 def _terminate(gradient: torch.Tensor) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_as(rank: int, world_size: int, port: int, argv: list[str], faults: str, log: Path) -> None:
     """Be one rank: with torchrun's variables, output into LOG.out and LOG.err."""
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()} | {"FAULTS": faults})
+    counts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    counts["MASTER_PORT"] = port
+    variables = {name: str(count) for name, count in counts.items()}
+    os.environ.update(variables | {"MASTER_ADDR": "127.0.0.1", "FAULTS": faults})
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    import sys
-
     sys.argv = ["train.py", *argv]
     main()
 
-
-Entry = Callable[[int, int, int, list[str], str, Path], None]
 
 if __name__ == "__main__":
     main()

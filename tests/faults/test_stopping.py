@@ -47,7 +47,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     """Row 10: only one of two ranks is asked; both save the same step and end with 75."""
     job = start(tmp_path / "run", ranks=2, faults=f"{rank}:4:{number}")
     assert job.wait() == [INTERRUPTED, INTERRUPTED], job.stderr
-    assert {line.split("step ")[1].split()[0] for line in job.errors} == {str(status(tmp_path / "run")["step"])}
+    (line,) = job.errors
+    assert f"step {status(tmp_path / 'run')['step']} is saved" in line
     run(tmp_path / "run", ranks=2)
     assert_same_run(tmp_path / "run", undisturbed(2))
 

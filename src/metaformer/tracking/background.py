@@ -9,8 +9,9 @@ from pathlib import Path
 from metaformer.tracking.tracker import Row, Tracker
 
 QUEUE_LENGTH = 10_000  # calls that wait at most: days of log rows
-# For what waits, when training has ended: files may still go up; and when it was interrupted or failed.
-CLOSE_SECONDS, CLOSE_SECONDS_OF_FAILED = 600.0, 10.0
+# For what waits, when training has ended: files may still go up; and when it was interrupted or failed: less than the
+# other ranks wait for rank 0 to say why.
+CLOSE_SECONDS, CLOSE_SECONDS_OF_FAILED = 600.0, 4.0
 
 Call = Callable[[Tracker], None]
 
