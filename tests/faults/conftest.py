@@ -82,12 +82,15 @@ def start(images: Path, tmp_path: Path) -> Iterator[Start]:
     context.set_forkserver_preload(["tests.faults.program"])
     jobs: list[Job] = []
 
-    def begin(run_dir: Path, *overrides: str, ranks: int = 1, faults: str = "") -> Job:
+    def begin(
+        run_dir: Path, *overrides: str, ranks: int = 1, faults: str = "", variables: dict[str, str] | None = None
+    ) -> Job:
+        environment = {"FAULTS": faults} | (variables or {})
         argv = [f"data.root={images}", *RECIPE, f"run_dir={run_dir}", *overrides]
         log, port = tmp_path / f"job{len(jobs)}", free_port()
         processes = []
         for rank in range(ranks):
-            arguments = (rank, ranks, port, argv, faults, tmp_path / f"{log.name}-{rank}")
+            arguments = (rank, ranks, port, argv, environment, tmp_path / f"{log.name}-{rank}")
             processes.append(context.Process(target=run_as, args=arguments))
             processes[-1].start()
         jobs.append(Job(processes, log))

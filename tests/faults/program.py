@@ -21,6 +21,7 @@ from metaformer import runtime
 from metaformer.data.feed import Batch
 from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
+from metaformer.tracking.wandb import WandbTracker
 from metaformer.training.checkpoint import CheckpointFolder
 from metaformer.training.loop import SoftBatch, Trainer
 from metaformer.training.state import Snapshot
@@ -38,6 +39,7 @@ def main() -> None:
     _strike_in_steps(planned)
     _strike_in_validation(planned)
     _strike_in_saves(planned)
+    _strike_in_tracking(planned.get(0, ""))
     if planned.get(0) == "other-seed":
         sys.argv.append("seed=7")
     if planned.get(0) == "other-code":
@@ -105,6 +107,22 @@ def _strike_in_saves(planned: dict[int, str]) -> None:
     CheckpointFolder._write = strike  # type: ignore[method-assign]
 
 
+def _strike_in_tracking(fault: str) -> None:
+    def raise_(*arguments: Any) -> None:
+        raise RuntimeError("wandb has a bad day")
+
+    def block(*arguments: Any) -> None:
+        time.sleep(1000)
+
+    match fault:
+        case "tracker-raises":
+            WandbTracker.metrics = raise_  # type: ignore[method-assign, assignment]
+        case "tracker-blocks":
+            WandbTracker.metrics = block  # type: ignore[method-assign, assignment]
+        case "tracker-blocks-at-start":
+            WandbTracker._start = block  # type: ignore[method-assign, assignment]
+
+
 def _poison(batch: SoftBatch) -> SoftBatch:
     batch.images.fill_(math.nan)
     return batch
@@ -120,12 +138,12 @@ def _terminate(gradient: torch.Tensor) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_as(rank: int, world_size: int, port: int, argv: list[str], faults: str, log: Path) -> None:
+def run_as(rank: int, world_size: int, port: int, argv: list[str], environment: dict[str, str], log: Path) -> None:
     """Be one rank: with torchrun's variables, output into LOG.out and LOG.err."""
     counts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     counts["MASTER_PORT"] = port
     variables = {name: str(count) for name, count in counts.items()}
-    os.environ.update(variables | {"MASTER_ADDR": "127.0.0.1", "FAULTS": faults})
+    os.environ.update(variables | {"MASTER_ADDR": "127.0.0.1"} | environment)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = ["train.py", *argv]

@@ -157,7 +157,7 @@ class Canary:
 
 @pytest.mark.parametrize("where", ["checkpoint", "weights", "state"])
 def test_code_in_a_file_is_not_run(start: Start, tmp_path: Path, where: str) -> None:
-    """Row 24: a pickle that would run a command: as trainer.pt or weights with a manifest that fits, as init_weights."""
+    """Row 24: a pickle that would run a command, as a checkpoint's file with a manifest that fits, as init_weights."""
     canary = tmp_path / "canary"
     pickle.loads(pickle.dumps(Canary(canary)))
     canary.unlink()  # it does run where pickle reads it

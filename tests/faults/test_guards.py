@@ -12,7 +12,7 @@ STALLED, DIVERGED = 4, 3
 
 @pytest.mark.parametrize("fault", ["stop", "hang"])
 def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -> None:
-    """Row 13: SIGSTOP on a rank, or a step that never ends: the job ends within the bound, all ranks' stacks on disk."""
+    """Row 13: SIGSTOP on a rank, or a step that never ends: the job ends in time, all ranks' stacks on disk."""
     job = start(tmp_path / "run", "guards.stall_seconds=5", ranks=2, faults=f"1:4:{fault}")
     codes = job.wait(60)
     assert codes[0] == STALLED, job.stderr
