@@ -33,6 +33,7 @@ class Runtime:
         rank, world_size: over all nodes.
         local_rank, local_world_size: on this node.
         device: where this rank computes.
+        bound_cpus: CPUs that this rank has for itself, near its GPU; empty where it shares with the other local ranks.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class Runtime:
     local_rank: int
     local_world_size: int
     device: torch.device
+    bound_cpus: tuple[int, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +50,7 @@ class Runtime:
 
     def cpus_per_rank(self) -> int:
         """CPU cores that this rank may count as its own, at least 1."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return len(self.bound_cpus) or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     def peak_memory_gib(self) -> float:
         """Most GPU memory that this rank has held; 0 on a CPU."""

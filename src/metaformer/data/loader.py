@@ -29,6 +29,7 @@ class LoaderConfig:
     hw_decoder_load: float = 0.65
     preallocate_width: int = 5980
     preallocate_height: int = 6430
+    numa_affinity: bool = True  # where each rank's GPU has CPUs near it, and no launcher chose: keep the rank on them
 
     def __post_init__(self) -> None:
         if self.prefetch_batches < 1:
