@@ -115,7 +115,7 @@ stop.set()
 
 @pytest.mark.skipif({0, 1} - os.sched_getaffinity(0) != set(), reason="needs CPUs 0 and 1")
 def test_threads_and_children_are_bound() -> None:
-    """A bound process, the thread that it had before and a child run on the CPU; what is bound to one rank is not divided again."""
+    """A bound process, the thread it had before and a child run on the CPU; one rank's CPUs are not divided again."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     count, shares, own, child = done.stdout.splitlines()
     assert shares == f"{int(count) // 2} 2"
