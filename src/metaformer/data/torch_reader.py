@@ -49,9 +49,9 @@ def _resize(image: Tensor, height: int, width: int, bicubic: bool) -> Tensor:
 
 def _decode(path: Path) -> Tensor:
     """An RGB image, uint8 [3, H, W]; EXIF orientation is ignored, as by PIL and timm."""
-    encoded = read_file(str(path))
-    if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
-        with suppress(RuntimeError):  # of a broken file, PIL's error below says more
+    with suppress(RuntimeError):  # of a broken or closed file, PIL's error below says more
+        encoded = read_file(str(path))
+        if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
             image: Tensor = decode_image(encoded, ImageReadMode.UNCHANGED)
             if image.shape[0] == 3:
                 return image
