@@ -158,6 +158,7 @@ def compose(name: str, kind: type[C]) -> C:
             raise UserError("-m: one process trains one configuration; start a job for each")
         ((values, hydra_config),) = composed
         config: Any = OmegaConf.to_object(values)
+        _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
     except HydraException as error:
         raise UserError(_explain(error)) from error
     except OmegaConfBaseException as error:
@@ -187,6 +188,16 @@ def compose_recipe(experiment: str) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
     return config
+
+
+def _refuse_added_fields(config: Any, values: Any, parent: str = "") -> None:
+    """Hydra's `+a.b=c` adds what no dataclass has, such as `_target_`: nothing would ever read it."""
+    known = [each.name for each in dataclasses.fields(config)]
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{parent}{name}: no such field; known: {', '.join(known)}")
+        if dataclasses.is_dataclass(getattr(config, name)):
+            _refuse_added_fields(getattr(config, name), value, f"{parent}{name}.")
 
 
 def _store_schemas() -> None:

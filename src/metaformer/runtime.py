@@ -56,6 +56,7 @@ class Runtime:
         local_rank, local_world_size: on this node.
         device: where this rank computes.
         control: a group on CPUs, beside the gradients' exchange; None with one rank.
+        bound_cpus: CPUs that this rank has for itself, near its GPU; empty where it shares with the other local ranks.
     """
 
     rank: int
@@ -64,6 +65,7 @@ class Runtime:
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    bound_cpus: tuple[int, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +74,7 @@ class Runtime:
 
     def cpus_per_rank(self) -> int:
         """CPU cores that this rank may count as its own, at least 1."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return len(self.bound_cpus) or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     def peak_memory_gib(self) -> float:
         """Most GPU memory that this rank has held; 0 on a CPU."""

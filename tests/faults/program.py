@@ -129,9 +129,9 @@ def _poison(batch: SoftBatch) -> SoftBatch:
 
 
 def _delay(batch: SoftBatch) -> SoftBatch:
-    time.sleep(0.1)
+    time.sleep(0.3)
     assert isinstance(batch, Batch)
-    return batch._replace(waited=batch.waited + 0.1)
+    return batch._replace(waited=batch.waited + 0.3)
 
 
 def _terminate(gradient: torch.Tensor) -> None:

@@ -66,10 +66,10 @@ def test_all_checkpoints_damaged(start: Start, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """A file system of 4 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False)
     if mounted.returncode:
         pytest.skip("cannot mount a tmpfs here")
     yield folder
@@ -83,7 +83,7 @@ def test_a_full_disk(start: Start, run: Run, small_disk: Path, tmp_path: Path) -
     kept = (run_dir / "checkpoints" / "last").resolve()
     filler = small_disk / "filler"
     with pytest.raises(OSError, match="No space"):
-        filler.write_bytes(bytes(2**20))
+        filler.write_bytes(bytes(2**22))
     job = start(run_dir)
     assert job.wait() == [2]
     assert "No space left on device" in job.errors[0]

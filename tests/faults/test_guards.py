@@ -1,5 +1,6 @@
 """Hangs, slow ranks, numbers that are not finite, ranks that part ways, ranks that were started differently."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,14 @@ def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -
 
 
 def test_a_slow_rank_is_named(start: Start, tmp_path: Path) -> None:
-    """Row 14: 100 ms a step more on rank 1: the log names it, and never rank 0."""
+    """Row 14: 300 ms a step more on rank 1: the log names it, and its node, at most rows.
+
+    That ranks which are alike are not named: tests/training/test_stragglers.py.
+    """
     job = start(tmp_path / "run", ranks=2, faults="1:0:slow-forward")
     assert job.wait() == [0, 0], job.stderr
     lines = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if " slow rank " in line]
-    assert len(lines) > STEPS // 2
-    assert all(" rank 1 on " in line for line in lines)
-
-
-def test_no_rank_is_named_without_cause(start: Start, tmp_path: Path) -> None:
-    """Row 14: two ranks alike, each slowed by the same."""
-    job = start(tmp_path / "run", ranks=2, faults="0:0:slow-forward 1:0:slow-forward")
-    assert job.wait() == [0, 0], job.stderr
-    lines = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if " slow rank " in line]
-    assert len(lines) <= 2, "of noise, where the machine is busy"
+    assert sum(f" rank 1 on {socket.gethostname()}: " in line for line in lines) > STEPS // 2
 
 
 def test_one_nan_on_one_rank(start: Start, tmp_path: Path) -> None:

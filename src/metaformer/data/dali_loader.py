@@ -49,6 +49,8 @@ class DaliLoader:
         self._index, self._plan = index, plan
         self._prefix = np.frombuffer(os.fsencode(f"{index.folder.absolute()}/"), np.uint8)
         self._pending: Iterator[BatchPlan] = iter(())
+        # The stream that DALI's images are for: it then orders its work before torch's without waiting for the GPU.
+        self._streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         self._fed: list[BatchPlan] = []  # gone into the pipeline and not come out, to name a bad file
         try:
             from metaformer.data.dali_pipeline import build_pipeline
@@ -63,7 +65,7 @@ class DaliLoader:
         self._pipeline.reset()
         for _ in positions:
             try:
-                (images,) = self._pipeline.run()
+                (images,) = self._pipeline.run(*self._streams)
             except RuntimeError as error:
                 raise UserError(self._name_bad_file(self._fed[0], error)) from error
             pixels = from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image, read_file
-from torchvision.transforms.v2 import functional
-from torchvision.transforms.v2.functional import InterpolationMode
 
 from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
 from metaformer.data.plan import BatchPlan
@@ -25,14 +24,13 @@ def read_with_torch(path: Path, plan: BatchPlan, row: int) -> Tensor:
     size = plan.image_size
     if plan.crop is None:
         resize = resize_and_center_crop(width, height, plan.resize_to, size)
-        image = functional.resize(image, [resize.height, resize.width], InterpolationMode.BICUBIC, antialias=True)
+        image = _resize(image, resize.height, resize.width, bicubic=True)
         image = image[:, resize.top : resize.top + size, resize.left : resize.left + size]
     else:
         crop = plan.crop
         box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height)
         image = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
-        filter_ = InterpolationMode.BICUBIC if crop.bicubic[row] else InterpolationMode.BILINEAR
-        image = functional.resize(image, [size, size], filter_, antialias=True)
+        image = _resize(image, size, size, bool(crop.bicubic[row]))
         if crop.flip[row]:
             image = image.flip(-1)
     operations = plan.randaugment.of_sample(row) if plan.randaugment is not None else []
@@ -42,11 +40,18 @@ def read_with_torch(path: Path, plan: BatchPlan, row: int) -> Tensor:
     return image
 
 
+def _resize(image: Tensor, height: int, width: int, bicubic: bool) -> Tensor:
+    """uint8 [3, H, W] to [3, height, width], antialiased; where a pixel's values lie together, they stay so."""
+    # With these strides torch sees a channels-last batch of one; with those of image[None] it would split the planes.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return interpolate(batch, (height, width), mode="bicubic" if bicubic else "bilinear", antialias=True)[0]
+
+
 def _decode(path: Path) -> Tensor:
     """An RGB image, uint8 [3, H, W]; EXIF orientation is ignored, as by PIL and timm."""
-    encoded = read_file(str(path))
-    if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
-        with suppress(RuntimeError):  # of a broken file, PIL's error below says more
+    with suppress(RuntimeError):  # of a broken or closed file, PIL's error below says more
+        encoded = read_file(str(path))
+        if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
             image: Tensor = decode_image(encoded, ImageReadMode.UNCHANGED)
             if image.shape[0] == 3:
                 return image
