@@ -18,7 +18,6 @@ import torch
 
 import train
 from metaformer import runtime
-from metaformer.data.feed import Batch
 from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
 from metaformer.tracking.wandb import WandbTracker
@@ -65,12 +64,14 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
             case "slow":
                 time.sleep(0.1)
             case "slow-forward":
-                batches = map(_delay, batches)
+                handle = self.state.model.get_submodule("stem").register_forward_hook(_delay)
             case "nan":
                 batches = map(_poison, batches)
             case "term-in-backward":
                 self.state.model.get_parameter("stem.conv.bias").register_hook(_terminate)
         result = take_step(self, batches, logs)
+        if fault == "slow-forward":
+            handle.remove()
         if fault == "perturb":
             with torch.no_grad():
                 self.state.model.get_parameter("stages.2.blocks.0.mlp.fc1.weight")[3, 1] += 1e-6
@@ -128,10 +129,8 @@ def _poison(batch: SoftBatch) -> SoftBatch:
     return batch
 
 
-def _delay(batch: SoftBatch) -> SoftBatch:
+def _delay(*arguments: Any) -> None:
     time.sleep(0.3)
-    assert isinstance(batch, Batch)
-    return batch._replace(waited=batch.waited + 0.3)
 
 
 def _terminate(gradient: torch.Tensor) -> None:

@@ -66,10 +66,10 @@ def test_all_checkpoints_damaged(start: Start, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """A file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False)
     if mounted.returncode:
         pytest.skip("cannot mount a tmpfs here")
     yield folder
@@ -78,23 +78,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(start: Start, run: Run, small_disk: Path, tmp_path: Path) -> None:
     """Row 7: alarms while training goes on, the old checkpoint stays whole, the third miss in a row ends it."""
-    run_dir = small_disk / "run"
-    assert start(run_dir, faults="0:3:term", ranks=1).wait() == [75]
-    kept = (run_dir / "checkpoints" / "last").resolve()
-    filler = small_disk / "filler"
+    run_dir, filler = small_disk / "run", small_disk / "filler"
+    job = start(run_dir, faults="0:0:slow")
+    wait_for_steps(run_dir, 4)
     with pytest.raises(OSError, match="No space"):
-        filler.write_bytes(bytes(2**22))
-    job = start(run_dir)
-    assert job.wait() == [2]
-    assert "No space left on device" in job.errors[0]
-    assert "2 before it" in job.errors[0]
+        filler.write_bytes(bytes(2**23))
+    full_at = len(rows(run_dir))
+    assert job.wait() == [2], job.stderr
+    assert "No space left on device), nor could 2 before it" in job.errors[0]
     out = (tmp_path / f"{job.log.name}-0.out").read_text()
     assert out.count("ALARM") == 2
-    assert "step 9/" in out, "training went on meanwhile"
-    assert (run_dir / "checkpoints" / "last").resolve() == kept
+    assert f"step {full_at + 3}/" in out, "training went on meanwhile"
+    assert int((run_dir / "checkpoints" / "last").resolve().name.split("-")[1]) <= full_at + 1
     filler.unlink()
     run(run_dir)
-    assert len(rows(run_dir)) == STEPS, "nothing is doubled or missing"
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1)), "nothing is doubled or missing"
+
+
+def test_a_disk_that_is_full_at_the_start(start: Start, small_disk: Path) -> None:
+    """Row 8: an error before the first step."""
+    with pytest.raises(OSError, match="No space"):
+        (small_disk / "filler").write_bytes(bytes(2**23))
+    job = start(small_disk / "run")
+    assert job.wait() == [2]
+    assert "cannot be written (No space left on device)" in job.errors[0]
 
 
 @pytest.mark.parametrize("how", ["read-only", "dangling link"])

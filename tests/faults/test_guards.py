@@ -19,7 +19,7 @@ def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -
     assert codes[0] == STALLED, job.stderr
     assert any("guards.stall_seconds=5" in line for line in job.errors)
     for rank in (0, 1):
-        assert "_step" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
+        assert " in step\n" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
     assert start(tmp_path / "run", ranks=2).wait() == [0, 0], "the same command goes on"
 
 

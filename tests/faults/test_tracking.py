@@ -1,5 +1,6 @@
 """Tracking is a guest: it neither stops nor slows a run, and no secret gets into a file."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +33,15 @@ def test_a_stuck_tracker_does_not_delay_an_interruption(start: Start, tmp_path: 
     assert time.monotonic() - began < 50
 
 
-def test_no_secret_reaches_a_file(start: Start, tmp_path: Path) -> None:
+def test_no_secret_reaches_a_file(start: Start, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Row 27: neither wandb's key nor what an override takes out of the environment, in any file of the run folder."""
-    key, value = "0123456789" * 4, "canary-e1f5"
-    options = ("tracking=offline", "tracking.entity=${oc.env:ENTITY}", "epochs=1")
-    job = start(tmp_path / "run", *options, faults="0:0:none", variables={"WANDB_API_KEY": key, "ENTITY": value})
+    key, weights = "0123456789" * 4, tmp_path / "canary-e1f5.safetensors"
+    shutil.copy(undisturbed(1) / "checkpoints" / "last" / "model.safetensors", weights)
+    options = ("tracking=offline", "init_weights=${oc.env:PRIVATE}", "epochs=1")
+    job = start(tmp_path / "run", *options, variables={"WANDB_API_KEY": key, "PRIVATE": str(weights)})
     assert job.wait() == [0], job.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert "entity: ${oc.env:ENTITY}" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "init_weights: ${oc.env:PRIVATE}" in (tmp_path / "run" / "config.yaml").read_text()
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    for secret in (key, value):
+    for secret in (key, "canary"):
         assert [file for file in files if secret.encode() in file.read_bytes()] == []

@@ -61,7 +61,7 @@ class DaliLoader:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         self._drain()
         positions = range(first, self._plan.batches_per_epoch)
-        self._pending = (self._plan.batch(epoch, position) for position in positions)
+        self._pending = (self._plan.to_read(epoch, position) for position in positions)
         self._pipeline.reset()
         for _ in positions:
             try:

@@ -76,7 +76,7 @@ class _Batches(Dataset[Tensor | str]):
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor | str:
         """A batch, or what is wrong with a file: an exception would lose its type on the way out of a worker."""
-        plan = self._plan.batch(*place)
+        plan = self._plan.to_read(*place)
         images = torch.empty(
             (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
         )

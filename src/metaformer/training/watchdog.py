@@ -50,7 +50,7 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
                 faulthandler.unregister(signal.SIGUSR2)
                 if self._stacks.tell() == 0:
-                    self._file.unlink()
+                    self._file.unlink(missing_ok=True)
         with suppress(OSError):  # other ranks' are there
             self._file.parent.rmdir()
 
