@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import re
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import scipy.io
 from PIL import Image
 
 from metaformer.data import imagenet_archives, imagenette
+from metaformer.data.image_bytes import ImageBytes
 from metaformer.data.index import load_index
 from metaformer.errors import UserError
 from scripts import prepare_data
@@ -198,3 +201,103 @@ def test_sample(tmp_path: Path, prepare: Prepare) -> None:
     """The built-in sample is counted as it is printed, below a folder that it makes."""
     out = tmp_path / "new" / "sample"
     assert prepare("sample", "--out", str(out)) == f"{out}: 4,000 training and 1,000 validation images, 10 classes\n"
+
+
+def test_imagenet_as_shards(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
+    """From the archives straight into shards: the index and the bytes of the folders, and nothing else on disk."""
+    folders, shards = tmp_path / "data" / "folders", tmp_path / "data" / "shards"
+    prepare("imagenet", *archives, "--out", str(folders))
+    printed = prepare("imagenet", *archives, "--out", str(shards), "--format", "shards")
+    assert printed.splitlines() == [f"{shards}: 9 training and 5 validation images, 3 classes"]
+    for split in ("train", "val"):
+        assert_same_images(folders, shards, split)
+    assert {path.name for path in shards.parent.iterdir()} == {"folders", "shards"}
+    assert {path.suffix for path in (shards / "train").iterdir()} == {".tar", ".idx", ".json"}
+
+
+def assert_same_images(folders: Path, shards: Path, split: str) -> None:
+    files, packed = load_index(folders, split), load_index(shards, split)
+    assert packed.shards is not None
+    assert packed.fingerprint == files.fingerprint
+    stored = ImageBytes(packed)
+    assert all(stored.read(sample).tobytes() == files.path(sample).read_bytes() for sample in range(len(files)))
+    stored.close()
+
+
+def test_imagenet_shards_of_archives_that_lack_images(
+    tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number of images than published is refused before any shard is written."""
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 10, "val": 5})
+    with pytest.raises(UserError, match=r"^train: 9 images in the archive, not 10; get it again$"):
+        prepare("imagenet", *archives, "--out", str(tmp_path / "out"), "--format", "shards")
+    assert not list(tmp_path.rglob("*.tar"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_imagenette_as_shards(tmp_path: Path, tgz: Path, prepare: Prepare) -> None:
+    """Imagenette ends as shards, and the folders that it was unpacked to are gone."""
+    folders, shards = tmp_path / "data" / "folders", tmp_path / "data" / "shards"
+    prepare("imagenette", "--tgz", str(tgz), "--out", str(folders))
+    prepare("imagenette", "--tgz", str(tgz), "--out", str(shards), "--format", "shards", "--workers", "1")
+    assert_same_images(folders, shards, "train")
+    assert {path.name for path in shards.parent.iterdir()} == {"folders", "shards"}
+
+
+def test_folder_to_shards_and_back(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """A folder on disk becomes shards, and shards a folder, with the same files; one split alone will do."""
+    shards, back, single = tmp_path / "shards", tmp_path / "back", tmp_path / "single"
+    sizes = ("--shard-size", "1", "--workers", "1")
+    printed = prepare("folder", "--from", str(images), "--out", str(shards), "--format", "shards", *sizes)
+    assert printed == f"{shards}: 48 training and 403 validation images, 4 classes\n"
+    assert_same_images(images, shards, "val")
+    prepare("folder", "--from", str(shards), "--out", str(back), "--workers", "1")
+    files = sorted(file.relative_to(images) for file in images.rglob("*.JPEG"))
+    assert files == sorted(file.relative_to(back) for file in back.rglob("*.JPEG"))
+    assert all((back / file).read_bytes() == (images / file).read_bytes() for file in files)
+    shutil.rmtree(back / "train")
+    printed = prepare("folder", "--from", str(back), "--out", str(single), "--format", "shards", *sizes)
+    assert printed == f"{single}: 403 validation images, 4 classes\n"
+
+
+def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """--max-side reduces images and prints for each split what it cost; the index keeps order and labels."""
+    out = tmp_path / "out"
+    options = ("--format", "shards", "--max-side", "40", "--quality", "80", "--workers", "1")
+    printed = prepare("folder", "--from", str(images), "--out", str(out), *options).splitlines()
+    number = r"[\d,]+"
+    for split, line, count in zip(("train", "val"), printed, (48, 200), strict=False):
+        found = rf"{split}: ({number}) bytes of images before, ({number}) after \(\d+\.\d %\); at 224 px, crop \.9, "
+        found += rf"{count} images differ by \d+\.\d\d of 255 on average, PSNR \d+\.\d dB"
+        sizes = re.fullmatch(found, line)
+        assert sizes, line
+        before, after = (int(size.replace(",", "")) for size in sizes.groups())
+        files, packed = load_index(images, split), load_index(out, split)
+        assert (before, after) == (files.sizes.sum(), packed.sizes.sum())
+        assert after < before
+        assert np.array_equal(packed.paths, files.paths)
+        assert np.array_equal(packed.labels, files.labels)
+
+
+def test_options_that_do_not_fit(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """Options of shards without shards, a quality without a side, numbers out of range, no data set, an existing
+    --out: one line, and nothing is written."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    shards = ("--format", "shards")
+    for source, options, message in (
+        (images, ("--max-side", "500"), "--max-side 500: for --format shards only"),
+        (images, ("--shard-size", "9"), "--shard-size 9: for --format shards only"),
+        (images, (*shards, "--quality", "90"), "--quality 90: of the images that --max-side reduces"),
+        (images, (*shards, "--max-side", "500", "--quality", "101"), "--quality 101: must be from 1 to 100"),
+        (images, (*shards, "--max-side", "0"), "--max-side 0: must be from 32"),
+        (images, (*shards, "--shard-size", "0"), "--shard-size 0: must be from 1"),
+        (images, ("--workers", "0"), "--workers 0: must be from 1"),
+        (tmp_path / "empty", shards, f"--from {tmp_path / 'empty'}: no train and no val folder in it"),
+        (images, (*shards, "--out", str(tmp_path / "mine")), f"--out {tmp_path / 'mine'}: exists already"),
+    ):
+        with pytest.raises(UserError) as caught:
+            prepare("folder", "--from", str(source), "--out", str(tmp_path / "out"), *options)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "mine"}

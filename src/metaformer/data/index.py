@@ -1,8 +1,8 @@
 """The index of a data set: which images there are, in an order that never changes.
 
 Layout on disk, as ImageNet's: SPLIT/CLASS/IMAGE, classes and images in sorted order, labels as torchvision's
-ImageFolder gives them (`label_schemes` gives others); or the same images in SPLIT/shard-*.tar (`shards`), whose index is
-the same. A scan is kept in a cache beside the data (or in the user's cache folder where the data is read-only)
+ImageFolder gives them (`label_schemes` gives others); or the same images packed into SPLIT/shard-*.tar (`shards`), with
+the same index. A scan is kept in a cache beside the data (or in the user's cache folder where the data is read-only)
 and reused while no folder, or shard, has changed.
 """
 

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -50,9 +50,7 @@ class _Task(NamedTuple):
     packing: Packing
 
 
-def write_shards(
-    pieces: list[Piece], folder: Path, packing: Packing, pool: ProcessPoolExecutor, report: Report
-) -> list[Piece]:
+def write_shards(pieces: list[Piece], folder: Path, packing: Packing, pool: Executor, report: Report) -> list[Piece]:
     """Make `folder` of these images; returns them in the order in which it has them.
 
     Raises:
