@@ -25,7 +25,7 @@ from tests.data.test_loaders import (
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
 )
-PLANS = {
+PLANS: dict[str, Plan] = {
     "evaluation": evaluation_plan(batch=3),
     "evaluation of a rank": evaluation_plan(batch=3, rank=1, world_size=2),
     "training": training_plan(batch=3, augmentation=AugmentationConfig()),
