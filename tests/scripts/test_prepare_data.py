@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import sys
@@ -119,6 +120,26 @@ def test_wrong_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepa
     archive.write_bytes(right)
     prepare("imagenet", *archives, "--out", str(out))
     assert len(load_index(out, "val")) == len(VAL_LABELS)
+
+
+def test_checked_archives_are_not_read_again(
+    tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption the hash of an archive that was right stays right until the archive changes."""
+    out, train = tmp_path / "data", Path(archives[archives.index("--train-tar") + 1])
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 6})
+    with pytest.raises(UserError, match=r"^val: 5 images in the archive, not 6; get it again$"):
+        prepare("imagenet", *archives, "--out", str(out))
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 5})
+    monkeypatch.setitem(imagenet_archives.MD5, "train", "what no archive has")
+    times = train.stat()
+    os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    with pytest.raises(UserError, match=r"train: not the known archive"):
+        prepare("imagenet", *archives, "--out", str(out))
+    os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare("imagenet", *archives, "--out", str(out))
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["train", "val"]
+    assert not (out / "hashes.json").exists()
 
 
 def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
