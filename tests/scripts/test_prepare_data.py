@@ -142,6 +142,18 @@ def test_checked_archives_are_not_read_again(
     assert not (out / "hashes.json").exists()
 
 
+def test_labels_of_other_images(
+    tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation archive of fewer images than the devkit has labels for is refused, not labelled by shifting."""
+    val = Path(archives[archives.index("--val-tar") + 1])
+    val.write_bytes(tar({f"ILSVRC2012_val_{number:08}.JPEG": jpeg(9) for number in range(1, len(VAL_LABELS))}))
+    monkeypatch.setitem(imagenet_archives.MD5, "val", hashlib.md5(val.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match=rf"^{val}: 4 images, but {tmp_path}/devkit has labels for 5; get both again$"):
+        prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
 def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
     """An archive that is not there is named, before anything is unpacked."""
     Path(archives[archives.index("--val-tar") + 1]).unlink()

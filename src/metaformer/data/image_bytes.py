@@ -19,7 +19,7 @@ OTHER_FILES = 256  # that a process has open beside shards
 class ImageBytes:
     """Reads images of an index, in any number of threads.
 
-    Each process opens a shard once, when it first needs it; what a fork or a pickle brings along is not used.
+    A process opens a shard once, when it first needs it; a pickle of this opens its own.
 
     Raises:
         UserError: the process may not have as many files open as there are shards.
