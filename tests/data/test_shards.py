@@ -154,6 +154,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 0 ")),
         "is not an image and its label",
     ),
+    "between blocks": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 513 ")),
+        "is not an image and its label",
+    ),
     "another tar's index": (
         lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" a/0.", b" a/x.")),
         "shard-000000.tar: a/x.JPEG is not where shard-000000.idx says",
