@@ -230,11 +230,11 @@ def run_program(program: Callable[[], None]) -> None:
 
 
 def _join(backend: str, timeout: timedelta, single_node: bool) -> None:
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     if single_node:
         # What torchrun starts again would find the addresses of its dead predecessors: all starts share one store. Not
         # over several nodes: there each torchrun counts its own restarts.
-        store = dist.PrefixStore(f"start-{_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"start-{_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
