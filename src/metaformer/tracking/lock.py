@@ -31,9 +31,9 @@ def held(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if run_dir in made and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
-            (run_dir / LOCK_FILE).unlink()
-            with suppress(OSError):  # another run has begun beside this one
+        with suppress(OSError):  # another run has begun beside this one, or the folder is gone
+            if run_dir in made and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
+                (run_dir / LOCK_FILE).unlink()
                 for folder in made:
                     folder.rmdir()
         lock.release()
@@ -69,8 +69,16 @@ class RunLock:
                 "give a run_dir on another, or mount it with locks"
             ) from error
         content = json.dumps(Process(socket.gethostname(), os.getpid())._asdict()).encode()
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, content, 0)
+            current = file.stat()
+        except OSError as error:
+            os.close(self._descriptor)
+            raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
+        if not os.path.samestat(current, os.fstat(self._descriptor)):
+            os.close(self._descriptor)
+            raise UserError(f"run_dir={run_dir}: another run has just left it, and removed its lock; start again")
 
     def release(self) -> None:
         """Let another run in."""
