@@ -195,8 +195,10 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) ->
     state, checkpoint = sgd_state(), CheckpointConfig(every_steps=1)
     data, guards = Numbers(8, poisoned_from=32), GuardConfig(max_skipped_steps=3)
     settings = {"steps_per_epoch": 12, "checkpoint": checkpoint, "guards": guards, "log_every_steps": log_every}
+    loop = trainer(state, tmp_path, data, **settings)
     with pytest.raises(Diverged, match=r"^epoch 1, step \d+: the last \d+ steps had gradients that are not finite"):
-        trainer(state, tmp_path, data, **settings).run()
+        loop.run()
+    loop.saver.close()
     saved = sorted(folder.name for folder in tmp_path.glob("step-*"))
     assert saved == [f"step-{step:08d}" for step in (3, 4)], "the two newest"
     assert checkpoint_folder(tmp_path).find().folder == tmp_path / saved[-1]

@@ -175,7 +175,8 @@ def test_nobody_reads_stderr(tmp_path: Path) -> None:
     assert process.stderr is not None
     process.stderr.close()
     process.stderr = None
-    assert process.wait(30) == EXIT_CODE
+    process.communicate(timeout=30)
+    assert process.returncode == EXIT_CODE
 
 
 @pytest.mark.parametrize("left", ["vanished", "an earlier hang's stacks"])
