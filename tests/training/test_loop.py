@@ -17,12 +17,13 @@ from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.guards import Diverged, GuardConfig
-from metaformer.training.loop import LoopSettings, Trainer
+from metaformer.training.loop import Trainer
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule, ScheduleConfig
 from metaformer.training.state import TrainState
+from metaformer.training.surroundings import LoopSettings
 from metaformer.training.watchdog import Watchdog
 from tests.conftest import QUICK, TRAIN_IMAGES, rows
 from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
