@@ -61,6 +61,14 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in their order; every rank gets them."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[T] = [value] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics): those that a checkpoint holds."""
         if self.world_size > 1:
@@ -117,10 +125,7 @@ class Runtime:
         Raises:
             UserError: names the first rank that differs from rank 0.
         """
-        if self.world_size == 1:
-            return
-        values: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = self.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")
