@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from metaformer.data.augmentation import AugmentationConfig
@@ -169,10 +170,22 @@ def compose_recipe(experiment: str) -> TrainConfig:
     Raises:
         UserError: there is no such experiment, or it cannot work.
     """
+    return compose_training([f"experiment={experiment}"])
+
+
+def compose_training(overrides: Sequence[str]) -> TrainConfig:
+    """The configuration that train.py has with these overrides on its command line.
+
+    Raises:
+        UserError: as `compose`.
+    """
     _store_schemas()
     try:
         with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
-            values = hydra.compose("train", [f"experiment={experiment}"])
+            values = hydra.compose("train", list(overrides), return_hydra_config=True)
+        experiment = values.hydra.runtime.choices.get("experiment") or "default"
+        with open_dict(values):
+            del values["hydra"]
         config: Any = OmegaConf.to_object(values)
     except HydraException as error:
         raise UserError(_explain(error)) from error
@@ -181,6 +194,16 @@ def compose_recipe(experiment: str) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
     return config
+
+
+def freeze(config: TrainConfig) -> str:
+    """What train.py --config-dir=... --config-name=... composes to this configuration, whatever becomes of conf/."""
+    frozen = OmegaConf.load(CONF_FOLDER / "train.yaml")
+    assert isinstance(frozen, DictConfig)
+    quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
+    frozen.defaults = ["train_schema", "_self_", *quiet]
+    values = OmegaConf.create(to_yaml(config))
+    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, values))
 
 
 def _store_schemas() -> None:
