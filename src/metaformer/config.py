@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from metaformer.models.variants import ModelConfig
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.ema import EmaConfig
+from metaformer.training.guards import GuardConfig
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import PrecisionConfig
 from metaformer.training.schedule import ScheduleConfig
@@ -47,6 +48,8 @@ class CommonConfig:
     eval_batch_size: int = 128  # images of a rank
     channels_last: bool = True
     compile: bool = False
+    # Fields whose values came out of the environment, as they were given: what is kept of a run must hold no secret.
+    from_environment: dict[str, str] = field(default_factory=dict, metadata={"omegaconf_ignore": True})
 
     def __post_init__(self) -> None:
         _at_least(1, self, "image_size", "num_classes", "eval_batch_size")
@@ -65,6 +68,7 @@ class TrainConfig(CommonConfig):
     ema: EmaConfig = field(default_factory=EmaConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     run_dir: str | None = None  # None: runs/MODEL-EXPERIMENT
     epochs: int = 300  # the schedule's cool-down epochs come on top
     global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
@@ -161,6 +165,7 @@ def compose(name: str, kind: type[C]) -> C:
     if isinstance(config, TrainConfig) and config.run_dir is None:
         config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
     assert isinstance(config, kind)
+    config.from_environment = dict(_from_environment(values))
     return config
 
 
@@ -193,6 +198,7 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
         raise UserError(_explain_value(error)) from error
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
+    config.from_environment = dict(_from_environment(values))
     return config
 
 
@@ -202,8 +208,7 @@ def freeze(config: TrainConfig) -> str:
     assert isinstance(frozen, DictConfig)
     quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
     frozen.defaults = ["train_schema", "_self_", *quiet]
-    values = OmegaConf.create(to_yaml(config))
-    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, values))
+    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, recorded(config)))
 
 
 def _store_schemas() -> None:
@@ -245,14 +250,29 @@ def _explain_value(error: OmegaConfBaseException) -> str:
     return f"{key}: {str(error).splitlines()[0]}"
 
 
-def to_yaml(config: CommonConfig) -> str:
-    """The whole configuration, to keep."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def recorded(config: CommonConfig) -> DictConfig:
+    """The whole configuration as it may be kept: what came out of the environment stands there as `${oc.env:NAME}`."""
+    values = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    assert isinstance(values, DictConfig)
+    for key, given in config.from_environment.items():
+        OmegaConf.update(values, key, given)
+    return values
 
 
 def fingerprint(config: CommonConfig) -> str:
-    """Equal for equal configurations."""
-    return hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    """Equal for equal configurations, values from the environment included."""
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode()).hexdigest()
+
+
+def _from_environment(values: DictConfig) -> Iterator[tuple[str, str]]:
+    """The fields that interpolate a variable, each with what was given; the places of data sets are no secrets."""
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(values, resolve=False))]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend((f"{key}.{name}" if key else str(name), item) for name, item in value.items())
+        elif isinstance(value, str) and "oc.env:" in value and key != "data.root":
+            yield key, value
 
 
 def _at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:

@@ -10,6 +10,12 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Interrupted(Exception):
+    """Training was asked to stop and has saved where it stands. The message is one line; the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a component chosen by a name that does not exist: lists the nearest names, or all of a few."""
     names = sorted(known)

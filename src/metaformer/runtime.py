@@ -1,5 +1,6 @@
 """Processes and devices: the only file that reads the launcher's variables, and where ranks agree or fail together."""
 
+import ctypes
 import json
 import os
 import signal
@@ -11,18 +12,39 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from metaformer.errors import UserError
+from metaformer.errors import Interrupted, UserError
 
 T = TypeVar("T")
 
 _GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class Process(NamedTuple):
+    """Where a rank runs."""
+
+    host: str
+    pid: int
+
+
+class Vote:
+    """A sum over the ranks that is under way while the ranks do something else."""
+
+    def __init__(self, value: Tensor, work: Any) -> None:
+        self._value, self._work = value, work
+
+    def result(self) -> int:
+        """Wait for it."""
+        self._work.wait()
+        return int(self._value)
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,7 @@ class Runtime:
         rank, world_size: over all nodes.
         local_rank, local_world_size: on this node.
         device: where this rank computes.
+        control: a group on CPUs, beside the gradients' exchange; None with one rank.
     """
 
     rank: int
@@ -40,6 +63,7 @@ class Runtime:
     local_rank: int
     local_world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +85,20 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
+    def start_vote(self, value: bool) -> Vote:
+        """Begin to count the ranks for which `value` is true; every rank must begin in the same order. No GPU waits."""
+        own = torch.tensor(int(value))
+        return Vote(own, dist.all_reduce(own, group=self.control, async_op=True))
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every rank's tensor, on the CPU; all have the same shape."""
+        values = values.cpu()
+        if self.world_size == 1:
+            return [values]
+        everyone = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(everyone, values, group=self.control)
+        return everyone
+
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, in their order; every rank gets them."""
         if self.world_size == 1:
@@ -68,6 +106,10 @@ class Runtime:
         everyone: list[T] = [value] * self.world_size
         dist.all_gather_object(everyone, value)
         return everyone
+
+    def processes(self) -> list[Process]:
+        """Where each rank runs."""
+        return self.gather_objects(Process(socket.gethostname(), os.getpid()))
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics): those that a checkpoint holds."""
@@ -158,9 +200,13 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
+    control: Any = None
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
-    yield Runtime(rank, world_size, local_rank, local_world_size, device)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    yield Runtime(rank, world_size, local_rank, local_world_size, device, control)
     if world_size > 1:  # not after an error: a group that lost a rank may wait for it
         dist.destroy_process_group()
 
@@ -170,13 +216,32 @@ def run_program(program: Callable[[], None]) -> None:
     try:
         program()
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        _fail(f"error: {error}", error.exit_code)
+    except Interrupted as error:
+        _fail(f"interrupted: {error}", error.exit_code)
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)  # as in _fail
     except KeyboardInterrupt:
-        _fail("interrupted", 128 + signal.SIGINT)
+        _fail("error: interrupted", 128 + signal.SIGINT)
+
+
+def status_file_of_launcher() -> Path | None:
+    """A file in which the program that started this one wants to read how it ended, as slurm/train.sbatch does."""
+    named = os.environ.get("METAFORMER_STATUS_FILE")
+    return Path(named) if named else None
+
+
+def _end_with_launcher() -> None:
+    """Ask Linux for SIGTERM when torchrun dies, however: a rank that nobody watches saves, and ends.
+
+    Without this the ranks of a torchrun that was killed by SIGKILL would go on, unseen.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl: {os.strerror(number)}")
 
 
 def _fail(message: str, exit_code: int) -> None:
@@ -184,8 +249,9 @@ def _fail(message: str, exit_code: int) -> None:
     rank = _variable("RANK", 0)
     if rank > 0:
         time.sleep(_GRACE_FOR_RANK_0)
-        message = f"rank {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+        kind, _, rest = message.partition(": ")
+        message = f"{kind}: rank {rank}: {rest}"
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: a broken process group may wait for the other ranks on its way out.
     os._exit(exit_code)

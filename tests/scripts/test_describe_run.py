@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.training.loop import Diverged
+from metaformer.training.guards import Diverged
 from scripts import describe_run
 from tests.conftest import QUICK
 

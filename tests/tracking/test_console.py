@@ -22,7 +22,7 @@ run(Path(sys.argv[1]))
 def train_row(step: int, **figures: Any) -> dict[str, Any]:
     return {
         "kind": "train", "epoch": 1, "step": step, "samples": 8 * step, "loss": 1.25, "lr": 4e-3, "grad_norm": 0.5,
-        "images_per_second": 16.0, "data_wait": 0.25, "memory_gib": 0.0,
+        "images_per_second": 16.0, "data_wait": 0.25, "skipped_steps": 0, "memory_gib": 0.0,
     } | figures  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def run(log_file: Path) -> None:
     tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=log_file)
     tracker.message("model        [tiny], 3 classes")
     tracker.metrics(train_row(10))
-    tracker.metrics(train_row(400, memory_gib=12.34))
+    tracker.metrics(train_row(400, skipped_steps=3, memory_gib=12.34))
     scores = {"images": 403, "top1": 25.0, "top5": 75.5, "loss": 1.5, "ema_top1": 30.25}
     tracker.metrics({"kind": "validation", "epoch": 1, "step": 400, "samples": 3200} | scores)
     tracker.metrics({"kind": "final", "epoch": 1, "step": 400, "samples": 3200} | scores)
@@ -41,7 +41,8 @@ def run(log_file: Path) -> None:
 EXPECTED = [
     "model        [tiny], 3 classes",
     "epoch 1/3  step 10/1000  eta 8m15s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50",
-    "epoch 1/3  step 400/1000  eta 5m00s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50  12.3 GiB",
+    "epoch 1/3  step 400/1000  eta 5m00s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50  skipped 3  "
+    "12.3 GiB",
     "epoch 1 validated on 403 images: top-1 25.00 %  top-5 75.50 %  loss 1.5000  EMA top-1 30.25 %",
 ]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from metaformer.errors import UserError
+from metaformer.tracking.lock import held
 from metaformer.tracking.run_folder import check_empty, open_run_folder
 from tests.conftest import QUICK, REPOSITORY
 
@@ -45,6 +46,7 @@ def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> No
 
 def test_same_configuration_is_no_change(tmp_path: Path) -> None:
     """Opened again with the same configuration, nothing is reported or set aside."""
+    (tmp_path / "run").mkdir()
     assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n") == []
     assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n") == []
     assert list((tmp_path / "run").glob("*until*")) == []
@@ -52,6 +54,7 @@ def test_same_configuration_is_no_change(tmp_path: Path) -> None:
 
 def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
     """Changes follow each other within a second, and none is lost."""
+    (tmp_path / "run").mkdir()
     for value in range(4):
         changed = open_run_folder(tmp_path / "run", f"a: {value}\nb: 2\n")
         assert changed == ([f"a: {value}"] if value else [])
@@ -61,6 +64,7 @@ def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
 
 def test_a_change_to_a_value_that_stands_elsewhere(tmp_path: Path) -> None:
     """A changed line is reported where another line reads the same."""
+    (tmp_path / "run").mkdir()
     open_run_folder(tmp_path / "run", "one:\n  name: a\ntwo:\n  name: b\n")
     assert open_run_folder(tmp_path / "run", "one:\n  name: b\ntwo:\n  name: b\n") != []
 
@@ -79,14 +83,12 @@ def test_environment(tmp_path: Path) -> None:
 
 
 def test_only_an_empty_folder_is_new(tmp_path: Path) -> None:
-    """resume=never: a missing or empty folder will do; one with a file, or a file, will not."""
-    check_empty(tmp_path / "missing")
-    (tmp_path / "empty").mkdir()
-    check_empty(tmp_path / "empty")
-    for taken in (tmp_path, tmp_path / "file"):
-        (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="not empty, and resume=never"):
-            check_empty(taken)
+    """resume=never: an empty folder will do, though this run holds it; one with a file will not."""
+    with held(tmp_path / "empty"):
+        check_empty(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="not empty, and resume=never"):
+        check_empty(tmp_path)
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

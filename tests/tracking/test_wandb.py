@@ -82,7 +82,7 @@ def test_failed_run_is_marked(images: Path, tmp_path: Path, run_program: Run) ->
     """A run that diverges ends as failed in wandb, with the rows up to there."""
     run_dir = tmp_path / "run"
     options = ("epochs=3", "tracking=offline", "optimizer.lr=1e18", f"run_dir={run_dir}")
-    with pytest.raises(Exception, match="the loss is"):
+    with pytest.raises(Exception, match="the validation loss is"):
         run_program("train", f"data.root={images}", *SMALL, *options)
     (log,) = wandb_logs(run_dir)
     assert log.exit_code == 1

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metaformer.models import load_weights, save_weights
-from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.models import load_weights, save_state
+from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
 from metaformer.training.ema import EmaConfig, make_ema
 from metaformer.training.optimizer import OptimizerConfig, make_optimizer
+from metaformer.training.precision import UnitScaler
 from metaformer.training.state import TrainState
 
 FEATURES, TINY_CLASSES = 5, 3
@@ -33,8 +34,9 @@ def tiny_state(
         model=model,
         ema=make_ema(EmaConfig(enabled=ema, decay=0.9), model),
         optimizer=make_optimizer(optimizer or OptimizerConfig(), model, lr),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        scaler=UnitScaler("cpu"),
         loss_sum=torch.zeros((), dtype=torch.float64),
+        skips=torch.zeros(2, dtype=torch.float64),
         identity={"model": "tiny", "seed": 0, "global_batch_size": 8, "data": "abc"},
     )
 
@@ -60,10 +62,12 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def checkpoint_folder(folder: Path, keep: int = 2) -> CheckpointFolder:
     """Checkpoints of the tiny network, written as train.py writes them."""
-    return CheckpointFolder(folder, keep, "tiny", WeightFiles(partial(save_weights, name="tiny"), load_weights))
+    weight_files = WeightFiles(partial(save_state, name="tiny"), load_weights)
+    return CheckpointFolder(folder, CheckpointConfig(keep=keep), {"model": "tiny"}, weight_files)
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Callable[..., CheckpointFolder]:
     """The checkpoints of a run in this test's folder."""
+    (tmp_path / "run").mkdir()
     return lambda keep=2: checkpoint_folder(tmp_path / "run" / "checkpoints", keep)

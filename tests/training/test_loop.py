@@ -16,11 +16,14 @@ from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig
-from metaformer.training.loop import Diverged, LoopSettings, Trainer
+from metaformer.training.guards import Diverged, GuardConfig
+from metaformer.training.loop import LoopSettings, Trainer
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule, ScheduleConfig
 from metaformer.training.state import TrainState
+from metaformer.training.watchdog import Watchdog
 from tests.conftest import QUICK, TRAIN_IMAGES, rows
 from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
 
@@ -71,7 +74,7 @@ def trainer(state: TrainState, folder: Path, data: Numbers, **settings: Any) -> 
     """The real loop over the tiny network, its learning rate constant: three epochs of four steps of eight images."""
     defaults: dict[str, Any] = {
         "epochs": 3, "steps_per_epoch": 4, "accumulation_steps": 1, "global_batch_size": 8, "seed": 0,
-        "log_every_steps": 1, "checkpoint": CheckpointConfig(),
+        "log_every_steps": 1, "checkpoint": CheckpointConfig(), "guards": GuardConfig(),
     }  # fmt: skip
     lr = state.optimizer.param_groups[0]["lr"]
     constant = ScheduleConfig(warmup_epochs=0, min_lr=lr, cooldown_epochs=0)
@@ -81,10 +84,12 @@ def trainer(state: TrainState, folder: Path, data: Numbers, **settings: Any) -> 
         data=data,
         schedule=Schedule(constant, state.optimizer, 3, 4),
         precision=Precision(PrecisionConfig(PrecisionName.fp32), CPU.device),
-        validate=lambda model: {"top1": 50.0, "top5": 100.0, "loss": 1.0, "images": 2},
-        checkpoints=checkpoint_folder(folder),
+        validate=lambda model, stop: {"top1": 50.0, "top5": 100.0, "loss": 1.0, "images": 2},
+        saver=CheckpointSaver(checkpoint_folder(folder), CheckpointConfig(), lambda line: None),
         tracker=Rows(),
         runtime=CPU,
+        processes=CPU.processes(),
+        watchdog=Watchdog(folder / "stacks", 0, [], 60),
         settings=LoopSettings(**(defaults | settings)),
         inspect=lambda batch: None,
         bottleneck=Bottleneck("raise workers"),
@@ -158,7 +163,7 @@ def test_logged_losses_are_means(tmp_path: Path) -> None:
 def test_divergence_ends_the_run(images: Path, tmp_path: Path, run_program: Run) -> None:
     """An absurd learning rate in the second epoch: exit code 3, one line, and the first epoch's checkpoint stays."""
     command = (f"data.root={images}", *SMALL, "epochs=3", "optimizer.lr=1e18", f"run_dir={tmp_path / 'run'}")
-    with pytest.raises(Diverged, match=r"^epoch 2, step \d+: the loss is (nan|inf); lower optimizer\.lr") as caught:
+    with pytest.raises(Diverged, match=r"^epoch 2, step 12: the validation loss is nan and .*; lower opt") as caught:
         run_program("train", *command)
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
@@ -169,17 +174,53 @@ def test_divergence_ends_the_run(images: Path, tmp_path: Path, run_program: Run)
     assert rows(tmp_path / "run")[-1]["loss"] is None, "which JSON has for what is not a number"
 
 
-def test_a_diverged_state_is_not_saved(tmp_path: Path) -> None:
-    """Between two log rows too: no checkpoint is written after a loss that was not finite."""
+def test_steps_on_nan_are_left_out_and_counted(tmp_path: Path) -> None:
+    """The last two batches of each epoch are NaN: the weights are those of training without them, the rows say so."""
+    whole, cut = sgd_state(), sgd_state()
+    loop = trainer(whole, tmp_path / "whole", Numbers(8, poisoned_from=16))
+    loop.run()
+    trainer(cut, tmp_path / "cut", Numbers(8), steps_per_epoch=2).run()
+    torch.testing.assert_close(whole.model.state_dict(), cut.model.state_dict(), rtol=0, atol=0)
+    found = logged(loop)
+    assert [row["skipped_steps"] for row in found] == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6]
+    assert [math.isfinite(row["loss"]) for row in found] == [True, True, False, False] * 3
+    losses = [row["loss"] for row in found if math.isfinite(row["loss"])]
+    epochs = [row["train_loss"] for row in logged(loop, "validation")]
+    assert epochs == pytest.approx([sum(losses[start : start + 2]) / 2 for start in (0, 2, 4)])
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) -> None:
+    """Nothing is saved while steps are left out, and the run ends with the good checkpoints as they were."""
+    state, checkpoint = sgd_state(), CheckpointConfig(every_steps=1)
+    data, guards = Numbers(8, poisoned_from=32), GuardConfig(max_skipped_steps=3)
+    settings = {"steps_per_epoch": 12, "checkpoint": checkpoint, "guards": guards, "log_every_steps": log_every}
+    with pytest.raises(Diverged, match=r"^epoch 1, step \d+: the last \d+ steps had gradients that are not finite"):
+        trainer(state, tmp_path, data, **settings).run()
+    saved = sorted(folder.name for folder in tmp_path.glob("step-*"))
+    assert saved == [f"step-{step:08d}" for step in (3, 4)], "the two newest"
+    assert checkpoint_folder(tmp_path).find().folder == tmp_path / saved[-1]
+
+
+def test_one_bad_step_does_not_end_the_run(tmp_path: Path) -> None:
+    """The count of steps in a row begins anew after one that was taken."""
+    guards = GuardConfig(max_skipped_steps=3)
+    loop = trainer(sgd_state(), tmp_path, Numbers(8, poisoned_from=16), guards=guards)
+    loop.run()
+    assert loop.state.progress.skipped_steps == 6
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A NaN in the weights, however it came there: the save is refused, with the tensor's name."""
     state = sgd_state()
-    checkpoint = CheckpointConfig(every_steps=1, keep=1)
-    loop = trainer(state, tmp_path, Numbers(8, poisoned_from=16), log_every_steps=100, checkpoint=checkpoint)
-    with pytest.raises(Diverged):
+    loop = trainer(state, tmp_path, Numbers(8), max_steps=1)
+    loop.run()
+    with torch.no_grad():
+        state.model.get_parameter("2.weight")[0, 0] = math.nan
+    loop = trainer(state, tmp_path, Numbers(8), max_steps=2)
+    with pytest.raises(Diverged, match=r"step-00000002: not written: 2\.weight is not finite"):
         loop.run()
-    last = checkpoint_folder(tmp_path).last()
-    assert last is not None
-    assert last.name == "step-00000002"
-    assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
+    assert checkpoint_folder(tmp_path).find().folder == tmp_path / "step-00000001"
 
 
 def test_changed_hyperparameters_hold_after_a_resume(images: Path, tmp_path: Path, run_program: Run) -> None:

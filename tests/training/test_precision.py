@@ -1,5 +1,8 @@
 """Number formats: what is cast, what is scaled, what is refused."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -44,8 +47,33 @@ def test_only_fp16_is_scaled(name: str) -> None:
     scaler.step(optimizer)
     scaler.update()
     assert weight == 1
-    assert not scaler.is_enabled()
+    assert scaler.get_scale() == 1
     assert scaler.state_dict() == {}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_step_on_what_is_not_finite_is_left_out(fused: bool, wrong: float) -> None:
+    """One NaN or infinity in one gradient: weights, moments and the optimizer's own count stay, and it is told."""
+    scaler = Precision(PrecisionConfig(PrecisionName.bf16), CPU).scaler
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.AdamW(weights, lr=0.1, fused=fused)
+
+    def step(last: float) -> float:
+        scaler.scale(weights[0].sum()).backward()
+        weights[1].grad = torch.tensor([1.0, last])
+        scaler.step(optimizer)
+        skipped = float(scaler.skipped(optimizer))
+        scaler.update()
+        optimizer.zero_grad()
+        return skipped
+
+    assert step(1.0) == 0
+    before = copy.deepcopy((weights, optimizer.state_dict()["state"]))
+    assert step(wrong) == 1
+    torch.testing.assert_close((weights, optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    assert step(1.0) == 0
+    assert not torch.equal(weights[0], before[0][0])
 
 
 def test_fp16_needs_a_gpu() -> None:

@@ -1,5 +1,6 @@
 """What train.py runs."""
 
+import hashlib
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,27 +22,31 @@ from metaformer.assembly.parts import (
     open_index,
     worker_count,
 )
-from metaformer.config import TrainConfig, fingerprint, to_yaml
+from metaformer.assembly.run import tracking
+from metaformer.config import TrainConfig, fingerprint, recorded
 from metaformer.data.device_transform import TrainingTransform, denormalize
 from metaformer.data.index import ImageIndex, check_same_classes
 from metaformer.data.loader import LoaderName
 from metaformer.data.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
-from metaformer.models import load_weights, save_weights
-from metaformer.runtime import Runtime
-from metaformer.tracking.console import ConsoleTracker
-from metaformer.tracking.make import make_tracker
-from metaformer.tracking.run_folder import check_empty, open_run_folder
-from metaformer.tracking.tracker import NullTracker, Tracker
+from metaformer.models import load_weights, save_state
+from metaformer.runtime import Process, Runtime
+from metaformer.tracking.environment import code_fingerprint
+from metaformer.tracking.lock import held
+from metaformer.tracking.run_folder import check_empty
+from metaformer.tracking.tracker import Tracker
 from metaformer.training.bottleneck import Bottleneck
-from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.training.checkpoint import CheckpointFolder, Found, WeightFiles
 from metaformer.training.ema import make_ema
 from metaformer.training.loop import LoopSettings, SoftBatch, Trainer
+from metaformer.training.manifest import verify
 from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision
+from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import TrainState
+from metaformer.training.watchdog import Watchdog
 
 PICTURE_IMAGES = 16
 
@@ -61,42 +66,43 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
     Raises:
         UserError: something that the user gave cannot work; nothing has been trained then.
     """
+    runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
     runtime.check_agreement("the configuration", fingerprint(config))
     config.check_batches(runtime.world_size)
     precision = Precision(config.precision, runtime.device)
     splits = _splits(config, runtime)
     plan = _training_plan(config, runtime, splits)
     state = _new_state(config, runtime, splits, precision)
-    checkpoints = CheckpointFolder(
-        config.resolved_run_dir / "checkpoints",
-        config.checkpoint.keep,
-        config.model.name,
-        WeightFiles(partial(save_weights, name=config.model.name), load_weights),
-    )
-    resumed_from = _resume(config, runtime, checkpoints, state)
-    settings = _loop_settings(config, plan)
-    network = runtime.distribute(state.model)  # before there are worker processes: it talks to the other ranks
     with ExitStack() as parts:
+        runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
+        checkpoints = _checkpoints(config, runtime)
+        found = _resume(config, runtime, checkpoints, state)
+        settings = _loop_settings(config, plan)
+        network = runtime.distribute(state.model)  # before there are worker processes: it talks to the other ranks
         transform = TrainingTransform(splits.num_classes, config.augmentation.label_smoothing, colours(config))
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, runtime, splits.val)))
-        silent: Tracker = NullTracker()
-        tracker = runtime.main_only(lambda: _tracker(config, settings, state), otherwise=silent)
-        parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
-        for line in _describe(config, runtime, splits, settings, state):
+        tracker = parts.enter_context(tracking(config, runtime, settings, state))
+        for line in [*found.skipped, *_describe(config, runtime, splits, settings, state)]:
             tracker.message(line)
-        if resumed_from is not None:
-            tracker.message(f"resuming     {resumed_from}, step {state.progress.step}")
+        if found.folder is not None:
+            tracker.message(f"resuming     {found.folder}, step {state.progress.step}")
+        saver = parts.enter_context(closing(CheckpointSaver(checkpoints, config.checkpoint, tracker.message)))
+        processes = runtime.processes()
         yield Trainer(
             state=state,
             network=network,
             data=train_feed,
             schedule=Schedule(config.schedule, state.optimizer, config.epochs, plan.steps_per_epoch),
             precision=precision,
-            validate=lambda model: evaluate(model, val_feed, precision, runtime).as_dict() | _left_out(config, splits),
-            checkpoints=checkpoints,
+            validate=lambda model, stop: (
+                evaluate(model, val_feed, precision, runtime, stop=stop).as_dict() | _left_out(config, splits)
+            ),
+            saver=saver,
             tracker=tracker,
             runtime=runtime,
+            processes=processes,
+            watchdog=_watchdog(config, runtime, processes),
             settings=settings,
             bottleneck=Bottleneck(_advice(config, runtime)),
             inspect=partial(_picture, config, runtime, tracker),
@@ -135,6 +141,23 @@ def _left_out(config: TrainConfig, splits: Splits) -> dict[str, int]:
     return {"quarantined": splits.train.quarantined + splits.val.quarantined} if config.data.quarantine else {}
 
 
+def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
+    kept = OmegaConf.to_yaml(recorded(config)).encode()
+    facts = {
+        "model": config.model.name,
+        "world_size": runtime.world_size,
+        "config_sha256": hashlib.sha256(kept).hexdigest(),
+    }
+    weight_files = WeightFiles(partial(save_state, name=config.model.name), load_weights)
+    return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
+
+
+def _watchdog(config: TrainConfig, runtime: Runtime, processes: list[Process]) -> Watchdog:
+    host = processes[runtime.rank].host
+    peers = [process.pid for process in processes if process.host == host]
+    return Watchdog(config.resolved_run_dir / "stacks", runtime.rank, peers, config.guards.stall_seconds)
+
+
 def _training_plan(config: TrainConfig, runtime: Runtime, splits: Splits) -> TrainingPlan:
     if len(splits.train) < config.global_batch_size:
         raise UserError(
@@ -166,6 +189,7 @@ def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision:
         optimizer=make_optimizer(config.optimizer, model, lr),
         scaler=precision.scaler,
         loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
+        skips=torch.zeros(2, dtype=torch.float64, device=runtime.device),
         identity={
             "model": config.model.name,
             "seed": config.seed,
@@ -177,23 +201,29 @@ def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision:
     )
 
 
-def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> Path | None:
+def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> Found:
     """Load the checkpoint that training goes on from, if there is one.
 
     `resume=FOLDER` with a checkpoint of this very run goes back to it. Any other folder is where a new run starts:
     once the run has a checkpoint of its own, the same command goes on from that.
     """
-    run_dir, folder = config.resolved_run_dir, runtime.from_main(checkpoints.last)
-    if config.resume == "never":
-        runtime.main_only(lambda: check_empty(run_dir), None)
-        return None
-    if config.resume != "auto":
-        given = Path(config.resume)
-        if folder is None or given.resolve().parent == folder.parent:
-            folder = given.resolve()
-    if folder is not None:
-        checkpoints.load(state, folder)
-    return folder
+    run_dir = config.resolved_run_dir
+
+    def find() -> Found:
+        if config.resume == "never":
+            check_empty(run_dir)
+            return Found(None)
+        given = None if config.resume == "auto" else Path(config.resume).resolve()
+        found = Found(None) if given and given.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
+        if given is not None and found.folder is None:
+            verify(given)
+            found = Found(given)
+        return found
+
+    found = runtime.from_main(find)
+    if found.folder is not None:
+        checkpoints.load(state, found.folder)
+    return found
 
 
 def _loop_settings(config: TrainConfig, plan: TrainingPlan) -> LoopSettings:
@@ -205,23 +235,10 @@ def _loop_settings(config: TrainConfig, plan: TrainingPlan) -> LoopSettings:
         seed=config.seed,
         log_every_steps=config.log_every_steps,
         checkpoint=config.checkpoint,
+        guards=config.guards,
         clip_grad_norm=config.clip_grad_norm,
         max_steps=config.max_steps,
     )
-
-
-def _tracker(config: TrainConfig, settings: LoopSettings, state: TrainState) -> Tracker:
-    run_dir = config.resolved_run_dir
-    changed = open_run_folder(run_dir, to_yaml(config))
-    steps = settings.epochs * settings.steps_per_epoch
-    console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")
-    if changed:
-        console.message(f"changed      {', '.join(changed)}; the earlier configuration is kept beside config.yaml")
-    if state.progress.epochs_completed >= settings.epochs:
-        console.message(f"complete     {run_dir} has all its {settings.epochs} epochs; nothing is left to train")
-        return console
-    recorded: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return make_tracker(config.tracking, run_dir, console, state.progress.step, recorded)
 
 
 def _describe(
@@ -268,5 +285,9 @@ def _picture(config: TrainConfig, runtime: Runtime, tracker: Tracker, batch: Sof
     """A grid of the first training images as the network gets them."""
     if runtime.is_main:
         file = config.resolved_run_dir / "mixed_images.png"
-        save_image(denormalize(batch.images[:PICTURE_IMAGES], colours(config)), file, nrow=4)
-        tracker.picture("train/mixed_images", file)
+        try:
+            save_image(denormalize(batch.images[:PICTURE_IMAGES], colours(config)), file, nrow=4)
+        except OSError as error:  # no reason not to train
+            tracker.message(f"warning      {file}: cannot be written ({error.strerror or error})")
+        else:
+            tracker.picture("train/mixed_images", file)

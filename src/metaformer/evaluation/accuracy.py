@@ -1,12 +1,13 @@
 """Top-1, top-5 and loss over a whole split: sums over images, reduced over the ranks once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from metaformer.errors import Interrupted
 from metaformer.evaluation.scoring import SINGLE_LABEL, Scoring
 from metaformer.runtime import Runtime
 
@@ -53,15 +54,29 @@ class Accuracy:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data: EvaluationData, precision: Autocast, runtime: Runtime, scoring: Scoring = SINGLE_LABEL
+    model: nn.Module,
+    data: EvaluationData,
+    precision: Autocast,
+    runtime: Runtime,
+    scoring: Scoring = SINGLE_LABEL,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy:
     """Evaluate on every image of the data over all ranks; every rank gets the result.
 
     The model is left in evaluation mode.
+
+    Args:
+        stop: asked before each batch whether this rank should leave off.
+
+    Raises:
+        Interrupted: a rank has left off.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # top-1, top-5, loss, images
+    sums = torch.zeros(5, dtype=torch.float64, device=runtime.device)  # top-1, top-5, loss, images, stopped
     for batch in data.epoch(0):
+        if stop():
+            sums[4] = 1
+            break
         with precision.autocast():
             logits = model(batch.images).float()
         scores = scoring(logits, batch.targets)
@@ -69,5 +84,7 @@ def evaluate(
         sums[1] += scores.top5.sum()
         sums[2] += scores.loss.sum()
         sums[3] += len(batch.targets)
-    top1, top5, loss, images = runtime.sum(sums).tolist()
+    top1, top5, loss, images, stopped = runtime.sum(sums).tolist()
+    if stopped:
+        raise Interrupted("the evaluation was left off")
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))

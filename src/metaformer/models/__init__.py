@@ -2,7 +2,7 @@
 
 from metaformer.models.metaformer import MetaFormer, MetaFormerBlock
 from metaformer.models.variants import create_model, create_timm_model, list_models
-from metaformer.models.weights import load_weights, save_weights
+from metaformer.models.weights import load_weights, save_state, save_weights
 
 __all__ = [
     "MetaFormer",
@@ -11,5 +11,6 @@ __all__ = [
     "create_timm_model",
     "list_models",
     "load_weights",
+    "save_state",
     "save_weights",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from metaformer.tracking.line_file import LineFile
 from metaformer.tracking.tracker import NullTracker, Row
 
 
@@ -19,7 +20,7 @@ class ConsoleTracker(NullTracker):
 
     def __init__(self, epochs: int, steps: int, samples_per_step: int, log_file: Path) -> None:
         self._epochs, self._steps, self._samples_per_step = epochs, steps, samples_per_step
-        self._log = log_file.open("a")
+        self._log = LineFile(log_file)
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -51,15 +52,15 @@ class ConsoleTracker(NullTracker):
     def _train_line(self, row: Row) -> str:
         seconds = (self._steps - row["step"]) * self._samples_per_step / row["images_per_second"]
         memory = f"  {row['memory_gib']:.1f} GiB" if row["memory_gib"] else ""
+        skipped = f"  skipped {row['skipped_steps']}" if row["skipped_steps"] else ""
         return (
             f"epoch {row['epoch']}/{self._epochs}  step {row['step']}/{self._steps}  eta {_duration(seconds)}  "
             f"{row['images_per_second']:.0f} images/s  wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.2e}  "
-            f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}{memory}"
+            f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}{skipped}{memory}"
         )
 
     def _write(self, line: str) -> None:
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._log.flush()
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
 
 def _validation_line(row: Row) -> str:

@@ -1,5 +1,6 @@
 """What a run ran on: versions, devices, code. Written once into the run folder."""
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -22,6 +23,15 @@ def describe_environment() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor()],
         "git": {"commit": _git("rev-parse", "HEAD").strip(), "diff": _git("diff", "HEAD")},
     }
+
+
+def code_fingerprint() -> str:
+    """Equal where the package's files and the version of torch are equal."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    package = Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,13 +1,18 @@
-"""Metrics as files in the run folder: metrics.jsonl, a row a line, and summary.csv, a line an epoch."""
+"""Metrics as files in the run folder: metrics.jsonl, a row a line, and summary.csv, a line an epoch.
+
+A full disk does not stop training: rows wait until they can be written (`LineFile`), the summary until the next epoch.
+"""
 
 import csv
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
+from metaformer.tracking.line_file import LineFile
 from metaformer.tracking.tracker import NullTracker, Row
 
 
@@ -28,18 +33,17 @@ class JsonlTracker(NullTracker):
         if self._path.exists():  # also without a last line that was half written
             _write(self._path, kept)
         self._validations = [row for row in kept if row["kind"] == "validation"]
-        self._file = self._path.open("a")
+        self._file = LineFile(self._path)
 
     def metrics(self, row: Row) -> None:
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            if row["kind"] == "validation":
-                self._validations.append(row)
+        self._file.write(json.dumps(row))
+        if row["kind"] == "validation":
+            self._validations.append(row)
+            try:
                 write_text_whole(self._summary, _csv(self._validations))
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+            except OSError as error:
+                print(f"warning: {self._summary}: cannot be written ({error.strerror or error})", file=sys.stderr)
 
     def close(self, failed: bool) -> None:
         self._file.close()

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from metaformer.tracking.background import BackgroundTracker
 from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
 from metaformer.tracking.tracker import FanOut, Tracker
-from metaformer.tracking.wandb import WandbTracker
+from metaformer.tracking.wandb import WandbTracker, check_wandb
 
 
 def make_tracker(
@@ -21,5 +22,6 @@ def make_tracker(
     """
     trackers: list[Tracker] = [console, JsonlTracker(run_dir, resumed_at)]
     if config.wandb is not WandbMode.off:
-        trackers.append(WandbTracker(config, run_dir, settings))
+        check_wandb()
+        trackers.append(BackgroundTracker("wandb", lambda: WandbTracker(config, run_dir, settings)))
     return FanOut(trackers)

@@ -10,6 +10,7 @@ from pathlib import Path
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
 from metaformer.tracking.environment import describe_environment
+from metaformer.tracking.lock import LOCK_FILE
 
 
 def check_empty(run_dir: Path) -> None:
@@ -18,12 +19,12 @@ def check_empty(run_dir: Path) -> None:
     Raises:
         UserError: something is there.
     """
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if any(entry.name != LOCK_FILE for entry in run_dir.iterdir()):
         raise UserError(f"run_dir={run_dir}: not empty, and resume=never; give another run_dir, or resume=auto")
 
 
 def open_run_folder(run_dir: Path, config: str) -> list[str]:
-    """Make the folder and write config.yaml, overrides.yaml and environment.json; earlier ones are kept under a date.
+    """Write into the folder config.yaml, overrides.yaml and environment.json; earlier ones are kept under a date.
 
     Returns:
         The lines by which the configuration differs from the folder's earlier one.
@@ -38,7 +39,6 @@ def open_run_folder(run_dir: Path, config: str) -> list[str]:
     }
     changed: list[str] = []
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             path = run_dir / name
             earlier = path.read_text() if path.exists() else content

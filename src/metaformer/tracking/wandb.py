@@ -1,5 +1,6 @@
 """Weights & Biases: online where it can be, offline otherwise; never in the way of training."""
 
+import importlib.util
 import os
 import socket
 import sys
@@ -23,16 +24,11 @@ class WandbTracker(NullTracker):
 
     Args:
         settings: what the run records as its configuration.
-
-    Raises:
-        UserError: wandb is not installed.
     """
 
     def __init__(self, config: TrackingConfig, run_dir: Path, settings: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("tracking: wandb is not installed; `uv pip install wandb`, or tracking=local") from error
+        import wandb
+
         self._wandb: Any = wandb
         self._artifacts = config.artifacts
         self._run: Any = None  # None once wandb has failed
@@ -107,6 +103,16 @@ class WandbTracker(NullTracker):
     def _give_up(self, error: Exception) -> None:
         self._run = None
         _warn(f"wandb failed and is off from here; training goes on ({_one_line(error)})")
+
+
+def check_wandb() -> None:
+    """Before training starts.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("tracking: wandb is not installed; `uv pip install wandb`, or tracking=local")
 
 
 def _choose_mode(mode: WandbMode, wandb: Any, server: str) -> str:

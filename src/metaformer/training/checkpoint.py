@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear whole or not at all.
+"""Checkpoints: folders that appear whole or not at all, and are believed only if every byte is as it was written.
 
 RUN/checkpoints/
     epoch-003/            after the third epoch: model.safetensors, ema.safetensors, trainer.pt, manifest.json
@@ -6,83 +6,94 @@ RUN/checkpoints/
     last, best            links to two of them
 """
 
-import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metaformer.errors import UserError
 from metaformer.files import fsync
-from metaformer.training.state import TrainState
+from metaformer.training.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
+from metaformer.training.state import Snapshot, TrainState
 
-MODEL_FILE, EMA_FILE, TRAINER_FILE, MANIFEST_FILE = (
-    "model.safetensors",
-    "ema.safetensors",
-    "trainer.pt",
-    "manifest.json",
-)
+MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
+NAME = re.compile(r"epoch-(\d+)|step-\d+")
 
 
 class WeightFiles(NamedTuple):
-    """How a model's weights are written to a file, and read from it into a model."""
+    """How a state dict is written to a file, and how a file is read into a model."""
 
-    save: Callable[[nn.Module, Path], None]
+    save: Callable[[dict[str, Tensor], Path], None]
     load: Callable[[nn.Module, Path], None]
-
-
-NAME = re.compile(r"epoch-\d+|step-\d+")
 
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and how many to keep besides the best and the last."""
+    """When to save, and what to keep."""
 
     every_epochs: int = 1
     every_steps: int | None = None  # also in the middle of epochs
-    keep: int = 2
+    keep: int = 2  # the newest, besides the best and the last
+    keep_every_epochs: int | None = None  # for good: of each so manieth epoch
+    max_failed_saves: int = 3  # in a row, as on a full disk: then training stops
+    background: bool = True  # write while training goes on, from a copy in host memory
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "every_steps", "keep"):
+        for name in ("every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{name}={value}: must be at least 1")
+
+
+class Found(NamedTuple):
+    """The checkpoint to go on from, and what was passed over on the way to it."""
+
+    folder: Path | None
+    skipped: tuple[str, ...] = ()  # a line for each newer one that is damaged: file, reason
 
 
 class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        folder: RUN/checkpoints; made at the first save.
-        keep: how many to keep besides the best and the last.
-        model_name: for the manifest.
+        folder: RUN/checkpoints; made at the first save, RUN must be there.
+        config: what to keep.
+        facts: what each manifest says besides: the network's name, ranks, configuration.
         weight_files: how weights are written and read.
     """
 
-    def __init__(self, folder: Path, keep: int, model_name: str, weight_files: WeightFiles) -> None:
-        self._folder, self._keep = folder, keep
-        self._model_name, self._weight_files = model_name, weight_files
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, facts: dict[str, Any], weight_files: WeightFiles
+    ) -> None:
+        self._folder, self._config = folder, config
+        self._facts, self._weight_files = facts, weight_files
 
-    def last(self) -> Path | None:
-        """The newest checkpoint, if there is any.
+    def find(self) -> Found:
+        """The newest checkpoint that is whole: what `last` points to, else what was saved before it.
 
         Raises:
-            UserError: there was one, and it is gone.
+            UserError: there are checkpoints, and none of them is whole.
         """
-        link = self._folder / "last"
-        if link.exists():
-            return link.resolve()
-        newest = max(self._complete(), key=_steps, default=None)  # the run died before its first link was made
-        if newest is None and link.is_symlink():
-            name = link.readlink()
-            raise UserError(f"{link}: {name} is missing; rename .{name}.old.tmp to it if there, or remove the link")
-        return newest
+        skipped = []
+        for folder in self._candidates():
+            try:
+                verify(folder)
+            except UserError as error:
+                skipped.append(str(error))
+                continue
+            return Found(folder, tuple(skipped))
+        if skipped:
+            raise UserError(
+                f"{self._folder}: no checkpoint is whole ({'; '.join(skipped)}); put one back from a copy, or give "
+                "another run_dir to start anew"
+            )
+        return Found(None)
 
     def pointed(self) -> dict[Path, list[str]]:
         """The last and the best checkpoint, each with what it is: "latest", "best" or both."""
@@ -92,41 +103,41 @@ class CheckpointFolder:
                 names.setdefault((self._folder / link).resolve(), []).append(alias)
         return names
 
-    def save(self, state: TrainState, name: str, is_best: bool) -> Path:
+    def save(self, snapshot: Snapshot, name: str, is_best: bool) -> Path:
         """Write one checkpoint, then point `last` (and `best`) at it, then remove those no longer kept.
 
         Raises:
-            UserError: the disk refuses; earlier checkpoints are as they were.
+            OSError: the disk refuses; earlier checkpoints are as they were.
         """
         target, temporary = self._folder / name, self._folder / f".{name}.tmp"
+        self._folder.mkdir(exist_ok=True)
+        for left_over in self._folder.glob(".*.tmp"):  # of a run that was killed
+            _remove(left_over)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self._folder.glob(".*.tmp"):  # of a run that was killed
-                _remove(left_over)
             temporary.mkdir()
-            self._write(state, temporary)
+            self._write(snapshot, temporary)
             replaced = self._folder / f".{name}.old.tmp"
             if target.exists():  # work was done again from an older checkpoint
                 target.rename(replaced)
             temporary.rename(target)
             fsync(self._folder)
-            _remove(replaced)
-            if is_best:  # first: a run killed here does this epoch again
-                self._point("best", target)
-            self._point("last", target)
-            self._remove_old()
-        except OSError as error:
-            _remove(temporary)
-            raise UserError(f"{target}: cannot write the checkpoint ({error.strerror or error})") from error
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _remove(replaced)
+        if is_best:  # first: a run killed here does this epoch again
+            self._point("best", target)
+        self._point("last", target)
+        self._remove_old()
         return target
 
     def load(self, state: TrainState, folder: Path) -> None:
-        """Restore training from a checkpoint.
+        """Restore training from a checkpoint that `find` or `verify` found whole (one rank's work, not every rank's).
 
         Raises:
             UserError: a file is missing or damaged, or it belongs to another network, data set or batch size.
         """
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         for name, value in state.identity.items():
             saved = manifest["identity"].get(name)
             if saved != value:
@@ -144,21 +155,27 @@ class CheckpointFolder:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"{folder / TRAINER_FILE}: missing, damaged or of another optimizer ({reason})") from error
 
-    def _write(self, state: TrainState, folder: Path) -> None:
-        self._weight_files.save(state.model, folder / MODEL_FILE)
-        if state.ema is not None:
-            self._weight_files.save(state.ema.module, folder / EMA_FILE)
-        trainer = state.state_dict()
+    def _candidates(self) -> Iterator[Path]:
+        """What `last` points to, then all others, those saved last first: after going back, steps are no order."""
+        link = self._folder / "last"
+        last = self._folder / link.readlink() if link.is_symlink() else None
+        if last is not None:
+            yield last
+        others = (folder for folder in self._named() if folder != last)
+        yield from sorted(others, key=_saved_at, reverse=True)
+
+    def _write(self, snapshot: Snapshot, folder: Path) -> None:
+        self._weight_files.save(snapshot.weights, folder / MODEL_FILE)
+        if snapshot.ema is not None:
+            self._weight_files.save(snapshot.ema, folder / EMA_FILE)
         try:
-            torch.save(trainer, folder / TRAINER_FILE)
+            torch.save(snapshot.trainer, folder / TRAINER_FILE)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(str(error).splitlines()[0]) from error
-        files = {file.name: file.stat().st_size for file in folder.iterdir()}
-        manifest = {"model": self._model_name, "identity": state.identity, "files": files}
-        manifest["progress"] = trainer["progress"]
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         for file in folder.iterdir():
             fsync(file)
+        write_manifest(folder, {**self._facts, "identity": snapshot.identity, "progress": snapshot.progress})
+        fsync(folder / MANIFEST_FILE)
         fsync(folder)
 
     def _point(self, name: str, target: Path) -> None:
@@ -168,15 +185,19 @@ class CheckpointFolder:
         write_link.replace(self._folder / name)
         fsync(self._folder)
 
-    def _complete(self) -> list[Path]:
+    def _named(self) -> list[Path]:
         """All checkpoints: a folder was renamed to such a name when it was whole."""
-        return [f for f in self._folder.glob("*-*") if NAME.fullmatch(f.name) and (f / MANIFEST_FILE).is_file()]
+        return [f for f in self._folder.glob("*-*") if NAME.fullmatch(f.name) and f.is_dir()]
 
     def _remove_old(self) -> None:
         pointed = self.pointed()
-        for folder in sorted(self._complete(), key=_steps, reverse=True)[self._keep :]:
-            if folder.resolve() not in pointed:
+        for folder in sorted(self._named(), key=_saved_at, reverse=True)[self._config.keep :]:
+            if folder.resolve() not in pointed and not self._is_kept_for_good(folder):
                 _discard(folder)
+
+    def _is_kept_for_good(self, folder: Path) -> bool:
+        every, match = self._config.keep_every_epochs, NAME.fullmatch(folder.name)
+        return every is not None and match is not None and match[1] is not None and int(match[1]) % every == 0
 
 
 def _discard(checkpoint: Path) -> None:
@@ -194,8 +215,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _steps(checkpoint: Path) -> int:
-    return int(_read_manifest(checkpoint)["progress"]["step"])
+def _saved_at(checkpoint: Path) -> float:
+    """Seconds; what has no readable manifest comes before all others."""
+    try:
+        return float(read_manifest(checkpoint)["saved_at"])
+    except UserError:
+        return 0.0
 
 
 def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
@@ -214,11 +239,3 @@ def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{field}={checkpoint}: no file, and no checkpoint or run folder with {name}")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST_FILE}: damaged or missing ({error}); is this a checkpoint?") from error
-    return manifest

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaformer.errors import UserError
-from metaformer.runtime import Runtime
+from metaformer.errors import Interrupted
+from metaformer.runtime import Process, Runtime
 from metaformer.training.bottleneck import Bottleneck
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
+from metaformer.training.checkpoint import CheckpointConfig
+from metaformer.training.guards import Diverged, GuardConfig
+from metaformer.training.interruption import Interruption
 from metaformer.training.precision import Precision
+from metaformer.training.replicas import check_replicas
+from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import Best, TrainState
-
-
-class Diverged(UserError):
-    """Training cannot go on: the loss is no longer a number."""
-
-    exit_code = 3
+from metaformer.training.stragglers import Stopwatch, describe_straggler
+from metaformer.training.watchdog import Watchdog
 
 
 class SoftBatch(Protocol):
@@ -62,7 +63,12 @@ class Tracker(Protocol):
         """A line for people."""
 
 
-Validate = Callable[[nn.Module], dict[str, Any]]  # a model in; top1, top5, loss, images and quarantined out
+# A model, and what to ask before each batch whether to stop, in; top1, top5, loss, images and quarantined out. Raises
+# Interrupted on all ranks if one has stopped.
+Validate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
+
+
+MEND = "lower optimizer.lr, set clip_grad_norm, or use precision=bf16 or fp32"
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class LoopSettings:
     seed: int
     log_every_steps: int
     checkpoint: CheckpointConfig
+    guards: GuardConfig
     clip_grad_norm: float | None = None
     max_steps: int | None = None  # stop early after this many steps in all
 
@@ -96,6 +103,7 @@ class Trainer:
 
     Attributes:
         network: the state's model as it is called: compiled, distributed.
+        processes: where each rank runs.
         inspect: gets the first batch after the start, to make a picture of it.
     """
 
@@ -105,21 +113,36 @@ class Trainer:
     schedule: Schedule
     precision: Precision
     validate: Validate
-    checkpoints: CheckpointFolder
+    saver: CheckpointSaver
     tracker: Tracker
     runtime: Runtime
+    processes: list[Process]
+    watchdog: Watchdog
     settings: LoopSettings
     inspect: Callable[[SoftBatch], None]
     bottleneck: Bottleneck
     _window: Window = field(init=False)
+    _saved_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._interruption = Interruption(self.runtime)
+        self._stopwatch = Stopwatch(self.runtime.device)
+        self._saved_step = self.state.progress.step
 
     def run(self) -> dict[str, Any]:
         """Train, and return the row of the last validation.
 
         Raises:
-            Diverged: the loss is not finite.
+            Interrupted: a signal asked for it; where training stands is saved.
+            Diverged: steps or weights are not finite, or ranks differ.
             UserError: a data file or the run folder fails.
         """
+        with ExitStack() as guards:
+            guards.enter_context(self.watchdog.watching())
+            guards.enter_context(self._interruption.listening())
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         progress, settings = self.state.progress, self.settings
         started_at = progress.step
         while progress.epochs_completed < settings.epochs and not self._stopped():
@@ -128,10 +151,12 @@ class Trainer:
                 self._complete_epoch()
         if progress.last_validation.get("step") != progress.step:  # stopped in the middle of an epoch
             progress.last_validation = self._validation_row("final")
-            self._save(f"step-{progress.step:08d}", is_best=False)
+            self._save(f"step-{progress.step:08d}")
+        self._finish_saving()
+        self._interruption.settle()
         if progress.step > started_at:  # not for a run that was complete before
             self.tracker.metrics(progress.last_validation | {"kind": "final"})
-            for folder, aliases in self.checkpoints.pointed().items():
+            for folder, aliases in self.saver.folder.pointed().items():
                 self.tracker.checkpoint(folder, aliases)
         return progress.last_validation
 
@@ -157,13 +182,36 @@ class Trainer:
             self._window.steps += 1
             if grad_norm is not None:
                 self._log(lr, grad_norm)
-            every = settings.checkpoint.every_steps
-            if every and progress.step % every == 0 and not last:
-                self._save(f"step-{progress.step:08d}", is_best=False)
+            self._guard_step(last)
+
+    def _guard_step(self, last: bool) -> None:
+        """What happens at the boundary between two steps: on all ranks at the same one."""
+        step, every = self.state.progress.step, self.settings.guards.compare_ranks_every_steps
+        self.watchdog.beat()
+        if every and step % every == 0 and self.runtime.world_size > 1:
+            check_replicas(self.state.model, self.runtime, step)
+        every = self.settings.checkpoint.every_steps
+        if every and step >= self._saved_step + every and not last and self._gradients_were_finite():
+            self._save(f"step-{step:08d}")
+        if self._interruption.agreed():
+            self._interrupt()
+
+    def _gradients_were_finite(self) -> bool:
+        """Of the last step: else the weights may be no good any more, and a save waits for the next step."""
+        return not self.state.skips[1]
+
+    def _interrupt(self) -> None:
+        """Save where training stands, and end it."""
+        step = self.state.progress.step
+        if self._saved_step != step:
+            self._save(f"step-{step:08d}")
+        self._finish_saving()
+        raise Interrupted(f"{self._interruption.reason}: step {step} is saved; the same command goes on from there")
 
     def _step(self, batches: Iterator[SoftBatch], logs: bool) -> Tensor | None:
         """One optimizer step; for a log row, returns the gradient's norm before clipping, still on the device."""
         state, settings, scaler = self.state, self.settings, self.state.scaler
+        loss = torch.zeros_like(state.loss_sum)
         for part in range(settings.accumulation_steps):
             batch = next(batches)
             if state.progress.step == 0 and part == 0:
@@ -171,9 +219,9 @@ class Trainer:
             self._seed(part)
             if part < settings.accumulation_steps - 1:
                 with self.runtime.without_reduction(self.network):
-                    self._forward_backward(batch)
+                    loss += self._forward_backward(batch)
             else:
-                self._forward_backward(batch)
+                loss += self._forward_backward(batch)
 
         norm = None
         if logs or settings.clip_grad_norm is not None:
@@ -183,6 +231,7 @@ class Trainer:
             if settings.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_grad_norm, norm)
         scaler.step(state.optimizer)
+        state.count(loss, scaler.skipped(state.optimizer))
         scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
@@ -195,12 +244,15 @@ class Trainer:
             self._window.started_loader += 0.0 if number else batch.waited
             yield batch
 
-    def _forward_backward(self, batch: SoftBatch) -> None:
+    def _forward_backward(self, batch: SoftBatch) -> Tensor:
+        """The batch's share of the step's loss, on the device."""
+        self._stopwatch.start()
         with self.precision.autocast():
             logits = self.network(batch.images)
         loss = functional.cross_entropy(logits.float(), batch.targets) / self.settings.accumulation_steps
+        self._stopwatch.stop()
         self.state.scaler.scale(loss).backward()
-        self.state.loss_sum += loss.detach()
+        return loss.detach()
 
     def _seed(self, part: int) -> None:
         """Drop path draws from torch's generator: seeded anew for each batch, there is no generator state to save.
@@ -213,41 +265,62 @@ class Trainer:
 
     def _log(self, lr: float, grad_norm: Tensor) -> None:
         """Log the mean over the steps since the last row. Only here and in saving does the host wait for the device."""
-        progress, settings, ranks = self.state.progress, self.settings, self.runtime.world_size
-        own = self.state.loss_sum.new_tensor([self._window.waited, self._window.started_loader])
-        totals = torch.cat([self.state.loss_sum[None], own])
-        loss_sum, waited, started_loader = (self.runtime.sum(totals) / ranks).tolist()
-        elapsed = time.perf_counter() - self._window.started
+        progress, settings, state, window = self.state.progress, self.settings, self.state, self._window
+        skipped, in_a_row = state.skips.tolist()
+        taken = progress.steps_since_log - int(skipped)
+        own = torch.tensor([float(state.loss_sum), window.waited, window.started_loader, self._stopwatch.read()])
+        ranks = torch.stack(self.runtime.gather(own.double()))
+        loss_sum, waited, started_loader, _ = ranks.mean(dim=0).tolist()
+        elapsed = time.perf_counter() - window.started
         self.bottleneck.add(waited - started_loader, elapsed - started_loader)
+        progress.skipped_steps += int(skipped)
         row = self._row("train") | {
-            "loss": loss_sum / progress.steps_since_log,
+            "loss": loss_sum / taken if taken else math.nan,
             "lr": lr,
             "grad_norm": float(grad_norm),
-            "images_per_second": self._window.steps * settings.global_batch_size / elapsed,
+            "images_per_second": window.steps * settings.global_batch_size / elapsed,
             "data_wait": waited / elapsed,
+            "skipped_steps": progress.skipped_steps,
             "memory_gib": self.runtime.peak_memory_gib(),
         }
         progress.epoch_loss_sum += loss_sum
-        self.state.loss_sum.zero_()
+        progress.epoch_loss_count += taken
+        state.loss_sum.zero_()
+        state.skips[0] = 0
         progress.steps_since_log = 0
         self._window = Window()
         self.tracker.metrics(row)
-        self._check_finite(loss_sum)
+        self._name_straggler((ranks[:, 1] - ranks[:, 2] + ranks[:, 3]).tolist(), elapsed - started_loader)
+        self._check_finite(loss_sum, int(in_a_row))
 
-    def _check_finite(self, loss: float) -> None:
+    def _name_straggler(self, seconds: list[float], elapsed: float) -> None:
+        if self.runtime.world_size > 1:
+            line = describe_straggler(seconds, [process.host for process in self.processes], elapsed)
+            if line is not None:
+                self.tracker.message(line)
+
+    def _check_finite(self, loss: float, skipped_in_a_row: int) -> None:
         """Called before anything is saved; all ranks have the same loss, so all stop."""
-        if not math.isfinite(loss):
-            row = self._row("train")
-            raise Diverged(
-                f"epoch {row['epoch']}, step {row['step']}: the loss is {loss}; "
-                "lower optimizer.lr, set clip_grad_norm, or use precision=bf16 or fp32"
-            )
+        limit = min(self.settings.guards.max_skipped_steps, self.settings.steps_per_epoch)
+        row = self._row("train")
+        what = f"the loss is {loss}"
+        if skipped_in_a_row >= limit:
+            what = f"the last {skipped_in_a_row} steps had gradients that are not finite, and were left out"
+        elif math.isfinite(loss):
+            return
+        raise Diverged(f"epoch {row['epoch']}, step {row['step']}: {what}; {MEND}")
 
     def _complete_epoch(self) -> None:
         progress = self.state.progress
         row = self._validation_row("validation") | {
-            "train_loss": progress.epoch_loss_sum / self.settings.steps_per_epoch
+            "train_loss": progress.epoch_loss_sum / max(1, progress.epoch_loss_count)
         }
+        skipped = int(self.state.skips[1])
+        if skipped and not math.isfinite(row["loss"]):  # the weights are of no use, though they may be finite
+            raise Diverged(
+                f"epoch {row['epoch']}, step {row['step']}: the validation loss is {row['loss']} and the last "
+                f"{skipped} steps had gradients that are not finite; {MEND}"
+            )
         scores = {name: row[key] for name, key in (("model", "top1"), ("ema", "ema_top1")) if key in row}
         weights = max(scores, key=lambda name: scores[name])
         is_best = progress.best.top1 is None or scores[weights] > progress.best.top1
@@ -256,7 +329,7 @@ class Trainer:
         progress.last_validation = row
         progress.epochs_completed += 1
         progress.steps_in_epoch = 0
-        progress.epoch_loss_sum = 0.0
+        progress.epoch_loss_sum, progress.epoch_loss_count = 0.0, 0
         self.tracker.message(self.bottleneck.verdict(row["epoch"]))
         self.tracker.metrics(row)
         ends = progress.epochs_completed == self.settings.epochs or self._stopped()
@@ -266,21 +339,35 @@ class Trainer:
     def _validation_row(self, kind: str) -> dict[str, Any]:
         state = self.state
         self.runtime.share_buffers(state.model)
-        row = self._row(kind) | self.validate(state.model)
-        if state.ema is not None:
-            self.runtime.share_buffers(state.ema.module)
-            ema = self.validate(state.ema.module).items()
-            row |= {f"ema_{name}": value for name, value in ema if name not in ("images", "quarantined")}
+        try:
+            row = self._row(kind) | self.validate(state.model, self._stop_validation)
+            if state.ema is not None:
+                self.runtime.share_buffers(state.ema.module)
+                ema = self.validate(state.ema.module, self._stop_validation).items()
+                row |= {f"ema_{name}": value for name, value in ema if name not in ("images", "quarantined")}
+        except Interrupted:
+            self._interrupt()  # a resumed run validates first
         return row
+
+    def _stop_validation(self) -> bool:
+        """Before each batch, whether this rank has been asked to stop."""
+        self.watchdog.beat()
+        return self._interruption.requested
 
     def _row(self, kind: str) -> dict[str, Any]:
         progress = self.state.progress
         epoch = progress.epochs_completed + 1
         return {"kind": kind, "epoch": epoch, "step": progress.step, "samples": progress.samples}
 
-    def _save(self, name: str, is_best: bool) -> None:
+    def _save(self, name: str, is_best: bool = False) -> None:
         state = self.state
         # All ranks' mean, so that a checkpoint can go on with another number of them.
         state.loss_sum.copy_(self.runtime.sum(state.loss_sum) / self.runtime.world_size)
-        self._check_finite(float(state.loss_sum))
-        self.runtime.main_only(lambda: self.checkpoints.save(state, name, is_best), None)
+        self._check_finite(float(state.loss_sum), int(state.skips[1]))
+        self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
+        self._saved_step = state.progress.step
+        self.watchdog.beat()
+
+    def _finish_saving(self) -> None:
+        self.runtime.main_only(lambda: self.saver.wait(must_succeed=True), None)
+        self.watchdog.beat()

@@ -1,10 +1,12 @@
-"""Number formats of a training step: autocast and, for fp16, gradient scaling."""
+"""Number formats of a training step: autocast, gradient scaling for fp16, no step on gradients that are not finite."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaformer.errors import UserError
 
@@ -24,6 +26,35 @@ class PrecisionConfig:
     name: PrecisionName = PrecisionName.bf16
 
 
+class Scaler(torch.amp.GradScaler):
+    """torch's scaler, which leaves out an optimizer step whose gradients are not all finite.
+
+    Gradients are averaged over the ranks before, so that one rank's NaN is every rank's and all leave out the step.
+    Fused optimizers decide on the device: the host does not wait.
+    """
+
+    def skipped(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """1 if the step just taken was left out, else 0: float32 scalar on the device. Before `update`."""
+        found: list[Tensor] = list(self._found_inf_per_device(optimizer).values())
+        return found[0].clamp(max=1)
+
+
+class UnitScaler(Scaler):
+    """For formats that need no scaling: the factor is always 1."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device, init_scale=1.0)
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        super().update(1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to load; a run that goes on from fp16 leaves its factor behind."""
+
+
 class Precision:
     """One code path for all formats: where a format needs no scaling or casting, that part does nothing.
 
@@ -40,7 +71,7 @@ class Precision:
         self._device = device
         self._dtype = torch.float16 if name is PrecisionName.fp16 else torch.bfloat16
         self._cast = name is not PrecisionName.fp32
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name is PrecisionName.fp16)
+        self.scaler = Scaler(device.type) if name is PrecisionName.fp16 else UnitScaler(device.type)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context of a forward pass."""

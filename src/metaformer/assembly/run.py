@@ -1,0 +1,69 @@
+"""A run while it is open: its status file, and everyone who is told how it goes. Rank 0's business."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from metaformer.config import TrainConfig, recorded
+from metaformer.errors import Interrupted
+from metaformer.runtime import Runtime, status_file_of_launcher
+from metaformer.tracking.console import ConsoleTracker
+from metaformer.tracking.make import make_tracker
+from metaformer.tracking.run_folder import open_run_folder
+from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
+from metaformer.tracking.tracker import NullTracker, Tracker
+from metaformer.training.loop import LoopSettings
+from metaformer.training.state import TrainState
+
+
+@contextmanager
+def tracking(config: TrainConfig, runtime: Runtime, settings: LoopSettings, state: TrainState) -> Iterator[Tracker]:
+    """What is told of the run, closed at the end, when the status file says how it went.
+
+    Raises:
+        UserError: the run folder cannot be written, or too many starts have ended before a new checkpoint.
+    """
+    with ExitStack() as parts:
+        silent: Tracker = NullTracker()
+        yield runtime.main_only(lambda: _open(config, settings, state, parts), otherwise=silent)
+
+
+def _open(config: TrainConfig, settings: LoopSettings, state: TrainState, parts: ExitStack) -> Tracker:
+    run_dir = config.resolved_run_dir
+    status = StatusFile(run_dir, status_file_of_launcher())
+    status.start(state.progress.step, config.guards.max_starts_without_progress)
+    kept = recorded(config)
+    changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept))
+    steps = settings.epochs * settings.steps_per_epoch
+    console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")
+    if changed:
+        console.message(f"changed      {', '.join(changed)}; the earlier configuration is kept beside config.yaml")
+    tracker: Tracker = console
+    if state.progress.epochs_completed >= settings.epochs:
+        console.message(f"complete     {run_dir} has all its {settings.epochs} epochs; nothing is left to train")
+    else:
+        values: Any = OmegaConf.to_container(kept)
+        tracker = make_tracker(config.tracking, run_dir, console, state.progress.step, values)
+    parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
+    parts.push(partial(_record_end, status, state))  # before that, which may take its time
+    return tracker
+
+
+def _record_end(
+    status: StatusFile,
+    state: TrainState,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    step = state.progress.step
+    if error is None:
+        status.end(DONE, step, "")
+    elif isinstance(error, Interrupted):
+        status.end(INTERRUPTED, step, str(error))
+    else:
+        status.end(FAILED, step, " ".join(f"{type(error).__name__}: {error}".split()))

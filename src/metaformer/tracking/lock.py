@@ -1,0 +1,85 @@
+"""One run in a run folder at a time."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from metaformer.errors import UserError
+from metaformer.runtime import Process
+
+LOCK_FILE = "lock"
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """The run folder, made if need be, for this process alone; removed again if nothing comes into it.
+
+    Raises:
+        UserError: another run holds it, or it cannot be made or written.
+    """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot be made ({error.strerror or error})") from error
+    lock = RunLock(run_dir)
+    try:
+        yield
+    finally:
+        if run_dir in made and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
+            (run_dir / LOCK_FILE).unlink()
+            with suppress(OSError):  # another run has begun beside this one
+                for folder in made:
+                    folder.rmdir()
+        lock.release()
+
+
+class RunLock:
+    """A POSIX record lock on RUN/lock: it ends with the process that holds it, however that ends.
+
+    Not flock(2): a child that is forked would hold that too. The file says who holds it; it stays behind, unlocked.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        file = run_dir / LOCK_FILE
+        try:
+            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = _read(file)
+            os.close(self._descriptor)
+            raise UserError(
+                f"run_dir={run_dir}: {holder} trains in it; wait for its end, or give another run_dir"
+            ) from error
+        except OSError as error:
+            os.close(self._descriptor)
+            raise UserError(
+                f"run_dir={run_dir}: its file system has no locks ({error.strerror}), which keep two runs apart; "
+                "give a run_dir on another, or mount it with locks"
+            ) from error
+        content = json.dumps(Process(socket.gethostname(), os.getpid())._asdict()).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, content, 0)
+
+    def release(self) -> None:
+        """Let another run in."""
+        os.close(self._descriptor)
+
+
+def _read(file: Path) -> str:
+    try:
+        holder: dict[str, Any] = json.loads(file.read_text())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"  # it has only just taken the lock

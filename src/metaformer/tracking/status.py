@@ -1,0 +1,92 @@
+"""RUN/status.json: how a run stands, for batch scripts, and how often it has begun in vain."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from metaformer.errors import UserError
+from metaformer.files import write_text_whole
+
+STATUS_FILE = "status.json"
+RUNNING, DONE, INTERRUPTED, FAILED = "running", "done", "interrupted", "failed"
+
+
+@dataclass
+class Status:
+    """What the file says. `running` under which no process lives means that one was killed.
+
+    Attributes:
+        state: running; done: all steps that were asked for; interrupted: asked to stop, and saved; failed.
+        step: optimizer steps when it was written.
+        reason: why it ended; empty where there is nothing to say.
+        starts_without_progress: starts in a row before this one that began at the same step and crashed.
+        started_at_step: the step that this start began at.
+    """
+
+    state: str
+    step: int
+    reason: str
+    starts_without_progress: int
+    started_at_step: int
+
+
+class StatusFile:
+    """Writes the status of one run.
+
+    Args:
+        copy: a second file for the same, where a batch script wants to read it.
+    """
+
+    def __init__(self, run_dir: Path, copy: Path | None) -> None:
+        self._file, self._copy = run_dir / STATUS_FILE, copy
+        self._status = Status(RUNNING, 0, "", 0, 0)
+
+    def start(self, step: int, most_in_vain: int) -> None:
+        """A process begins at a step.
+
+        Raises:
+            UserError: so many before it have begun there, and crashed, that there is no sense in another; or the file
+                cannot be written.
+        """
+        before = self._read()
+        in_vain = 0
+        if before is not None and before.state in (RUNNING, FAILED) and before.started_at_step == step:
+            in_vain = before.starts_without_progress + 1
+        if in_vain >= most_in_vain:
+            raise UserError(
+                f"{self._file}: {in_vain} starts in a row have ended without a checkpoint after step {step} (the last: "
+                f"{before.reason or 'killed' if before else ''}); mend the cause, then remove this file to start again"
+            )
+        self._status = Status(RUNNING, step, "", in_vain, step)
+        try:
+            self._write()
+        except OSError as error:
+            raise UserError(f"{self._file}: cannot be written ({error.strerror or error})") from error
+
+    def end(self, state: str, step: int, reason: str) -> None:
+        """The run ends; a disk that refuses the file is no reason to end otherwise."""
+        self._status.state, self._status.step, self._status.reason = state, step, reason
+        try:
+            self._write()
+        except OSError as error:
+            print(f"warning: {self._file}: cannot be written ({error.strerror or error})", file=sys.stderr, flush=True)
+
+    def _read(self) -> Status | None:
+        try:
+            content: dict[str, Any] = json.loads(self._file.read_text())
+            content.pop("time")
+            return Status(**content)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self._file}: damaged ({reason}); remove it to start again") from error
+
+    def _write(self) -> None:
+        content = {**asdict(self._status), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        for file in (self._copy, self._file):
+            if file is not None:
+                write_text_whole(file, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,68 @@
+"""Being asked to stop: signals set a flag, the ranks agree at a step boundary, and all stop after the same step."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from metaformer.runtime import Runtime, Vote
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One Ctrl-C reaches a process several times: from the terminal and from torchrun. A later one means it.
+SECONDS_OF_ONE_KEYSTROKE = 2.0
+
+
+class Interruption:
+    """Whether a rank has been asked to stop. Nothing is saved in a handler: it may run anywhere in a step."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._signal: int | None = None
+        self._since = 0.0
+        self._vote: Vote | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been asked."""
+        return self._signal is not None
+
+    @property
+    def reason(self) -> str:
+        """For people."""
+        return signal.Signals(self._signal).name if self._signal is not None else "a signal to another rank"
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While signals set the flag instead of ending the process."""
+        former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """At each step boundary: whether the ranks stop here; the same answer on all.
+
+        What a rank knows at one boundary, all know at the next: the exchange runs beside the step between.
+        """
+        if self._runtime.world_size == 1:
+            return self.requested
+        stop = self._vote is not None and self._vote.result() > 0
+        self._vote = None if stop else self._runtime.start_vote(self.requested)
+        return stop
+
+    def settle(self) -> None:
+        """Let the last exchange end, before the ranks part."""
+        if self._vote is not None:
+            self._vote.result()
+            self._vote = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > SECONDS_OF_ONE_KEYSTROKE:
+            os._exit(128 + number)  # a second Ctrl-C: at once; checkpoints are whole at any moment

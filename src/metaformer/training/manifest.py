@@ -1,0 +1,72 @@
+"""A checkpoint's manifest: what its files hold, and what they must hash to."""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from metaformer.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 2
+PACKAGES = ("torch", "timm", "numpy", "safetensors")
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of the files that lie in a folder.
+
+    Args:
+        facts: what else it says: network, identity, progress, ranks, configuration.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    manifest = {"format": FORMAT, "saved_at": time.time(), **facts, "versions": versions, "files": files}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        UserError: it is missing or damaged, or of another format.
+    """
+    file = folder / MANIFEST_FILE
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: damaged or missing ({reason}); is this a checkpoint?") from error
+    known = {"format", "saved_at", "model", "identity", "progress", "files"}
+    if not isinstance(manifest, dict) or not known <= manifest.keys() or manifest["format"] != FORMAT:
+        raise UserError(f"{file}: not a manifest of format {FORMAT}; the checkpoint is damaged, or of another version")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint and compare it with the manifest, which is returned.
+
+    Raises:
+        UserError: names the first file that is missing, or differs from what was written.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise UserError(f"{file}: damaged: {size:,} bytes, not {expected['bytes']:,} as in the manifest")
+            if _sha256(file) != expected["sha256"]:
+                raise UserError(f"{file}: damaged: its SHA-256 is not the manifest's")
+        except OSError as error:
+            raise UserError(f"{file}: missing or not readable ({error.strerror or error})") from error
+    return manifest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,34 @@
+"""Whether all ranks still have the same weights: data parallel training silently becomes nonsense when they do not."""
+
+import torch
+from torch import Tensor, nn
+
+from metaformer.runtime import Runtime
+from metaformer.training.guards import Diverged
+
+
+def check_replicas(model: nn.Module, runtime: Runtime, step: int) -> None:
+    """Compare a checksum of each parameter over the ranks; every rank gets the same answer.
+
+    Raises:
+        Diverged: names the first parameter that differs, and the rank.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    own = torch.stack([checksum(parameter) for parameter in model.parameters()])
+    everyone = runtime.gather(own)
+    for rank, other in enumerate(everyone):
+        if not torch.equal(other, everyone[0]):
+            name = names[int((other != everyone[0]).nonzero()[0])]
+            raise Diverged(
+                f"step {step}: {name} on rank {rank} is not what it is on rank 0; suspect that rank's memory or GPU; "
+                "the same command goes on from the last checkpoint"
+            )
+
+
+def checksum(parameter: Tensor) -> Tensor:
+    """The sum of a parameter's bits, read as integers, each with a weight of its own: int64 scalar on the device.
+
+    Any change of one number changes it, and so does an exchange of two.
+    """
+    bits = parameter.detach().reshape(-1).view(torch.int32).to(torch.int64)
+    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()

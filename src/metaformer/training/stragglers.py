@@ -1,0 +1,59 @@
+"""Which rank the others wait for: gradients are exchanged at every step, so that the slowest sets everyone's pace."""
+
+import statistics
+import time
+
+import torch
+
+SLOW = 1.5  # times the others' time of their own
+SHARE = 0.1  # of a step's time that it must cost them
+
+
+class Stopwatch:
+    """Seconds of a rank's own work in a step: until its gradients are to be exchanged. On a GPU by its own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = self._started = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Work begins."""
+        if self._on_gpu:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Work ends."""
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    def read(self) -> float:
+        """Seconds since the last reading; waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        seconds: float = self._seconds + sum(start.elapsed_time(stop) / 1000 for start, stop in self._events)
+        self._events, self._seconds = [], 0.0
+        return seconds
+
+
+def describe_straggler(seconds: list[float], hosts: list[str], elapsed: float) -> str | None:
+    """A line about the rank that the others wait for, if there is one.
+
+    Args:
+        seconds: each rank's time of its own, waiting for data included.
+        hosts: the name of each rank's node.
+        elapsed: seconds that passed.
+    """
+    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
+    others = statistics.median(seconds[:slowest] + seconds[slowest + 1 :])
+    if seconds[slowest] < SLOW * others or seconds[slowest] - others < SHARE * elapsed:
+        return None
+    return (
+        f"slow rank    rank {slowest} on {hosts[slowest]}: {100 * seconds[slowest] / elapsed:.0f} % of the time was "
+        f"its own work, the others' median is {100 * others / elapsed:.0f} %: they wait for it"
+    )
