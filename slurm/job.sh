@@ -94,6 +94,10 @@ preempted() {
   scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )PreemptTime=[0-9]'
 }
 
+cancelled() { # by its user, who means it
+  ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )JobState=RUNNING '
+}
+
 # Requeue what was interrupted: SLURM does so itself only where a job does not end in time, or a node is lost.
 finish() {
   local state restarts=${SLURM_RESTART_COUNT:-0} most=${METAFORMER_MAX_REQUEUES:-50}
@@ -102,9 +106,16 @@ finish() {
   if ((code == 0)); then
     exit 0
   fi
+  if ((code == 128 + 15)); then # torchrun was told to end before it could tell the workers
+    warned=1
+  fi
   if [[ $state != interrupted && (-z $warned || $state == failed) ]] && ! preempted; then
     echo "job $SLURM_JOB_ID: failed" >&2
     exit "$code"
+  fi
+  if cancelled; then
+    echo "job $SLURM_JOB_ID: interrupted and cancelled; the same command goes on" >&2
+    exit 75
   fi
   if ((restarts >= most)); then
     echo "job $SLURM_JOB_ID: interrupted, and requeued $restarts times already (METAFORMER_MAX_REQUEUES=$most)" >&2

@@ -109,7 +109,7 @@ class Cluster:
         """End all daemons and jobs, and remove what the kernel keeps for them."""
         for name in reversed(self._daemons):
             self._kill(name)
-        subprocess.run(["ip", "link", "del", BRIDGE], env=self.environment, capture_output=True, check=False)
+        remove_links(*(f"{BRIDGE}-{node}" for node in NODES), BRIDGE)
         for group in sorted(FREEZER.glob("slurm_node*/**/"), reverse=True):
             group.rmdir()
 
@@ -124,6 +124,7 @@ class Cluster:
         pid = self._spawn(node, [*unshare, *start])
         here = Path("/proc/self/ns/net").readlink()
         wait_for(lambda: Path(f"/proc/{pid}/ns/net").readlink() != here, 5, f"{node}'s namespace")
+        remove_links(f"{BRIDGE}-{node}")  # the kernel takes its time with a crashed node's
         self._ip("link", "add", f"{BRIDGE}-{node}", "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         self._ip("link", "set", f"{BRIDGE}-{node}", "master", BRIDGE, "up")
 
@@ -174,6 +175,13 @@ class Cluster:
         self.run("ip", *arguments)
 
 
+def remove_links(*names: str) -> None:
+    """Network links, those of them that there are."""
+    for name in names:
+        environment = os.environ | {"PATH": os.environ["PATH"] + SBIN}
+        subprocess.run(["ip", "link", "del", name], env=environment, capture_output=True, check=False)
+
+
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     """Look again and again until it is so.
 
@@ -199,7 +207,7 @@ def running_cluster() -> Iterator[Cluster]:
         raise ClusterError(missing)
     with Path("/tmp/metaformer-slurm.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)  # of one that was killed
+        remove_links(*(f"{BRIDGE}-{node}" for node in NODES), BRIDGE)  # of one that was killed
         folder = Path(tempfile.mkdtemp(prefix="metaformer-slurm-"))
         cluster = Cluster(folder)
         try:

@@ -90,6 +90,33 @@ def test_a_port_in_use(cluster: Cluster, checkout: Checkout) -> None:
     assert f"port {10000 + int(job.id) % 20000} is in use on node1" in job.log()
 
 
+def test_a_run_folder_of_one_node(checkout: Checkout) -> None:
+    """/dev/shm is there on both nodes, and another on each: refused in one line that names the node."""
+    job = checkout.sbatch("--nodes=2", "slurm/train.sbatch", *SMALL, "run_dir=/dev/shm/run")
+    assert job.wait()["JobState"] == "FAILED"
+    first = job.errors()[0]
+    assert first.startswith("error: run_dir=/dev/shm/run: rank 1 on node")
+    assert first.endswith("give a folder that all nodes share")
+
+
+def test_a_node_with_other_code(checkout: Checkout) -> None:
+    """A site's own way to start torchrun gives one node an older copy of the code: refused in one line."""
+    other = checkout.folder / "other"
+    shutil.copytree(checkout.folder / "src", other / "src")
+    (other / "src" / "metaformer" / "errors.py").open("a").write("\n# of yesterday\n")
+    site = checkout.folder / "slurm" / "site.env"
+    (other / "start.sh").write_text(
+        f'[[ $(hostname) != node2 ]] || export PYTHONPATH="{other}/src:$PYTHONPATH"\nexec .venv/bin/torchrun "$@"\n'
+    )
+    site.write_text("METAFORMER_TORCHRUN=(bash other/start.sh)\n")
+    try:
+        job = checkout.sbatch("--nodes=2", "slurm/train.sbatch", *SMALL, "run_dir=runs/other-code")
+        assert job.wait()["JobState"] == "FAILED"
+    finally:
+        site.unlink()
+    assert "the code of metaformer, or the version of torch, differs from rank 0's" in job.errors()[0]
+
+
 def test_not_the_repositorys_root(checkout: Checkout, tmp_path: Path) -> None:
     """Submitted from elsewhere, the job ends at once in one line that says what to do."""
     job = checkout.sbatch(f"--chdir={tmp_path}", "slurm/train.sbatch", *SMALL)

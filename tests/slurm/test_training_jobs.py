@@ -1,6 +1,7 @@
 """slurm/train.sbatch on a real SLURM of two nodes: what becomes of a run that jobs carry through interruptions."""
 
 import json
+import time
 from collections.abc import Mapping
 
 import torch
@@ -93,6 +94,19 @@ def test_the_last_requeue(checkout: Checkout) -> None:
     ended = job.wait()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
     assert "METAFORMER_MAX_REQUEUES=0" in job.log()
+    assert json.loads((checkout.folder / run_dir / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_a_cancelled_job(checkout: Checkout) -> None:
+    """scancel lets the run save; the job is gone then, for its user means it."""
+    run_dir = "runs/cancelled"
+    job = checkout.sbatch("--time=10", "slurm/train.sbatch", *RECIPE, "epochs=1000", f"run_dir={run_dir}")
+    checkout.wait_for_step(job, run_dir, 2)
+    checkout.cluster.run("scancel", job.id)
+    wait_for(lambda: "interrupted and cancelled" in job.log(), 30, "the job's last words")
+    time.sleep(8)  # longer than a requeued job waits
+    ended = job.fields()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     assert json.loads((checkout.folder / run_dir / "status.json").read_text())["state"] == "interrupted"
 
 
