@@ -3,8 +3,8 @@
 #   start_program PROGRAM ARGUMENTS...   one torchrun a node, under srun; returns when it has ended
 #   finish                               requeue or exit, by what became of the program
 #
-# Exit codes of a job: 0 done; 2 something given cannot work; 75 interrupted, and requeued as often as is allowed: the
-# same command goes on; any other: failed. A job that is requeued has no exit code.
+# Exit codes of a job: 0 done; 75 interrupted, and requeued as often as is allowed, or cancelled: the same command goes
+# on; any other: failed. A job that is requeued has no exit code.
 set -euo pipefail
 
 fail() {
@@ -103,7 +103,7 @@ finish() {
   local state restarts=${SLURM_RESTART_COUNT:-0} most=${METAFORMER_MAX_REQUEUES:-50}
   state=$(state)
   rm -f "$METAFORMER_STATUS_FILE"
-  if ((code == 0)); then
+  if ((code == 0)) || [[ $state == "done" ]]; then # a signal may still hit torchrun when all is done
     exit 0
   fi
   if ((code == 128 + 15)); then # torchrun was told to end before it could tell the workers
