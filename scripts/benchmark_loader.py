@@ -1,6 +1,7 @@
 """How fast each loader reads a folder of images, beside timm's and torchvision's, and what it costs.
 
   python scripts/benchmark_loader.py /path/to/imagenet/val
+  python scripts/benchmark_loader.py /path/to/imagenet-shards/val    # this project's loaders: the others read folders
   python scripts/benchmark_loader.py /path/to/imagenet/val --open-latency-ms 5 --only torch timm --json loaders.json
 
 Three jobs at 224 px: training with crop and flip, the same with RandAugment, and evaluation at crop .9. Each
@@ -29,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaformer.data.dali_loader import dali_is_installed
+from metaformer.data.image_bytes import ImageBytes
 from metaformer.data.index import ImageIndex, find_images
 from metaformer.errors import UserError, unknown_name
 from metaformer.files import write_text_whole
@@ -46,6 +49,7 @@ from metaformer.runtime import run_program
 COUNTS = ("images", "batch", "workers", "repeats")
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "pillow")
 LOADERS = ("torch", "pil", "dali", "timm", "torchvision")
+OF_FOLDERS = ("timm", "torchvision")  # read no shards
 JOBS = {  # options of measure_loader.py
     "training, crop and flip": ["--training"],
     "training, RandAugment": ["--training", "--randaugment"],
@@ -66,6 +70,8 @@ def main() -> None:
     arguments = _parse()
     loaders = _chosen_loaders(arguments.only)
     index = _indexed(arguments)
+    if index.shards is not None:
+        loaders = _without_those_of_folders(loaders, arguments)
     _fill_page_cache(index)
     circumstances = _circumstances()
     with tempfile.TemporaryDirectory() as temporary:
@@ -79,7 +85,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="holds class folders of images")
+    parser.add_argument("folder", type=Path, help="holds class folders of images, or shards")
     parser.add_argument("--images", type=int, default=1536, help="counted in each measurement, a multiple of --batch")
     parser.add_argument("--batch", type=int, default=64)
     cores = len(os.sched_getaffinity(0))
@@ -108,6 +114,15 @@ def _chosen_loaders(only: list[str] | None) -> list[str]:
     return [name for name in LOADERS if (name in only if only else name != "dali" or dali_is_installed())]
 
 
+def _without_those_of_folders(loaders: list[str], arguments: argparse.Namespace) -> list[str]:
+    missing = ", ".join(name for name in loaders if name in OF_FOLDERS)
+    if missing and arguments.only:
+        raise UserError(f"--only: {missing} read no shards, which {arguments.folder} holds; give the folder of images")
+    if missing:
+        print(f"{arguments.folder} holds shards: {missing} left out, they read folders only", file=sys.stderr)
+    return [name for name in loaders if name not in OF_FOLDERS]
+
+
 def _indexed(arguments: argparse.Namespace) -> ImageIndex:
     """As many images as a measurement reads, evenly spread; where the folder has fewer, some come again."""
     index = find_images(arguments.folder.absolute())
@@ -118,12 +133,12 @@ def _indexed(arguments: argparse.Namespace) -> ImageIndex:
 
 
 def _fill_page_cache(index: ImageIndex) -> None:
-    for sample in range(len(index)):
-        path = index.path(sample)
-        try:
-            path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from error
+    with closing(ImageBytes(index)) as stored:
+        for sample in range(len(index)):
+            try:
+                stored.read(sample)
+            except OSError as error:
+                raise UserError(f"{index.place(sample)}: cannot be read ({error}); mend or remove the file") from error
 
 
 def _uncounted_batches(arguments: argparse.Namespace) -> int:

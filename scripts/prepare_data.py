@@ -1,28 +1,35 @@
-"""Bring a data set into ImageNet's layout: SPLIT/CLASS/IMAGE.
+"""Bring a data set into ImageNet's layout: SPLIT/CLASS/IMAGE, or the same packed into shards.
 
   python scripts/prepare_data.py sample --out data/sample
   python scripts/prepare_data.py imagenette --out data/imagenette            # or --tgz imagenette2.tgz
   python scripts/prepare_data.py imagenet --train-tar ILSVRC2012_img_train.tar --val-tar ILSVRC2012_img_val.tar \\
       --devkit ILSVRC2012_devkit_t12.tar.gz --out data/imagenet
+  python scripts/prepare_data.py folder --from data/imagenet --out data/imagenet-shards --format shards
 
 The archives' hashes are checked. --out appears when all is there; after an interruption the same command goes on.
+
+--format shards writes SPLIT/shard-000000.tar (WebDataset) and .idx (for DALI's readers.webdataset): for shared file
+systems, where a million small files are slow. Training reads them as it reads folders. --max-side 500 --quality 90
+reduces images with a longer side, and says what it cost; the others stay as they are, byte for byte.
 """
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metaformer.data.imagenet_archives import Archives, unpack_imagenet
 from metaformer.data.imagenette import SIZES, unpack_imagenette
 from metaformer.data.index import check_same_classes, load_index
+from metaformer.data.preparation.conversion import SPLITS, convert, convert_built
+from metaformer.data.preparation.reencoding import Cost
+from metaformer.data.preparation.shard_writer import Packing
+from metaformer.data.processes import Report
+from metaformer.data.progress import progress_bars
 from metaformer.data.sample import build_sample
 from metaformer.errors import UserError
-from metaformer.runtime import run_program
+
+QUALITY, SHARD_MB = 90, 256
 
 
 def main() -> None:
@@ -31,17 +38,35 @@ def main() -> None:
     out: Path = arguments.out
     if out.exists():
         raise UserError(f"--out {out}: exists already; give another folder, or remove it")
-    if arguments.source == "sample":
-        build_sample(out)
-    elif arguments.source == "imagenette":
-        unpack_imagenette(arguments.tgz, arguments.size, out)
-    else:
+    packing = _packing(arguments)
+    with progress_bars() as report:
+        costs = _prepare(arguments, packing, report)
+    indices = {split: load_index(out, split) for split in SPLITS if (out / split).is_dir()}
+    if len(indices) == len(SPLITS):
+        check_same_classes(*indices.values())
+    for split, cost in costs.items():
+        _print_cost(split, cost)
+    counts = " and ".join(
+        f"{len(index):,} {'training' if split == 'train' else 'validation'}" for split, index in indices.items()
+    )
+    print(f"{out}: {counts} images, {len(next(iter(indices.values())).classes)} classes")
+
+
+def _prepare(arguments: argparse.Namespace, packing: Packing | None, report: Report) -> dict[str, Cost]:
+    """Make --out; what reducing images cost."""
+    out: Path = arguments.out
+    if arguments.source == "imagenet":
         archives = Archives(arguments.train_tar, arguments.val_tar, arguments.devkit)
-        with _progress() as report:
-            unpack_imagenet(archives, out, arguments.workers, report)
-    train, val = load_index(out, "train"), load_index(out, "val")
-    check_same_classes(train, val)
-    print(f"{out}: {len(train):,} training and {len(val):,} validation images, {len(train.classes)} classes")
+        return unpack_imagenet(archives, out, packing, arguments.workers, report)
+    if arguments.source == "folder":
+        return convert(arguments.source_folder, out, packing, arguments.workers, report)
+    build = build_sample
+    if arguments.source == "imagenette":
+        build = partial(unpack_imagenette, arguments.tgz, arguments.size)
+    if packing is None:
+        build(out)
+        return {}
+    return convert_built(build, out, packing, arguments.workers, report)
 
 
 def _parse() -> argparse.Namespace:
@@ -54,27 +79,49 @@ def _parse() -> argparse.Namespace:
     tars = sources.add_parser("imagenet", help="ImageNet-1K from the archives of image-net.org")
     for name in ("train-tar", "val-tar", "devkit"):
         tars.add_argument(f"--{name}", type=Path, required=True)
-    tars.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores")
+    folder = sources.add_parser("folder", help="a data set that is here: train/ and val/, or one of them")
+    folder.add_argument("--from", type=Path, required=True, dest="source_folder", metavar="DIR")
+    folder.add_argument("--out", type=Path, required=True)
     for source, name in ((sample, "sample"), (imagenette, "imagenette"), (tars, "imagenet")):
         source.add_argument("--out", type=Path, default=Path("data") / name)
+    for source in (sample, imagenette, tars, folder):
+        source.add_argument("--format", choices=("folders", "shards"), default="folders")
+        source.add_argument("--shard-size", type=int, metavar="MB", help=f"of 10**6 bytes, about; {SHARD_MB}")
+        source.add_argument("--max-side", type=int, metavar="PIXELS", help="reduce larger images; default: none")
+        source.add_argument("--quality", type=int, help=f"of the JPEGs that --max-side makes; {QUALITY}")
+        source.add_argument(
+            "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
+        )
     return parser.parse_args()
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each part of the work on stderr, where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks = {}
+def _packing(arguments: argparse.Namespace) -> Packing | None:
+    """What --format shards asks for; None for folders."""
+    limits = {"workers": (1, 10**4), "shard_size": (1, 10**6), "max_side": (32, 10**5), "quality": (1, 100)}
+    for name, (least, most) in limits.items():
+        value = getattr(arguments, name)
+        option = f"--{name.replace('_', '-')} {value}"
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{option}: must be from {least} to {most}")
+        if value is not None and name != "workers" and arguments.format != "shards":
+            raise UserError(f"{option}: for --format shards only; give that too, or leave it out")
+    if arguments.quality is not None and arguments.max_side is None:
+        raise UserError(f"--quality {arguments.quality}: of the images that --max-side reduces; give that too")
+    if arguments.format != "shards":
+        return None
+    return Packing((arguments.shard_size or SHARD_MB) * 10**6, arguments.max_side, arguments.quality or QUALITY)
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
 
-        yield report
+def _print_cost(split: str, cost: Cost) -> None:
+    """Size and fidelity."""
+    share = 100 * cost.after / cost.before
+    print(
+        f"{split}: {cost.before:,} bytes of images before, {cost.after:,} after ({share:.1f} %); at 224 px, crop .9, "
+        f"{cost.compared} images differ by {cost.difference:.2f} of 255 on average, PSNR {cost.psnr:.1f} dB"
+    )
 
 
 if __name__ == "__main__":
+    from metaformer.runtime import run_program  # it imports torch, which the worker processes do without
+
     run_program(main)

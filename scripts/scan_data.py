@@ -10,17 +10,14 @@ import csv
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from metaformer.data.index import load_index
+from metaformer.data.progress import progress_bars
 from metaformer.data.quarantine import write_quarantine
-from metaformer.data.scan_images import Report, ScannedImage, scan_images
+from metaformer.data.scan_images import ScannedImage, scan_images
 from metaformer.errors import UserError
 from metaformer.files import write_whole
 
@@ -95,9 +92,9 @@ def _check_writable(arguments: argparse.Namespace) -> None:
 
 def _scan(arguments: argparse.Namespace, splits: list[str]) -> Iterator[ScannedImage]:
     indices = {split: load_index(arguments.root, split) for split in splits}
-    with _progress() as bars:
+    with progress_bars() as report:
         for split, index in indices.items():
-            yield from scan_images(index, split, arguments.workers, bars(split))
+            yield from scan_images(index, split, arguments.workers, report)
 
 
 def _write_manifest(file: Path, images: Iterator[ScannedImage], summary: Summary) -> None:
@@ -126,20 +123,6 @@ def _print(summary: Summary, data_set: str) -> None:
         print(f"  {count:>9,}  {what}{NOTES.get(what.split()[0], '')}")
     for image in summary.broken:
         print(f"broken: {os.fsencode(image.path).decode(errors='replace')}: {image.reason}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], Report]]:
-    """A bar for each split on stderr, where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-
-        def add(split: str) -> Report:
-            task = bars.add_task(f"decoding {split}", total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield add
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ def compose(name: str, kind: type[C]) -> C:
             raise UserError("-m: one process trains one configuration; start a job for each")
         ((values, hydra_config),) = composed
         config: Any = OmegaConf.to_object(values)
+        _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
     except HydraException as error:
         raise UserError(_explain(error)) from error
     except OmegaConfBaseException as error:
@@ -197,6 +198,7 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise UserError(_explain_value(error)) from error
     assert isinstance(config, TrainConfig)
+    _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
     config.from_environment = dict(_from_environment(values))
     return config
@@ -209,6 +211,16 @@ def freeze(config: TrainConfig) -> str:
     quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
     frozen.defaults = ["train_schema", "_self_", *quiet]
     return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, recorded(config)))
+
+
+def _refuse_added_fields(config: Any, values: Any, parent: str = "") -> None:
+    """Hydra's `+a.b=c` adds what no dataclass has, such as `_target_`: nothing would ever read it."""
+    known = [each.name for each in dataclasses.fields(config)]
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{parent}{name}: no such field; known: {', '.join(known)}")
+        if dataclasses.is_dataclass(getattr(config, name)):
+            _refuse_added_fields(getattr(config, name), value, f"{parent}{name}.")
 
 
 def _store_schemas() -> None:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,7 @@ class Runtime:
         local_rank, local_world_size: on this node.
         device: where this rank computes.
         control: a group on CPUs, beside the gradients' exchange; None with one rank.
+        bound_cpus: CPUs that this rank has for itself, near its GPU; empty where it shares with the other local ranks.
     """
 
     rank: int
@@ -64,6 +65,7 @@ class Runtime:
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    bound_cpus: tuple[int, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +74,7 @@ class Runtime:
 
     def cpus_per_rank(self) -> int:
         """CPU cores that this rank may count as its own, at least 1."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return len(self.bound_cpus) or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     def peak_memory_gib(self) -> float:
         """Most GPU memory that this rank has held; 0 on a CPU."""
@@ -218,7 +220,7 @@ def run_program(program: Callable[[], None]) -> None:
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
     except Interrupted as error:
-        _fail(f"interrupted: {error}", error.exit_code)
+        _leave(f"interrupted: {error}" if _variable("RANK", 0) == 0 else "", error.exit_code)  # said once
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
@@ -251,7 +253,12 @@ def _fail(message: str, exit_code: int) -> None:
         time.sleep(_GRACE_FOR_RANK_0)
         kind, _, rest = message.partition(": ")
         message = f"{kind}: rank {rank}: {rest}"
-    print(message, file=sys.stderr, flush=True)
+    _leave(message, exit_code)
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: a broken process group may wait for the other ranks on its way out.
     os._exit(exit_code)

@@ -1,10 +1,15 @@
-"""Small real image folders."""
+"""Small real image folders, and shards of them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from metaformer.data.index import load_index
+from metaformer.data.preparation.pieces import pieces_of
+from metaformer.data.preparation.shard_writer import Packing, write_shards
 
 # (width, height) of the images of class "a"; odd, extreme and tiny ones among them
 SIZES = ((97, 64), (64, 97), (120, 90), (75, 75), (33, 200), (260, 21), (47, 61), (19, 23))
@@ -50,3 +55,24 @@ def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_images(tmp_path / "data" / "train", first_seed=0)
     write_images(tmp_path / "data" / "val", first_seed=1000)
     return tmp_path / "data"
+
+
+def pack(source: Path, out: Path, shard_bytes: int = 20_000, max_side: int | None = None) -> Path:
+    """The data set as shards of a few images each, written in this process; returns `out`."""
+    for split in ("train", "val"):
+        pieces = pieces_of(load_index(source, split))
+        with ThreadPoolExecutor(1) as pool:
+            write_shards(pieces, out / split, Packing(shard_bytes, max_side), pool, lambda *step: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shard_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`image_root` as shards, several of each split; tests must leave it as it is."""
+    return pack(image_root, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def own_shards(own_root: Path) -> Path:
+    """`own_root` as shards, for one test to change."""
+    return pack(own_root, own_root.parent / "shards")

@@ -13,16 +13,16 @@ WORDS = st.integers(0, 2**63 - 1)
 
 
 def drawn(seed: int = 3, epoch: int = 5) -> np.ndarray:
-    return uniforms(sample_bits(seed, epoch, np.arange(SAMPLES), COLUMNS))
+    return uniforms(sample_bits(seed, epoch, np.arange(SAMPLES), range(COLUMNS)))
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(seed=WORDS, epoch=WORDS, samples=st.lists(st.integers(0, 2**40), min_size=1, max_size=8))
 def test_a_samples_draws_depend_on_no_other_sample(seed: int, epoch: int, samples: list[int]) -> None:
     """A sample has the same draws alone, in any batch, and when more draws are asked for; they lie in [0, 1)."""
-    together = sample_bits(seed, epoch, np.array(samples), 5)
+    together = sample_bits(seed, epoch, np.array(samples), range(5))
     for row, sample in zip(together, samples, strict=True):
-        assert np.array_equal(row, sample_bits(seed, epoch, np.array([sample]), 9)[0, :5])
+        assert np.array_equal(row, sample_bits(seed, epoch, np.array([sample]), range(9))[0, :5])
     assert ((uniforms(together) >= 0) & (uniforms(together) < 1)).all()
 
 
@@ -35,7 +35,7 @@ def test_extreme_words_stay_below_one() -> None:
 
 def test_draws_never_change_between_versions() -> None:
     """Frozen values: a run that resumes under a later version of this code draws as it did before."""
-    assert sample_bits(42, 3, np.array([0, 1_281_166]), 2).tolist() == FROZEN_BITS
+    assert sample_bits(42, 3, np.array([0, 1_281_166]), range(2)).tolist() == FROZEN_BITS
     assert generator(42, 3, stream=1).permutation(8).tolist() == FROZEN_ORDER
 
 
@@ -55,7 +55,7 @@ def test_draws_are_independent() -> None:
 
 def test_all_words_differ() -> None:
     """No 64-bit word repeats over samples, draws, epochs and seeds, small and swapped ones too."""
-    words = [sample_bits(seed, epoch, np.arange(500), 9) for seed in range(5) for epoch in range(5)]
+    words = [sample_bits(seed, epoch, np.arange(500), range(9)) for seed in range(5) for epoch in range(5)]
     assert len(np.unique(np.concatenate(words))) == 25 * 500 * 9
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaformer.data.augmentation import AugmentationConfig, Interpolation, RandAugmentConfig
-from metaformer.data.plan import BatchPlan, EvaluationPlan, TrainingPlan
+from metaformer.data.plan import BatchPlan, EvaluationPlan, TrainingPlan, _epoch_order
 
 few_examples = settings(max_examples=25, deadline=None, derandomize=True)
 MANY = 20_000
@@ -132,6 +132,49 @@ def test_a_thousand_ranks_read_one_order(world_size: int) -> None:
     parts = [replace(one, rank=rank, world_size=world_size).batch(3, 300) for rank in range(world_size)]
     assert np.array_equal(np.concatenate([part.samples for part in parts]), expected.samples)
     assert draws_by_sample(parts) == draws_by_sample([expected])
+
+
+@few_examples
+@given(
+    world_size=st.integers(1, 1024), accumulation_steps=st.integers(1, 4), batch_size=st.integers(1, 4), data=st.data()
+)
+def test_any_batch_of_any_world_is_a_slice(
+    world_size: int, accumulation_steps: int, batch_size: int, data: st.DataObject
+) -> None:
+    """Of 1 to 1,024 ranks, any one's batch at any position is its slice of one rank's, with the same draws."""
+    size = world_size * accumulation_steps * batch_size
+    one = training_plan(
+        data.draw(st.integers(size, 3 * size)), size, augmentation=AugmentationConfig(mix_probability=0.0)
+    )
+    rank, epoch = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(0, 400))
+    plan = replace(one, rank=rank, world_size=world_size, accumulation_steps=accumulation_steps)
+    position = data.draw(st.integers(0, plan.batches_per_epoch - 1))
+    step, micro_batch = divmod(position, accumulation_steps)
+    first = (micro_batch * world_size + rank) * batch_size
+    part, whole = plan.batch(epoch, position), one.batch(epoch, step)
+    assert np.array_equal(part.samples, whole.samples[first : first + batch_size])
+    for mine, all_ in ((part.crop, whole.crop), (part.randaugment, whole.randaugment)):
+        assert mine is not None
+        assert all_ is not None
+        for name in set(mine._fields) - {"aspects"}:
+            assert np.array_equal(getattr(mine, name), getattr(all_, name)[first : first + batch_size]), name
+
+
+@few_examples
+@given(cut=cuts, epoch=st.integers(0, 400), data=st.data())
+def test_a_resumed_epoch_is_the_rest(cut: Cut, epoch: int, data: st.DataObject) -> None:
+    """From any position a plan made anew gives the later batches of the epoch, every draw the same."""
+    plan = cut.ranks[-1]
+    whole = [plan.batch(epoch, position) for position in range(plan.batches_per_epoch)]
+    plan.batch(epoch + 1, 0)
+    first = data.draw(st.integers(0, len(whole)))
+    _epoch_order.cache_clear()
+    for position in range(first, len(whole)):
+        expected, batch = whole[position], replace(plan).batch(epoch, position)
+        assert np.array_equal(batch.samples, expected.samples)
+        assert draws_by_sample([batch]) == draws_by_sample([expected])
+        for part, of_whole in zip(batch.mix or (), expected.mix or (), strict=True):
+            assert np.array_equal(part, of_whole)
 
 
 @few_examples

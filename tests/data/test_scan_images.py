@@ -68,7 +68,14 @@ def test_what_decodes_is_described(tmp_path: Path, kind: str) -> None:
     write, shape, unusual = DECODE[kind]
     file = tmp_path / "x.JPEG"
     write(file)
-    assert examine(file, "a/x.JPEG") == ("a/x.JPEG", *shape, file.stat().st_size, 1, unusual, "")
+    assert examine("a/x.JPEG", lambda: np.fromfile(file, np.uint8)) == (
+        "a/x.JPEG",
+        *shape,
+        file.stat().st_size,
+        1,
+        unusual,
+        "",
+    )
 
 
 def cut(share: float, **options: bool) -> Write:
@@ -102,7 +109,7 @@ def test_what_does_not_decode_has_a_reason(tmp_path: Path, kind: str) -> None:
     """A file that does not decode to its end, at an eighth of its size too, is not ok, for a reason of one line."""
     write, reason = BROKEN[kind]
     write(tmp_path / "x.JPEG")
-    image = examine(tmp_path / "x.JPEG", "a/x.JPEG")
+    image = examine("a/x.JPEG", lambda: np.fromfile(tmp_path / "x.JPEG", np.uint8))
     assert not image.ok
     assert reason in image.reason
     assert "\n" not in image.reason
@@ -111,9 +118,9 @@ def test_what_does_not_decode_has_a_reason(tmp_path: Path, kind: str) -> None:
 def test_all_images_in_order(own_root: Path) -> None:
     """Two processes give each image of the split once, in the index's order, and say how far they are."""
     (own_root / "train" / "b" / "gray.JPEG").write_bytes(b"")
-    index, told = load_index(own_root, "train"), list[tuple[int, int]]()
-    found = list(scan_images(index, "train", 2, lambda done, total: told.append((done, total))))
+    index, told = load_index(own_root, "train"), list[tuple[str, int, int]]()
+    found = list(scan_images(index, "train", 2, lambda *step: told.append(step)))
     assert [own_root / image.path for image in found] == [index.path(sample) for sample in range(13)]
     assert [image.path for image in found if not image.ok] == ["train/b/gray.JPEG"]
-    assert told[-1] == (13, 13)
+    assert told[-1] == ("decoding train", 13, 13)
     assert len(told) > 2

@@ -1,6 +1,8 @@
 """What a user gets wrong ends in one line that names the field and the mend, before any training."""
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import train
 import validate
 from metaformer.errors import UserError
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, launch
+from tests.conftest import QUICK, REPOSITORY, launch
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> str:
@@ -128,6 +130,59 @@ def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: py
     for change in ("model=poolformer_s24", "seed=3", "global_batch_size=12"):
         assert "cannot resume" in error_of(monkeypatch, "train", *common, change)
     assert "resume=never" in error_of(monkeypatch, "train", *common, "resume=never")
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "replaced"])
+def test_data_that_changed_since_the_start(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A run does not go on with a file more, a file less or another file; with the old data back it does."""
+    shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
+    folder = tmp_path / "data" / "train" / "class_1"
+    common = (f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'run'}")
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, "max_steps=1"])
+    train.main()
+    kept = shutil.copytree(folder, tmp_path / "kept")
+    if change == "added":
+        shutil.copy(folder / "005.JPEG", folder / "more.JPEG")
+    elif change == "removed":
+        (folder / "005.JPEG").unlink()
+    else:
+        Image.new("RGB", (40, 40)).save(folder / "005.JPEG")
+    message = error_of(monkeypatch, "train", *common, "max_steps=2")
+    assert "cannot resume: it was trained with data=" in message
+    assert str(tmp_path / "run") in message
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, "max_steps=2"])
+    train.main()
+
+
+UNPRIVILEGED = (  # root without the right to read everything; others are without it as they are
+    ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+)
+
+
+@pytest.mark.skipif(bool(UNPRIVILEGED) and shutil.which("setpriv") is None, reason="root may read everything")
+@pytest.mark.parametrize(
+    ("what", "loader"), [("class folder", "torch"), ("image", "torch"), ("image", "pil"), ("image", "dali")]
+)
+def test_what_may_not_be_read_is_named(images: Path, tmp_path: Path, what: str, loader: str) -> None:
+    """A class folder, and an image, that may not be read: one line with its path, whatever the loader."""
+    shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
+    closed = tmp_path / "data" / "train" / "class_1"
+    closed = closed if what == "class folder" else closed / "005.JPEG"
+    closed.chmod(0)
+    options = (f"data.root={tmp_path / 'data'}", *QUICK, f"loader={loader}", f"run_dir={tmp_path / 'run'}")
+    command = [*UNPRIVILEGED, sys.executable, str(REPOSITORY / "train.py"), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    closed.chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(closed) in line
+    assert "Permission denied" in line
+    assert (tmp_path / "run").exists() == (what == "image")
 
 
 def test_bad_image_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

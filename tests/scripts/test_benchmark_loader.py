@@ -5,11 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from metaformer.data.index import load_index
+from metaformer.data.preparation.pieces import pieces_of
+from metaformer.data.preparation.shard_writer import Packing, write_shards
 from metaformer.errors import UserError
+from scripts import benchmark_loader
 from scripts.benchmark_loader import main
 from tests.conftest import REPOSITORY, Finished
 
@@ -67,6 +72,30 @@ def test_table_and_json_have_each_loader_on_each_job_with_slow_openings(images: 
             (cells, *_) = [line.split("│")[1:-1] for line in table.splitlines() if f"│ {loader} " in line]
             assert float(cells[1]) == round(speed["median"])
             assert float(cells[4]) == pytest.approx(row["cpu_ms_per_image"], abs=0.006)
+
+
+def test_shards_are_measured_for_loaders_that_read_them(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a folder of shards this project's loaders are measured; timm's and torchvision's are left out, or refused."""
+    folder = tmp_path / "train"
+    with ThreadPoolExecutor(1) as pool:
+        write_shards(pieces_of(load_index(images, "train")), folder, Packing(30_000), pool, lambda *step: None)
+    monkeypatch.setattr(sys, "argv", ["benchmark_loader.py", str(folder), "--only", "torch", "timm"])
+    with pytest.raises(
+        UserError, match=r"^--only: timm read no shards, which \S+train holds; give the folder of images$"
+    ):
+        main()
+    found = []
+    monkeypatch.setattr(benchmark_loader, "_measure_all", lambda arguments, loaders, *others: found.extend(loaders))
+    monkeypatch.setattr(benchmark_loader, "_summary", lambda *others: {})
+    monkeypatch.setattr(sys, "argv", ["benchmark_loader.py", str(folder), "--images=4", "--batch=4"])
+    main()
+    assert found == ["torch", "pil", "dali"]
+    assert capsys.readouterr().err == f"{folder} holds shards: timm, torchvision left out, they read folders only\n"
+    done = benchmark(str(folder), "--images=4", "--batch=4", "--repeats=1", "--workers=1", "--only", "torch")
+    assert done.code == 0, done.stderr
+    assert all(job in done.stdout for job in JOBS)
 
 
 @needs_compiler

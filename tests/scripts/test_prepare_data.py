@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import os
+import re
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -13,6 +16,7 @@ import scipy.io
 from PIL import Image
 
 from metaformer.data import imagenet_archives, imagenette
+from metaformer.data.image_bytes import ImageBytes
 from metaformer.data.index import load_index
 from metaformer.errors import UserError
 from scripts import prepare_data
@@ -118,6 +122,38 @@ def test_wrong_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepa
     assert len(load_index(out, "val")) == len(VAL_LABELS)
 
 
+def test_checked_archives_are_not_read_again(
+    tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption the hash of an archive that was right stays right until the archive changes."""
+    out, train = tmp_path / "data", Path(archives[archives.index("--train-tar") + 1])
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 6})
+    with pytest.raises(UserError, match=r"^val: 5 images in the archive, not 6; get it again$"):
+        prepare("imagenet", *archives, "--out", str(out))
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 5})
+    monkeypatch.setitem(imagenet_archives.MD5, "train", "what no archive has")
+    times = train.stat()
+    os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    with pytest.raises(UserError, match=r"train: not the known archive"):
+        prepare("imagenet", *archives, "--out", str(out))
+    os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare("imagenet", *archives, "--out", str(out))
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["train", "val"]
+    assert not (out / "hashes.json").exists()
+
+
+def test_labels_of_other_images(
+    tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation archive of fewer images than the devkit has labels for is refused, not labelled by shifting."""
+    val = Path(archives[archives.index("--val-tar") + 1])
+    val.write_bytes(tar({f"ILSVRC2012_val_{number:08}.JPEG": jpeg(9) for number in range(1, len(VAL_LABELS))}))
+    monkeypatch.setitem(imagenet_archives.MD5, "val", hashlib.md5(val.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match=rf"^{val}: 4 images, but {tmp_path}/devkit has labels for 5; get both again$"):
+        prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
 def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
     """An archive that is not there is named, before anything is unpacked."""
     Path(archives[archives.index("--val-tar") + 1]).unlink()
@@ -198,3 +234,103 @@ def test_sample(tmp_path: Path, prepare: Prepare) -> None:
     """The built-in sample is counted as it is printed, below a folder that it makes."""
     out = tmp_path / "new" / "sample"
     assert prepare("sample", "--out", str(out)) == f"{out}: 4,000 training and 1,000 validation images, 10 classes\n"
+
+
+def test_imagenet_as_shards(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
+    """From the archives straight into shards: the index and the bytes of the folders, and nothing else on disk."""
+    folders, shards = tmp_path / "data" / "folders", tmp_path / "data" / "shards"
+    prepare("imagenet", *archives, "--out", str(folders))
+    printed = prepare("imagenet", *archives, "--out", str(shards), "--format", "shards")
+    assert printed.splitlines() == [f"{shards}: 9 training and 5 validation images, 3 classes"]
+    for split in ("train", "val"):
+        assert_same_images(folders, shards, split)
+    assert {path.name for path in shards.parent.iterdir()} == {"folders", "shards"}
+    assert {path.suffix for path in (shards / "train").iterdir()} == {".tar", ".idx", ".json"}
+
+
+def assert_same_images(folders: Path, shards: Path, split: str) -> None:
+    files, packed = load_index(folders, split), load_index(shards, split)
+    assert packed.shards is not None
+    assert packed.fingerprint == files.fingerprint
+    stored = ImageBytes(packed)
+    assert all(stored.read(sample).tobytes() == files.path(sample).read_bytes() for sample in range(len(files)))
+    stored.close()
+
+
+def test_imagenet_shards_of_archives_that_lack_images(
+    tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number of images than published is refused before any shard is written."""
+    monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 10, "val": 5})
+    with pytest.raises(UserError, match=r"^train: 9 images in the archive, not 10; get it again$"):
+        prepare("imagenet", *archives, "--out", str(tmp_path / "out"), "--format", "shards")
+    assert not list(tmp_path.rglob("*.tar"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_imagenette_as_shards(tmp_path: Path, tgz: Path, prepare: Prepare) -> None:
+    """Imagenette ends as shards, and the folders that it was unpacked to are gone."""
+    folders, shards = tmp_path / "data" / "folders", tmp_path / "data" / "shards"
+    prepare("imagenette", "--tgz", str(tgz), "--out", str(folders))
+    prepare("imagenette", "--tgz", str(tgz), "--out", str(shards), "--format", "shards", "--workers", "1")
+    assert_same_images(folders, shards, "train")
+    assert {path.name for path in shards.parent.iterdir()} == {"folders", "shards"}
+
+
+def test_folder_to_shards_and_back(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """A folder on disk becomes shards, and shards a folder, with the same files; one split alone will do."""
+    shards, back, single = tmp_path / "shards", tmp_path / "back", tmp_path / "single"
+    sizes = ("--shard-size", "1", "--workers", "1")
+    printed = prepare("folder", "--from", str(images), "--out", str(shards), "--format", "shards", *sizes)
+    assert printed == f"{shards}: 48 training and 403 validation images, 4 classes\n"
+    assert_same_images(images, shards, "val")
+    prepare("folder", "--from", str(shards), "--out", str(back), "--workers", "1")
+    files = sorted(file.relative_to(images) for file in images.rglob("*.JPEG"))
+    assert files == sorted(file.relative_to(back) for file in back.rglob("*.JPEG"))
+    assert all((back / file).read_bytes() == (images / file).read_bytes() for file in files)
+    shutil.rmtree(back / "train")
+    printed = prepare("folder", "--from", str(back), "--out", str(single), "--format", "shards", *sizes)
+    assert printed == f"{single}: 403 validation images, 4 classes\n"
+
+
+def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """--max-side reduces images and prints for each split what it cost; the index keeps order and labels."""
+    out = tmp_path / "out"
+    options = ("--format", "shards", "--max-side", "40", "--quality", "80", "--workers", "1")
+    printed = prepare("folder", "--from", str(images), "--out", str(out), *options).splitlines()
+    number = r"[\d,]+"
+    for split, line, count in zip(("train", "val"), printed, (48, 200), strict=False):
+        found = rf"{split}: ({number}) bytes of images before, ({number}) after \(\d+\.\d %\); at 224 px, crop \.9, "
+        found += rf"{count} images differ by \d+\.\d\d of 255 on average, PSNR \d+\.\d dB"
+        sizes = re.fullmatch(found, line)
+        assert sizes, line
+        before, after = (int(size.replace(",", "")) for size in sizes.groups())
+        files, packed = load_index(images, split), load_index(out, split)
+        assert (before, after) == (files.sizes.sum(), packed.sizes.sum())
+        assert after < before
+        assert np.array_equal(packed.paths, files.paths)
+        assert np.array_equal(packed.labels, files.labels)
+
+
+def test_options_that_do_not_fit(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """Options of shards without shards, a quality without a side, numbers out of range, no data set, an existing
+    --out: one line, and nothing is written."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    shards = ("--format", "shards")
+    for source, options, message in (
+        (images, ("--max-side", "500"), "--max-side 500: for --format shards only"),
+        (images, ("--shard-size", "9"), "--shard-size 9: for --format shards only"),
+        (images, (*shards, "--quality", "90"), "--quality 90: of the images that --max-side reduces"),
+        (images, (*shards, "--max-side", "500", "--quality", "101"), "--quality 101: must be from 1 to 100"),
+        (images, (*shards, "--max-side", "0"), "--max-side 0: must be from 32"),
+        (images, (*shards, "--shard-size", "0"), "--shard-size 0: must be from 1"),
+        (images, ("--workers", "0"), "--workers 0: must be from 1"),
+        (tmp_path / "empty", shards, f"--from {tmp_path / 'empty'}: no train and no val folder in it"),
+        (images, (*shards, "--out", str(tmp_path / "mine")), f"--out {tmp_path / 'mine'}: exists already"),
+    ):
+        with pytest.raises(UserError) as caught:
+            prepare("folder", "--from", str(source), "--out", str(tmp_path / "out"), *options)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "mine"}

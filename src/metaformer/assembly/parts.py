@@ -13,10 +13,11 @@ from metaformer.data.device_transform import ColourStatistics, EvaluationTransfo
 from metaformer.data.feed import Feed, Target, Transform
 from metaformer.data.index import ImageIndex, Source, load_index
 from metaformer.data.label_schemes import relabel
-from metaformer.data.loader import Loader, LoaderConfig, LoaderName
+from metaformer.data.loader import Loader, LoaderConfig, LoaderName, RegionDecode
 from metaformer.data.pil_reader import read_with_pil
 from metaformer.data.plan import EvaluationPlan, Plan
 from metaformer.data.quarantine import leave_out
+from metaformer.data.region_verdict import gpu_decodes_regions
 from metaformer.data.sample import build_sample
 from metaformer.data.torch_reader import read_with_torch
 from metaformer.data.worker_loader import WorkerLoader
@@ -98,7 +99,9 @@ def memory_format(config: CommonConfig) -> torch.memory_format:
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
     """A plan's batches, read by the configured loader."""
-    settings = dataclasses.replace(config.loader, name=loader_name(config, runtime))
+    settings = dataclasses.replace(
+        config.loader, name=loader_name(config, runtime), region_decode=region_decode(config, runtime)
+    )
     loader = make_loader(settings, index, plan, runtime.device, worker_count(config, runtime))
     return Feed(index, plan, loader, transform, Target(runtime.device, memory_format(config)))
 
@@ -121,6 +124,18 @@ def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
     if config.loader.name is not LoaderName.auto:
         return config.loader.name
     return LoaderName.dali if runtime.device.type == "cuda" and dali_is_installed() else LoaderName.torch
+
+
+def region_decode(config: CommonConfig, runtime: Runtime) -> RegionDecode:
+    """Whether regions are decoded, `auto` resolved: the same on all ranks, which call this together."""
+    given, device = config.loader.region_decode, runtime.device
+    on_gpu = device.type == "cuda" and loader_name(config, runtime) is LoaderName.dali
+    if given is not RegionDecode.auto or not on_gpu:
+        return given
+    name = torch.cuda.get_device_name(device)
+    works = runtime.main_first(lambda: gpu_decodes_regions(device.index, name))
+    agreed = runtime.sum(torch.tensor(float(works), device=device))
+    return RegionDecode.on if agreed.item() == runtime.world_size else RegionDecode.off
 
 
 def evaluation_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex) -> Feed:

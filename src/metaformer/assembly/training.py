@@ -31,6 +31,7 @@ from metaformer.data.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.models import load_weights, save_state
+from metaformer.numa import describe_cpus, keep_near_gpu
 from metaformer.runtime import Process, Runtime
 from metaformer.tracking.environment import code_fingerprint
 from metaformer.tracking.lock import held
@@ -68,6 +69,7 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
     """
     runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
     runtime.check_agreement("the configuration", fingerprint(config))
+    runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     config.check_batches(runtime.world_size)
     precision = Precision(config.precision, runtime.device)
     splits = _splits(config, runtime)
@@ -257,6 +259,8 @@ def _describe(
     loader = loader_name(config, runtime).value
     yield f"loader       {loader}, augmentation {config.augmentation.name}, {config.image_size} px"
     yield f"device       {runtime.world_size} x {device}, {config.precision.name.value}"
+    if runtime.bound_cpus:
+        yield f"affinity     each rank near its GPU, rank 0 on CPUs {describe_cpus(runtime.bound_cpus)}"
     yield (
         f"batch        {config.global_batch_size} images = {runtime.world_size} (ranks) x {rank_batch} "
         f"x {config.accumulation_steps} (accumulation)"

@@ -19,6 +19,7 @@ from metaformer.evaluation.accuracy import evaluate
 from metaformer.evaluation.results import append_result
 from metaformer.evaluation.scoring import Scoring
 from metaformer.models import load_weights
+from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.training.precision import Precision
 
@@ -31,6 +32,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
         UserError: something that the user gave cannot work.
     """
     runtime.check_agreement("the configuration", fingerprint(config))
+    runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     precision = Precision(config.precision, runtime.device)
     assert config.checkpoint is not None
     weights = runtime.from_main(partial(locate_weights, "checkpoint", config.checkpoint, config.use_ema))

@@ -1,17 +1,23 @@
 """What a file that is no image raises, and what a user is told of it."""
 
-from pathlib import Path
-
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # What PIL and torchvision raise for files that they cannot read.
 BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 
 
-def describe_bad_file(path: Path, error: BaseException) -> str:
-    """The line for a user about a file that cannot be read."""
-    reason = " ".join(str(error).split())
+def describe_bad_file(place: str, error: BaseException) -> str:
+    """The line for a user about an image that cannot be read, which lies at `place`."""
     return (
-        f"{path}: cannot be read as an image ({reason}); repair or remove the file, "
+        f"{place}: cannot be read as an image ({reason(error)}); repair or remove the file, "
         "or leave it out: data.quarantine=FILE, a list that scripts/scan_data.py writes"
     )
+
+
+def reason(error: BaseException) -> str:
+    """Why an image cannot be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())

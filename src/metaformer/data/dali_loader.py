@@ -1,14 +1,16 @@
 """The loader on NVIDIA DALI: decodes on the GPU where there is one, with CPU pipelines otherwise.
 
-DALI's own readers shuffle badly and cannot resume exactly, so none is used: the plan's file names and draws go in
-through `external_source` into the graphs of `dali_pipeline`. RandAugment follows on the device: DALI has neither PIL's
-equalize nor bicubic warps.
+DALI's own readers shuffle badly and cannot resume exactly, so none is used: the plan's draws, and its file names or the
+bytes that lie in shards, go in through `external_source` into the graphs of `dali_pipeline`. RandAugment follows on the
+device: DALI has neither PIL's equalize nor bicubic warps.
 """
 
 import importlib.util
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from metaformer.data.bad_file import BAD_FILE, describe_bad_file
+from metaformer.data.image_bytes import Encoded, ImageBytes
 from metaformer.data.index import ImageIndex
 from metaformer.data.loader import LoaderConfig
 from metaformer.data.pil_reader import read_with_pil
@@ -28,6 +31,7 @@ from metaformer.errors import UserError
 
 # What DALI 2.4 reads, by PIL's names; MPO is a JPEG with pictures behind the first.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
+READERS = 16  # threads that read from shards, beside the pipeline's: on slow storage they mostly wait
 
 
 def dali_is_installed() -> bool:
@@ -46,24 +50,29 @@ class DaliLoader:
     """
 
     def __init__(self, index: ImageIndex, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> None:
-        self._index, self._plan = index, plan
+        self._index, self._plan, self._stored = index, plan, ImageBytes(index)
+        self._readers = ThreadPoolExecutor(READERS)
         self._prefix = np.frombuffer(os.fsencode(f"{index.folder.absolute()}/"), np.uint8)
-        self._pending: Iterator[BatchPlan] = iter(())
+        # The stream that DALI's images are for: it then orders its work before torch's without waiting for the GPU.
+        self._streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
+        self._pending: Iterator[tuple[BatchPlan, Any]] = iter(())
         self._fed: list[BatchPlan] = []  # gone into the pipeline and not come out, to name a bad file
         try:
             from metaformer.data.dali_pipeline import build_pipeline
         except ImportError as error:
             raise UserError("loader=dali: DALI is not installed; `uv pip install nvidia-dali-cuda130`") from error
-        self._pipeline = build_pipeline(self._feed, plan, config, device, threads)
+        self._pipeline = build_pipeline(self._feed, plan, config, device, threads, index.shards is None)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         self._drain()
         positions = range(first, self._plan.batches_per_epoch)
-        self._pending = (self._plan.batch(epoch, position) for position in positions)
+        plans = (self._plan.to_read(epoch, position) for position in positions)
+        by_name = self._index.shards is None
+        self._pending = ((plan, self._names(plan)) for plan in plans) if by_name else self._read_ahead(plans)
         self._pipeline.reset()
         for _ in positions:
             try:
-                (images,) = self._pipeline.run()
+                (images,) = self._pipeline.run(*self._streams)
             except RuntimeError as error:
                 raise UserError(self._name_bad_file(self._fed[0], error)) from error
             pixels = from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
@@ -80,30 +89,52 @@ class DaliLoader:
 
     def close(self) -> None:
         del self._pipeline
+        self._readers.shutdown()
+        self._stored.close()
 
     def _feed(self) -> tuple[NDArray[Any], ...]:
         """DALI calls this ahead of the batch that comes out; StopIteration ends the epoch."""
-        plan = next(self._pending)
+        plan, images = next(self._pending)
         self._fed.append(plan)
-        paths = self._index.paths[plan.samples]
-        files = np.concatenate([np.broadcast_to(self._prefix, (len(plan), len(self._prefix))), paths], axis=1)
         if plan.crop is None:
-            return (files,)
+            return (images,)
         crop = plan.crop
         widths, heights = (np.ascontiguousarray(shares) for shares in np.moveaxis(crop.tries, -1, 0))
         left, top = (np.ascontiguousarray(share) for share in crop.position.T)
-        return files, widths, heights, left, top, crop.flip.astype(np.int32), crop.bicubic.astype(np.int32)
+        return images, widths, heights, left, top, crop.flip.astype(np.int32), crop.bicubic.astype(np.int32)
+
+    def _names(self, plan: BatchPlan) -> NDArray[np.uint8]:
+        prefix = np.broadcast_to(self._prefix, (len(plan), len(self._prefix)))
+        return np.concatenate([prefix, self._index.paths[plan.samples]], axis=1)
+
+    def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, list[Encoded]]]:
+        """Each plan with its images' bytes; those of the next one are read meanwhile."""
+        reading: list[tuple[BatchPlan, list[Future[Encoded]]]] = []
+        for plan in plans:
+            reading.append((plan, [self._readers.submit(self._read, sample) for sample in plan.samples.tolist()]))
+            if len(reading) > 1:
+                earlier, images = reading.pop(0)
+                yield earlier, [image.result() for image in images]
+        for last, images in reading:
+            yield last, [image.result() for image in images]
+
+    def _read(self, sample: int) -> Encoded:
+        try:
+            return self._stored.read(sample)
+        except OSError:  # raised again where the batch is decoded, after those before it
+            return np.zeros(1, np.uint8)
 
     def _name_bad_file(self, plan: BatchPlan, error: RuntimeError) -> str:
         """DALI names no file when decoding fails: try the batch's files with PIL."""
-        for row, sample in enumerate(plan.samples):
-            path = self._index.path(int(sample))
+        for row, sample in enumerate(plan.samples.tolist()):
             try:
-                read_with_pil(path, plan, row)
+                encoded = self._stored.read(sample)
+                read_with_pil(encoded, plan, row)
             except BAD_FILE as reason:
-                return describe_bad_file(path, reason)
-            with Image.open(path) as file:
+                return describe_bad_file(self._index.place(sample), reason)
+            with Image.open(BytesIO(encoded.data)) as file:
                 if file.format not in FORMATS:
-                    return f"{path}: loader=dali cannot read a {file.format}; convert the file, or give loader=torch"
+                    place = self._index.place(sample)
+                    return f"{place}: loader=dali cannot read a {file.format}; convert the file, or give loader=torch"
         message = " ".join(str(error).split("encountered:")[-1].split())
         return f"loader=dali: the pipeline failed, though PIL reads every file of the batch ({message[:300]})"

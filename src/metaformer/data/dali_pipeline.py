@@ -10,31 +10,28 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
-from metaformer.data.loader import LoaderConfig
+from metaformer.data.loader import LoaderConfig, RegionDecode
 from metaformer.data.plan import TRIES, Plan
 
 Node = Any
 
 
-def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> Any:
+def build_pipeline(
+    feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int, by_name: bool
+) -> Any:
     """A built pipeline whose one output is uint8 [H, W, 3] images.
 
     Args:
-        feed: gives each batch's arrays: NUL-padded file names uint8 [B, L] and, for a plan that crops at random, widths
-            and heights of the tries float64 [B, T], left and top float64 [B], flip and bicubic int32 [B].
+        feed: gives each batch's arrays: NUL-padded file names uint8 [B, L], or B files' bytes uint8 [bytes]; and, for a
+            plan that crops at random, widths and heights of the tries float64 [B, T], left and top float64 [B], flip
+            and bicubic int32 [B].
         threads: CPU threads.
+        by_name: the feed gives names.
     """
     first = plan.batch(0, 0)
     size, gpu = first.image_size, device.type == "cuda"
-    decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if gpu:
-        decoder |= {
-            "device": "mixed",
-            "jpeg_fancy_upsampling": True,  # as libjpeg does
-            "hw_decoder_load": config.hw_decoder_load,
-            "preallocate_width_hint": config.preallocate_width,
-            "preallocate_height_hint": config.preallocate_height,
-        }
+    decoder = decoder_options(config, gpu)
+    regions = not gpu or config.region_decode is RegionDecode.on
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=plan.batch_size,
@@ -45,17 +42,38 @@ def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.de
     )
     def pipeline() -> Node:
         if first.crop is None:
-            return _evaluation_graph(feed, first.resize_to, size, decoder)
-        return _training_graph(feed, first.crop.aspects, size, decoder)
+            return _evaluation_graph(feed, by_name, first.resize_to, size, decoder)
+        return _training_graph(feed, by_name, first.crop.aspects, size, decoder, regions)
 
     built = pipeline()
     built.build()
     return built
 
 
-def _evaluation_graph(feed: Any, resize_to: int, size: int, decoder: dict[str, Any]) -> Node:
-    (files,) = _source(feed, (types.UINT8, 1))
-    encoded = fn.io.file.read(files, dont_use_mmap=True)
+def decoder_options(config: LoaderConfig, gpu: bool) -> dict[str, Any]:
+    """Options of DALI's decoders, whole or of regions."""
+    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if gpu:
+        options |= {
+            "device": "mixed",
+            "jpeg_fancy_upsampling": True,  # as libjpeg does
+            "hw_decoder_load": config.hw_decoder_load,
+            "preallocate_width_hint": config.preallocate_width,
+            "preallocate_height_hint": config.preallocate_height,
+        }
+    return options
+
+
+def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], regions: bool) -> Node:
+    """Parts of images, by start and shape, each (vertical, horizontal); `regions`: nothing else is decoded."""
+    if regions:
+        return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+    return fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
+
+
+def _evaluation_graph(feed: Any, by_name: bool, resize_to: int, size: int, decoder: dict[str, Any]) -> Node:
+    (images,) = _source(feed, (types.UINT8, 1))
+    encoded = fn.io.file.read(images, dont_use_mmap=True) if by_name else images
     height, width = _height_and_width(encoded)
     short = dali_math.min(height, width)
     sides = fn.stack(resize_to * height // short, resize_to * width // short)
@@ -71,15 +89,14 @@ def _evaluation_graph(feed: Any, resize_to: int, size: int, decoder: dict[str, A
     return fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
 
 
-def _training_graph(feed: Any, aspects: tuple[float, float], size: int, decoder: dict[str, Any]) -> Node:
+def _training_graph(
+    feed: Any, by_name: bool, aspects: tuple[float, float], size: int, decoder: dict[str, Any], regions: bool
+) -> Node:
     tries, share, flag = (types.FLOAT64, 1), (types.FLOAT64, 0), (types.INT32, 0)
-    files, *crop_draws, flip, bicubic = _source(feed, (types.UINT8, 1), tries, tries, share, share, flag, flag)
-    encoded = fn.io.file.read(files, dont_use_mmap=True)
+    images, *crop_draws, flip, bicubic = _source(feed, (types.UINT8, 1), tries, tries, share, share, flag, flag)
+    encoded = fn.io.file.read(images, dont_use_mmap=True) if by_name else images
     start, shape = _random_resized_crop(encoded, crop_draws, aspects)
-    if "device" in decoder:  # mixed: decoding of regions is reported to fail on some GPUs
-        images = fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
-    else:
-        images = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+    images = cut_out(encoded, start, shape, decoder, regions)
     linear, cubic = int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)
     interp_type = fn.cast(bicubic * (cubic - linear) + linear, dtype=types.INTERP_TYPE)
     images = fn.resize(images, resize_x=size, resize_y=size, interp_type=interp_type, antialias=True)

@@ -20,12 +20,12 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def sample_bits(seed: int, epoch: int, samples: Int64, count: int) -> NDArray[np.uint64]:
-    """`count` random 64-bit words for each sample: uint64 [B, count]."""
+def sample_bits(seed: int, epoch: int, samples: Int64, words: range) -> NDArray[np.uint64]:
+    """These random 64-bit words of each sample's endless row of them: uint64 [B, len(words)]."""
     key = _mix(np.array([seed], np.uint64) + _GOLDEN)
     key = _mix(key ^ _mix(np.array([epoch], np.uint64) + _GOLDEN * np.array([2], np.uint64)))
     state = _mix(key ^ (samples.astype(np.uint64) * _GOLDEN))
-    return _mix(state[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+    return _mix(state[:, None] + _GOLDEN * np.arange(words.start + 1, words.stop + 1, dtype=np.uint64))
 
 
 def uniforms(bits: NDArray[np.uint64]) -> Float64:

@@ -44,7 +44,7 @@ class Feed:
             started = time.perf_counter()
             pixels = next(loaded)
             waited = time.perf_counter() - started
-            plan = self._plan.batch(epoch, position)
+            plan = self._plan.to_transform(epoch, position)
             labels = torch.from_numpy(self._index.labels[plan.samples])
             pixels, labels = to_device(pixels, self._device), to_device(labels, self._device)
             images, targets = self._transform(pixels, labels, plan)

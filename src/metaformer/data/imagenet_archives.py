@@ -1,23 +1,26 @@
-"""ImageNet-1K from the archives of image-net.org to folders, on all cores, without unpacking to anywhere in between.
+"""ImageNet-1K from the archives of image-net.org to folders or shards, on all cores, with nothing in between.
 
 The archives are plain tars, so an image is a range of bytes that any process can copy: the training archive holds a tar
-for each class, the validation archive all images, which the devkit's ground truth sorts into classes. A class folder
-appears when it is whole, the data set when all are; the same call again goes on where one was interrupted.
+for each class, the validation archive all images, which the devkit's ground truth sorts into classes. A class folder or
+shard appears when it is whole, the data set when all are; the same call again goes on where one was interrupted.
 """
 
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from metaformer.data.preparation.class_folder import write_class_folder
+from metaformer.data.preparation.conversion import finish, partial_folder, write_split
+from metaformer.data.preparation.pieces import Piece
+from metaformer.data.preparation.reencoding import Cost
+from metaformer.data.preparation.shard_writer import Packing
+from metaformer.data.processes import Report, worker_processes
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
 
@@ -28,9 +31,6 @@ MD5 = {
     "devkit": "fa75699e90414af021442c21a62c3abf",
 }
 IMAGES = {"train": 1_281_167, "val": 50_000}
-COPY_BYTES = 1 << 20
-
-Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
 class Archives(NamedTuple):
@@ -59,12 +59,17 @@ class ClassFolder:
     inner: Member | None = None
 
 
-def unpack_imagenet(archives: Archives, out: Path, workers: int, report: Report) -> None:
-    """Make `out` with train/ and val/ from the archives.
+def unpack_imagenet(
+    archives: Archives, out: Path, packing: Packing | None, workers: int, report: Report
+) -> dict[str, Cost]:
+    """Make `out` with train/ and val/ from the archives, as folders or, with a `packing`, as shards.
 
     Args:
         workers: processes.
         report: called as the work goes on.
+
+    Returns:
+        What reducing cost each split; empty without it.
 
     Raises:
         UserError: an archive is missing, not the known one, cut short, or holds what does not belong there; or the disk
@@ -73,22 +78,23 @@ def unpack_imagenet(archives: Archives, out: Path, workers: int, report: Report)
     for archive in archives:
         if not archive.is_file():
             raise UserError(f"{archive}: no such file; get it from image-net.org, after signing in")
-    partial = out.with_name(f".{out.name}.partial")
+    partial, costs = partial_folder(out, packing), {}
     partial.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            _check_hashes(archives, partial / "hashes.json", pool, report)
-            for split, folders in (
-                ("train", _training_folders(archives.train, partial / "train")),
-                ("val", _validation_folders(archives.val, archives.devkit, partial / "val")),
-            ):
+    with worker_processes(workers) as pool:
+        _check_hashes(archives, partial / "hashes.json", pool, report)
+        for split, folders in (
+            ("train", _training_folders(archives.train, partial / "train")),
+            ("val", _validation_folders(archives.val, archives.devkit, partial / "val")),
+        ):
+            if packing is None:
                 _unpack(split, folders, pool, report)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    os.sync()
+                continue
+            cost = write_split(_list_pieces(split, folders, pool, report), partial / split, packing, pool, report)
+            if cost is not None:
+                costs[split] = cost
     (partial / "hashes.json").unlink()
-    partial.rename(out)
+    finish(partial, out)
+    return costs
 
 
 def _check_hashes(archives: Archives, known: Path, pool: ProcessPoolExecutor, report: Report) -> None:
@@ -182,6 +188,19 @@ def _unpack(split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecuto
     for future in as_completed(futures):
         images += future.result()
         report(f"unpacking {split}", images, IMAGES[split])
+    _check_count(split, images)
+
+
+def _list_pieces(split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecutor, report: Report) -> list[Piece]:
+    pieces: list[Piece] = []
+    for of_class in pool.map(pieces_of_class, folders):
+        pieces += of_class
+        report(f"listing {split}", len(pieces), IMAGES[split])
+    _check_count(split, len(pieces))
+    return pieces
+
+
+def _check_count(split: str, images: int) -> None:
     if images != IMAGES[split]:
         raise UserError(f"{split}: {images:,} images in the archive, not {IMAGES[split]:,}; get it again")
 
@@ -192,39 +211,14 @@ def make_class_folder(task: ClassFolder) -> int:
     Raises:
         UserError: as `read_members`, or the disk refuses; the folder does not exist then.
     """
-    members = read_members(task.archive, task.inner) if task.inner else list(task.members)
-    if _is_whole(task.folder, members):
-        return len(members)
-    temporary = task.folder.with_name(f".{task.folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(task.folder, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with task.archive.open("rb") as archive:
-            for member in members:
-                _copy(archive, member, temporary / member.name)
-        temporary.rename(task.folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{task.folder}: cannot be written ({error.strerror or error}); the same command goes on from "
-                        "here") from error  # fmt: skip
-    return len(members)
+    return write_class_folder(task.folder, pieces_of_class(task))
 
 
-def _is_whole(folder: Path, members: list[Member]) -> bool:
-    try:
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-    except FileNotFoundError:
-        return False
-    return sizes == {member.name: member.size for member in members}
+def pieces_of_class(task: ClassFolder) -> list[Piece]:
+    """The images of a class, in its archive's order.
 
-
-def _copy(archive: BinaryIO, member: Member, target: Path) -> None:
-    archive.seek(member.offset)
-    left = member.size
-    with target.open("wb") as file:
-        while left:
-            content = archive.read(min(left, COPY_BYTES))
-            if not content:
-                raise UserError(f"{archive.name}: cut short in {member.name}; get it again")
-            left -= file.write(content)
+    Raises:
+        UserError: as `read_members`.
+    """
+    members = read_members(task.archive, task.inner) if task.inner else task.members
+    return [Piece(f"{task.folder.name}/{name}", str(task.archive), offset, size) for name, offset, size in members]

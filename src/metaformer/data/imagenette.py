@@ -7,8 +7,6 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.utils import download_url
-
 from metaformer.errors import UserError
 
 
@@ -34,6 +32,8 @@ def unpack_imagenette(tgz: Path | None, size: str, out: Path) -> None:
         UserError: it cannot be downloaded, is not the known archive, holds what does not belong there, or the disk is
             full; `out` does not exist then.
     """
+    from torchvision.datasets.utils import download_url  # it imports torch, which worker processes do without
+
     archive = SIZES[size]
     partial = out.with_name(f".{out.name}.partial")
     unpacked = partial / "unpacked"

@@ -1,8 +1,9 @@
 """The index of a data set: which images there are, in an order that never changes.
 
 Layout on disk, as ImageNet's: SPLIT/CLASS/IMAGE, classes and images in sorted order, labels as torchvision's
-ImageFolder gives them (`label_schemes` gives others). A scan is kept in a cache beside the data (or in the user's
-cache folder where the data is read-only) and reused while no folder has changed.
+ImageFolder gives them (`label_schemes` gives others); or the same images packed into SPLIT/shard-*.tar (`shards`), with
+the same index. A scan is kept in a cache beside the data (or in the user's cache folder where the data is read-only)
+and reused while no folder, or shard, has changed.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaformer.data.index_cache import load_scan, store_scan
-from metaformer.data.scan import EXTENSIONS, Scan, scan
+from metaformer.data.scan import EXTENSIONS, Images, Scan, is_current, scan
+from metaformer.data.shards import Shards, ShardScan, check_members, holds_shards, list_shards, scan_shards
 from metaformer.errors import UserError
 
 
@@ -29,8 +31,8 @@ class Source(Enum):
 class IndexCheck(Enum):
     """What is compared with the index of an earlier start; a difference makes a new scan."""
 
-    quick = "quick"  # the times of all folders, the sizes and times of a thousand files
-    files = "files"  # the sizes and times of all files
+    quick = "quick"  # the times of all folders, the sizes and times of a thousand files, or of all shards
+    files = "files"  # the sizes and times of all files; in shards, the names and sizes of all images
 
 
 class Labels(Enum):
@@ -89,12 +91,13 @@ class ImageIndex:
     Attributes:
         folder: the split's folder.
         classes: names; a label is a position in them.
-        paths: uint8 [N, L], each row a file's path below `folder`, padded with NUL.
+        paths: uint8 [N, L], each row a file's path below `folder`, or its name in its shard, padded with NUL.
         labels: int64 [N]; with `label_sets`, rows of it.
         sizes: int64 [N], bytes.
         fingerprint: sha256 over classes, paths and sizes, and over labels where they are not the folders' places.
         label_sets: int64 [S, L], where an image may have several labels; short rows end in -1.
         quarantined: images that were left out of the split by a list.
+        shards: where images lie that are no files.
     """
 
     folder: Path
@@ -105,6 +108,7 @@ class ImageIndex:
     fingerprint: str
     label_sets: NDArray[np.int64] | None = None
     quarantined: int = 0
+    shards: Shards | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,50 +119,87 @@ class ImageIndex:
         labels = self.labels if self.label_sets is None else self.label_sets[self.labels]
         return len(np.unique(labels[labels >= 0]))
 
+    def name(self, sample: int) -> str:
+        """One sample's path below the split's folder, CLASS/IMAGE, also where it lies in a shard."""
+        return os.fsdecode(self.paths[sample].tobytes().rstrip(b"\0"))
+
     def path(self, sample: int) -> Path:
-        """The file of one sample."""
-        return self.folder / os.fsdecode(self.paths[sample].tobytes().rstrip(b"\0"))
+        """The file of one sample; there is none where images lie in shards."""
+        assert self.shards is None
+        return self.folder / self.name(sample)
+
+    def place(self, sample: int) -> str:
+        """Where one sample lies, for people: a file, or SHARD: MEMBER."""
+        if self.shards is None:
+            return str(self.path(sample))
+        return f"{self.folder / self.shards.names[self.shards.numbers[sample]]}: {self.name(sample)}"
 
     def select(self, samples: NDArray[np.int64]) -> "ImageIndex":
         """The index of these images alone, in this order."""
         digest = hashlib.sha256(self.fingerprint.encode() + samples.tobytes()).hexdigest()
         arrays = {name: getattr(self, name)[samples] for name in ("paths", "labels", "sizes")}
-        return replace(self, **arrays, fingerprint=digest)
+        shards = self.shards and Shards(self.shards.names, self.shards.numbers[samples], self.shards.offsets[samples])
+        return replace(self, **arrays, fingerprint=digest, shards=shards)
 
 
 def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> ImageIndex:
     """The index of `root/split`, from the kept scan as far as `check` finds it true, else from a new one.
 
     Raises:
-        UserError: the folder is missing, flat, or has a class without images; or a folder or file cannot be read.
+        UserError: the folder is missing, flat, or has a class without images; a shard is not as it should be; or a
+            folder or file cannot be read.
     """
     folder = root / split
     try:
-        classes = _class_folders(root, split)
-        found = load_scan(root, split, classes, check is IndexCheck.files)
-        return _index(folder, store_scan(scan(folder, classes), root, split) if found is None else found)
+        if holds_shards(folder):
+            return _index(folder, _known_shards(root, split, check))
+        return _index(folder, _known_files(root, split, check))
     except OSError as error:
         raise UserError(
             f"data.root: {error.filename} cannot be read ({error.strerror}); give yourself the right to, or remove it"
         ) from error
 
 
+def _known_files(root: Path, split: str, check: IndexCheck) -> Scan:
+    folder, classes = root / split, _class_folders(root, split)
+
+    def is_true(kept: Scan) -> bool:
+        return is_current(kept, folder, check is IndexCheck.files)
+
+    found = load_scan(Scan, root, split, {"classes": classes}, is_true)
+    return store_scan(scan(folder, classes), root, split) if found is None else found
+
+
+def _known_shards(root: Path, split: str, check: IndexCheck) -> ShardScan:
+    folder = root / split
+    tars = list_shards(folder)
+    found = load_scan(ShardScan, root, split, {"tars": tars}, lambda kept: True)
+    if found is None:
+        found = store_scan(scan_shards(folder, tars), root, split)
+    if check is IndexCheck.files:
+        check_members(found, folder)
+    return found
+
+
 def find_images(folder: Path) -> ImageIndex:
-    """All images below a folder, either in class folders or without; nothing is cached.
+    """All images below a folder, in class folders, without or in shards; nothing is cached.
 
     Raises:
         UserError: there are none, or images lie beside class folders.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if holds_shards(folder):
+        return _index(folder, scan_shards(folder, list_shards(folder)))
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if classes and any(entry.name.lower().endswith(EXTENSIONS) for entry in folder.iterdir() if entry.is_file()):
         raise UserError(f"{folder}: images lie beside class folders; give a folder of one kind")
     return _index(folder, scan(folder, classes or ["."]))
 
 
-def _index(folder: Path, found: Scan) -> ImageIndex:
-    return ImageIndex(folder, found.classes, found.paths, found.labels, found.sizes, found.fingerprint())
+def _index(folder: Path, found: Images) -> ImageIndex:
+    shards = Shards(tuple(found.tars), found.numbers, found.offsets) if isinstance(found, ShardScan) else None
+    return ImageIndex(folder, found.classes, found.paths, found.labels, found.sizes, found.fingerprint(), shards=shards)
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:

@@ -1,4 +1,4 @@
-"""A scan kept on disk, and whether it is still true.
+"""A scan kept on disk, for the next start.
 
 PLACE/SPLIT.json says what was scanned, and which folder beside it holds the arrays. They are memory-mapped: all ranks
 and workers of a node share them. PLACE lies beside the data, or in the user's cache folder where the data is read-only.
@@ -9,88 +9,74 @@ import json
 import os
 import secrets
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
 
 from metaformer.data.scan import Scan
+from metaformer.data.shards import ShardScan
 from metaformer.files import write_text_whole
 
-FORMAT = 3
-ARRAYS = ("paths", "labels", "sizes", "changed")
-SPOT_CHECKS = 1000  # files looked at where not all are
-THREADS = 32  # a shared file system answers each question slowly, and many at once
+FORMAT = 4
+
+Kept = TypeVar("Kept", Scan, ShardScan)
 
 
-def load_scan(root: Path, split: str, classes: list[str], check_all_files: bool) -> Scan | None:
-    """The kept scan of `root/split`, unless the class folders, a folder in them or a file has changed since.
-
-    Args:
-        classes: class folders that are there now.
-        check_all_files: compare every file's size and time of change, not only those of some.
-    """
+def load_scan(
+    kind: type[Kept], root: Path, split: str, expected: dict[str, Any], is_current: Callable[[Kept], bool]
+) -> Kept | None:
+    """The kept scan of `root/split`, if it has the `expected` attributes and `is_current` says so."""
     for place in _places(root):
         try:
             known = json.loads(_description(place, split).read_text())
-            expected = {"format": FORMAT, "folder": str((root / split).resolve()), "classes": classes}
-            if {name: known[name] for name in expected} != expected:
+            wanted = {**_origin(kind, root, split), **expected}
+            if {name: known[name] for name in wanted} != wanted:
                 continue
-            scan = _map(tuple(classes), known["folders"], place / known["arrays"])
-            if _is_current(scan, root / split, check_all_files):
+            scan = _map(kind, known, place / known["arrays"])
+            if is_current(scan):
                 return scan
         except (OSError, ValueError, EOFError, KeyError, TypeError):
             continue  # missing or damaged
     return None
 
 
-def store_scan(scan: Scan, root: Path, split: str) -> Scan:
+def store_scan(scan: Kept, root: Path, split: str) -> Kept:
     """Keep a scan in the first place that can be written; returns it memory-mapped, or as it was where none can."""
     for place in _places(root):
         arrays = f"{_name(split)}-{secrets.token_hex(4)}"
         try:
             (place / arrays).mkdir(parents=True)
-            for name in ARRAYS:
+            for name in scan.ARRAYS:
                 np.save(place / arrays / f"{name}.npy", getattr(scan, name))
-            description: dict[str, Any] = {"format": FORMAT, "folder": str((root / split).resolve())}
-            description |= {"classes": scan.classes, "folders": scan.folders, "arrays": arrays}
+            description = {**_origin(type(scan), root, split), "arrays": arrays}
+            description |= {name: getattr(scan, name) for name in _described(type(scan))}
             write_text_whole(_description(place, split), json.dumps(description))
             for old in place.glob(f"{_name(split)}-????????"):
                 if old.name != arrays:
                     shutil.rmtree(old, ignore_errors=True)
-            return _map(scan.classes, scan.folders, place / arrays)
+            return _map(type(scan), description, place / arrays)
         except OSError:  # read-only or full: the next place; without any the scan is repeated, nothing is lost
             shutil.rmtree(place / arrays, ignore_errors=True)
     return scan
 
 
-def _map(classes: tuple[str, ...], folders: dict[str, int], arrays: Path) -> Scan:
-    paths, labels, sizes, changed = (open_memmap(arrays / f"{name}.npy", mode="r") for name in ARRAYS)
-    return Scan(classes, folders, paths, labels, sizes, changed)
+def _origin(kind: type[Kept], root: Path, split: str) -> dict[str, Any]:
+    return {"format": FORMAT, "kind": kind.__name__, "folder": str((root / split).resolve())}
 
 
-def _is_current(scan: Scan, folder: Path, check_all_files: bool) -> bool:
-    if any((folder / name).stat().st_mtime_ns != changed for name, changed in scan.folders.items()):
-        return False
-    count = len(scan.labels)
-    checks = count if check_all_files else min(count, SPOT_CHECKS)
-    parts = np.array_split(np.linspace(0, count - 1, checks).astype(np.int64), THREADS)
-    with ThreadPoolExecutor(THREADS) as pool:
-        return all(pool.map(lambda part: _are_unchanged(scan, folder, part), parts))
+def _described(kind: type[Kept]) -> list[str]:
+    """Attributes that are no arrays."""
+    return [field.name for field in fields(kind) if field.name not in kind.ARRAYS]
 
 
-def _are_unchanged(scan: Scan, folder: Path, samples: NDArray[np.int64]) -> bool:
-    prefix, length = os.fsencode(folder) + b"/", scan.paths.shape[1]
-    names = scan.paths[samples].tobytes()
-    expected = zip(scan.sizes[samples].tolist(), scan.changed[samples].tolist(), strict=True)
-    for number, size_and_time in enumerate(expected):
-        stat = os.stat(prefix + names[number * length : (number + 1) * length].rstrip(b"\0"))  # noqa: PTH116
-        if (stat.st_size, stat.st_mtime_ns) != size_and_time:
-            return False
-    return True
+def _map(kind: type[Kept], known: dict[str, Any], arrays: Path) -> Kept:
+    values = {name: known[name] for name in _described(kind)}
+    values |= {name: open_memmap(arrays / f"{name}.npy", mode="r") for name in kind.ARRAYS}
+    return kind(**{**values, "classes": tuple(values["classes"])})
 
 
 def _places(root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,11 +96,10 @@ def _validation_numbers(index: ImageIndex, count: int) -> list[int]:
     """The numbers, from 1, by which the files of ImageNet's validation images are named."""
     numbers = []
     for sample in range(len(index)):
-        file = index.path(sample)
-        match = _VALIDATION_IMAGE.fullmatch(file.stem)
+        match = _VALIDATION_IMAGE.fullmatch(PurePosixPath(index.name(sample)).stem)
         if match is None or not 1 <= int(match[1]) <= count:
             raise UserError(
-                f"data.labels=real: {file.absolute()} is not named as ImageNet's validation images are, "
+                f"data.labels=real: {index.place(sample)} is not named as ImageNet's validation images are, "
                 f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{count:08}.JPEG; give these under their own names"
             )
         numbers.append(int(match[1]))

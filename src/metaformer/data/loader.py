@@ -19,6 +19,14 @@ class LoaderName(Enum):
     pil = "pil"  # PIL, the reference that published weights expect, in worker processes
 
 
+class RegionDecode(Enum):
+    """Whether DALI decodes on a GPU only the part of a training image that is cropped; on a CPU it always does."""
+
+    auto = "auto"  # where a check on this GPU, made once, finds that it works
+    on = "on"  # without a check: a decoder that cannot do it may crash the program
+    off = "off"  # whole images, then the part
+
+
 @dataclass
 class LoaderConfig:
     """How images are read."""
@@ -29,6 +37,8 @@ class LoaderConfig:
     hw_decoder_load: float = 0.65
     preallocate_width: int = 5980
     preallocate_height: int = 6430
+    region_decode: RegionDecode = RegionDecode.off
+    numa_affinity: bool = True  # where each rank's GPU has CPUs near it, and no launcher chose: keep the rank on them
 
     def __post_init__(self) -> None:
         if self.prefetch_batches < 1:

@@ -1,6 +1,6 @@
 """Reading one image with PIL and timm's operations: the reference for the other loaders."""
 
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -8,13 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
+from metaformer.data.image_bytes import Encoded
 from metaformer.data.plan import BatchPlan
 from metaformer.data.randaugment import apply_operations
 
 
-def read_with_pil(path: Path, plan: BatchPlan, row: int) -> Tensor:
+def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int) -> Tensor:
     """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S]."""
-    with Image.open(path) as file:
+    with Image.open(BytesIO(encoded.data)) as file:
         image = file.convert("RGB")
     size = plan.image_size
     if plan.crop is None:

@@ -6,7 +6,7 @@ steps, in every loader, and training resumes at any batch from two integers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -80,6 +80,12 @@ class Plan(Protocol):
     def batch(self, epoch: int, position: int) -> BatchPlan:
         """The batch at a position in [0, batches_per_epoch) of an epoch."""
 
+    def to_read(self, epoch: int, position: int) -> BatchPlan:
+        """The same without what only the device needs."""
+
+    def to_transform(self, epoch: int, position: int) -> BatchPlan:
+        """The same without what only a loader needs."""
+
 
 @dataclass(frozen=True)
 class EvaluationPlan:
@@ -101,6 +107,8 @@ class EvaluationPlan:
         own = np.arange(self.rank, self.num_samples, self.world_size, dtype=np.int64)
         samples = own[position * self.batch_size : (position + 1) * self.batch_size]
         return BatchPlan(samples, self.image_size, evaluation_resize(self.image_size, self.crop_pct))
+
+    to_read = to_transform = batch
 
 
 @dataclass(frozen=True)
@@ -140,24 +148,43 @@ class TrainingPlan:
 
     def batch(self, epoch: int, position: int) -> BatchPlan:
         """As in `Plan`; the draws of a sample depend on seed, epoch and sample alone."""
-        number = position * self.world_size + self.rank  # among all ranks' batches of the epoch
-        order = _epoch_order(self.seed, epoch, self.num_samples)
+        reading, transforming = self.to_read(epoch, position), self.to_transform(epoch, position)
+        return replace(reading, mix=transforming.mix, erase=transforming.erase)
+
+    def to_read(self, epoch: int, position: int) -> BatchPlan:
+        samples, a = self._samples(epoch, position), self.augmentation
+        crop = _draw_crop(a, uniforms(self._bits(epoch, samples, CROP_WORDS))) if a.random_crop else None
+        operations = None
+        if a.randaugment.num_ops:
+            shape = (a.randaugment.num_ops, DRAWS_PER_OPERATION)
+            words = range(RANDAUGMENT_FIRST, RANDAUGMENT_FIRST + math.prod(shape))
+            bits = self._bits(epoch, samples, words)
+            operations = draw_operations(a.randaugment, uniforms(bits).reshape(len(samples), *shape))
+        resize_to = evaluation_resize(self.image_size, self.crop_pct)
+        return BatchPlan(samples, self.image_size, resize_to, crop=crop, randaugment=operations)
+
+    def to_transform(self, epoch: int, position: int) -> BatchPlan:
+        samples, a = self._samples(epoch, position), self.augmentation
+        erase = None
+        if a.erase_probability:
+            bits = self._bits(epoch, samples, ERASE_WORDS)
+            erase = _draw_erase(a, self.image_size, uniforms(bits[:, :-1]), bits[:, -1:])
+        mix = self._draw_mix(epoch, self._number(position)) if a.mixes else None
+        resize_to = evaluation_resize(self.image_size, self.crop_pct)
+        return BatchPlan(samples, self.image_size, resize_to, mix=mix, erase=erase)
+
+    def _number(self, position: int) -> int:
+        """A batch's number among all ranks' batches of the epoch."""
+        return position * self.world_size + self.rank
+
+    def _samples(self, epoch: int, position: int) -> Int64:
+        number = self._number(position)
         places = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
-        samples = order.take(places, mode="wrap")  # beyond the end: a filled last batch
-        a = self.augmentation
-        operations = (a.randaugment.num_ops, DRAWS_PER_OPERATION)
-        bits = sample_bits(self.seed, epoch, samples, sum(_COLUMNS) + math.prod(operations))
-        crop_bits, erase_bits, key_bits, randaugment_bits = np.split(bits, np.cumsum(_COLUMNS), axis=1)
-        operation_u = uniforms(randaugment_bits).reshape(len(samples), *operations)
-        return BatchPlan(
-            samples,
-            self.image_size,
-            evaluation_resize(self.image_size, self.crop_pct),
-            crop=_draw_crop(a, uniforms(crop_bits)) if a.random_crop else None,
-            randaugment=draw_operations(a.randaugment, operation_u) if a.randaugment.num_ops else None,
-            mix=self._draw_mix(epoch, number) if a.mixes else None,
-            erase=_draw_erase(a, self.image_size, uniforms(erase_bits), key_bits) if a.erase_probability else None,
-        )
+        order = _epoch_order(self.seed, epoch, self.num_samples)
+        return order.take(places, mode="wrap")  # beyond the end: a filled last batch
+
+    def _bits(self, epoch: int, samples: Int64, words: range) -> NDArray[np.uint64]:
+        return sample_bits(self.seed, epoch, samples, words)
 
     def _draw_mix(self, epoch: int, number: int) -> MixDraws:
         a = self.augmentation
@@ -171,9 +198,12 @@ class TrainingPlan:
         return MixDraws(np.array(keep), np.array(box, np.int64), np.array(label_keep))
 
 
-# A sample's draws, in this order, so that adding an augmentation at the end leaves the others' draws as they are:
-# crop (area and aspect of each try, position, flip, filter), erasing (whether, the same), the noise's key, RandAugment.
-_COLUMNS = (2 * TRIES + 4, 2 * TRIES + 3, 1)
+# Which of a sample's random words are for what: crop (area and aspect of each try, position, flip, filter), erasing
+# (area and aspect of each try, whether, position, the noise's key), RandAugment. An augmentation that comes later takes
+# the words after these, so that all draws stay as they are.
+CROP_WORDS = range(2 * TRIES + 4)
+ERASE_WORDS = range(CROP_WORDS.stop, CROP_WORDS.stop + 2 * TRIES + 3 + 1)
+RANDAUGMENT_FIRST = ERASE_WORDS.stop
 
 
 @lru_cache(maxsize=2)

@@ -1,24 +1,21 @@
 """Decoding every image of a data set once, on all cores, to know beforehand what a loader would stop at."""
 
-import os
-import signal
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path, PurePosixPath
+from io import BytesIO
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
-from metaformer.data.bad_file import BAD_FILE
+from metaformer.data.bad_file import BAD_FILE, reason
+from metaformer.data.image_bytes import Encoded, ImageBytes
 from metaformer.data.index import ImageIndex
-from metaformer.errors import UserError
+from metaformer.data.processes import Report, worker_processes
 
 TINY = 32  # pixels of the shorter side
 CHUNK = 256  # images that a process decodes before it answers
@@ -26,8 +23,6 @@ JPEG_SUFFIXES = (".jpg", ".jpeg")
 GRAY = ("1", "L", "LA")
 ROTATED = range(2, 9)  # EXIF orientations; 1 is upright
 BAD_EXIF = (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error)
-
-Report = Callable[[int, int], None]  # how many images are done, of how many
 
 
 class ScannedImage(NamedTuple):
@@ -55,40 +50,37 @@ def scan_images(index: ImageIndex, split: str, workers: int, report: Report) -> 
         UserError: a process died.
     """
     chunk = max(1, min(CHUNK, len(index) // (4 * workers)))
-    chunks = [np.array(index.paths[first : first + chunk]) for first in range(0, len(index), chunk)]
-    examine = partial(_examine_chunk, index.folder.absolute(), split)
+    parts = (np.arange(first, min(first + chunk, len(index))) for first in range(0, len(index), chunk))
     done = 0
-    context = get_context("spawn")  # a fork copies locks that the progress bar's thread may hold
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
-        try:
-            for images in pool.map(examine, chunks):
-                yield from images
-                done += len(images)
-                report(done, len(index))
-        except BrokenProcessPool as error:
-            raise UserError(f"{index.folder}: a process died after image {done:,}, as for lack of memory; "
-                            "give fewer --workers") from error  # fmt: skip
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with worker_processes(workers) as pool:
+        for images in pool.map(partial(_examine_all, split), [index.select(part) for part in parts]):
+            yield from images
+            done += len(images)
+            report(f"decoding {split}", done, len(index))
 
 
-def examine(file: Path, path: str) -> ScannedImage:
-    """Decode one file as the reference loader does, at an eighth of its size where it is a JPEG.
+def examine(path: str, read: Callable[[], Encoded]) -> ScannedImage:
+    """Decode one image as the reference loader does, at an eighth of its size where it is a JPEG.
 
     Args:
         path: what the row calls it.
+        read: gives its bytes.
     """
     size, shape, mode, format_, unusual = 0, (0, 0), "", "", ""
     try:
-        size = file.stat().st_size
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # damaged EXIF, large images
+        encoded = read()
+        size = len(encoded)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(BytesIO(encoded.data)) as image,
+        ):  # bad EXIF, large images
             shape, mode, format_ = image.size, image.mode, str(image.format)
-            unusual = ", ".join(_unusual(image, file.suffix.lower()))
+            unusual = ", ".join(_unusual(image, PurePosixPath(path).suffix.lower()))
             image.draft(None, (1, 1))  # the whole file is read all the same
             image.convert("RGB")
     except BAD_FILE as error:
-        return ScannedImage(path, *shape, mode, format_, size, 0, unusual, _reason(error, size))
+        why = reason(error) if size or (isinstance(error, OSError) and error.errno) else "empty file"
+        return ScannedImage(path, *shape, mode, format_, size, 0, unusual, why)
     return ScannedImage(path, *shape, mode, format_, size, 1, unusual, "")
 
 
@@ -116,18 +108,7 @@ def _orientation(image: Image.Image) -> int | None:
     return orientation
 
 
-def _reason(error: BaseException, size: int) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image" if size else "empty file"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())
-
-
-def _examine_chunk(folder: Path, split: str, paths: NDArray[np.uint8]) -> list[ScannedImage]:
-    names = [os.fsdecode(row.tobytes().rstrip(b"\0")) for row in paths]
-    return [examine(folder / name, str(PurePosixPath(split, name))) for name in names]
-
-
-def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
+def _examine_all(split: str, images: ImageIndex) -> list[ScannedImage]:
+    with closing(ImageBytes(images)) as stored:
+        names = [str(PurePosixPath(split, images.name(sample))) for sample in range(len(images))]
+        return [examine(name, partial(stored.read, sample)) for sample, name in enumerate(names)]

@@ -1,38 +1,37 @@
 """Reading one image with torchvision on uint8 tensors: the fast path on a CPU, nearly pixel-equal to PIL."""
 
 from contextlib import suppress
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
-from torchvision.transforms.v2 import functional
-from torchvision.transforms.v2.functional import InterpolationMode
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_image
 
 from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
+from metaformer.data.image_bytes import Encoded
 from metaformer.data.plan import BatchPlan
 from metaformer.data.randaugment import apply_operations
 
 JPEG_START = [0xFF, 0xD8]
 
 
-def read_with_torch(path: Path, plan: BatchPlan, row: int) -> Tensor:
+def read_with_torch(encoded: Encoded, plan: BatchPlan, row: int) -> Tensor:
     """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S]."""
-    image = _decode(path)
+    image = _decode(encoded)
     height, width = image.shape[-2:]
     size = plan.image_size
     if plan.crop is None:
         resize = resize_and_center_crop(width, height, plan.resize_to, size)
-        image = functional.resize(image, [resize.height, resize.width], InterpolationMode.BICUBIC, antialias=True)
+        image = _resize(image, resize.height, resize.width, bicubic=True)
         image = image[:, resize.top : resize.top + size, resize.left : resize.left + size]
     else:
         crop = plan.crop
         box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height)
         image = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
-        filter_ = InterpolationMode.BICUBIC if crop.bicubic[row] else InterpolationMode.BILINEAR
-        image = functional.resize(image, [size, size], filter_, antialias=True)
+        image = _resize(image, size, size, bool(crop.bicubic[row]))
         if crop.flip[row]:
             image = image.flip(-1)
     operations = plan.randaugment.of_sample(row) if plan.randaugment is not None else []
@@ -42,15 +41,21 @@ def read_with_torch(path: Path, plan: BatchPlan, row: int) -> Tensor:
     return image
 
 
-def _decode(path: Path) -> Tensor:
+def _resize(image: Tensor, height: int, width: int, bicubic: bool) -> Tensor:
+    """uint8 [3, H, W] to [3, height, width], antialiased; where a pixel's values lie together, they stay so."""
+    # With these strides torch sees a channels-last batch of one; with those of image[None] it would split the planes.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return interpolate(batch, (height, width), mode="bicubic" if bicubic else "bilinear", antialias=True)[0]
+
+
+def _decode(encoded: Encoded) -> Tensor:
     """An RGB image, uint8 [3, H, W]; EXIF orientation is ignored, as by PIL and timm."""
-    encoded = read_file(str(path))
     if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
         with suppress(RuntimeError):  # of a broken file, PIL's error below says more
-            image: Tensor = decode_image(encoded, ImageReadMode.UNCHANGED)
+            image: Tensor = decode_image(torch.from_numpy(encoded), ImageReadMode.UNCHANGED)
             if image.shape[0] == 3:
                 return image
             if image.shape[0] == 1:
                 return image.expand(3, -1, -1)
-    with Image.open(path) as file:  # not a JPEG, or CMYK: PIL's conversion is the one that counts
+    with Image.open(BytesIO(encoded.data)) as file:  # not a JPEG, or CMYK: PIL's conversion is the one that counts
         return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)

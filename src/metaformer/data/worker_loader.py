@@ -3,7 +3,6 @@
 import signal
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metaformer.data.bad_file import BAD_FILE, describe_bad_file
+from metaformer.data.image_bytes import Encoded, ImageBytes
 from metaformer.data.index import ImageIndex
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.errors import UserError
 
-ReadImage = Callable[[Path, BatchPlan, int], Tensor]
+ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
 
 
 class WorkerLoader:
@@ -24,7 +24,7 @@ class WorkerLoader:
     Workers live as long as the loader; which batch to make comes to them as (epoch, position).
 
     Args:
-        read: makes one image of a batch.
+        read: makes one image of a batch from its encoded bytes.
         workers: processes; 0 reads in this process.
         prefetch_batches: batches that each worker makes ahead.
         pin_memory: put batches in page-locked memory, for fast copies to a GPU.
@@ -34,8 +34,9 @@ class WorkerLoader:
         self, read: ReadImage, index: ImageIndex, plan: Plan, workers: int, prefetch_batches: int, pin_memory: bool
     ) -> None:
         self._positions = _Positions(plan.batches_per_epoch)
+        self._stored = ImageBytes(index)
         self._loader: DataLoader[Tensor | str] = DataLoader(
-            _Batches(read, index, plan),
+            _Batches(read, index, self._stored, plan),
             batch_size=None,
             sampler=self._positions,
             num_workers=workers,
@@ -56,6 +57,7 @@ class WorkerLoader:
 
     def close(self) -> None:
         self._stop_workers()
+        self._stored.close()
 
 
 class _Positions(Sampler[tuple[int, int]]):
@@ -71,21 +73,20 @@ class _Positions(Sampler[tuple[int, int]]):
 
 
 class _Batches(Dataset[Tensor | str]):
-    def __init__(self, read: ReadImage, index: ImageIndex, plan: Plan) -> None:
-        self._read, self._index, self._plan = read, index, plan
+    def __init__(self, read: ReadImage, index: ImageIndex, stored: ImageBytes, plan: Plan) -> None:
+        self._read, self._index, self._stored, self._plan = read, index, stored, plan
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor | str:
         """A batch, or what is wrong with a file: an exception would lose its type on the way out of a worker."""
-        plan = self._plan.batch(*place)
+        plan = self._plan.to_read(*place)
         images = torch.empty(
             (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
         )
-        for row, sample in enumerate(plan.samples):
-            path = self._index.path(int(sample))
+        for row, sample in enumerate(plan.samples.tolist()):
             try:
-                images[row] = self._read(path, plan, row)
+                images[row] = self._read(self._stored.read(sample), plan, row)
             except BAD_FILE as error:
-                return describe_bad_file(path, error)
+                return describe_bad_file(self._index.place(sample), error)
         return images
 
 

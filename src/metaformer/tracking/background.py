@@ -9,8 +9,9 @@ from pathlib import Path
 from metaformer.tracking.tracker import Row, Tracker
 
 QUEUE_LENGTH = 10_000  # calls that wait at most: days of log rows
-# For what waits, when training has ended: files may still go up; and when it was interrupted or failed.
-CLOSE_SECONDS, CLOSE_SECONDS_OF_FAILED = 600.0, 10.0
+CLOSE_SECONDS_OF_FAILED = (
+    4.0  # when training was interrupted or failed; less than other ranks wait for rank 0 to say why
+)
 
 Call = Callable[[Tracker], None]
 
@@ -24,10 +25,11 @@ class BackgroundTracker:
     Args:
         name: for warnings.
         make: makes the tracker; it may take long, and fail.
+        close_seconds: for what waits, when training has ended.
     """
 
-    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        self._name, self._make = name, make
+    def __init__(self, name: str, make: Callable[[], Tracker], close_seconds: float) -> None:
+        self._name, self._make, self._close_seconds = name, make, close_seconds
         self._calls: queue.Queue[Call | None] = queue.Queue(QUEUE_LENGTH)
         self._lost = 0
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -48,7 +50,7 @@ class BackgroundTracker:
     def close(self, failed: bool) -> None:
         self._hand_over(lambda tracker: tracker.close(failed))
         self._hand_over(None)
-        self._thread.join(CLOSE_SECONDS_OF_FAILED if failed else CLOSE_SECONDS)
+        self._thread.join(min(CLOSE_SECONDS_OF_FAILED, self._close_seconds) if failed else self._close_seconds)
         waiting = self._calls.qsize()
         if self._thread.is_alive() or self._lost:
             self._warn(

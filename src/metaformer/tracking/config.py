@@ -23,3 +23,4 @@ class TrackingConfig:
     name: str | None = None  # None: the run folder's name
     tags: list[str] = field(default_factory=list)
     artifacts: bool = True  # keep the best and the last checkpoint in wandb
+    close_seconds: float = 300.0  # for what has not gone up yet when training has ended

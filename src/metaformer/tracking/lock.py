@@ -31,9 +31,9 @@ def held(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if run_dir in made and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
-            (run_dir / LOCK_FILE).unlink()
-            with suppress(OSError):  # another run has begun beside this one
+        with suppress(OSError):  # the folder is gone, or another run has begun beside this one
+            if run_dir in made and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
+                (run_dir / LOCK_FILE).unlink()
                 for folder in made:
                     folder.rmdir()
         lock.release()

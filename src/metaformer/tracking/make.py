@@ -1,5 +1,6 @@
 """The trackers of a run, from its configuration."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,5 +24,6 @@ def make_tracker(
     trackers: list[Tracker] = [console, JsonlTracker(run_dir, resumed_at)]
     if config.wandb is not WandbMode.off:
         check_wandb()
-        trackers.append(BackgroundTracker("wandb", lambda: WandbTracker(config, run_dir, settings)))
+        make = partial(WandbTracker, config, run_dir, settings)
+        trackers.append(BackgroundTracker("wandb", make, config.close_seconds))
     return FanOut(trackers)

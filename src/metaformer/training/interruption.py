@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
+from metaformer.errors import Interrupted
 from metaformer.runtime import Runtime, Vote
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -35,13 +37,20 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While signals set the flag instead of ending the process."""
+        """While signals set the flag instead of ending the process; after an interruption they do so to its end.
+
+        For torchrun sends SIGTERM to those that are left when the first rank has gone.
+        """
         former = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        except Interrupted:
+            raise
+        except BaseException:
+            _restore(former)
+            raise
+        else:
+            _restore(former)
 
     def agreed(self) -> bool:
         """At each step boundary: whether the ranks stop here; the same answer on all.
@@ -66,3 +75,8 @@ class Interruption:
             self._signal, self._since = number, now
         elif number == signal.SIGINT and now - self._since > SECONDS_OF_ONE_KEYSTROKE:
             os._exit(128 + number)  # a second Ctrl-C: at once; checkpoints are whole at any moment
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXIT_CODE = 4
-BACKSTOP = 1.25  # of the bound, until a timer that needs no Python ends a process whose threads cannot run
+BACKSTOP_SECONDS = 30.0  # past the bound, until a timer that needs no Python ends a process whose threads cannot run
 DUMP_SECONDS = 2.0  # for the other processes of the node to write their stacks
 
 
@@ -50,7 +50,7 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
                 faulthandler.unregister(signal.SIGUSR2)
                 if self._stacks.tell() == 0:
-                    self._file.unlink()
+                    self._file.unlink(missing_ok=True)
         with suppress(OSError):  # other ranks' are there
             self._file.parent.rmdir()
 
@@ -62,7 +62,7 @@ class Watchdog:
 
     def _set_timer(self) -> None:
         self._timer_set_at = time.monotonic()
-        faulthandler.dump_traceback_later(BACKSTOP * self._stall_seconds, file=self._stacks, exit=True)
+        faulthandler.dump_traceback_later(self._stall_seconds + BACKSTOP_SECONDS, file=self._stacks, exit=True)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._stall_seconds / 10)):

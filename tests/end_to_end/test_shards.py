@@ -1,0 +1,83 @@
+"""Packed shards, from the command that writes them to runs on them."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.models import create_model, save_weights
+from tests.conftest import QUICK, REPOSITORY, VAL_IMAGES, rows
+from tests.end_to_end.test_training import assert_same_checkpoint
+
+Run = Callable[..., dict[str, Any]]
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def packed(source: Path, out: Path) -> Path:
+    done = script("prepare_data", "folder", "--from", source, "--out", out, "--format", "shards", "--workers=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(images, tmp_path_factory.mktemp("packed") / "shards")
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_run_begun_on_a_folder_goes_on_on_shards(
+    images: Path, shards: Path, tmp_path: Path, run_program: Run, loader: str
+) -> None:
+    """A run that is stopped in an epoch on the folder and resumed on its shards ends as one that was always on it."""
+    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
+    run_program("train", *common, f"data.root={images}", f"run_dir={moved}", "max_steps=4")
+    run_program("train", *common, f"data.root={shards}", "data.check=files", f"run_dir={moved}")
+    assert rows(moved) == rows(whole)
+    assert rows(moved, "validation") == rows(whole, "validation")
+    assert_same_checkpoint(moved / "checkpoints" / "last", whole / "checkpoints" / "last")
+
+
+def test_validation_is_the_folders(images: Path, shards: Path, tmp_path: Path, run_program: Run) -> None:
+    """validate.py counts every image of the shards once, with the folder's result."""
+    save_weights(create_model("poolformer_s12", 4), tmp_path / "w.safetensors", "poolformer_s12")
+    common = ("image_size=32", "workers=1", f"checkpoint={tmp_path / 'w.safetensors'}")
+    clock = ("seconds", "images_per_second", "date", "data", "command", "log")
+    results = []
+    for root in (images, shards):
+        result = run_program("validate", *common, f"data.root={root}")
+        assert result["images"] == VAL_IMAGES
+        results.append(
+            {name: result[name] for name in ("top1", "top5", "loss") if name in result and name not in clock}
+        )
+    assert results[0] == results[1]
+    assert "top1" in results[0]
+
+
+def test_from_a_broken_image_to_a_list(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """scan_data names a broken image in a shard as in the folder; with its list, training goes through."""
+    root = tmp_path / "data"
+    shutil.copytree(images, root, ignore=shutil.ignore_patterns(".metaformer", "[1-9]*"))
+    bad = root / "train" / "class_1" / "005.JPEG"
+    bad.write_bytes(bad.read_bytes()[:400])
+    shards, listed = packed(root, tmp_path / "shards"), tmp_path / "broken.txt"
+    scans = [
+        script("scan_data", place, "--quarantine", listed, "--out", tmp_path / "m.csv", "--workers=1").stdout
+        for place in (root, shards)
+    ]
+    assert scans[0].splitlines()[1:] == scans[1].splitlines()[1:]
+    assert listed.read_text().splitlines() == ["train/class_1/005.JPEG"]
+    assert "train/class_1/005.JPEG," in (tmp_path / "m.csv").read_text()
+    result = run_program(
+        "train", f"data.root={shards}", f"data.quarantine={listed}", "epochs=1", *QUICK, f"run_dir={tmp_path / 'run'}"
+    )
+    assert result["quarantined"] == 1

@@ -1,0 +1,181 @@
+"""Runs that something happens to: real processes, real signals, a small PoolFormer, real JPEGs."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import BIN, QUICK, REPOSITORY, TRAIN_IMAGES, rows
+from tests.end_to_end.test_training import assert_same_checkpoint
+from tests.faults.program import run_as
+
+STEPS_PER_EPOCH = TRAIN_IMAGES // 8
+EPOCHS = 3
+STEPS = EPOCHS * STEPS_PER_EPOCH
+RECIPE = (*QUICK, f"epochs={EPOCHS}", "ema=enabled", "ema.decay=0.9", "checkpoint.every_steps=2", "workers=0")
+INTERRUPTED = 75
+TIMEOUT = 120
+GRACE = 8.0  # seconds: rank 0 speaks first, then the others do
+
+
+@dataclass
+class Job:
+    """Ranks that run."""
+
+    processes: list[ForkServerProcess]
+    log: Path
+
+    def wait(self, timeout: float = TIMEOUT) -> list[int | None]:
+        """Their exit codes; those that are left when a rank has failed are ended, as torchrun does."""
+        deadline, failed_at = time.monotonic() + timeout, 0.0
+        while any(process.is_alive() for process in self.processes):
+            assert time.monotonic() < deadline, f"no end after {timeout} s: {self.stderr[-3000:]}"
+            if any(process.exitcode for process in self.processes):
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE:
+                    self.end()
+            time.sleep(0.02)
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send one."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def end(self) -> None:
+        """Whatever is left."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    @property
+    def stderr(self) -> str:
+        """Of all ranks."""
+        return "".join(file.read_text() for file in sorted(self.log.parent.glob(f"{self.log.name}-*.err")))
+
+    @property
+    def errors(self) -> list[str]:
+        """The error lines."""
+        return [line for line in self.stderr.splitlines() if line.startswith(("error: ", "interrupted: "))]
+
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def start(images: Path, tmp_path: Path) -> Iterator[Start]:
+    """Start train.py's ranks as torchrun would, from a process that has its imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.program"])
+    jobs: list[Job] = []
+
+    def begin(
+        run_dir: Path, *overrides: str, ranks: int = 1, faults: str = "", variables: dict[str, str] | None = None
+    ) -> Job:
+        environment = {"FAULTS": faults} | (variables or {})
+        argv = [f"data.root={images}", *RECIPE, f"run_dir={run_dir}", *overrides]
+        log, port = tmp_path / f"job{len(jobs)}", free_port()
+        processes = []
+        for rank in range(ranks):
+            arguments = (rank, ranks, port, argv, environment, tmp_path / f"{log.name}-{rank}")
+            processes.append(context.Process(target=run_as, args=arguments))
+            processes[-1].start()
+        jobs.append(Job(processes, log))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.end()
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    """Train to the end; returns the run folder."""
+
+    def whole(run_dir: Path, *overrides: str, ranks: int = 1) -> Path:
+        job = start(run_dir, *overrides, ranks=ranks)
+        assert job.wait() == [0] * ranks, job.stderr
+        return run_dir
+
+    return whole
+
+
+@pytest.fixture(scope="session")
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run folder of a run of so many ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def of(ranks: int) -> Path:
+        run_dir = folder / str(ranks)
+        if not run_dir.exists():
+            done = launch_torchrun(images, run_dir, ranks=ranks)
+            assert done.wait(TIMEOUT) == 0, (folder / f"{run_dir.name}.err").read_text()[-3000:]
+        return run_dir
+
+    return of
+
+
+def launch_torchrun(
+    images: Path, run_dir: Path, *overrides: str, ranks: int = 2, faults: str = "", options: tuple[str, ...] = ()
+) -> "subprocess.Popen[bytes]":
+    """The same through torchrun, in a session of its own; what is printed goes to RUN.out and RUN.err."""
+    command = [str(BIN / "torchrun"), *(options or ("--standalone",)), f"--nproc_per_node={ranks}"]
+    command += [str(REPOSITORY / "tests" / "faults" / "program.py"), f"data.root={images}", *RECIPE]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULTS": faults}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    with Path(f"{run_dir}.out").open("ab") as out, Path(f"{run_dir}.err").open("ab") as err:
+        return subprocess.Popen(
+            [*command, f"run_dir={run_dir}", *overrides],
+            env=environment,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+
+
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    """Weights, average, optimizer, progress, best result and history, bit for bit; nothing half-written is left."""
+    for kind in ("train", "validation"):
+        assert rows(run_dir, kind) == rows(expected, kind)
+    for name in ("last", "best"):
+        assert_same_checkpoint(run_dir / "checkpoints" / name, expected / "checkpoints" / name)
+    assert list(run_dir.rglob("*.tmp")) == []
+    assert status(run_dir)["state"] == "done"
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """RUN/status.json."""
+    content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return content
+
+
+def wait_for_steps(run_dir: Path, steps: int, timeout: float = TIMEOUT) -> None:
+    """Until so many train rows are logged."""
+    deadline = time.monotonic() + timeout
+    while not (run_dir / "metrics.jsonl").exists() or len(rows(run_dir)) < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

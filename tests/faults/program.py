@@ -1,0 +1,153 @@
+"""train.py with a PoolFormer small enough to train in milliseconds, and with the faults that a test asks for.
+
+The environment variable FAULTS lists them as RANK:STEP:FAULT, with spaces between; steps count from 1. The faults are
+real: signals that the rank sends to itself, numbers that are not finite, bits that change. Nothing of the program is
+replaced by something simpler.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from metaformer import runtime
+from metaformer.models.metaformer import Architecture
+from metaformer.models.variants import POOLING, VARIANTS
+from metaformer.tracking.wandb import WandbTracker
+from metaformer.training.checkpoint import CheckpointFolder
+from metaformer.training.loop import SoftBatch, Trainer
+from metaformer.training.state import Snapshot
+
+SMALL = Architecture((1, 1, 1, 1), (8, 16, 24, 32), POOLING, drop_path_rate=0.1)
+
+
+def main() -> None:
+    """Train, with what FAULTS says."""
+    torch.set_num_threads(1)
+    VARIANTS["poolformer_s12"] = SMALL
+    rank = int(os.environ.get("RANK", 0))
+    faults = [fault.split(":", 2) for fault in os.environ.get("FAULTS", "").split()]
+    planned = {int(step): name for where, step, name in faults if int(where) == rank}
+    _strike_in_steps(planned)
+    _strike_in_validation(planned)
+    _strike_in_saves(planned)
+    _strike_in_tracking(planned.get(0, ""))
+    if planned.get(0) == "other-seed":
+        sys.argv.append("seed=7")
+    if planned.get(0) == "other-code":
+        vars(sys.modules["metaformer.assembly.training"])["code_fingerprint"] = lambda: "another"
+    runtime.run_program(train.main)
+
+
+def _strike_in_steps(planned: dict[int, str]) -> None:
+    take_step = Trainer._step
+
+    def step(self: Trainer, batches: Iterator[SoftBatch], logs: bool) -> Any:
+        number = self.state.progress.step + 1
+        fault = planned.get(number, planned.get(0, ""))
+        match fault:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "kill-once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "term" | "usr1" | "int" | "stop":
+                os.kill(os.getpid(), getattr(signal, f"SIG{fault.upper()}"))
+            case "hang":
+                time.sleep(1000)
+            case "slow":
+                time.sleep(0.1)
+            case "slow-forward":
+                handle = self.state.model.get_submodule("stem").register_forward_hook(_delay)
+            case "nan":
+                batches = map(_poison, batches)
+            case "term-in-backward":
+                self.state.model.get_parameter("stem.conv.bias").register_hook(_terminate)
+        result = take_step(self, batches, logs)
+        if fault == "slow-forward":
+            handle.remove()
+        if fault == "perturb":
+            with torch.no_grad():
+                self.state.model.get_parameter("stages.2.blocks.0.mlp.fc1.weight")[3, 1] += 1e-6
+        return result
+
+    Trainer._step = step  # type: ignore[method-assign]
+
+
+def _strike_in_validation(planned: dict[int, str]) -> None:
+    ask = Trainer._stop_validation
+    calls = 0
+
+    def stop(self: Trainer) -> bool:
+        nonlocal calls
+        calls += 1
+        if planned.get(self.state.progress.step) == "term-in-validation" and calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self)
+
+    Trainer._stop_validation = stop  # type: ignore[method-assign]
+
+
+def _strike_in_saves(planned: dict[int, str]) -> None:
+    write = CheckpointFolder._write
+
+    def strike(self: CheckpointFolder, snapshot: Snapshot, folder: Path) -> None:
+        fault = planned.get(snapshot.progress["step"])
+        if fault == "term-in-save":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(self, snapshot, folder)
+        if fault == "kill-in-save":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    CheckpointFolder._write = strike  # type: ignore[method-assign]
+
+
+def _strike_in_tracking(fault: str) -> None:
+    def raise_(*arguments: Any) -> None:
+        raise RuntimeError("wandb has a bad day")
+
+    def block(*arguments: Any) -> None:
+        time.sleep(1000)
+
+    match fault:
+        case "tracker-raises":
+            WandbTracker.metrics = raise_  # type: ignore[method-assign, assignment]
+        case "tracker-blocks":
+            WandbTracker.metrics = block  # type: ignore[method-assign, assignment]
+        case "tracker-blocks-at-start":
+            WandbTracker._start = block  # type: ignore[method-assign, assignment]
+
+
+def _poison(batch: SoftBatch) -> SoftBatch:
+    batch.images.fill_(math.nan)
+    return batch
+
+
+def _delay(*arguments: Any) -> None:
+    time.sleep(0.3)
+
+
+def _terminate(gradient: torch.Tensor) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_as(rank: int, world_size: int, port: int, argv: list[str], environment: dict[str, str], log: Path) -> None:
+    """Be one rank: with torchrun's variables, output into LOG.out and LOG.err."""
+    counts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    counts["MASTER_PORT"] = port
+    variables = {name: str(count) for name, count in counts.items()}
+    os.environ.update(variables | {"MASTER_ADDR": "127.0.0.1"} | environment)
+    for descriptor, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.argv = ["train.py", *argv]
+    main()
+
+
+if __name__ == "__main__":
+    main()

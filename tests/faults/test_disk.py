@@ -1,0 +1,198 @@
+"""What the disk does: damaged, missing, full, read-only, shared by two runs, holding something hostile."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import rows
+from tests.faults.conftest import STEPS, Run, Start, assert_same_run, status, wait_for_steps
+
+Undisturbed = Callable[[int], Path]
+
+
+def damage(file: Path, how: str) -> None:
+    """Cut a file short, or turn a bit around in its middle."""
+    content = bytearray(file.read_bytes())
+    if how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer.pt", "manifest.json"])
+def test_a_damaged_last_checkpoint(
+    start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, how: str, name: str
+) -> None:
+    """Row 5: the one before is taken, the log says which was passed over and why, and the end is the same."""
+    assert start(tmp_path / "run", faults="0:9:term").wait() == [75]
+    last = (tmp_path / "run" / "checkpoints" / "last").resolve()
+    if name == "manifest.json" and how == "flip":
+        content = json.loads((last / name).read_text())
+        content["files"]["trainer.pt"]["sha256"] = "0" * 64
+        (last / name).write_text(json.dumps(content))
+    else:
+        damage(last / name, how)
+    run(tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    named = "trainer.pt" if name == "manifest.json" and how == "flip" else name
+    assert f"{last / named}: damaged" in log
+    assert status(tmp_path / "run")["started_at_step"] < 9
+    assert_same_run(tmp_path / "run", undisturbed(1))
+
+
+def test_all_checkpoints_damaged(start: Start, tmp_path: Path) -> None:
+    """Row 6: nothing starts from scratch in silence: exit code 2, every file named, nothing changed."""
+    assert start(tmp_path / "run", faults="0:9:term").wait() == [75]
+    checkpoints = sorted(folder for folder in (tmp_path / "run" / "checkpoints").iterdir() if not folder.is_symlink())
+    for folder in checkpoints:
+        damage(folder / "trainer.pt", "flip")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    job = start(tmp_path / "run")
+    assert job.wait() == [2]
+    assert all(str(folder / "trainer.pt") in job.errors[0] for folder in checkpoints)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(start: Start, run: Run, small_disk: Path, tmp_path: Path) -> None:
+    """Row 7: alarms while training goes on, the old checkpoint stays whole, the third miss in a row ends it."""
+    run_dir, filler = small_disk / "run", small_disk / "filler"
+    job = start(run_dir, faults="0:0:slow")
+    wait_for_steps(run_dir, 4)
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(2**23))
+    full_at = len(rows(run_dir))
+    assert job.wait() == [2], job.stderr
+    assert "No space left on device), nor could 2 before it" in job.errors[0]
+    out = (tmp_path / f"{job.log.name}-0.out").read_text()
+    assert out.count("ALARM") == 2
+    assert f"step {full_at + 3}/" in out, "training went on meanwhile"
+    assert int((run_dir / "checkpoints" / "last").resolve().name.split("-")[1]) <= full_at + 1
+    filler.unlink()
+    run(run_dir)
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1)), "nothing is doubled or missing"
+
+
+def test_a_disk_that_is_full_at_the_start(start: Start, small_disk: Path) -> None:
+    """Row 8: an error before the first step."""
+    with pytest.raises(OSError, match="No space"):
+        (small_disk / "filler").write_bytes(bytes(2**23))
+    job = start(small_disk / "run")
+    assert job.wait() == [2]
+    assert "cannot be written (No space left on device)" in job.errors[0]
+
+
+@pytest.mark.parametrize("how", ["read-only", "dangling link"])
+def test_a_run_folder_that_cannot_be_written(start: Start, small_disk: Path, how: str) -> None:
+    """Row 8: an error before the first step, exit code 2."""
+    run_dir = small_disk / "run"
+    if how == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    else:
+        run_dir.symlink_to(small_disk / "nowhere")
+    job = start(run_dir)
+    assert job.wait() == [2]
+    assert f"run_dir={run_dir}: cannot be" in job.errors[0]
+
+
+def test_a_run_folder_that_vanishes(start: Start, tmp_path: Path) -> None:
+    """Row 8: a folder that is gone in mid-run is not made anew; training goes on and ends after three misses."""
+    job = start(tmp_path / "run", faults="0:0:slow")
+    wait_for_steps(tmp_path / "run", 3)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert job.wait() == [2]
+    assert "cannot be written (No such file or directory)" in job.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_data_set_changes(images: Path, start: Start, tmp_path: Path) -> None:
+    """Row 19: an image more, or one with other contents: no resume on other data."""
+    shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
+    root = f"data.root={tmp_path / 'data'}"
+    assert start(tmp_path / "run", root, faults="0:4:term").wait() == [75]
+    first = next((tmp_path / "data" / "train" / "class_0").iterdir())
+    shutil.copy(first, first.with_name("more.JPEG"))
+    job = start(tmp_path / "run", root)
+    assert job.wait() == [2]
+    assert "cannot resume: it was trained with data=" in job.errors[0]
+
+
+def test_two_runs_in_one_folder(start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 28: the second is refused while the first lives, whoever began; a killed run holds nothing."""
+    first = start(tmp_path / "run", faults="0:0:slow")
+    wait_for_steps(tmp_path / "run", 3)
+    second = start(tmp_path / "run")
+    assert second.wait() == [2]
+    assert f"process {first.processes[0].pid} on " in second.errors[0]
+    assert first.processes[0].is_alive()
+    first.end()
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(1))
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self._file}",)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "weights", "state"])
+def test_code_in_a_file_is_not_run(start: Start, tmp_path: Path, where: str) -> None:
+    """Row 24: a pickle that would run a command, as a checkpoint's file with a manifest that fits, as init_weights."""
+    canary = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Canary(canary)))
+    canary.unlink()  # it does run where pickle reads it
+    assert start(tmp_path / "run", faults="0:4:term").wait() == [75]
+    hostile = tmp_path / "hostile.pth"
+    torch.save({"state_dict": Canary(canary), "optimizer": Canary(canary)}, hostile)
+    options = {"weights": (f"init_weights={hostile}", f"run_dir={tmp_path / 'other'}"), "state": (), "checkpoint": ()}
+    if where != "weights":
+        last = (tmp_path / "run" / "checkpoints" / "last").resolve()
+        target = last / ("trainer.pt" if where == "state" else "model.safetensors")
+        shutil.copy(hostile, target)
+        manifest = json.loads((last / "manifest.json").read_text())
+        facts = {"bytes": target.stat().st_size, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+        manifest["files"][target.name] = facts
+        (last / "manifest.json").write_text(json.dumps(manifest))
+    job = start(tmp_path / "run", *options[where])
+    assert job.wait() == [2]
+    assert len(job.errors) == 1
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("override", ["+model._target_=os.system", "model={_target_:os.system,name:x}"])
+def test_a_configuration_cannot_name_code(start: Start, tmp_path: Path, override: str) -> None:
+    """Row 25: a component is a name in a list; a config that names a callable is refused.
+
+    Row 26, members of a tar that lead elsewhere: tests/data/test_imagenet_archives.py.
+    """
+    job = start(tmp_path / "run", override)
+    assert job.wait() == [2]
+    assert "_target_" in job.errors[0]
+    assert not (tmp_path / "run").exists()

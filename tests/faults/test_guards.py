@@ -1,0 +1,79 @@
+"""Hangs, slow ranks, numbers that are not finite, ranks that part ways, ranks that were started differently."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import rows
+from tests.faults.conftest import EPOCHS, STEPS, Start, status
+
+STALLED, DIVERGED = 4, 3
+
+
+@pytest.mark.parametrize("fault", ["stop", "hang"])
+def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -> None:
+    """Row 13: SIGSTOP on a rank, or a step that never ends: the job ends in time, all ranks' stacks on disk."""
+    job = start(tmp_path / "run", "guards.stall_seconds=5", ranks=2, faults=f"1:4:{fault}")
+    codes = job.wait(60)
+    assert codes[0] == STALLED, job.stderr
+    assert any("guards.stall_seconds=5" in line for line in job.errors)
+    for rank in (0, 1):
+        assert " in step\n" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
+    assert start(tmp_path / "run", ranks=2).wait() == [0, 0], "the same command goes on"
+
+
+def test_a_slow_rank_is_named(start: Start, tmp_path: Path) -> None:
+    """Row 14: 300 ms a step more on rank 1: the log names it, and its node, at most rows.
+
+    That ranks which are alike are not named: tests/training/test_stragglers.py.
+    """
+    job = start(tmp_path / "run", ranks=2, faults="1:0:slow-forward")
+    assert job.wait() == [0, 0], job.stderr
+    lines = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if " slow rank " in line]
+    assert sum(f" rank 1 on {socket.gethostname()}: " in line for line in lines) > STEPS // 2
+
+
+def test_one_nan_on_one_rank(start: Start, tmp_path: Path) -> None:
+    """Row 15: all ranks leave out that step, it is counted, and training goes on with finite weights."""
+    options = ("guards.compare_ranks_every_steps=1", "augmentation.mix_group_size=4")
+    job = start(tmp_path / "run", *options, ranks=2, faults="1:5:nan")
+    assert job.wait() == [0, 0], job.stderr
+    found = rows(tmp_path / "run")
+    assert [row["skipped_steps"] for row in found] == [0] * 4 + [1] * (STEPS - 4)
+    assert [row["step"] for row in found if row["loss"] is None] == [5]
+    assert len(rows(tmp_path / "run", "validation")) == EPOCHS
+
+
+def test_nan_for_long_ends_the_run(start: Start, tmp_path: Path) -> None:
+    """Row 16: the fourth step in a row is too many: exit code 3; `best` and `last` are from before, and finite."""
+    faults = " ".join(f"0:{step}:nan" for step in range(9, 19))
+    job = start(tmp_path / "run", "guards.max_skipped_steps=4", faults=faults)
+    assert job.wait() == [DIVERGED]
+    assert "the last 4 steps had gradients that are not finite" in job.errors[0]
+    saved = {name: (tmp_path / "run" / "checkpoints" / name).resolve().name for name in ("best", "last")}
+    assert saved == {"best": "epoch-001", "last": "step-00000008"}
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_parameter_that_differs_is_named(start: Start, tmp_path: Path) -> None:
+    """Row 17: one number, changed by a millionth on rank 1 after step 7: found at the next comparison."""
+    job = start(tmp_path / "run", "guards.compare_ranks_every_steps=4", ranks=2, faults="1:7:perturb")
+    assert DIVERGED in job.wait()
+    assert "step 8: stages.2.blocks.0.mlp.fc1.weight on rank 1 is not what it is on rank 0" in job.errors[0]
+
+
+def test_ranks_with_another_configuration(start: Start, tmp_path: Path) -> None:
+    """Row 18: refused with the rank's number before anything is trained or written."""
+    job = start(tmp_path / "run", ranks=2, faults="1:0:other-seed")
+    assert 2 in job.wait()
+    assert "rank 1: the configuration differs from rank 0's" in job.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_other_code(start: Start, tmp_path: Path) -> None:
+    """Row 18: so is a node whose copy of the package is another."""
+    job = start(tmp_path / "run", ranks=2, faults="1:0:other-code")
+    assert 2 in job.wait()
+    assert "rank 1: the code of metaformer" in job.errors[0]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,132 @@
+"""Being asked to stop: at any moment, by any rank, and going on as if nothing had been."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import rows
+from tests.faults.conftest import (
+    INTERRUPTED,
+    STEPS,
+    STEPS_PER_EPOCH,
+    Run,
+    Start,
+    assert_same_run,
+    launch_torchrun,
+    status,
+    wait_for_steps,
+)
+
+Undisturbed = Callable[[int], Path]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(
+    start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, ranks: int, step: int
+) -> None:
+    """Rows 1 and 9: SIGTERM in mid-epoch, at an epoch's end, one step after; exit code 75; then the same command."""
+    job = start(tmp_path / "run", ranks=ranks, faults=f"0:{step}:term")
+    codes = job.wait()
+    assert codes[0] == INTERRUPTED, job.stderr
+    told = status(tmp_path / "run")
+    assert told["state"] == "interrupted"
+    assert told["step"] in (step, step + 1), "what a rank knows at one boundary, all know at the next"
+    assert f"step {told['step']} is saved" in job.errors[0]
+    run(tmp_path / "run", ranks=ranks)
+    assert_same_run(tmp_path / "run", undisturbed(ranks))
+
+
+@pytest.mark.parametrize(("number", "rank"), [("usr1", 1), ("usr1", 0), ("int", 1), ("term", 1)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, number: str, rank: int
+) -> None:
+    """Row 10: only one of two ranks is asked; both save the same step and end with 75."""
+    job = start(tmp_path / "run", ranks=2, faults=f"{rank}:4:{number}")
+    assert job.wait() == [INTERRUPTED, INTERRUPTED], job.stderr
+    (line,) = job.errors
+    assert f"step {status(tmp_path / 'run')['step']} is saved" in line
+    run(tmp_path / "run", ranks=2)
+    assert_same_run(tmp_path / "run", undisturbed(2))
+
+
+@pytest.mark.parametrize("moment", ["term-in-backward", "term-in-validation", "term-in-save"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_at_any_moment(
+    start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, moment: str, ranks: int
+) -> None:
+    """Row 11: during backward, in the middle of a validation, while a checkpoint is written."""
+    step = STEPS_PER_EPOCH if moment == "term-in-validation" else 4
+    job = start(tmp_path / "run", ranks=ranks, faults=f"0:{step}:{moment}")
+    assert job.wait()[0] == INTERRUPTED, job.stderr
+    told = status(tmp_path / "run")
+    assert told["state"] == "interrupted"
+    if moment == "term-in-validation":
+        assert told["step"] == STEPS_PER_EPOCH
+        assert rows(tmp_path / "run", "validation") == [], "it was left off"
+    run(tmp_path / "run", ranks=ranks)
+    assert_same_run(tmp_path / "run", undisturbed(ranks))
+
+
+def test_repeated_signals_change_nothing(start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 12: SIGTERM again and again, as launchers send it, and one Ctrl-C that comes twice: one orderly stop."""
+    job = start(tmp_path / "run", faults="0:0:slow")
+    wait_for_steps(tmp_path / "run", 3)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        job.signal(0, number)
+    assert job.wait() == [INTERRUPTED], job.stderr
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(1))
+
+
+def test_grace_too_short(start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 12: SIGKILL right after SIGTERM: what was saved before counts, and the end is the same."""
+    job = start(tmp_path / "run", ranks=2, faults="0:0:slow 1:0:slow")
+    wait_for_steps(tmp_path / "run", 5)
+    for rank in (0, 1):
+        job.signal(rank, signal.SIGTERM)
+        job.signal(rank, signal.SIGKILL)
+    assert job.wait() == [-signal.SIGKILL] * 2
+    assert status(tmp_path / "run")["state"] == "running", "so a script knows that it was killed"
+    run(tmp_path / "run", ranks=2)
+    assert_same_run(tmp_path / "run", undisturbed(2))
+
+
+def test_sigterm_to_torchrun(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 9: torchrun passes SIGTERM on; its own exit code says nothing, the status file does."""
+    run_dir = tmp_path / "run"
+    agent = launch_torchrun(images, run_dir, "workers=1", faults="0:0:slow 1:0:slow")
+    wait_for_steps(run_dir, 3)
+    agent.terminate()
+    assert agent.wait(60) != 0
+    assert status(run_dir)["state"] == "interrupted"
+    assert launch_torchrun(images, run_dir, "workers=1").wait(120) == 0
+    assert_same_run(run_dir, undisturbed(2))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks(start: Start, run: Run, tmp_path: Path, before: int, after: int) -> None:
+    """Row 20: with a fixed mixing group, half a run on other ranks gives the losses of the whole, within rounding."""
+    options = ("augmentation.mix_group_size=4", "model.drop_path_rate=0")
+    whole = run(tmp_path / "whole", *options)
+    job = start(tmp_path / "run", *options, ranks=before, faults=f"0:{STEPS_PER_EPOCH + 2}:term")
+    assert job.wait()[0] == INTERRUPTED
+    run(tmp_path / "run", *options, ranks=after)
+    found, expected = rows(tmp_path / "run"), rows(whole)
+    assert len(found) == STEPS
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    assert [row["images"] for row in rows(tmp_path / "run", "validation")] == [403] * 3
+
+
+def test_waiting_for_a_second_keystroke(start: Start, tmp_path: Path) -> None:
+    """A second Ctrl-C after two seconds ends a rank at once, where a step takes for ever."""
+    job = start(tmp_path / "run", faults="0:3:hang")
+    wait_for_steps(tmp_path / "run", 2)
+    time.sleep(0.3)
+    job.signal(0, signal.SIGINT)
+    time.sleep(2.2)
+    job.signal(0, signal.SIGINT)
+    assert job.wait(10) == [128 + signal.SIGINT]

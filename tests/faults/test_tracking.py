@@ -1,0 +1,47 @@
+"""Tracking is a guest: it neither stops nor slows a run, and no secret gets into a file."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import rows
+from tests.faults.conftest import INTERRUPTED, Start, status
+
+Undisturbed = Callable[[int], Path]
+
+
+@pytest.mark.parametrize("fault", ["tracker-raises", "tracker-blocks", "tracker-blocks-at-start"])
+def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: Path, fault: str) -> None:
+    """Row 21: wandb raises at each row, or never comes back: every row is in metrics.jsonl, the run ends as ever."""
+    job = start(tmp_path / "run", "tracking=offline", "tracking.close_seconds=1", faults=f"0:0:{fault}")
+    assert job.wait(60) == [0], job.stderr
+    for kind in ("train", "validation"):
+        assert rows(tmp_path / "run", kind) == rows(undisturbed(1), kind)
+    (warning,) = [line for line in job.stderr.splitlines() if line.startswith("warning: wandb")]
+    assert ("bad day" if fault == "tracker-raises" else "did not reach it") in warning
+
+
+def test_a_stuck_tracker_does_not_delay_an_interruption(start: Start, tmp_path: Path) -> None:
+    """Row 21: the grace that a launcher gives is not spent on wandb."""
+    began = time.monotonic()
+    job = start(tmp_path / "run", "tracking=offline", faults="0:4:term 0:0:tracker-blocks")
+    assert job.wait(60) == [INTERRUPTED]
+    assert status(tmp_path / "run")["state"] == "interrupted"
+    assert time.monotonic() - began < 50
+
+
+def test_no_secret_reaches_a_file(start: Start, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 27: neither wandb's key nor what an override takes out of the environment, in any file of the run folder."""
+    key, weights = "0123456789" * 4, tmp_path / "canary-e1f5.safetensors"
+    shutil.copy(undisturbed(1) / "checkpoints" / "last" / "model.safetensors", weights)
+    options = ("tracking=offline", "init_weights=${oc.env:PRIVATE}", "epochs=1")
+    job = start(tmp_path / "run", *options, variables={"WANDB_API_KEY": key, "PRIVATE": str(weights)})
+    assert job.wait() == [0], job.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert "init_weights: ${oc.env:PRIVATE}" in (tmp_path / "run" / "config.yaml").read_text()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    for secret in (key, "canary"):
+        assert [file for file in files if secret.encode() in file.read_bytes()] == []
