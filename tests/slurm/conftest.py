@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,15 @@ def checkout(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chec
 @pytest.fixture(scope="session")
 def reference(checkout: Checkout) -> dict[str, Tensor]:
     """The weights that the recipe ends with on one node with two ranks, never interrupted."""
-    return trained_on_one_node(checkout, ranks=2)
+    return trained_on_one_node(checkout, RECIPE, ranks=2)
 
 
-def trained_on_one_node(checkout: Checkout, ranks: int) -> dict[str, Tensor]:
-    """The recipe's last weights, from a job that nothing happened to."""
+def trained_on_one_node(checkout: Checkout, recipe: Sequence[str], ranks: int) -> dict[str, Tensor]:
+    """A recipe's last weights, from a job that nothing happened to."""
     checkout.environment["NPROC_PER_NODE"] = str(ranks)
     run_dir = f"runs/reference-{ranks}"
     try:
-        job = checkout.sbatch("--nodes=1", "--time=10", "slurm/train.sbatch", *RECIPE, f"run_dir={run_dir}")
+        job = checkout.sbatch("--nodes=1", "--time=10", "slurm/train.sbatch", *recipe, f"run_dir={run_dir}")
     finally:
         del checkout.environment["NPROC_PER_NODE"]
     job.succeeds()

@@ -103,8 +103,10 @@ def test_a_run_folder_of_one_node(checkout: Checkout) -> None:
 def test_a_node_with_other_code(checkout: Checkout) -> None:
     """A site's own way to start torchrun gives one node an older copy of the code: refused in one line."""
     other = checkout.folder / "other"
-    shutil.copytree(checkout.folder / "src", other / "src")
-    (other / "src" / "metaformer" / "errors.py").open("a").write("\n# of yesterday\n")
+    for name in ("src", "conf"):
+        shutil.copytree(checkout.folder / name, other / name)
+    changed = other / "src" / "metaformer" / "errors.py"
+    changed.write_text(changed.read_text() + "\n# of yesterday\n")
     site = checkout.folder / "slurm" / "site.env"
     (other / "start.sh").write_text(
         f'[[ $(hostname) != node2 ]] || export PYTHONPATH="{other}/src:$PYTHONPATH"\nexec .venv/bin/torchrun "$@"\n'

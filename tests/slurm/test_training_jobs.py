@@ -30,12 +30,13 @@ def test_two_nodes_train_what_one_does(checkout: Checkout) -> None:
     """Two nodes of two ranks end with the very weights of one node of four; overrides arrive as they were given."""
     run_dir = "runs/it's two words; $(touch evaluated) `touch evaluated`"
     quoted = run_dir.replace("'", "\\'")
-    job = checkout.sbatch(*TWO_NODES, "--gpus-per-node=2", "slurm/train.sbatch", *RECIPE, f"run_dir='{quoted}'")
+    short = (*RECIPE, "max_steps=20")
+    job = checkout.sbatch(*TWO_NODES, "--gpus-per-node=2", "slurm/train.sbatch", *short, f"run_dir='{quoted}'")
     job.succeeds()
     assert job.result()["run_dir"] == run_dir
     assert "4 x CPU" in job.log()
     assert not (checkout.folder / "evaluated").exists()
-    assert equal(checkout.weights(run_dir), trained_on_one_node(checkout, ranks=4))
+    assert equal(checkout.weights(run_dir), trained_on_one_node(checkout, short, ranks=4))
 
 
 def test_a_time_limit(checkout: Checkout, reference: Weights) -> None:
