@@ -6,6 +6,8 @@
 #     --volume /path/to/imagenet:/imagenet:ro --volume "$PWD/runs:/metaformer/runs" metaformer \
 #     torchrun --standalone --nproc_per_node=8 train.py model=poolformer_m36 data.root=/imagenet
 #
+# `docker stop --time=120` lets it save; docs/clusters.md has Apptainer and enroot.
+#
 # wandb's key goes in when a container starts (--env WANDB_API_KEY), never when the image is built.
 # Check GPU, DALI and training on a machine, in a minute:
 #
@@ -39,7 +41,7 @@ RUN from_base='^(torch|torchvision|triton|pytorch-triton|numpy|nvidia-[a-z0-9-]+
 
 COPY . .
 RUN PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps --editable . \
-    && python -c 'import metaformer.build, nvidia.dali.plugin.pytorch, timm, torchvision, wandb' \
+    && python -c 'import metaformer.assembly, nvidia.dali.plugin.pytorch, timm, torchvision, wandb' \
     && useradd --no-log-init --create-home --uid 10001 metaformer \
     && mkdir data runs \
     && chmod 1777 data runs /home/metaformer # `docker run --user` may name anyone
@@ -47,4 +49,7 @@ RUN PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps --editable 
 # USER: torch.compile's cache asks for the user's name, and `docker run --user` gives a number that has none.
 ENV HOME=/home/metaformer USER=metaformer OMP_NUM_THREADS=1
 USER 10001
+# Unhealthy: a GPU that was there no longer answers.
+HEALTHCHECK --interval=5m --timeout=30s \
+    CMD ["bash", "-c", "[[ ! -e /dev/nvidiactl ]] || nvidia-smi --list-gpus >/dev/null"]
 CMD ["python", "train.py", "--help"]

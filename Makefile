@@ -1,5 +1,6 @@
 # make demo    from a fresh clone to a trained, validated PoolFormer on built-in sample data
-# make test    all tests
+# make test    all tests; those on SLURM where it is installed
+# make test-slurm   those on SLURM, with all they need: installs Debian's packages, as root
 # make check   format, lint, types
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-slurm check clean
 
 install: $(BIN)/.installed
 
@@ -26,12 +27,18 @@ demo: install
 	$(BIN)/python scripts/describe_run.py $(RUN)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SELECT)
+
+test-slurm: install
+	tests/slurm/install.sh
+	METAFORMER_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources --shell=bash slurm/*.sh slurm/*.sbatch slurm/site.example.env .ci/run tests/slurm/*.sh
+	$(BIN)/hadolint Dockerfile
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache

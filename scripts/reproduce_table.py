@@ -7,7 +7,8 @@
   python scripts/reproduce_table.py --report
 
 A row is trained by its recipe conf/experiment/ROW.yaml; with --released its published weights are evaluated instead.
-What follows -- goes to train.py or validate.py. The same command again resumes.
+What follows -- goes to train.py or validate.py. The same command again resumes. --submit makes one job array with a
+task for each row, --at-once of them at a time; each task that is done brings the table up to date.
 """
 
 import argparse
@@ -43,24 +44,47 @@ class RowFailed(UserError):
 
 
 def main() -> None:
-    """Parse the command line and do one of the four things."""
+    """Parse the command line and do one of the five things."""
     arguments = _parse()
     runs: Path = arguments.runs.absolute()
     if arguments.list:
         _list()
     elif arguments.report:
         _report(runs)
+    elif arguments.run_dir:
+        for row in find_rows([arguments.run_dir]):
+            print(_run_dir(row, runs))
+    elif arguments.submit:
+        _submit(find_rows(arguments.submit), runs, arguments)
     else:
-        rows = find_rows(arguments.run or arguments.submit)
-        commands = [(row, _command(row, runs, arguments) + arguments.overrides) for row in rows]
-        for row, command in commands:
-            print(f"{row.name}: {shlex.join(command)}", flush=True)
-            try:
-                done = subprocess.run(command, cwd=REPOSITORY, check=False)
-            except OSError as error:
-                raise UserError(f"row={row.name}: cannot start {command[0]} ({error.strerror})") from error
-            if done.returncode:
-                raise RowFailed(row, done.returncode)
+        _run([(row, _command(row, runs, arguments) + arguments.overrides) for row in find_rows(arguments.run)])
+
+
+def _run(commands: list[tuple[Row, list[str]]]) -> None:
+    for row, command in commands:
+        print(f"{row.name}: {shlex.join(command)}", flush=True)
+        try:
+            done = subprocess.run(command, cwd=REPOSITORY, check=False)
+        except OSError as error:
+            raise UserError(f"row={row.name}: cannot start {command[0]} ({error.strerror})") from error
+        if done.returncode:
+            raise RowFailed(row, done.returncode)
+
+
+def _submit(rows: list[Row], runs: Path, arguments: argparse.Namespace) -> None:
+    for row in rows:
+        _run_dir(row, runs)  # refuses what has no recipe
+    command = submit_command(rows, runs, arguments.at_once, arguments.sbatch) + arguments.overrides
+    print(shlex.join(command), flush=True)
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            "--submit: no sbatch on the path; run it on a login node of a SLURM cluster, or use --run"
+        ) from error
+    if done.returncode:
+        raise UserError(f"--submit: {' '.join(done.stderr.split())}")
+    print(done.stdout.strip())
 
 
 def _parse() -> argparse.Namespace:
@@ -68,12 +92,14 @@ def _parse() -> argparse.Namespace:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--list", action="store_true", help="say which rows there are")
     action.add_argument("--run", nargs="+", metavar="ROW", help="run rows here, one after the other; * matches many")
-    action.add_argument("--submit", nargs="+", metavar="ROW", help="submit rows to SLURM, a job each")
+    action.add_argument("--submit", nargs="+", metavar="ROW", help="submit rows to SLURM, as a job array")
+    action.add_argument("--run-dir", metavar="ROW", help="say where a row's run folder is")
     action.add_argument("--report", action="store_true", help="write table.md, table.csv and table.png into --runs")
     parser.add_argument("--released", action="store_true", help="evaluate released weights instead of training")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and results lie (runs)")
     gpus = torch.cuda.device_count()
     parser.add_argument("--processes", type=int, default=max(1, gpus), help="of --run; default: one for each GPU")
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="of --submit: rows at a time (4)")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="options for sbatch, as one quoted text")
     own, overrides = sys.argv[1:], []
     if "--" in own:
@@ -85,8 +111,9 @@ def _parse() -> argparse.Namespace:
         parser.error("--released: goes with --run; an evaluation takes minutes")
     if overrides and not (arguments.run or arguments.submit):
         parser.error("overrides after -- go with --run and --submit")
-    if arguments.processes < 1:
-        parser.error(f"--processes {arguments.processes}: must be at least 1")
+    for option in ("processes", "at_once"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be at least 1")
     try:
         arguments.sbatch = shlex.split(arguments.sbatch)
     except ValueError as error:
@@ -97,8 +124,6 @@ def _parse() -> argparse.Namespace:
 def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
     if arguments.released:
         return validate_command(row, runs / "results.csv", arguments.processes)
-    if arguments.submit:
-        return submit_command(row, _run_dir(row, runs), arguments.sbatch)
     return train_command(row, _run_dir(row, runs), arguments.processes)
 
 

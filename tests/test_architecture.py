@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "metaformer"
-COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting")
+COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting", "diagnosis")
 FOUNDATION = {"errors", "files", "runtime"}
 
 

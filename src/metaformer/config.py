@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from metaformer.data.augmentation import AugmentationConfig
@@ -176,18 +176,41 @@ def compose_recipe(experiment: str) -> TrainConfig:
     Raises:
         UserError: there is no such experiment, or it cannot work.
     """
+    return compose_training([f"experiment={experiment}"])
+
+
+def compose_training(overrides: Sequence[str]) -> TrainConfig:
+    """The configuration that train.py has with these overrides on its command line.
+
+    Raises:
+        UserError: as `compose`.
+    """
     _store_schemas()
     try:
         with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
-            values = hydra.compose("train", [f"experiment={experiment}"])
+            values = hydra.compose("train", list(overrides), return_hydra_config=True)
+        experiment = values.hydra.runtime.choices.get("experiment") or "default"
+        with open_dict(values):
+            del values["hydra"]
         config: Any = OmegaConf.to_object(values)
     except HydraException as error:
         raise UserError(_explain(error)) from error
     except OmegaConfBaseException as error:
         raise UserError(_explain_value(error)) from error
     assert isinstance(config, TrainConfig)
+    _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
+    config.from_environment = dict(_from_environment(values))
     return config
+
+
+def freeze(config: TrainConfig) -> str:
+    """What train.py --config-dir=... --config-name=... composes to this configuration, whatever becomes of conf/."""
+    frozen = OmegaConf.load(CONF_FOLDER / "train.yaml")
+    assert isinstance(frozen, DictConfig)
+    quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
+    frozen.defaults = ["train_schema", "_self_", *quiet]
+    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, recorded(config)))
 
 
 def _refuse_added_fields(config: Any, values: Any, parent: str = "") -> None:

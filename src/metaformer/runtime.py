@@ -101,14 +101,17 @@ class Runtime:
         dist.all_gather(everyone, values, group=self.control)
         return everyone
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in their order; every rank gets them."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[T] = [value] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
     def processes(self) -> list[Process]:
         """Where each rank runs."""
-        own = Process(socket.gethostname(), os.getpid())
-        if self.world_size == 1:
-            return [own]
-        everyone: list[Process] = [own] * self.world_size
-        dist.all_gather_object(everyone, own)
-        return everyone
+        return self.gather_objects(Process(socket.gethostname(), os.getpid()))
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics): those that a checkpoint holds."""
@@ -166,10 +169,7 @@ class Runtime:
         Raises:
             UserError: names the first rank that differs from rank 0.
         """
-        if self.world_size == 1:
-            return
-        values: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = self.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")

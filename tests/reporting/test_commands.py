@@ -21,10 +21,13 @@ def test_training_is_plain_or_by_torchrun() -> None:
     assert train_command(S12, Path("runs/a b"), 8)[-4:] == ["--nproc_per_node=8", *recipe]
 
 
-def test_submission_gives_sbatch_its_options() -> None:
-    """sbatch's options come before the script, train.py's after it."""
-    command = submit_command(IDENTITY, Path("runs/x"), ["--nodes=2"])
-    assert command == ["sbatch", "--nodes=2", "slurm/train.sbatch", "experiment=ablation/identity", "run_dir=runs/x"]
+def test_submission_is_a_throttled_array() -> None:
+    """sbatch's options come before the script, the rows after it, and what follows -- is train.py's."""
+    command = submit_command([S12, IDENTITY], Path("a b"), 3, ["--nodes=2"])
+    assert command == [
+        "sbatch", "--array=0-1%3", "--nodes=2", "slurm/reproduce_table.sbatch", "--runs=a b", "paper/poolformer_s12",
+        "ablation/identity", "--",
+    ]  # fmt: skip
 
 
 def test_released_weights_are_evaluated_as_they_expect() -> None:

@@ -77,6 +77,7 @@ def test_rows_that_cannot_be_run_are_refused(arguments: tuple[str, ...], words: 
         ("--released", "--submit", "paper/poolformer_s12"),
         ("--run", "paper/poolformer_s12", "--processes", "0"),
         ("--submit", "paper/poolformer_s12", "--sbatch", "'--nodes=1"),
+        ("--submit", "paper/poolformer_s12", "--at-once", "0"),
     ],
 )
 def test_options_that_do_nothing_are_refused(arguments: tuple[str, ...]) -> None:

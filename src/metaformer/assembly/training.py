@@ -35,7 +35,7 @@ from metaformer.numa import describe_cpus, keep_near_gpu
 from metaformer.runtime import Process, Runtime
 from metaformer.tracking.environment import code_fingerprint
 from metaformer.tracking.lock import held
-from metaformer.tracking.run_folder import check_empty
+from metaformer.tracking.run_folder import check_empty, check_shared
 from metaformer.tracking.tracker import Tracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, Found, WeightFiles
@@ -78,6 +78,7 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
     state = _new_state(config, runtime, splits, precision)
     with ExitStack() as parts:
         runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
+        check_shared(config.resolved_run_dir, runtime)
         checkpoints = _checkpoints(config, runtime)
         found = _resume(config, runtime, checkpoints, state)
         settings = _loop_settings(config, plan)

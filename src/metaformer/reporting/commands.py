@@ -15,9 +15,13 @@ def train_command(row: Row, run_dir: Path, processes: int) -> list[str]:
     return [*_python(processes), "train.py", *_recipe(row, run_dir)]
 
 
-def submit_command(row: Row, run_dir: Path, sbatch_options: Sequence[str]) -> list[str]:
-    """Train a row's recipe as a SLURM job."""
-    return ["sbatch", *sbatch_options, "slurm/train.sbatch", *_recipe(row, run_dir)]
+def submit_command(rows: Sequence[Row], runs: Path, at_once: int, sbatch_options: Sequence[str]) -> list[str]:
+    """Train the recipes of rows as one SLURM job array, `at_once` of them at a time; overrides may follow."""
+    array = f"--array=0-{len(rows) - 1}%{at_once}"
+    return [
+        "sbatch", array, *sbatch_options, "slurm/reproduce_table.sbatch", f"--runs={runs}",
+        *(row.name for row in rows), "--",
+    ]  # fmt: skip
 
 
 def validate_command(row: Row, results_csv: Path, processes: int) -> list[str]:

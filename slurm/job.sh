@@ -1,0 +1,127 @@
+# What the batch scripts share: sourced by them, from the repository's root.
+#
+#   start_program PROGRAM ARGUMENTS...   one torchrun a node, under srun; returns when it has ended
+#   finish                               requeue or exit, by what became of the program
+#
+# Exit codes of a job: 0 done; 75 interrupted, and requeued as often as is allowed, or cancelled: the same command goes
+# on; any other: failed. A job that is requeued has no exit code.
+set -euo pipefail
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+[[ -n ${SLURM_JOB_ID-} ]] || fail "SLURM_JOB_ID: not set, this is no SLURM job; submit it: sbatch slurm/train.sbatch ..."
+[[ -f train.py ]] || fail "no train.py in $PWD; submit from the repository's root, or add --chdir=ROOT"
+
+# What a site sets: see site.example.env.
+METAFORMER_TORCHRUN=()
+METAFORMER_PYTHON=()
+METAFORMER_SRUN_OPTIONS=()
+if [[ -f slurm/site.env ]]; then
+  # shellcheck source=slurm/site.example.env
+  source slurm/site.env
+fi
+bin=
+[[ ! -x .venv/bin/torchrun ]] || bin=$PWD/.venv/bin/
+((${#METAFORMER_TORCHRUN[@]})) || METAFORMER_TORCHRUN=("${bin}torchrun")
+((${#METAFORMER_PYTHON[@]})) || METAFORMER_PYTHON=("${bin}python3")
+command -v "${METAFORMER_TORCHRUN[0]}" >/dev/null ||
+  fail "${METAFORMER_TORCHRUN[0]}: not found; run make install, or set METAFORMER_TORCHRUN in slurm/site.env"
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun sets the same, with a page of warning
+if [[ -n ${SLURM_CPUS_PER_TASK-} ]]; then
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it over from sbatch
+fi
+# train.py says there what became of it: torchrun keeps no worker's exit code. Rank 0 may run on any of the nodes.
+export METAFORMER_STATUS_FILE=$PWD/runs/.slurm/$SLURM_JOB_ID.json
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds for the workers to save in
+
+warned=
+program=
+code=0
+
+# SLURM's warning reaches this shell alone. On to torchrun as TERM, which it passes to its workers: USR1 would kill it.
+warn() {
+  signalled=1
+  [[ -z $warned ]] || return 0
+  warned=1
+  [[ -z $program ]] || scancel --signal=TERM "$SLURM_JOB_ID" || true
+}
+trap warn USR1
+trap 'signalled=1 warned=1' TERM # of a preemption: SLURM has sent it to the steps too
+
+# The first free one from a number that differs between jobs, below the ports that Linux hands out by itself.
+choose_port() {
+  local tried
+  for ((tried = 0; tried < 20; tried++)); do
+    port=$((10000 + (SLURM_JOB_ID + tried) % 20000))
+    cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -qiE ":$(printf %04X "$port") [0-9A-F]+:0000 0A " || return 0
+    echo "port $port is in use on $(hostname)" >&2
+  done
+  fail "ports $((port - 19)) to $port are in use on $(hostname); end what listens there, or exclude the node"
+}
+
+start_program() {
+  local hosts first_host port
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  first_host=${hosts%%$'\n'*}
+  choose_port
+  mkdir -p "${METAFORMER_STATUS_FILE%/*}" || fail "$PWD/runs: cannot be written; submit from a folder of yours"
+  rm -f "$METAFORMER_STATUS_FILE"
+  # No restarts by torchrun: SLURM requeues. In the background, or the trap would wait for it.
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    "${METAFORMER_SRUN_OPTIONS[@]}" \
+    "${METAFORMER_TORCHRUN[@]}" --nnodes="$SLURM_JOB_NUM_NODES" \
+    --nproc_per_node="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
+    --rdzv_backend=c10d --rdzv_endpoint="$first_host:$port" --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+    --max_restarts=0 "$@" &
+  program=$!
+  signalled=1
+  while [[ -n $signalled ]]; do # a signal ends a wait
+    signalled=
+    code=0
+    wait "$program" || code=$?
+  done
+}
+
+state() {
+  [[ ! -f $METAFORMER_STATUS_FILE ]] || sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' "$METAFORMER_STATUS_FILE"
+}
+
+preempted() {
+  scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )PreemptTime=[0-9]'
+}
+
+cancelled() { # by its user, who means it
+  ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )JobState=RUNNING '
+}
+
+# Requeue what was interrupted: SLURM does so itself only where a job does not end in time, or a node is lost.
+finish() {
+  local state restarts=${SLURM_RESTART_COUNT:-0} most=${METAFORMER_MAX_REQUEUES:-50}
+  state=$(state)
+  rm -f "$METAFORMER_STATUS_FILE"
+  if ((code == 0)) || [[ $state == "done" ]]; then # a signal may still hit torchrun when all is done
+    exit 0
+  fi
+  if ((code == 128 + 15)); then # torchrun was told to end before it could tell the workers
+    warned=1
+  fi
+  if [[ $state != interrupted && (-z $warned || $state == failed) ]] && ! preempted; then
+    echo "job $SLURM_JOB_ID: failed" >&2
+    exit "$code"
+  fi
+  if cancelled; then
+    echo "job $SLURM_JOB_ID: interrupted and cancelled; the same command goes on" >&2
+    exit 75
+  fi
+  if ((restarts >= most)); then
+    echo "job $SLURM_JOB_ID: interrupted, and requeued $restarts times already (METAFORMER_MAX_REQUEUES=$most)" >&2
+    exit 75
+  fi
+  echo "job $SLURM_JOB_ID: interrupted; requeued, for the $((restarts + 1)). time" >&2
+  scontrol requeue "$SLURM_JOB_ID" || exit 75
+  exit 75
+}

@@ -1,0 +1,54 @@
+"""Versions as they are installed here, and what other machines would say."""
+
+import pytest
+import torch
+
+from metaformer.diagnosis import software
+from metaformer.diagnosis.finding import Verdict
+
+NVLINK = """\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity
+GPU0\t X \tNV18\t0-55\t0
+GPU1\tNV18\t X \t0-55\t0
+"""
+PCIE = NVLINK.replace("NV18", "PIX")
+SOCKETS = NVLINK.replace("NV18", "SYS")
+
+
+def test_this_installation_fits() -> None:
+    """What the tests run with is fit to train with."""
+    found = list(software.versions())
+    assert [finding.check for finding in found] == ["python", "torch", "torchvision", "timm", "dali", "apex"]
+    assert all(finding.verdict is Verdict.ok for finding in found), found
+
+
+def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch older than this project takes has failed."""
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    found = {finding.check: finding for finding in software.versions()}
+    assert found["torch"].verdict is Verdict.fail
+    assert "2.11" in found["torch"].mend
+
+
+def test_a_driver_without_a_gpu_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver is there but torch sees no GPU: a mismatch, and no machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(software, "driver_version", lambda: (12, 2))
+    (found,) = software.gpus(expect_gpu=False)
+    assert found.verdict is Verdict.fail
+    assert "CUDA 12.2" in found.said
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU it warns, unless that is what was asked for."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(software, "driver_version", lambda: None)
+    assert [finding.verdict for finding in software.gpus(expect_gpu=True)] == [Verdict.warn]
+    assert [finding.verdict for finding in software.gpus(expect_gpu=False)] == [Verdict.ok]
+
+
+@pytest.mark.parametrize(
+    ("topology", "verdict"), [(NVLINK, Verdict.ok), (PCIE, Verdict.ok), (SOCKETS, Verdict.warn), ("", Verdict.warn)]
+)
+def test_links(topology: str, verdict: Verdict) -> None:
+    """Ways through the host are worth a word; so is a tool that says nothing."""
+    assert software.links(2, topology).verdict is verdict

@@ -1,0 +1,48 @@
+"""benchmark_scaling.py: a real measurement of two ranks, and a projection."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaformer.errors import UserError
+from scripts import benchmark_scaling
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_scaling.py", *options])
+    benchmark_scaling.main()
+
+
+def test_two_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All ways are measured, in the table and in the file, beside the model's figure."""
+    options = ("--ranks", "2", "--batch=2", "--image-size=32", "--steps=1", "--rounds=1")
+    run(monkeypatch, *options, f"--json={tmp_path / 'found.json'}")
+    printed = capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert found["ranks"] == 2
+    assert found["parameters"] == 11_915_176
+    assert len(found["seconds"]) == 8
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert all(name in printed for name in (*found["seconds"], "model: as train.py"))
+
+
+def test_a_measurement_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends in one line with the program's own."""
+    with pytest.raises(UserError, match=r"^1 ranks: .*unknown") as caught:
+        run(monkeypatch, "--ranks", "1", "--model=poolformer_s13")
+    assert "\n" not in str(caught.value)
+
+
+def test_projection(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is measured; the batch, its lr and what is read grow with the GPUs, or the batch stays."""
+    run(monkeypatch, "--project", "--step-seconds=0.1", "--batch=128")
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row[1].strip() for row in rows] == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+    assert [row[2].strip() for row in rows[:3]] == ["1,024", "2,048", "4,096"]
+    assert rows[0][4].strip() == "0.001"
+    run(monkeypatch, "--project", "--step-seconds=0.1", "--batch=128", "--global-batch=4096")
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert {row[2].strip() for row in rows} == {"4,096"}
+    assert rows[-1][3].strip() == "4"

@@ -1,0 +1,93 @@
+"""doctor.py on this machine: one process, two ranks, and nodes that differ."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.diagnosis import machine
+from metaformer.diagnosis.finding import Verdict, fail, ok
+from scripts import doctor
+from tests.conftest import launch
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server for wandb that refuses at once."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--json", "--cpu", *options])
+    doctor.main()
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_sound_machine(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing fails here, everything is looked at, and the data set is counted."""
+    found = report(monkeypatch, capsys, f"--data={images}", f"--runs={tmp_path}")
+    checks = {"python", "torch", "torchvision", "timm", "dali", "apex", "cores", "shm", "open files", "memlock",
+              "signals", "run folder", "disk", "data", "reading", "wandb", "all-reduce"}  # fmt: skip
+    assert checks <= {finding["check"] for finding in found}
+    assert not [finding for finding in found if finding["verdict"] == "fail"]
+    counts = [finding["said"].split(" in ")[0] for finding in found if finding["check"] == "data"]
+    assert counts == ["train: 48 images of 4 classes", "val: 403 images of 4 classes"]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_missing_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails with the loader's own line, and the exit code says so."""
+    with pytest.raises(SystemExit) as caught:
+        report(monkeypatch, capsys, f"--data={tmp_path / 'nowhere'}", f"--runs={tmp_path}")
+    assert caught.value.code == 1
+    found = [row for row in json.loads(capsys.readouterr().out) if row["verdict"] == "fail"]
+    assert [row["check"] for row in found] == ["data", "data"]
+    assert "nowhere" in found[0]["said"]
+
+
+def test_two_ranks_exchange(tmp_path: Path) -> None:
+    """Under torchrun the node is looked at once, and the ranks' sum is right and timed."""
+    program = launch("scripts/doctor", "--cpu", f"--runs={tmp_path}", "--mebibytes=4", ranks=2)
+    assert program.code == 0, program.stderr
+    lines = program.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("ok    torch ")]) == 1
+    (exchange,) = [line for line in lines if " all-reduce " in line]
+    assert exchange.startswith("ok    all-reduce  4 MiB over 2 ranks by gloo: ")
+
+
+def test_nodes_that_differ() -> None:
+    """What all found is said once; what one found has its name; another version of torch has failed."""
+    same, old, new = ok("python", "3.12.1"), ok("torch", "2.13"), ok("torch", "2.14")
+    broken = fail("shm", "64 MiB", "--ipc=host")
+    merged = doctor.merge([("node1", [same, old]), ("node1", []), ("node2", [same, new, broken])])
+    assert [str(finding) for finding in merged] == [
+        "ok    python      3.12.1",
+        "ok    torch       node1: 2.13",
+        "ok    torch       node2: 2.14",
+        "fail  shm         node2: 64 MiB; --ipc=host",
+        "fail  versions    torch differs between the nodes; install the same on all",
+    ]
+    assert merged[-1].verdict is Verdict.fail
+
+
+def test_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counts as failed, and the others are still there."""
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(machine, "limits", breaks)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit):
+        report(monkeypatch, capsys)
+    found = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert found["limits"]["said"] == "RuntimeError: no such thing"
+    assert found["signals"]["verdict"] == "ok"

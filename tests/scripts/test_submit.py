@@ -1,0 +1,101 @@
+"""submit.py without a cluster: what it composes, freezes and refuses. tests/slurm submits to one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaformer.config import TrainConfig, compose, compose_training, fingerprint, freeze
+from metaformer.errors import UserError
+from scripts import submit
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["submit.py", *arguments])
+    submit.main()
+
+
+def test_a_job_for_each_combination() -> None:
+    """Commas multiply; lists and quoted texts are no choices; each job has a folder of its own."""
+    trainings = submit.expand(
+        [
+            "optimizer.lr=1e-3,2e-3",
+            "model=poolformer_s12",
+            "seed=0,1",
+            "optimizer.betas=[0.9,0.99]",
+            "run_dir='runs/a, b'",
+        ]
+    )
+    assert [training.changes for training in trainings] == [
+        ["optimizer.lr=0.001", "seed=0"], ["optimizer.lr=0.001", "seed=1"],
+        ["optimizer.lr=0.002", "seed=0"], ["optimizer.lr=0.002", "seed=1"],
+    ]  # fmt: skip
+    assert trainings[1].config.run_dir == "runs/a, b-optimizer.lr=0.001,seed=1"
+    assert (trainings[1].config.optimizer.lr, trainings[1].config.seed) == (0.001, 1)
+    assert trainings[1].config.optimizer.betas == [0.9, 0.99]
+    assert len({training.name for training in trainings}) == 4
+
+
+def test_folders_that_differ_stay_as_they_are() -> None:
+    """Where the values make the folders different by themselves, their names are train.py's own."""
+    trainings = submit.expand(["model=poolformer_s12,poolformer_s24", "experiment=demo"])
+    assert [training.config.run_dir for training in trainings] == [
+        "runs/poolformer_s12-demo",
+        "runs/poolformer_s24-demo",
+    ]
+
+
+def test_a_frozen_file_is_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.py makes of the frozen file what the overrides made, without reading conf/ again: a later edit is moot."""
+    config = compose_training(["experiment=demo", "optimizer=lamb", "optimizer.lr=3e-3", "run_dir='runs/a: \"b\" $c'"])
+    (tmp_path / "frozen.yaml").write_text(freeze(config))
+    monkeypatch.setattr("metaformer.config.CONF_FOLDER", tmp_path)  # conf/ without any file of its own
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--config-dir={tmp_path}", "--config-name=frozen"])
+    again = compose("train", TrainConfig)
+    assert fingerprint(again) == fingerprint(config)
+    assert again.run_dir == 'runs/a: "b" $c'
+
+
+def test_a_secret_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes out of the environment stands in the file as its variable."""
+    monkeypatch.setenv("PLACE", "/secret/place")
+    text = freeze(compose_training(["init_weights=${oc.env:PLACE}"]))
+    assert "/secret/place" not in text
+    assert "${oc.env:PLACE}" in text
+
+
+def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names the jobs and sbatch's options: the script's own, then the user's."""
+    run(monkeypatch, "--dry-run", "--nodes=2", "--gpus-per-node=8", "--time=1-0", "--sbatch=account=x", "seed=0,1")
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("runs/poolformer_s12-default-seed=0 (seed=0): ")
+    assert second.startswith("runs/poolformer_s12-default-seed=1 (seed=1): ")
+    for option in ("--nodes=2", "--gpus-per-node=8", "--time=1-0", "--account=x", "--signal=B:USR1@180", "--requeue"):
+        assert option in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["optimizer.lr=1e-3,fast"], "optimizer.lr: "),
+        (["optimizer.lrr=1"], "optimizer.lrr: no such field"),
+        (["--gpus-per-node=3"], "global_batch_size=1024: does not divide by 3 ranks"),
+        (["seed=1,1"], "two jobs would train in the same run folder"),
+        (["a b=c,("], "cannot be parsed"),
+    ],
+)
+def test_what_cannot_work_is_refused(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and nothing of the sweep has been submitted."""
+    with pytest.raises(UserError) as caught:
+        run(monkeypatch, *arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without srun on the path there is a word about login nodes."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(submit, "REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match=r"^no SLURM on the path"):
+        run(monkeypatch, "seed=0")
