@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def triton_kernels() -> Kernels:
     """Importing them imports triton, which torch's builds for CPUs lack."""
     from metaformer.models.kernels import triton_elementwise, triton_mixer, triton_norm
 
-    triton: Any = Kernels(
+    return Kernels(
         triton_norm.statistics,
         triton_norm.normalize,
         triton_norm.normalize_backward,
@@ -64,4 +64,3 @@ def triton_kernels() -> Kernels:
         triton_elementwise.residual_backward,
         keeps_activation=False,
     )
-    return triton

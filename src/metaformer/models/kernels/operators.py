@@ -60,9 +60,7 @@ def pool_branch_backward(
 
 
 @pool_branch_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(scale)
 
 

@@ -43,9 +43,7 @@ def normalize_backward(
     return grad_x.to(x.dtype), with_x.sum(0), plain.sum(0)
 
 
-def mix(
-    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
     """The token mixer's branch with its residual, x + keep * scale * rstd * (pool(x) - x), and its statistics."""
     difference = _pool(x, size).sub_(x)
     y = torch.addcmul(x, difference, _spread(_branch_factor(stats, scale, keep))).to(x.dtype)
