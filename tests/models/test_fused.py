@@ -88,7 +88,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:
             nn.init.constant_(parameter, 1e-6)
-    images = torch.randn(6, 3, 32, 32)
+    images = torch.randn(6, 3, 80, 80)
     exact = outcome(model, images)
     with torch.autocast("cpu", dtype):
         plain = outcome(model, images)
@@ -98,8 +98,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     for name, value in exact.items():
         if not name.endswith("norm1.bias"):
             error, plain_error = ((other[name].float() - value).norm() for other in (found, plain))
-            # What is zero but for rounding (the norm of the last stage's single position) has no size to compare with.
-            assert error < 2 * plain_error + 1e-3 * value.norm() + 1e-9, name
+            assert error < 2 * plain_error + 1e-3 * value.norm(), name
     blocks, x = model.get_submodule("stages.0.blocks"), torch.randn(2, 8, 5, 5)
     with torch.autocast("cpu", dtype):
         assert run_fused(blocks, x.to(dtype)).dtype == torch.float32  # type: ignore[arg-type]

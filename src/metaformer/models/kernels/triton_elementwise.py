@@ -1,8 +1,8 @@
 """What stands between matrix products: GELU, the residual with layer scale and drop path. Meaning: `reference`.
 
 Bytes moved for each element, where e is the stream's size and h that of the matrix products: `gelu` 2 h,
-`gelu_backward` 4 h (a sum over rows and GELU again in the same pass), `residual` 2 e + h (with the next norm's statistics
-in the same pass), `residual_backward` e + h (with a sum over rows in the same pass).
+`gelu_backward` 4 h (a sum over rows and GELU again in the same pass), `residual` 2 e + h (with the next norm's
+statistics in the same pass), `residual_backward` e + h (with a sum over rows in the same pass).
 """
 
 import torch
