@@ -38,8 +38,8 @@ from metaformer.files import write_text_whole
 from metaformer.models import create_model
 from metaformer.models.metaformer import MetaFormerBlock
 from metaformer.runtime import run_program
-from scripts.measure_train import VARIANTS
 
+VARIANTS = ("fused", "fused-compiled", "eager", "compiled", "timm-eager", "timm-compiled")
 NUMBERS = ("size", "batch", "steps", "uncounted", "repeats")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,7 +101,7 @@ def _chosen(only: list[str] | None) -> list[str]:
 
 def _measure(variant: str, arguments: argparse.Namespace, profiled: bool) -> dict[str, float]:
     """One measurement, in a new process."""
-    command = [sys.executable, "-m", "scripts.measure_train", f"--variant={variant}"]
+    command = [sys.executable, str(Path(__file__).with_name("measure_train.py")), f"--variant={variant}"]
     for name in ("model", "size", "batch", "precision", "steps", "uncounted", "workers"):
         command.append(f"--{name}={getattr(arguments, name)}")
     command += [f"--data={arguments.data.absolute()}"] if arguments.data is not None else []
@@ -110,8 +110,7 @@ def _measure(variant: str, arguments: argparse.Namespace, profiled: bool) -> dic
         folder = (arguments.profile / variant).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         command.append(f"--profile={folder}")
-    repository = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "nothing on stderr").splitlines()[-1].removeprefix("error: ")
         raise UserError(f"{variant}: its process ended with exit code {done.returncode}: {last}")
@@ -122,8 +121,8 @@ def _measure(variant: str, arguments: argparse.Namespace, profiled: bool) -> dic
 def count_work(name: str, size: int, precision: str, inference: bool) -> dict[str, float]:
     """FLOPs and bytes of one image: the plain network's products, and the passes of the fused operators.
 
-    A block's passes move 15 elements of the stream (float32) and 59 of the products' type for each element of its input,
-    5 and 20 of them in inference; stem, downsampling and head are not counted.
+    A block's passes move 15 elements of the stream (float32) and 59 of the products' type for each element of its
+    input, 5 and 20 of them in inference; stem, downsampling and head are not counted.
     """
     model = create_model(name).eval()
     elements = []
