@@ -23,6 +23,7 @@ from metaformer.data.torch_reader import read_with_torch
 from metaformer.data.worker_loader import WorkerLoader
 from metaformer.models import create_model, create_timm_model
 from metaformer.models.download import download_weights, is_weights_name
+from metaformer.models.fused import fuse
 from metaformer.models.token_mixers import check_pooling
 from metaformer.models.variants import Library
 from metaformer.runtime import Runtime
@@ -81,6 +82,8 @@ def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.M
         model = create_model(named.name, num_classes, named.drop_path_rate, config.image_size)
         if config.channels_last:
             check_pooling(runtime.device)
+        if named.fused:
+            fuse(model, runtime.device)
     model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.compile:
         model.compile()  # in place: the state dict keeps its keys

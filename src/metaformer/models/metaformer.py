@@ -127,8 +127,18 @@ class Downsampling(nn.Module):
         return out
 
 
+def run_plainly(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """One module after the other."""
+    out: Tensor = blocks(x)
+    return out
+
+
 class Stage(nn.Module):
-    """Downsampling (none in the first stage), a position embedding [1, dim, side, side] if asked for, the blocks."""
+    """Downsampling (none in the first stage), a position embedding [1, dim, side, side] if asked for, the blocks.
+
+    Attributes:
+        run_blocks: how the blocks are computed; `fused.fuse` changes it.
+    """
 
     def __init__(
         self, downsample: nn.Module, blocks: Sequence[nn.Module], embedding_shape: Sequence[int] | None
@@ -137,13 +147,13 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.position_embedding = nn.Parameter(torch.zeros(*embedding_shape)) if embedding_shape else None
         self.blocks = nn.Sequential(*blocks)
+        self.run_blocks: Callable[[nn.Sequential, Tensor], Tensor] = run_plainly
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         if self.position_embedding is not None:
             x = x + self.position_embedding
-        out: Tensor = self.blocks(x)
-        return out
+        return self.run_blocks(self.blocks, x)
 
 
 class Head(nn.Module):

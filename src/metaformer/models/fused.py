@@ -1,0 +1,138 @@
+"""The paper's blocks by the fused operators: which stages can take them, and whether a device computes them rightly."""
+
+import sys
+from typing import cast
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from metaformer.models.kernels import operators
+from metaformer.models.metaformer import BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plainly
+from metaformer.models.token_mixers import Pooling
+
+TOLERANCE = 0.02  # of the check, relative: TF32 in the plain path's convolutions makes 1e-3
+
+
+def fuse(model: MetaFormer, device: torch.device) -> int:
+    """Let stages whose blocks are the paper's compute them by the fused operators, if these are right on the device.
+
+    Keys and values of the state dict stay the same. Where the check fails, one line on stderr says so, and the model
+    stays as it is.
+
+    Args:
+        model: changed in place.
+        device: where it will compute.
+
+    Returns:
+        The number of stages that changed.
+    """
+    stages = [stage for stage in model.stages if isinstance(stage, Stage)]
+    stages = [stage for stage in stages if all(is_fusable(block) for block in stage.blocks)]
+    fault = find_fault(device) if stages else None
+    if fault is not None:
+        print(f"warning: model.fused=true: {fault}; going on without the fused kernels", file=sys.stderr, flush=True)
+        return 0
+    for stage in stages:
+        stage.run_blocks = run_fused
+    return len(stages)
+
+
+def is_fusable(block: nn.Module) -> bool:
+    """Whether a block consists of the paper's parts; every ablation but another window keeps the plain path."""
+    return (
+        isinstance(block, MetaFormerBlock)
+        and block.residual
+        and block.channel_mlp
+        and type(block.token_mixer) is Pooling
+        and type(block.mlp.act) is nn.GELU
+        and block.mlp.act.approximate == "none"
+        and all(type(norm) is nn.GroupNorm and norm.num_groups == 1 for norm in (block.norm1, block.norm2))
+    )
+
+
+def run_fused(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """What `blocks(x)` computes, each of them fusable; the result is channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.float()  # as autocast has it after the first block: LayerScale starts at 1e-5, bfloat16 resolves 4e-3
+    modules = [cast(MetaFormerBlock, block) for block in blocks]
+    with torch.autocast(x.device.type, enabled=False):
+        stats = operators.statistics(x.detach(), cast(nn.GroupNorm, modules[0].norm1).eps)
+        for block, following in zip(modules, [*modules[1:], modules[0]], strict=True):  # the last's are not used
+            x, stats = _run_block(block, cast(nn.GroupNorm, following.norm1).eps, x, stats, dtype)
+    return x
+
+
+def _run_block(
+    block: MetaFormerBlock, following_eps: float, x: Tensor, stats: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    norm1, norm2 = cast(nn.GroupNorm, block.norm1), cast(nn.GroupNorm, block.norm2)
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    window = cast(int, cast(Pooling, block.token_mixer).pool.kernel_size)
+    # The norm's bias cancels; so it gets the gradient zero, not none, which distributed training refuses.
+    scale = norm1.weight * block.layer_scale1.scale + 0 * norm1.bias
+    x, stats = operators.pool_branch(x, stats, scale, _keep(block.drop_path1, x), window, norm2.eps)
+    mlp = [fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias]
+    x, stats, *_ = operators.mlp_branch(
+        x, stats, [norm2.weight, norm2.bias], cast(list[Tensor], mlp), block.layer_scale2.scale,
+        _keep(block.drop_path2, x), following_eps, dtype,
+    )  # fmt: skip
+    return x, stats
+
+
+def _keep(path: nn.Module, x: Tensor) -> Tensor | None:
+    """Drop path's factor for each image, drawn as `DropPath` draws it; None where nothing is dropped."""
+    if not isinstance(path, DropPath) or not path.training or path.drop_prob == 0:
+        return None
+    kept = 1 - path.drop_prob
+    return x.new_empty((len(x), 1, 1, 1)).bernoulli_(kept).div_(kept).flatten()
+
+
+def find_fault(device: torch.device) -> str | None:
+    """Compare fused and plain blocks, values and gradients, in each of the device's number formats.
+
+    Returns:
+        What is wrong, in a few words; None where nothing is.
+    """
+    dtypes = [None, torch.bfloat16] if device.type == "cpu" else [None, torch.bfloat16, torch.float16]
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        dtypes.remove(torch.bfloat16)
+    for dtype in dtypes:
+        try:
+            error = max(_difference(device, dtype, dim, size) for dim, size in ((64, 3), (96, 5)))
+        except (ImportError, RuntimeError, AttributeError, TypeError, ValueError, OSError) as fault:
+            # Whatever an untried GPU, compiler or triton may raise: the plain path needs none of them.
+            reason = next(iter(str(fault).splitlines()), "")
+            return f"they cannot run on this device ({type(fault).__name__}: {reason})"
+        if not error < TOLERANCE * (1 if dtype is None else 4):
+            return f"they differ from the plain path by {error:.2g} in {dtype or torch.float32} on this device"
+    return None
+
+
+def _difference(device: torch.device, dtype: torch.dtype | None, dim: int, window: int) -> float:
+    """The largest relative difference, by norm, of the output and of each gradient of two blocks."""
+
+    def mixer(dim: int, side: int) -> Pooling:
+        return Pooling(dim, side, window)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        parts = BlockParts(layer_scale_init=0.5)
+        blocks = nn.Sequential(*(MetaFormerBlock(dim, 7, mixer, 0.4, parts) for _ in range(2))).to(device)
+        for parameter in blocks.parameters():
+            nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
+        images = torch.randn(6, dim, 7, 9, device=device)
+        outcomes = []
+        for run in (run_plainly, run_fused):
+            torch.manual_seed(1)
+            leaf = images.clone().requires_grad_()
+            with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+                out = run(blocks, leaf)
+                loss = (out * images.flip(0)).sum()
+            named = {name: p for name, p in blocks.named_parameters() if not name.endswith("norm1.bias")}
+            outcomes.append([out.detach(), *torch.autograd.grad(loss, [leaf, *named.values()])])
+    errors = [(a - b).norm() / a.norm() for a, b in zip(*outcomes, strict=True)]
+    return float(torch.stack(errors).max())

@@ -1,0 +1,66 @@
+"""Which kernels a tensor's device has."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metaformer.models.kernels import reference
+
+
+class Kernels(NamedTuple):
+    """The functions of `reference`, or others of the same signature.
+
+    Attributes:
+        keeps_activation: whether gelu's result is kept for the backward, whose kernel then need not compute it again.
+    """
+
+    statistics: Callable[..., Tensor]
+    normalize: Callable[..., Tensor]
+    normalize_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    mix: Callable[..., tuple[Tensor, Tensor]]
+    mix_backward: Callable[..., tuple[Tensor, Tensor]]
+    gelu: Callable[..., Tensor]
+    gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    residual: Callable[..., tuple[Tensor, Tensor]]
+    residual_backward: Callable[..., tuple[Tensor, Tensor]]
+    keeps_activation: bool
+
+
+REFERENCE = Kernels(
+    reference.statistics,
+    reference.normalize,
+    reference.normalize_backward,
+    reference.mix,
+    reference.mix_backward,
+    reference.gelu,
+    reference.gelu_backward,
+    reference.residual,
+    reference.residual_backward,
+    keeps_activation=True,
+)
+
+
+def kernels_for(x: Tensor) -> Kernels:
+    """Triton's on NVIDIA's GPUs, the reference's elsewhere and for float64."""
+    return triton_kernels() if x.is_cuda and x.element_size() < 8 else REFERENCE
+
+
+@cache
+def triton_kernels() -> Kernels:
+    """Importing them imports triton, which torch's builds for CPUs lack."""
+    from metaformer.models.kernels import triton_elementwise, triton_mixer, triton_norm
+
+    return Kernels(
+        triton_norm.statistics,
+        triton_norm.normalize,
+        triton_norm.normalize_backward,
+        triton_mixer.mix,
+        triton_mixer.mix_backward,
+        triton_elementwise.gelu,
+        triton_elementwise.gelu_backward,
+        triton_elementwise.residual,
+        triton_elementwise.residual_backward,
+        keeps_activation=False,
+    )

@@ -1,0 +1,131 @@
+"""What stands between matrix products: GELU, the residual with layer scale and drop path. Meaning: `reference`.
+
+Bytes moved for each element, where e is the stream's size and h that of the matrix products: `gelu` 2 h,
+`gelu_backward` 4 h (a sum over rows and GELU again in the same pass), `residual` 2 e + h (with the next norm's
+statistics in the same pass), `residual_backward` e + h (with a sum over rows in the same pass).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metaformer.models.kernels.triton_tiles import (
+    combine_moments,
+    new_moments,
+    store_moments,
+    tile_offsets,
+    tiling,
+)
+
+ROWS, COLUMNS = 32, 128  # of a tile of the hidden layer
+TILES_PER_PROGRAM = 8  # one below another, whose sums one program adds
+
+
+@triton.jit
+def _distribution(x):
+    """The standard normal's cumulative distribution."""
+    return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu(hidden, out, count, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(hidden + offsets, offsets < count, 0.0).to(tl.float32)
+    tl.store(out + offsets, x * _distribution(x), offsets < count)
+
+
+@triton.jit
+def _gelu_backward(
+    grad, hidden, factor, activated, sums, rows, columns,
+    HAS_FACTOR: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    level = tl.load(factor) if HAS_FACTOR else 1.0
+    total = tl.zeros([1, COLUMNS], tl.float32)
+    for loop in range(LOOPS):
+        row = (tl.program_id(0) * LOOPS + loop) * ROWS + tl.arange(0, ROWS)[:, None]
+        exists = (row < rows) & (column < columns)
+        offsets = row.to(tl.int64) * columns + column
+        x = tl.load(hidden + offsets, exists, 0.0).to(tl.float32)
+        given = tl.load(grad + offsets, exists, 0.0).to(tl.float32) * level
+        below = _distribution(x)
+        result = given * (below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        tl.store(grad + offsets, result, exists)
+        tl.store(activated + offsets, x * below, exists)
+        total += tl.sum(result, 0)[None, :]
+    tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, total, column < columns)
+
+
+@triton.jit
+def _residual(
+    x, branch, scale, keep, out, moments, positions, channels, tiles,
+    HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    factor = tl.load(scale + c, c < channels, 0.0)
+    if HAS_KEEP:
+        factor = factor * tl.load(keep + image)
+    added = tl.load(branch + offsets, exists, 0.0).to(tl.float32) * factor
+    result = (tl.load(x + offsets, exists, 0.0).to(tl.float32) + added).to(out.dtype.element_ty)
+    tl.store(out + offsets, result, exists)
+    store_moments(result.to(tl.float32), exists, moments)
+
+
+@triton.jit
+def _residual_backward(
+    grad, keep, out, sums, positions, channels, tiles,
+    HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32)
+    if HAS_KEEP:
+        given = given * tl.load(keep + image)
+    tl.store(out + offsets, given, exists)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(given, 0)[None, :], c < channels)
+
+
+def gelu(hidden: Tensor) -> Tensor:
+    """As the reference's."""
+    out = torch.empty_like(hidden)
+    _gelu[(triton.cdiv(hidden.numel(), 2048),)](hidden, out, hidden.numel(), BLOCK=2048)
+    return out
+
+
+def gelu_backward(
+    grad: Tensor, hidden: Tensor, factor: Tensor | None, activated: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's; computes `activated` in any case."""
+    columns = hidden.shape[3]
+    rows = hidden.numel() // columns
+    programs = triton.cdiv(rows, ROWS * TILES_PER_PROGRAM)
+    activated = torch.empty_like(hidden)
+    sums = hidden.new_empty((programs, columns), dtype=torch.float32)
+    _gelu_backward[programs, triton.cdiv(columns, COLUMNS)](
+        grad, hidden, hidden if factor is None else factor, activated, sums, rows, columns,
+        HAS_FACTOR=factor is not None, LOOPS=TILES_PER_PROGRAM, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return grad, activated, sums.sum(0)
+
+
+def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    tiles = tiling(x)
+    out, moments = torch.empty_like(x), new_moments(x, tiles)
+    _residual[tiles.grid](
+        x, branch, scale, scale if keep is None else keep, out, moments, x.shape[1] * x.shape[2], x.shape[3],
+        tiles.position_tiles, HAS_KEEP=keep is not None, **tiles.blocks,
+    )  # fmt: skip
+    return out, combine_moments(moments, eps)
+
+
+def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    tiles = tiling(grad)
+    out = torch.empty_like(grad, dtype=dtype)
+    sums = grad.new_empty((tiles.images, tiles.position_tiles, grad.shape[3]), dtype=torch.float32)
+    _residual_backward[tiles.grid](
+        grad, grad if keep is None else keep, out, sums, grad.shape[1] * grad.shape[2], grad.shape[3],
+        tiles.position_tiles, HAS_KEEP=keep is not None, **tiles.blocks,
+    )  # fmt: skip
+    return out, sums.sum((0, 1))

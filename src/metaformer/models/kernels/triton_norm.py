@@ -1,0 +1,101 @@
+"""Statistics of an image, the norm's application and its gradient. Signatures and meaning: `reference`.
+
+Bytes moved for each element of x, where e is its size and h that of the norm's output: `statistics` e, `normalize`
+e + h, `normalize_backward` (e + h) + (3 e + h), in two passes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metaformer.models.kernels.triton_tiles import (
+    combine_moments,
+    new_moments,
+    store_moments,
+    tile_offsets,
+    tiling,
+)
+
+
+@triton.jit
+def _statistics(x, moments, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    store_moments(tl.load(x + offsets, exists, 0.0).to(tl.float32), exists, moments)
+
+
+@triton.jit
+def _normalize(x, stats, weight, bias, out, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    mean, rstd = tl.load(stats + 2 * image), tl.load(stats + 2 * image + 1)
+    factor = tl.load(weight + c, c < channels, 0.0) * rstd
+    values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
+    tl.store(out + offsets, (values - mean) * factor + tl.load(bias + c, c < channels, 0.0), exists)
+
+
+@triton.jit
+def _sum_gradient(grad, x, stats, sums, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    mean, rstd = tl.load(stats + 2 * image), tl.load(stats + 2 * image + 1)
+    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32)
+    normed = (tl.load(x + offsets, exists, 0.0).to(tl.float32) - mean) * rstd
+    place = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
+    tl.store(place, tl.sum(given, 0)[None, :], c < channels)
+    tl.store(place + channels, tl.sum(given * normed, 0)[None, :], c < channels)
+
+
+@triton.jit
+def _apply_gradient(
+    grad, x, other, factors, weight, out, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    rstd, slope, constant = (
+        tl.load(factors + 3 * image),
+        tl.load(factors + 3 * image + 1),
+        tl.load(factors + 3 * image + 2),
+    )
+    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32) * (tl.load(weight + c, c < channels, 0.0) * rstd)
+    values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
+    around = tl.load(other + offsets, exists, 0.0).to(tl.float32)
+    tl.store(out + offsets, given + slope * values + constant + around, exists)
+
+
+def statistics(x: Tensor, eps: float) -> Tensor:
+    """As the reference's."""
+    tiles = tiling(x)
+    moments = new_moments(x, tiles)
+    _statistics[tiles.grid](x, moments, *_sizes(x), tiles.position_tiles, **tiles.blocks)
+    return combine_moments(moments, eps)
+
+
+def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the reference's."""
+    tiles = tiling(x)
+    out = torch.empty_like(x, dtype=dtype)
+    _normalize[tiles.grid](x, stats, weight, bias, out, *_sizes(x), tiles.position_tiles, **tiles.blocks)
+    return out
+
+
+def normalize_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's."""
+    tiles = tiling(x)
+    sums = stats.new_empty((tiles.images, tiles.position_tiles, 2, x.shape[3]))
+    _sum_gradient[tiles.grid](grad, x, stats, sums, *_sizes(x), tiles.position_tiles, **tiles.blocks)
+    per_image = sums.sum(1)  # [B, 2, C]
+    mean, rstd = stats.unbind(1)
+    shift, slope = (per_image @ weight).div_(x[0].numel()).unbind(1)
+    slope = slope * rstd**2
+    factors = torch.stack([rstd, -slope, slope * mean - shift * rstd], 1)
+    out = torch.empty_like(x)
+    _apply_gradient[tiles.grid](
+        grad, x, other, factors, weight, out, *_sizes(x), tiles.position_tiles, **tiles.blocks
+    )  # fmt: skip
+    grad_bias, grad_weight = per_image.sum(0)
+    return out, grad_weight, grad_bias
+
+
+def _sizes(x: Tensor) -> tuple[int, int]:
+    """Positions and channels."""
+    return x.shape[1] * x.shape[2], x.shape[3]

@@ -1,0 +1,104 @@
+"""How images are cut into programs' tiles, and what tiles have in common.
+
+A tile is BLOCK_P positions (row after row of one image) by BLOCK_C channels, so that neighbouring threads read
+neighbouring channels. Sums over an image go in two steps: each tile writes its own, another pass adds them in a fixed
+order. There are no atomic operations: the same input gives the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Tiling(NamedTuple):
+    """The tiles of a [B, H, W, C] tensor."""
+
+    images: int
+    position_tiles: int
+    channel_tiles: int
+    block_p: int
+    block_c: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs: tiles of positions of all images, by tiles of channels."""
+        return self.images * self.position_tiles, self.channel_tiles
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """As the kernels' arguments; 16 elements for each of a warp's threads."""
+        return {
+            "BLOCK_P": self.block_p,
+            "BLOCK_C": self.block_c,
+            "num_warps": max(1, self.block_p * self.block_c // 512),
+        }
+
+
+def tiling(x: Tensor) -> Tiling:
+    """Tiles of 4096 elements; all widths of the paper's networks are multiples of 32."""
+    images, height, width, channels = x.shape
+    block_p = min(128, triton.next_power_of_2(height * width))
+    block_c = min(4096 // block_p, 64 if block_p < 128 else 32, triton.next_power_of_2(channels))
+    return Tiling(images, triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), block_p, block_c)
+
+
+@triton.jit
+def tile_offsets(positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The image of this program, its positions [P, 1] and channels [1, C], their offsets in memory, and which exist."""
+    image = tl.program_id(0) // tiles
+    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    offsets = image.to(tl.int64) * positions * channels + p * channels + c
+    return image, p, c, offsets, (p < positions) & (c < channels)
+
+
+@triton.jit
+def store_moments(values, exists, moments):
+    """Write how many values a tile has, their mean, and the sum of squared deviations from it."""
+    count = tl.sum(exists.to(tl.float32))
+    mean = tl.sum(tl.where(exists, values, 0.0)) / count
+    deviation = tl.where(exists, values - mean, 0.0)
+    place = moments + 3 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
+    tl.store(place, count)
+    tl.store(place + 1, mean)
+    tl.store(place + 2, tl.sum(deviation * deviation))
+
+
+@triton.jit
+def _combine_moments(moments, stats, tiles, eps, BLOCK: tl.constexpr):
+    """Chan's formula over an image's tiles, BLOCK at a time: the mean first, the deviations from it then."""
+    image = tl.program_id(0)
+    first = moments + image.to(tl.int64) * tiles * 3
+    counts = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        count = tl.load(first + 3 * tile, tile < tiles, 0.0)
+        counts += count
+        sums += count * tl.load(first + 3 * tile + 1, tile < tiles, 0.0)
+    total = tl.sum(counts)
+    mean = tl.sum(sums) / total
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        count = tl.load(first + 3 * tile, tile < tiles, 0.0)
+        apart = tl.load(first + 3 * tile + 1, tile < tiles, 0.0) - mean
+        squares += count * apart * apart + tl.load(first + 3 * tile + 2, tile < tiles, 0.0)
+    tl.store(stats + 2 * image, mean)
+    tl.store(stats + 2 * image + 1, 1 / tl.sqrt(tl.sum(squares) / total + eps))
+
+
+def new_moments(x: Tensor, tiles: Tiling) -> Tensor:
+    """Where `store_moments` writes."""
+    return x.new_empty((tiles.images, tiles.position_tiles * tiles.channel_tiles, 3), dtype=torch.float32)
+
+
+def combine_moments(moments: Tensor, eps: float) -> Tensor:
+    """Tiles' moments to each image's statistics, float32 [B, 2]."""
+    images, tiles, _ = moments.shape
+    stats = moments.new_empty((images, 2))
+    _combine_moments[(images,)](moments, stats, tiles, eps, BLOCK=min(1024, triton.next_power_of_2(tiles)))
+    return stats

@@ -1,0 +1,161 @@
+"""Triton's kernels against the reference's, which compute in float64: test functions for two runners.
+
+`test_kernels.py` runs them in Triton's interpreter, on the CPU and in a process of its own, because Triton reads
+TRITON_INTERPRET when it is imported; `test_kernels_gpu.py` runs them compiled, on a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaformer.models.kernels import reference
+from metaformer.models.kernels.backend import Kernels, triton_kernels
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+EPS = 1e-5
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of a result's norm; half types round
+# [B, H, W, C]: stages of S12 and M36, reduced; odd sides; one row; more than one tile of positions and of channels.
+SHAPES = [(2, 4, 4, 64), (1, 2, 3, 320), (2, 1, 1, 192), (3, 7, 5, 40), (1, 1, 9, 3), (2, 13, 11, 33)]
+# Half types need not be tried with all.
+SHAPES_AND_TYPES = [
+    *((shape, torch.float32) for shape in SHAPES),
+    *((shape, dtype) for shape in SHAPES[2:4] for dtype in (torch.bfloat16, torch.float16)),
+]
+Draw = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return triton_kernels()
+
+
+@pytest.fixture
+def draw() -> Draw:
+    """Normal numbers of a shape, the same in each run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) + mean).to(DEVICE, dtype)
+
+    return normal
+
+
+def exact(*values: Any) -> Any:
+    """In float64, where they are floating-point tensors."""
+    doubled = (v.double() if isinstance(v, Tensor) else v for v in values)
+    return tuple(torch.float64 if isinstance(v, torch.dtype) else v for v in doubled)
+
+
+def assert_near(found: Any, expected: Any, dtype: torch.dtype, *others: torch.dtype) -> None:
+    """Each result within its type's tolerance of the float64 one; `others` give further results' types."""
+    found, expected = (r if isinstance(r, tuple) else (r,) for r in (found, expected))
+    for result, wanted, kind in zip(found, expected, [dtype, *others], strict=True):
+        assert result.dtype == kind
+        error = (result.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+        assert error <= TOLERANCES[kind] or float(wanted.norm()) == float(result.norm()) == 0, float(error)
+
+
+def keep_factors(batch: int) -> Tensor:
+    """Drop path at .5, the first image dropped."""
+    return torch.tensor([0.0, 2.0, 2.0][:batch], device=DEVICE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_statistics(kernels: Kernels, draw: Draw, shape: tuple[int, ...], mean: float) -> None:
+    """Also where the mean is 100 deviations: squares are summed around it."""
+    x = draw(*shape, mean=mean)
+    found, expected = kernels.statistics(x, EPS), reference.statistics(x.double(), EPS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
+def test_norm_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Output and gradient in the products' type, the stream in float32; a weight of zero among the others."""
+    x, grad, other = draw(*shape, mean=1.0), draw(*shape, dtype=dtype), draw(*shape)
+    weight, bias = draw(shape[3]), draw(shape[3])
+    weight[0] = 0
+    stats = reference.statistics(x, EPS)
+    arguments = (x, stats, weight, bias, dtype)
+    assert_near(kernels.normalize(*arguments), reference.normalize(*exact(*arguments)), dtype)
+    backward = (grad, x, stats, weight, other)
+    expected = reference.normalize_backward(*exact(*backward))
+    assert_near(kernels.normalize_backward(*backward), expected, *[torch.float32] * 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "dropped"),
+    [*((shape, 3, bool(n % 2)) for n, shape in enumerate(SHAPES)), *(((2, 3, 6, 8), s, True) for s in (5, 7, 9))],
+)
+def test_mixer_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], size: int, dropped: bool) -> None:
+    """All windows, also ones larger than the image; a scale of zero among the others; with and without drop path."""
+    x, grad, scale = draw(*shape, mean=1.0), draw(*shape), draw(shape[3])
+    scale[0] = 0
+    arguments = (x, reference.statistics(x, EPS), scale, keep_factors(shape[0]) if dropped else None, size)
+    found, stats = kernels.mix(*arguments, EPS)
+    expected, expected_stats = reference.mix(*exact(*arguments, EPS))
+    assert_near((found, stats), (expected, expected_stats), torch.float32, torch.float32)
+    expected_backward = reference.mix_backward(*exact(grad, *arguments))
+    grad_x, grad_scale = kernels.mix_backward(grad, *arguments)
+    assert_near(grad_x, expected_backward[0], torch.float32)
+    # The sums over positions cancel: what float32 loses there is measured against the terms.
+    bound = 1e-5 * grad.norm() * (x - x.mean()).norm() * arguments[1][:, 1].max()
+    assert (grad_scale.double() - expected_backward[1]).norm() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixer_of_a_stream_in_half_precision(kernels: Kernels, draw: Draw, dtype: torch.dtype) -> None:
+    """The stream may have the products' type: sums are float32 all the same."""
+    x, grad, scale = draw(2, 5, 7, 64, dtype=dtype), draw(2, 5, 7, 64, dtype=dtype), draw(64)
+    arguments = (x, reference.statistics(x, EPS), scale, keep_factors(2), 3)
+    assert_near(kernels.mix(*arguments, EPS)[0], reference.mix(*exact(*arguments, EPS))[0], dtype)
+    found, expected = kernels.mix_backward(grad, *arguments), reference.mix_backward(*exact(grad, *arguments))
+    assert_near(found[0], expected[0], dtype)
+
+
+def test_a_constant_image_passes_the_mixer_unchanged(kernels: Kernels) -> None:
+    """Padding is not counted: a window's average is the constant, at the borders too."""
+    x = torch.full((1, 5, 6, 8), 3.0, device=DEVICE)
+    mixed, _ = kernels.mix(x, reference.statistics(x, EPS), torch.ones(8, device=DEVICE), None, 3, EPS)
+    torch.testing.assert_close(mixed, x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 7, 130), (1, 17, 17, 8)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("factor", [None, 1e-6])
+def test_gelu_and_its_gradient(
+    kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, factor: float | None
+) -> None:
+    """Of small and large numbers; the gradient's sum over rows, and GELU again, come with it; a factor is applied."""
+    hidden, grad = draw(*shape, dtype=dtype) * 3, draw(*shape, dtype=dtype)
+    if factor is not None:
+        grad = grad / (factor * 100)  # float16 has no 1e-6: its gradient comes larger, and the factor reduces it
+    level = None if factor is None else torch.tensor(factor, device=DEVICE)
+    assert_near(kernels.gelu(hidden), reference.gelu(hidden.double()), dtype)
+    expected = reference.gelu_backward(*exact(grad.clone(), hidden, level, None))
+    assert_near(kernels.gelu_backward(grad.clone(), hidden, level, None), expected, dtype, dtype, torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
+def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Layer scale and drop path on a branch in the products' type; statistics of the sum; a layer scale of zero."""
+    x, branch, scale = draw(*shape), draw(*shape, dtype=dtype), draw(shape[3])
+    scale[0] = 0
+    keep = keep_factors(shape[0]) if shape[0] > 1 else None
+    found = kernels.residual(x, branch, scale, keep, EPS)
+    assert_near(found, reference.residual(*exact(x, branch, scale, keep, EPS)), torch.float32, torch.float32)
+    backward = kernels.residual_backward(x, keep, dtype)
+    assert_near(backward, reference.residual_backward(*exact(x, keep, dtype)), dtype, torch.float32)
+
+
+def test_the_same_input_gives_the_same_bits(kernels: Kernels, draw: Draw) -> None:
+    """Sums are added in a fixed order."""
+    x, grad, scale = draw(2, 13, 11, 33), draw(2, 13, 11, 33), draw(33)
+    arguments = (x, reference.statistics(x, EPS), scale, None, 3)
+    first, second = (kernels.mix_backward(grad, *arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

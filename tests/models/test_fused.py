@@ -1,0 +1,169 @@
+"""The fused operators against the plain path: values, gradients, what stays plain, and what happens where they fail."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metaformer.models import MetaFormer, fused
+from metaformer.models.fused import find_fault, fuse, run_fused
+from metaformer.models.kernels import operators
+from metaformer.models.kernels.backend import REFERENCE
+from metaformer.models.metaformer import Architecture, Stage, run_plainly
+from metaformer.models.token_mixers import Pooling
+from metaformer.models.variants import VARIANTS
+from tests.models.test_metaformer import randomise
+
+CPU = torch.device("cpu")
+
+
+def network(size: int = 3) -> MetaFormer:
+    """Four stages with drop path, and values that let every parameter show."""
+
+    def pooling(dim: int, side: int) -> Pooling:
+        return Pooling(dim, side, size)
+
+    model = MetaFormer(Architecture((2, 1, 2, 1), (8, 16, 24, 32), [pooling] * 4, drop_path_rate=0.3), num_classes=5)
+    randomise(model)
+    return model
+
+
+def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Logits and all gradients, with equal draws for drop path."""
+    torch.manual_seed(2)
+    model.zero_grad()
+    leaf = images.clone().requires_grad_()
+    logits = model(leaf)
+    logits.square().sum().backward()
+    assert leaf.grad is not None
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), "images": leaf.grad, **gradients}
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 9])
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_network_is_the_plain_one(size: int, training: bool) -> None:
+    """In float64, logits and the gradient of the images and of every parameter are equal to 12 digits.
+
+    norm1's bias cancels: its gradient is exactly zero, where the plain path has rounding errors.
+    """
+    model = network(size).double().train(training)
+    images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
+    expected = outcome(model, images)
+    assert fuse(model, CPU) == 4
+    found = outcome(model, images)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("norm1.bias"):
+            assert not found[name].any()
+            assert value.abs().max() < 1e-10
+        else:
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12 * float(value.abs().max()))
+
+
+def test_drop_path_and_layer_scale_of_zero() -> None:
+    """A layer scale of zero stops no gradient of its own, and none divides by it."""
+    model = network().double()
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            nn.init.zeros_(parameter)
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    expected = outcome(model, images)
+    fuse(model, CPU)
+    found = outcome(model, images)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    assert found["stages.0.blocks.0.layer_scale2.scale"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Under autocast the products are in its type, the stream in float32; errors are of the plain path's size.
+
+    The layer scale is the paper's 1e-6, which float16 cannot hold beside a weight.
+    """
+    model = network().eval()
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            nn.init.constant_(parameter, 1e-6)
+    images = torch.randn(6, 3, 80, 80)
+    exact = outcome(model, images)
+    with torch.autocast("cpu", dtype):
+        plain = outcome(model, images)
+    fuse(model, CPU)
+    with torch.autocast("cpu", dtype):
+        found = outcome(model, images)
+    for name, value in exact.items():
+        if not name.endswith("norm1.bias"):
+            error, plain_error = ((other[name].float() - value).norm() for other in (found, plain))
+            assert error < 2 * plain_error + 1e-3 * value.norm(), name
+    blocks, x = model.get_submodule("stages.0.blocks"), torch.randn(2, 8, 5, 5)
+    with torch.autocast("cpu", dtype):
+        assert run_fused(blocks, x.to(dtype)).dtype == torch.float32  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+def test_operators_are_registered_whole() -> None:
+    """Schemas, shapes for the compiler and gradients of both operators, by torch's own checks."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    stats, keep = operators.statistics(x.detach(), 1e-5), torch.tensor([0.0, 2.0, 2.0])
+    vector = [torch.randn(n, requires_grad=True) for n in (8, 8, 8, 32, 8, 8)]
+    matrices = [torch.randn(32, 8, requires_grad=True), torch.randn(8, 32, requires_grad=True)]
+    mlp = [matrices[0], vector[3], matrices[1], vector[4]]
+    torch.library.opcheck(operators.pool_branch, (x, stats, vector[0], keep, 3, 1e-5))
+    torch.library.opcheck(
+        operators.mlp_branch, (x, stats, vector[1:3], mlp, vector[5], keep, 1e-5, torch.float32)
+    )  # fmt: skip
+
+
+def test_which_networks_change() -> None:
+    """The paper's five and the pooling ablations in all stages, hybrids in their pooling stages, others nowhere."""
+    fused_stages = {}
+    for name in VARIANTS:
+        small = replace(VARIANTS[name], depths=(1, 1, 1, 1), dims=(32, 32, 32, 32))
+        model = MetaFormer(small, num_classes=2, image_size=32)
+        stages = [stage for stage in model.stages if isinstance(stage, Stage)]
+        fused_stages[name] = sum(all(fused.is_fusable(block) for block in stage.blocks) for stage in stages)
+    whole = [name for name in VARIANTS if name.startswith("poolformer") or "_pool" in name]
+    assert {name for name, count in fused_stages.items() if count} == {
+        *whole, "metaformer_s12_pppf", "metaformer_s12_ppff",
+    }  # fmt: skip
+    assert all(fused_stages[name] == 4 for name in whole)
+    assert (fused_stages["metaformer_s12_pppf"], fused_stages["metaformer_s12_ppff"]) == (3, 2)
+
+
+def test_state_dict_stays_the_same() -> None:
+    """Keys, values, and strict loading in both directions."""
+    plain, changed = network(), network()
+    fuse(changed, CPU)
+    assert list(changed.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(changed.state_dict(), strict=True)
+
+
+def test_wrong_kernels_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A value, a gradient or an exception that is wrong: one warning, and the model stays plain."""
+    assert find_fault(CPU) is None
+    kernels = REFERENCE
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("no such instruction\nand more")
+
+    faults: dict[str, Any] = {
+        "normalize": lambda *a: kernels.normalize(*a) * 1.1,
+        "mix_backward": lambda *a: (kernels.mix_backward(*a)[0], kernels.mix_backward(*a)[1] * 1.2),
+        "gelu_backward": lambda *a: (*kernels.gelu_backward(*a)[:2], torch.zeros(a[0].shape[3])),
+        "gelu": fail,
+    }
+    for name, wrong in faults.items():
+        broken = kernels._replace(**{name: wrong})
+        monkeypatch.setattr(operators, "kernels_for", lambda x, broken=broken: broken)
+        model = network()
+        assert fuse(model, CPU) == 0, name
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: model.fused=true: they ")
+        assert all(stage.run_blocks is run_plainly for stage in model.stages if isinstance(stage, Stage))
