@@ -18,15 +18,15 @@ import os
 from functools import partial
 from pathlib import Path
 
-from metaformer.data.imagenet_archives import Archives, unpack_imagenet
-from metaformer.data.imagenette import SIZES, unpack_imagenette
 from metaformer.data.index import check_same_classes, load_index
 from metaformer.data.preparation.conversion import SPLITS, convert, convert_built
+from metaformer.data.preparation.imagenet_archives import Archives, unpack_imagenet
+from metaformer.data.preparation.imagenette import SIZES, unpack_imagenette
 from metaformer.data.preparation.reencoding import Cost
+from metaformer.data.preparation.sample import build_sample
 from metaformer.data.preparation.shard_writer import Packing
 from metaformer.data.processes import Report
 from metaformer.data.progress import progress_bars
-from metaformer.data.sample import build_sample
 from metaformer.errors import UserError
 
 QUALITY, SHARD_MB = 90, 256

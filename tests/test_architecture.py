@@ -25,7 +25,7 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_components_import_no_sibling(component: str) -> None:
     """A component knows itself and the foundation; only assembly/ and config.py know several."""
-    for file in (PACKAGE / component).glob("*.py"):
+    for file in (PACKAGE / component).rglob("*.py"):
         assert imports(file) <= {component} | FOUNDATION, file
 
 

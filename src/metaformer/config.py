@@ -277,13 +277,17 @@ def fingerprint(config: CommonConfig) -> str:
 
 
 def _from_environment(values: DictConfig) -> Iterator[tuple[str, str]]:
-    """The fields that interpolate a variable, each with what was given; the places of data sets are no secrets."""
+    """The fields that interpolate a variable, or another field, which may; each with what was given.
+
+    Items of lists are fields of their own. The places of data sets are no secrets.
+    """
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(values, resolve=False))]
     while pending:
         key, value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend((f"{key}.{name}" if key else str(name), item) for name, item in value.items())
-        elif isinstance(value, str) and "oc.env:" in value and key != "data.root":
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending.extend((f"{key}.{name}" if key else str(name), item) for name, item in items)
+        elif isinstance(value, str) and "${" in value and key != "data.root":
             yield key, value
 
 

@@ -206,7 +206,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
         _end_with_launcher()
     control: Any = None
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+        _join("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout, single_node=world_size == local_world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
     yield Runtime(rank, world_size, local_rank, local_world_size, device, control)
     if world_size > 1:  # not after an error: a group that lost a rank may wait for it
@@ -227,6 +227,15 @@ def run_program(program: Callable[[], None]) -> None:
         os._exit(1)  # as in _fail
     except KeyboardInterrupt:
         _fail("error: interrupted", 128 + signal.SIGINT)
+
+
+def _join(backend: str, timeout: timedelta, single_node: bool) -> None:
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    if single_node:
+        # What torchrun starts again would find the addresses of its dead predecessors: all starts share one store. Not
+        # over several nodes: there each torchrun counts its own restarts.
+        store = dist.PrefixStore(f"start-{_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def status_file_of_launcher() -> Path | None:

@@ -1,5 +1,6 @@
 """The index of a data set."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -151,6 +152,32 @@ def test_cache_moves_to_the_user_where_the_data_is_read_only(own_root: Path, tmp
     inode = kept.stat().st_ino
     assert load_index(own_root, "train").sizes.tolist() == first.sizes.tolist()
     assert kept.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("change", [{"format": 3}, {"kind": "ShardScan"}])
+def test_a_scan_of_something_else_is_not_used(own_root: Path, change: dict[str, object]) -> None:
+    """What was kept in another format or of another kind, or of a folder of another name, is scanned anew."""
+    index = load_index(own_root, "train")
+    file = own_root / ".metaformer" / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (stored,) = own_root.glob(".metaformer/train-*/labels.npy")
+    np.save(stored, index.labels + 7)
+    assert load_index(own_root, "train").labels[0] == 0
+    (stored,) = own_root.glob(".metaformer/train-*/labels.npy")
+    np.save(stored, index.labels + 7)
+    assert load_index(own_root.rename(own_root.with_name("moved")), "train").labels[0] == 0
+
+
+def test_a_cache_that_fills_the_disk_leaves_nothing(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays that cannot all be written are removed, and the scan is used as it is."""
+
+    def save(file: Path, array: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", save)
+    assert len(load_index(own_root, "train")) == 13
+    assert list((own_root / ".metaformer").iterdir()) == []
 
 
 def test_index_works_where_nothing_can_be_cached(own_root: Path, tmp_path: Path) -> None:

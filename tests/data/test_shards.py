@@ -63,6 +63,22 @@ def test_order_of_difficult_names(own_root: Path) -> None:
     assert_same_bytes(packed, files)
 
 
+def test_shards_in_another_order(image_root: Path, shard_root: Path, tmp_path: Path) -> None:
+    """Shards under each other's numbers give the same order, labels and bytes."""
+    train, shuffled = shard_root / "train", tmp_path / "train"
+    shuffled.mkdir()
+    listed = json.loads((train / "shards.json").read_text())["shards"]
+    for number in range(len(listed)):
+        for kind in ("tar", "idx"):
+            source = train / f"shard-{len(listed) - 1 - number:06}.{kind}"
+            shutil.copy(source, shuffled / f"shard-{number:06}.{kind}")
+    (shuffled / "shards.json").write_text(json.dumps({"shards": listed[::-1]}))
+    files, packed = load_index(image_root, "train"), find_images(shuffled)
+    assert packed.fingerprint == files.fingerprint
+    assert packed.labels.tolist() == files.labels.tolist()
+    assert_same_bytes(packed, files)
+
+
 def test_scan_is_kept_until_a_shard_changes(own_shards: Path) -> None:
     """A second start maps the kept arrays; a tar or an index with another time is read again."""
     first = load_index(own_shards, "train")

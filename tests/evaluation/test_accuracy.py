@@ -1,17 +1,23 @@
 """Accuracy over a split, against a plain computation."""
 
 import math
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from metaformer.errors import Interrupted
 from metaformer.evaluation.accuracy import Accuracy, evaluate
 from metaformer.runtime import Runtime
+from metaformer.training.interruption import Interruption
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from tests.ranks import on_ranks
 
 CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))
 FP32 = Precision(PrecisionConfig(PrecisionName.fp32), CPU.device)
@@ -97,3 +103,50 @@ def test_computes_in_the_given_precision() -> None:
 def test_as_a_row() -> None:
     """The row's names are those that result files and metrics use."""
     assert Accuracy(1.0, 2.0, 3.0, 4).as_dict() == {"top1": 1.0, "top5": 2.0, "loss": 3.0, "images": 4}
+
+
+class Counted(nn.Module):
+    """Counts the batches that it scores."""
+
+    batches = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches += 1
+        return images
+
+
+@pytest.mark.parametrize("after", [0, 2, 3])
+def test_leaves_off_when_asked(after: int) -> None:
+    """Asked before each batch: the one at which it is told to stop is not scored, and there is no result."""
+    asked, model = iter([False] * after + [True]), Counted()
+    with pytest.raises(Interrupted):
+        evaluate(model, split(3), FP32, CPU, stop=lambda: next(asked))
+    assert model.batches == after
+
+
+def test_is_whole_where_nobody_asks() -> None:
+    """A `stop` that says no changes nothing."""
+    found = evaluate(Counted(), split(3), FP32, CPU, stop=lambda: False)
+    assert found == evaluate(Counted(), split(3), FP32, CPU)
+
+
+def interrupted_evaluation(runtime: Runtime) -> Any:
+    """The last rank gets a signal at its second batch."""
+    asked, model = Interruption(runtime), Counted()
+
+    def stop() -> bool:
+        if runtime.rank == runtime.world_size - 1 and model.batches == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked.requested
+
+    with asked.listening():
+        try:
+            evaluate(model, split(3), FP32, runtime, stop=stop)
+        except Interrupted:
+            return model.batches, float(runtime.sum(torch.ones(1)))
+    return None
+
+
+def test_one_rank_leaves_off_for_all() -> None:
+    """A signal on one of two ranks: both are told, none waits for the other, and they can still exchange numbers."""
+    assert on_ranks(interrupted_evaluation) == [(4, 2.0), (1, 2.0)]

@@ -22,8 +22,9 @@ from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
 from metaformer.tracking.wandb import WandbTracker
 from metaformer.training.checkpoint import CheckpointFolder
-from metaformer.training.loop import SoftBatch, Trainer
+from metaformer.training.loop import Trainer
 from metaformer.training.state import Snapshot
+from metaformer.training.surroundings import SoftBatch
 
 SMALL = Architecture((1, 1, 1, 1), (8, 16, 24, 32), POOLING, drop_path_rate=0.1)
 

@@ -70,7 +70,7 @@ def test_a_killed_launcher_leaves_no_orphan(images: Path, tmp_path: Path, undist
 
 def processes_of(run_dir: Path) -> list[str]:
     """Processes whose command names the run folder."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if f"run_dir={run_dir}" in line]
 
 
@@ -111,8 +111,8 @@ def test_one_of_two_nodes_is_lost(images: Path, tmp_path: Path) -> None:
 
 def test_a_crash_loop_ends(start: Start, tmp_path: Path) -> None:
     """Row 23: starts that die at the same step, before they could save, are counted, and end with a refusal."""
-    options = ("checkpoint.every_steps=4", "guards.max_starts_without_progress=3")
-    for attempt in range(3):
+    options = ("checkpoint.every_steps=4", "checkpoint.background=false", "guards.max_starts_without_progress=3")
+    for attempt in range(4):  # the first makes progress
         job = start(tmp_path / "run", *options, faults="0:7:kill")
         assert job.wait() == [-signal.SIGKILL], f"attempt {attempt}: {job.stderr}"
     for _ in range(2):

@@ -347,7 +347,7 @@ def test_manifest_says_what_is_there(run_folder: Path) -> None:
     assert (manifest["model"], manifest["progress"]["step"]) == ("tiny", 2)
 
 
-@pytest.mark.parametrize("field", ["every_epochs", "every_steps", "keep"])
+@pytest.mark.parametrize("field", ["every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves"])
 def test_config_is_checked(field: str) -> None:
     """0 is refused by the field's name."""
     with pytest.raises(UserError, match=rf"checkpoint\.{field}=0: must be at least 1"):

@@ -17,12 +17,13 @@ from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.guards import Diverged, GuardConfig
-from metaformer.training.loop import LoopSettings, Trainer
+from metaformer.training.loop import Trainer
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule, ScheduleConfig
 from metaformer.training.state import TrainState
+from metaformer.training.surroundings import LoopSettings
 from metaformer.training.watchdog import Watchdog
 from tests.conftest import QUICK, TRAIN_IMAGES, rows
 from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
@@ -195,8 +196,10 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) ->
     state, checkpoint = sgd_state(), CheckpointConfig(every_steps=1)
     data, guards = Numbers(8, poisoned_from=32), GuardConfig(max_skipped_steps=3)
     settings = {"steps_per_epoch": 12, "checkpoint": checkpoint, "guards": guards, "log_every_steps": log_every}
+    loop = trainer(state, tmp_path, data, **settings)
     with pytest.raises(Diverged, match=r"^epoch 1, step \d+: the last \d+ steps had gradients that are not finite"):
-        trainer(state, tmp_path, data, **settings).run()
+        loop.run()
+    loop.saver.close()
     saved = sorted(folder.name for folder in tmp_path.glob("step-*"))
     assert saved == [f"step-{step:08d}" for step in (3, 4)], "the two newest"
     assert checkpoint_folder(tmp_path).find().folder == tmp_path / saved[-1]

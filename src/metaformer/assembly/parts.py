@@ -16,9 +16,9 @@ from metaformer.data.label_schemes import relabel
 from metaformer.data.loader import Loader, LoaderConfig, LoaderName, RegionDecode
 from metaformer.data.pil_reader import read_with_pil
 from metaformer.data.plan import EvaluationPlan, Plan
+from metaformer.data.preparation.sample import build_sample
 from metaformer.data.quarantine import leave_out
 from metaformer.data.region_verdict import gpu_decodes_regions
-from metaformer.data.sample import build_sample
 from metaformer.data.torch_reader import read_with_torch
 from metaformer.data.worker_loader import WorkerLoader
 from metaformer.models import create_model, create_timm_model

@@ -16,8 +16,8 @@ from metaformer.tracking.make import make_tracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
 from metaformer.tracking.tracker import NullTracker, Tracker
-from metaformer.training.loop import LoopSettings
 from metaformer.training.state import TrainState
+from metaformer.training.surroundings import LoopSettings
 
 
 @contextmanager

@@ -40,13 +40,14 @@ from metaformer.tracking.tracker import Tracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, Found, WeightFiles
 from metaformer.training.ema import make_ema
-from metaformer.training.loop import LoopSettings, SoftBatch, Trainer
+from metaformer.training.loop import Trainer
 from metaformer.training.manifest import verify
 from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import TrainState
+from metaformer.training.surroundings import LoopSettings, SoftBatch
 from metaformer.training.watchdog import Watchdog
 
 PICTURE_IMAGES = 16

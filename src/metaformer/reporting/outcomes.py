@@ -16,8 +16,8 @@ from metaformer.reporting.paper import Row
 VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 # Settings that a recipe leaves to the machine and to taste; any other value than the recipe's is said in the table.
 FREE = (
-    "run_dir", "data.root", "data.source", "seed", "workers", "loader.", "tracking.", "checkpoint.", "resume",
-    "eval_batch_size", "accumulation_steps", "channels_last", "compile", "log_every_steps", "max_steps",
+    "run_dir", "data.root", "data.source", "seed", "workers", "loader.", "tracking.", "checkpoint.", "guards.",
+    "resume", "eval_batch_size", "accumulation_steps", "channels_last", "compile", "log_every_steps", "max_steps",
 )  # fmt: skip
 Settings = dict[str, Any]  # dotted names to values
 

@@ -51,8 +51,8 @@ class BackgroundTracker:
         self._hand_over(lambda tracker: tracker.close(failed))
         self._hand_over(None)
         self._thread.join(min(CLOSE_SECONDS_OF_FAILED, self._close_seconds) if failed else self._close_seconds)
-        waiting = self._calls.qsize()
         if self._thread.is_alive() or self._lost:
+            waiting = max(0, self._calls.qsize() - 2)  # without the two that close it
             self._warn(
                 f"{self._lost + waiting} rows or files did not reach it (it was too slow); the run folder has all"
             )

@@ -69,8 +69,16 @@ class RunLock:
                 "give a run_dir on another, or mount it with locks"
             ) from error
         content = json.dumps(Process(socket.gethostname(), os.getpid())._asdict()).encode()
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, content, 0)
+            current = file.stat()
+        except OSError as error:
+            os.close(self._descriptor)
+            raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
+        if not os.path.samestat(current, os.fstat(self._descriptor)):
+            os.close(self._descriptor)
+            raise UserError(f"run_dir={run_dir}: another run has just left it, and removed its lock; start again")
 
     def release(self) -> None:
         """Let another run in."""

@@ -61,18 +61,15 @@ class StatusFile:
                 f"{before.reason or 'killed' if before else ''}); mend the cause, then remove this file to start again"
             )
         self._status = Status(RUNNING, step, "", in_vain, step)
-        try:
-            self._write()
-        except OSError as error:
-            raise UserError(f"{self._file}: cannot be written ({error.strerror or error})") from error
+        failures = self._write()
+        if failures:
+            raise UserError(failures[0])
 
     def end(self, state: str, step: int, reason: str) -> None:
         """The run ends; a disk that refuses the file is no reason to end otherwise."""
         self._status.state, self._status.step, self._status.reason = state, step, reason
-        try:
-            self._write()
-        except OSError as error:
-            print(f"warning: {self._file}: cannot be written ({error.strerror or error})", file=sys.stderr, flush=True)
+        for failure in self._write():
+            print(f"warning: {failure}", file=sys.stderr, flush=True)
 
     def _read(self) -> Status | None:
         try:
@@ -85,8 +82,14 @@ class StatusFile:
             reason = " ".join(str(error).split())
             raise UserError(f"{self._file}: damaged ({reason}); remove it to start again") from error
 
-    def _write(self) -> None:
+    def _write(self) -> list[str]:
+        """Returns a line for each file that cannot be written; the other one is, nevertheless."""
         content = {**asdict(self._status), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        failures = []
         for file in (self._copy, self._file):
-            if file is not None:
-                write_text_whole(file, json.dumps(content, indent=2) + "\n")
+            try:
+                if file is not None:
+                    write_text_whole(file, json.dumps(content, indent=2) + "\n")
+            except OSError as error:
+                failures.append(f"{file}: cannot be written ({error.strerror or error})")
+        return failures

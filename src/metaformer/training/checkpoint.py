@@ -171,7 +171,7 @@ class CheckpointFolder:
         try:
             torch.save(snapshot.trainer, folder / TRAINER_FILE)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
         for file in folder.iterdir():
             fsync(file)
         write_manifest(folder, {**self._facts, "identity": snapshot.identity, "progress": snapshot.progress})

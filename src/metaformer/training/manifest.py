@@ -26,6 +26,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     manifest = {"format": FORMAT, "saved_at": time.time(), **facts, "versions": versions, "files": files}
+    manifest["digest"] = _digest(manifest)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -48,12 +49,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read every file of a checkpoint and compare it with the manifest, which is returned.
+    """Read every file of a checkpoint and compare it with the manifest, and that with its own digest; it is returned.
 
     Raises:
         UserError: names the first file that is missing, or differs from what was written.
     """
     manifest = read_manifest(folder)
+    if manifest.get("digest") != _digest(manifest):
+        raise UserError(f"{folder / MANIFEST_FILE}: damaged: its digest is not that of what it says")
     for name, expected in manifest["files"].items():
         file = folder / name
         try:
@@ -65,6 +68,12 @@ def verify(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{file}: missing or not readable ({error.strerror or error})") from error
     return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says besides."""
+    said = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

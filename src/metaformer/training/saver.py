@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 
 from metaformer.errors import UserError
@@ -35,9 +36,10 @@ class CheckpointSaver:
             Diverged: the weights of the one before were not finite: it was not written.
         """
         self.wait()
-        self._writing = (name, self._thread.submit(self._write, state.snapshot(), name, is_best))
+        writing = self._thread.submit(self._write, state.snapshot(), name, is_best)
+        self._writing = (name, writing)
         if not self._config.background:
-            self.wait()
+            wait_for([writing])
 
     def wait(self, must_succeed: bool = False) -> None:
         """Until the last save is on disk.

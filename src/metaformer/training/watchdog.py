@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXIT_CODE = 4
-BACKSTOP_SECONDS = 30.0  # past the bound, until a timer that needs no Python ends a process whose threads cannot run
 DUMP_SECONDS = 2.0  # for the other processes of the node to write their stacks
+# Of the bound, and seconds: until a timer that needs no Python ends a process whose threads cannot run.
+BACKSTOP, BACKSTOP_SECONDS = 1.25, 2 * DUMP_SECONDS
 
 
 class Watchdog:
@@ -49,9 +50,9 @@ class Watchdog:
                 thread.join()
                 faulthandler.cancel_dump_traceback_later()
                 faulthandler.unregister(signal.SIGUSR2)
-                if self._stacks.tell() == 0:
-                    self._file.unlink(missing_ok=True)
-        with suppress(OSError):  # other ranks' are there
+        with suppress(OSError):  # the run folder is gone, or other ranks' stacks are there
+            if self._file.stat().st_size == 0:
+                self._file.unlink()
             self._file.parent.rmdir()
 
     def beat(self) -> None:
@@ -62,18 +63,22 @@ class Watchdog:
 
     def _set_timer(self) -> None:
         self._timer_set_at = time.monotonic()
-        faulthandler.dump_traceback_later(self._stall_seconds + BACKSTOP_SECONDS, file=self._stacks, exit=True)
+        seconds = BACKSTOP * self._stall_seconds + BACKSTOP_SECONDS
+        faulthandler.dump_traceback_later(seconds, file=self._stacks, exit=True)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._stall_seconds / 10)):
             stalled = time.monotonic() - self._beat_at
             if stalled > self._stall_seconds:
-                self._end_job(stalled)
+                try:
+                    self._write_stacks(stalled)
+                finally:  # also where nobody reads stderr any more
+                    os._exit(EXIT_CODE)
 
-    def _end_job(self, stalled: float) -> None:
+    def _write_stacks(self, stalled: float) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         for pid in self._peers:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):  # it has ended, and its number may be another user's process
                 os.kill(pid, signal.SIGUSR2)
                 os.kill(pid, signal.SIGCONT)  # one that was stopped writes its stacks when it goes on
         print(
@@ -82,4 +87,3 @@ class Watchdog:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         time.sleep(DUMP_SECONDS)
-        os._exit(EXIT_CODE)

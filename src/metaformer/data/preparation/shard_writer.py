@@ -20,7 +20,7 @@ from metaformer.data.preparation.reencoding import reduce_piece
 from metaformer.data.processes import Report
 from metaformer.data.shards import BLOCK, IDX_VERSION, MANIFEST, is_member_name, shard_name
 from metaformer.errors import UserError
-from metaformer.files import fsync, write_text_whole, write_whole
+from metaformer.files import fsync, write_text_whole
 
 _WHITESPACE = re.compile(rb"[ \t\n\v\f\r]")
 _SHORT = 90  # bytes of a name that certainly fits
@@ -89,19 +89,22 @@ def write_shard(task: _Task) -> int:
     tar, idx = task.tar, task.tar.with_suffix(".idx")
     if tar.exists() and idx.exists():
         return tar.stat().st_size
-    temporary = tar.with_name(f".{tar.name}.tmp")
+    # Of fixed names: what a killed process left is written over by the next one.
+    temporaries = {file: file.with_name(f".{file.name}.tmp") for file in (tar, idx)}
     try:
-        with temporary.open("wb") as file:
+        with temporaries[tar].open("wb") as file:
             lines = list(_write_members(file, task))
             file.write(bytes(2 * BLOCK))  # the end of a tar
-        fsync(temporary)
-        temporary.rename(tar)
-        _write_bytes_whole(idx, b"".join([b"%b %d\n" % (IDX_VERSION, len(lines)), *lines]))
+        temporaries[idx].write_bytes(b"".join([b"%b %d\n" % (IDX_VERSION, len(lines)), *lines]))
+        for path, temporary in temporaries.items():
+            fsync(temporary)
+            temporary.rename(path)
         return tar.stat().st_size
     except OSError as error:
         raise _cannot_write(tar, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def _write_members(file: BinaryIO, task: _Task) -> Iterator[bytes]:
@@ -187,13 +190,6 @@ def _check_same_plan(folder: Path, pieces: list[Piece], packing: Packing) -> Non
 def _plan(folder: Path) -> Path:
     """Says, until all is there, what is being made."""
     return folder / "plan.sha256"
-
-
-def _write_bytes_whole(path: Path, content: bytes) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_whole(path, write)
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -7,12 +7,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from metaformer.data.imagenet_archives import ClassFolder, Member, make_class_folder, read_members
+from metaformer.data.preparation.imagenet_archives import ClassFolder, Member, make_class_folder, read_members
 from metaformer.errors import UserError
 
 CLASSES, IMAGES, BYTES = 30, 20, 200_000
@@ -47,7 +46,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from metaformer.data import imagenet_archives as archives
+from metaformer.data.preparation import imagenet_archives as archives
 if __name__ == "__main__":
     archive, target = map(Path, sys.argv[1:])
     archives.IMAGES["train"] = 600
@@ -96,17 +95,6 @@ def test_a_killed_unpacking_goes_on(nested: Path, tmp_path: Path, script: Path) 
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
     assert_whole(target)
     assert all(folder.stat().st_ino == inode for folder, inode in made.items())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 10 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_said(nested: Path, small_disk: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from metaformer.data.index import load_index
-from metaformer.data.sample import build_sample
+from metaformer.data.preparation.sample import build_sample
 from metaformer.errors import UserError
 
 

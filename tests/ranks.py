@@ -1,0 +1,79 @@
+"""Several ranks as processes of this machine, joined by gloo, and a small disk that can be full."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaformer.runtime import Runtime, start
+
+SECONDS = 60.0  # until ranks count as hanging
+Work = Callable[[Runtime], Any]
+
+
+def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
+    """What a function of a test's module returns on each rank, or the error that it raises there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks", work.__module__])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    results = context.Queue()
+    ranks = [context.Process(target=_run, args=(work, rank, world_size, port, results)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    try:
+        found = dict(results.get(timeout=SECONDS) for _ in ranks)
+        for process in ranks:
+            process.join(SECONDS)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
+    return [found[rank] for rank in range(world_size)]
+
+
+def _run(work: Work, rank: int, world_size: int, port: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    with start() as runtime:
+        try:
+            result = work(runtime)
+        except Exception as error:  # handed to the test, which looks at it
+            result = error
+        results.put((rank, result))
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A tmpfs of so many bytes, as in "64k"; the test is skipped where none can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system of a given size can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the room that a disk has left; the file that takes it."""
+    file = disk / "filler"
+    with file.open("wb", buffering=0) as filler:
+        try:
+            while filler.write(b"\0" * 4096):
+                pass
+        except OSError:
+            return file
+    raise AssertionError("the disk has no end")

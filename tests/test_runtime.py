@@ -1,0 +1,146 @@
+"""Ranks that agree, over gloo between real processes, and what becomes of one whose launcher dies."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaformer.errors import UserError
+from metaformer.runtime import Process, Runtime, start
+from tests.ranks import on_ranks
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
+FORK = multiprocessing.get_context("fork")
+
+
+def vote(runtime: Runtime) -> list[int]:
+    """Nobody, the last, both; other exchanges begin and end while a vote is under way."""
+    found = []
+    for value in (False, runtime.rank == 1, True):
+        started = runtime.start_vote(value)
+        assert [int(other) for other in runtime.gather(torch.tensor(runtime.rank))] == [0, 1]
+        assert runtime.sum(torch.ones(1)) == 2
+        found.append(started.result())
+    return found
+
+
+def test_votes_are_counted() -> None:
+    """Every rank gets the number of ranks that said yes."""
+    assert on_ranks(vote) == [[0, 1, 2]] * 2
+
+
+def late_vote(runtime: Runtime) -> float:
+    """How long beginning a vote takes while the other rank has not begun."""
+    runtime.sum(torch.ones(1))
+    if runtime.rank == 1:
+        time.sleep(1)
+    began = time.monotonic()
+    started = runtime.start_vote(True)
+    seconds = time.monotonic() - began
+    assert started.result() == 2
+    return seconds
+
+
+def test_beginning_a_vote_waits_for_nobody() -> None:
+    """It runs beside the step: only its result waits."""
+    assert on_ranks(late_vote)[0] < 0.5
+
+
+def gather(runtime: Runtime) -> Any:
+    """Tensors of several kinds, and where the ranks run."""
+    numbers = [
+        runtime.gather(torch.full((2, 3), runtime.rank + 0.5, dtype=torch.float64)),
+        runtime.gather(torch.tensor(2**62 + runtime.rank)),
+        runtime.gather(torch.arange(6).view(2, 3).T + runtime.rank),
+    ]
+    return (
+        [[(tensor.dtype, tensor.tolist()) for tensor in everyone] for everyone in numbers],
+        runtime.processes(),
+        (os.getpid()),
+    )
+
+
+def test_every_rank_gets_all_tensors_in_order() -> None:
+    """Each kind of number as it was, also of a tensor that does not lie in order; and each rank's process."""
+    (first, places, pid), (second, same, other) = on_ranks(gather)
+    assert first == second
+    assert [tensor[1] for tensor in first[0]] == [[[0.5] * 3] * 2, [[1.5] * 3] * 2]
+    assert first[1] == [(torch.int64, 2**62), (torch.int64, 2**62 + 1)]
+    assert [tensor[1] for tensor in first[2]] == [[[0, 3], [1, 4], [2, 5]], [[1, 4], [2, 5], [3, 6]]]
+    assert places == same == [Process(socket.gethostname(), pid), Process(socket.gethostname(), other)]
+
+
+def test_one_rank_alone() -> None:
+    """No group is needed for what one rank says to itself."""
+    numbers = torch.arange(3)
+    assert torch.equal(torch.stack(ALONE.gather(numbers)), numbers[None])
+    assert ALONE.processes() == [Process(socket.gethostname(), os.getpid())]
+    ALONE.check_agreement("anything", "value")
+
+
+def disagree(runtime: Runtime) -> None:
+    """Equal first, then not."""
+    runtime.check_agreement("the weather", "fine")
+    runtime.check_agreement("the configuration", f"of rank {runtime.rank}")
+
+
+def test_ranks_that_differ_are_refused() -> None:
+    """On all of them, with the rank and what differs."""
+    for error in on_ranks(disagree):
+        assert isinstance(error, UserError)
+        assert str(error).startswith("rank 1: the configuration differs from rank 0's;")
+
+
+def rank_of(launcher_said: bool, folder: Path) -> None:
+    """A rank: it says that it has begun, and what ends it."""
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    if launcher_said:
+        os.environ["TORCHELASTIC_RUN_ID"] = "run"
+
+    def end(number: int, frame: Any) -> None:
+        (folder / "ended").write_text(signal.Signals(number).name)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    with start():
+        (folder / "pid").write_text(str(os.getpid()))
+        (folder / "pid").rename(folder / "begun")
+        time.sleep(20)
+
+
+def launcher(launcher_said: bool, folder: Path) -> None:
+    """A launcher, which does nothing but start a rank."""
+    rank = FORK.Process(target=rank_of, args=(launcher_said, folder))
+    rank.start()
+    rank.join()
+
+
+def appears(file: Path, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return file.exists()
+
+
+@pytest.mark.parametrize("launcher_said", [True, False])
+def test_a_launcher_that_dies(tmp_path: Path, launcher_said: bool) -> None:
+    """Killed by SIGKILL, torchrun's ranks get SIGTERM; what no torchrun has started goes on."""
+    process = FORK.Process(target=launcher, args=(launcher_said, tmp_path))
+    process.start()
+    assert appears(tmp_path / "begun", 20)
+    rank = int((tmp_path / "begun").read_text())
+    try:
+        process.kill()
+        process.join()
+        assert appears(tmp_path / "ended", 10 if launcher_said else 0.5) == launcher_said
+    finally:
+        if not launcher_said:
+            os.kill(rank, signal.SIGKILL)
+    if launcher_said:
+        assert (tmp_path / "ended").read_text() == "SIGTERM"

@@ -1,0 +1,168 @@
+"""One run in a run folder: real processes that hold it, are killed, and leave children behind."""
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.errors import UserError
+from metaformer.files import write_text_whole
+from metaformer.tracking.console import ConsoleTracker
+from metaformer.tracking.jsonl import JsonlTracker
+from metaformer.tracking.lock import LOCK_FILE, RunLock, held
+from metaformer.tracking.run_folder import check_empty, open_run_folder
+from metaformer.tracking.status import DONE, StatusFile
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(run_dir: Path, ready: Any, leave_child: bool) -> None:
+    """Hold the folder until killed; perhaps with a child, as data workers are."""
+    with held(run_dir):
+        if leave_child and os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        ready.set()
+        time.sleep(60)
+
+
+@contextmanager
+def holder(run_dir: Path, leave_child: bool = False) -> Iterator[Any]:
+    """Another process that holds the folder."""
+    ready = FORK.Event()
+    process = FORK.Process(target=hold, args=(run_dir, ready, leave_child))
+    process.start()
+    assert ready.wait(20)
+    yield process
+    process.kill()
+    process.join()
+
+
+def refused(run_dir: Path) -> bool:
+    """Whether a process of its own cannot have the folder; this one, which may hold it, could."""
+
+    def attempt() -> None:
+        try:
+            RunLock(run_dir)
+        except UserError:
+            os._exit(3)
+
+    process = FORK.Process(target=attempt)
+    process.start()
+    process.join(20)
+    assert process.exitcode in (0, 3)
+    return process.exitcode == 3
+
+
+def test_a_second_run_is_refused(tmp_path: Path) -> None:
+    """While one holds it, another ends in one line that says which process, and on which machine."""
+    with holder(tmp_path / "run") as process:
+        expected = rf"^run_dir=\S+: process {process.pid} on {socket.gethostname()} trains in it; wait"
+        with pytest.raises(UserError, match=expected), held(tmp_path / "run"):
+            pass
+    assert (tmp_path / "run" / LOCK_FILE).exists(), "a refused run removes nothing"
+
+
+@pytest.mark.parametrize("leave_child", [False, True])
+def test_a_dead_run_holds_nothing(tmp_path: Path, leave_child: bool) -> None:
+    """After SIGKILL the folder is free at once, also while a child of the dead process lives on."""
+    with holder(tmp_path / "run", leave_child) as process:
+        assert refused(tmp_path / "run")
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert not refused(tmp_path / "run")
+
+
+def test_a_childs_end_does_not_let_go(tmp_path: Path) -> None:
+    """A forked data worker that ends, or closes all its files, leaves the lock to its parent."""
+    with held(tmp_path / "run"):
+        worker = FORK.Process(target=os.closerange, args=(3, 256))
+        worker.start()
+        worker.join()
+        assert refused(tmp_path / "run")
+    assert not refused(tmp_path)
+
+
+def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
+    """All that this process opens and closes in its folder; closing the lock file itself would give up the lock."""
+    run_dir = tmp_path / "run"
+    with held(run_dir):
+        check_empty(run_dir)
+        for config in ("a: 1\n", "a: 2\n"):
+            open_run_folder(run_dir, config)
+        status = StatusFile(run_dir, None)
+        status.start(0, 5)
+        trackers = [ConsoleTracker(1, 1, 1, run_dir / "log.txt"), JsonlTracker(run_dir, 0)]
+        for tracker in trackers:
+            tracker.message("a line")
+            tracker.close(failed=False)
+        status.end(DONE, 1, "")
+        write_text_whole(run_dir / "other", "text")
+        assert refused(run_dir)
+        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
+        os.close(descriptor)
+        assert not refused(run_dir), "this test can fail"
+
+
+def test_folders_that_stay_empty_go_again(tmp_path: Path) -> None:
+    """A run that fails before anything is written leaves no folder; one that was there, or has a file, stays."""
+    with pytest.raises(KeyError), held(tmp_path / "a" / "b"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with held(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert sorted(entry.name for entry in (tmp_path / "a" / "b").iterdir()) == ["file", LOCK_FILE]
+    (tmp_path / "there").mkdir()
+    with held(tmp_path / "there"):
+        pass
+    assert (tmp_path / "there").exists()
+
+
+def test_a_folder_that_is_gone_hides_no_error(tmp_path: Path) -> None:
+    """Somebody removes the run folder: the error that training ends with comes through, not one about the lock."""
+
+    def fail() -> None:
+        with held(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            raise UserError("the cause")
+
+    with pytest.raises(UserError, match="the cause"):
+        fail()
+
+
+def test_a_lock_file_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock on a file that another run has just removed keeps nobody out: it does not count."""
+    lock: Callable[[int, int], None] = fcntl.lockf
+
+    def late(descriptor: int, how: int) -> None:
+        (tmp_path / LOCK_FILE).unlink()
+        (tmp_path / LOCK_FILE).touch()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with pytest.raises(UserError, match=r"another run has just left it"):
+        RunLock(tmp_path)
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be(tmp_path: Path, below: str) -> None:
+    """In place of the folder, or above it, there is a file: one line."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run_dir=\S+: cannot be made \("), held(tmp_path / "file" / below):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_a_folder_that_takes_no_files() -> None:
+    """A folder that cannot be written is refused before anything is trained, whoever is asking, root too."""
+    with pytest.raises(UserError, match=r"^run_dir=/proc/self: cannot be written \("), held(Path("/proc/self")):
+        pass

@@ -1,0 +1,195 @@
+"""Saving beside training: what is saved, when training waits, and what a disk that refuses leads to."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaformer.errors import UserError
+from metaformer.models import load_weights, save_state
+from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
+from metaformer.training.guards import Diverged
+from metaformer.training.saver import CheckpointSaver
+from metaformer.training.state import TrainState
+from tests.ranks import fill, small_disk
+from tests.training.conftest import advance, tensors, tiny_state
+
+MOMENT = 0.3  # seconds, in which what does not wait would have ended
+
+
+class SlowDisk:
+    """Takes a file's bytes at once, and says that it has them only when it is let go: a pipe that nobody reads."""
+
+    def __init__(self, pipe: Path) -> None:
+        self._pipe = pipe
+        os.mkfifo(pipe)
+
+    def save(self, state: dict[str, Tensor], path: Path) -> None:
+        save_state(state, path, "tiny")
+        with self._pipe.open("wb"):
+            pass
+
+    def let_go(self) -> None:
+        with self._pipe.open("rb"):
+            pass
+
+
+def make_saver(
+    run: Path, lines: list[str], save: Callable[[dict[str, Tensor], Path], None] | None = None, **config: int | bool
+) -> CheckpointSaver:
+    """The real one, over RUN/checkpoints; its alarms become lines."""
+    run.mkdir(exist_ok=True)
+    settings = CheckpointConfig(**config)  # type: ignore[arg-type]
+    weight_files = WeightFiles(save or partial(save_state, name="tiny"), load_weights)
+    folder = CheckpointFolder(run / "checkpoints", settings, {"model": "tiny"}, weight_files)
+    return CheckpointSaver(folder, settings, lines.append)
+
+
+def loaded(saver: CheckpointSaver) -> TrainState:
+    """A new state from the run's last checkpoint."""
+    found = saver.folder.find().folder
+    assert found is not None
+    state = tiny_state(ema=False)
+    saver.folder.load(state, found)
+    return state
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
+    """`save` returns before the disk has taken it; what lands there is the state at the call, not what came after."""
+    disk, state = SlowDisk(tmp_path / "pipe"), tiny_state(ema=False)
+    saver = make_saver(tmp_path / "run", [], disk.save)
+    advance(state, 2)
+    weights = tensors(state.model)
+    moments = [{k: v.clone() for k, v in entry.items()} for entry in state.optimizer.state_dict()["state"].values()]
+    saver.save(state, "step-00000002", is_best=True)
+    advance(state, 3)
+    assert saver.folder.find().folder is None, "it is not there yet"
+    disk.let_go()
+    saver.wait()
+    found = loaded(saver)
+    assert found.progress.step == 2
+    torch.testing.assert_close(found.model.state_dict(), weights, rtol=0, atol=0)
+    restored = list(found.optimizer.state_dict()["state"].values())
+    torch.testing.assert_close(restored, moments, rtol=0, atol=0)
+    assert not torch.equal(state.model.state_dict()["0.weight"], weights["0.weight"])
+    saver.close()
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "close", "in the foreground"])
+def test_what_waits_for_the_disk(tmp_path: Path, then: str) -> None:
+    """One at a time: the next save, the end, closing, and any save without background=true wait for the write."""
+    disk, state = SlowDisk(tmp_path / "pipe"), tiny_state(ema=False)
+    saver = make_saver(tmp_path / "run", [], disk.save, background=then != "in the foreground")
+    calls = {
+        "save": lambda: saver.save(state, "step-00000002", is_best=False),
+        "wait": saver.wait,
+        "close": saver.close,
+        "in the foreground": lambda: saver.save(state, "step-00000001", is_best=False),
+    }
+    if then != "in the foreground":
+        saver.save(state, "step-00000001", is_best=False)
+    waiting = threading.Thread(target=calls[then])
+    waiting.start()
+    waiting.join(MOMENT)
+    assert waiting.is_alive()
+    assert saver.folder.find().folder is None
+    disk.let_go()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+    if then == "save":
+        disk.let_go()
+    saver.close()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_failures_in_a_row(tmp_path: Path, background: bool) -> None:
+    """A run folder that is gone: an alarm for each save that failed, an error at the third, and it is not made anew."""
+    lines: list[str] = []
+    saver, state = make_saver(tmp_path / "run", lines, background=background), tiny_state(ema=False)
+    shutil.rmtree(tmp_path / "run")
+    for step in (1, 2, 3):
+        saver.save(state, f"step-{step:08d}", is_best=False)
+    assert [line.split(" (")[0] for line in lines] == [
+        f"ALARM        checkpoint step-0000000{step} could not be written" for step in (1, 2)
+    ]
+    assert lines[1].endswith("(No such file or directory); failure 2 of 3 in a row, then training stops")
+    with pytest.raises(UserError, match=r"^checkpoint step-00000003: cannot be written \(No such file or directory\)"):
+        saver.save(state, "step-00000004", is_best=False)
+    assert not (tmp_path / "run").exists()
+    saver.close()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_last_save_must_succeed(tmp_path: Path, background: bool) -> None:
+    """Where training ends, the first failure is an error: else it would count as saved."""
+    lines: list[str] = []
+    saver = make_saver(tmp_path / "run", lines, background=background)
+    shutil.rmtree(tmp_path / "run")
+    saver.save(tiny_state(ema=False), "step-00000001", is_best=False)
+    with pytest.raises(UserError, match=r"^checkpoint step-00000001: cannot be written"):
+        saver.wait(must_succeed=True)
+    assert lines == []
+    saver.close()
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A real one: alarms, the former checkpoint whole; with room again the next save succeeds and the count is 0."""
+    lines: list[str] = []
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        saver, state = make_saver(disk / "run", lines), tiny_state(ema=False)
+        advance(state, 1)
+        saver.save(state, "step-00000001", is_best=False)
+        saver.wait()
+        for step in (2, 4):
+            filler = fill(disk)
+            for failing in (step, step + 1):
+                saver.save(state, f"step-{failing:08d}", is_best=True)
+                saver.wait()
+            found = saver.folder.find()
+            assert found.folder is not None
+            assert found.folder.name in ("step-00000001", "step-00000009")
+            assert found.skipped == ()
+            loaded(saver)
+            filler.unlink()
+            saver.save(state, "step-00000009", is_best=False)
+            saver.wait(must_succeed=True)
+        assert [line.split("; ")[1] for line in lines] == [
+            f"failure {number} of 3 in a row, then training stops" for number in (1, 2, 1, 2)
+        ]
+        assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == [
+            "last", "step-00000001", "step-00000009",
+        ]  # fmt: skip
+        saver.close()
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """They are not written, the error names the tensor, and the checkpoint before stays the last."""
+    saver, state = make_saver(tmp_path / "run", []), tiny_state(ema=False)
+    advance(state, 1)
+    saver.save(state, "step-00000001", is_best=True)
+    state.model.state_dict()["0.bias"][1] = float("nan")
+    saver.save(state, "step-00000002", is_best=True)
+    with pytest.raises(Diverged, match=r"^checkpoint step-00000002: not written: 0\.bias is not finite; "):
+        saver.wait()
+    assert [path.name for path in saver.folder.pointed()] == ["step-00000001"]
+    saver.close()
+
+
+def test_nothing_to_wait_for(tmp_path: Path) -> None:
+    """Before the first save and after the last, waiting ends at once and raises nothing."""
+    saver = make_saver(tmp_path / "run", [])
+    began = time.monotonic()
+    saver.wait()
+    saver.save(tiny_state(ema=False), "step-00000001", is_best=False)
+    saver.wait(must_succeed=True)
+    saver.wait(must_succeed=True)
+    saver.close()
+    assert time.monotonic() - began < 10

@@ -1,0 +1,198 @@
+"""The watchdog, in processes of its own: what hangs ends, with all stacks on disk; what goes on is left alone."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from metaformer.training.watchdog import EXIT_CODE, Watchdog
+
+PRELUDE = """
+import ctypes, os, shutil, sys, time
+from pathlib import Path
+from metaformer.training import watchdog
+from metaformer.training.watchdog import Watchdog
+watchdog.DUMP_SECONDS = 0.3
+folder, stall = Path(sys.argv[1]), float(sys.argv[2])
+peers = [int(pid) for pid in sys.argv[3:]]
+"""
+HANGS = """
+def waits_for_somebody():
+    time.sleep(60)
+with Watchdog(folder, 0, peers, stall).watching():
+    waits_for_somebody()
+"""
+PEER = """
+def is_stopped():
+    while True:
+        dog.beat()
+        time.sleep(0.01)
+dog = Watchdog(folder, 1, [], stall)
+with dog.watching():
+    print("ready", flush=True)
+    is_stopped()
+"""
+
+
+def start(script: str, folder: Path, stall: float, *peers: int) -> subprocess.Popen[str]:
+    program = PRELUDE + textwrap.dedent(script)
+    command = [sys.executable, "-c", program, str(folder), str(stall), *map(str, peers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr."""
+    _, stderr = process.communicate(timeout=30)
+    return process.returncode, stderr
+
+
+def test_a_hang_ends_with_stacks(tmp_path: Path) -> None:
+    """Without a beat for the bound: exit code 4, one line for people, the function that hangs in the rank's file."""
+    began = time.monotonic()
+    code, stderr = finish(start(HANGS, tmp_path / "run" / "stacks", 0.5))
+    assert code == EXIT_CODE == 4
+    assert time.monotonic() - began > 0.5
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: rank 0: no step for ")
+    assert "guards.stall_seconds=0.5" in line
+    assert str(tmp_path / "run" / "stacks") in line
+    assert "waits_for_somebody" in (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
+
+
+def test_what_goes_on_is_left_alone(tmp_path: Path) -> None:
+    """Beats for four times the bound: it ends by itself, and leaves neither file nor folder."""
+    code, stderr = finish(
+        start(
+            """
+            dog = Watchdog(folder, 0, peers, stall)
+            with dog.watching():
+                for _ in range(40):
+                    dog.beat()
+                    time.sleep(stall / 10)
+            time.sleep(2 * stall)
+            sys.exit(7)
+            """,
+            tmp_path / "stacks",
+            0.5,
+        )
+    )
+    assert (code, stderr) == (7, "")
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_beats_before_do_not_count(tmp_path: Path) -> None:
+    """The bound runs from the moment it watches: a model may take long to build after the watchdog is made."""
+    dog = Watchdog(tmp_path / "stacks", 0, [], 0.5)
+    time.sleep(0.8)
+    with dog.watching():
+        time.sleep(0.2)
+
+
+def test_a_stopped_peer_writes_its_stacks(tmp_path: Path) -> None:
+    """A rank under SIGSTOP cannot watch itself: the one that waits for it makes it write, and ends the job."""
+    peer = start(PEER, tmp_path, 60.0)
+    assert peer.stdout is not None
+    assert peer.stdout.readline() == "ready\n"
+    peer.send_signal(signal.SIGSTOP)
+    try:
+        code, _ = finish(start(HANGS, tmp_path, 0.5, peer.pid))
+        assert code == EXIT_CODE
+        assert "waits_for_somebody" in (tmp_path / "rank-0.txt").read_text()
+        assert "is_stopped" in (tmp_path / "rank-1.txt").read_text()
+        assert peer.poll() is None, "it has only written; the launcher ends it"
+    finally:
+        peer.kill()
+        peer.communicate()
+
+
+def test_a_peer_that_has_ended(tmp_path: Path) -> None:
+    """A process id that is no longer there does not keep the job from ending."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code, stderr = finish(start(HANGS, tmp_path, 0.5, gone.pid))
+    assert code == EXIT_CODE
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+def test_a_process_of_another_user(tmp_path: Path) -> None:
+    """A process id that has gone to somebody else's process: that is left alone, and the job ends all the same."""
+    other = subprocess.Popen(["sleep", "30"])
+    script = """
+        with Watchdog(folder, 0, peers, stall).watching():
+            os.setuid(65534)
+            time.sleep(60)
+        """
+    code, stderr = finish(start(script, tmp_path, 0.5, other.pid))
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+    assert code == EXIT_CODE
+    assert len(stderr.splitlines()) == 1
+
+
+def test_threads_that_cannot_run(tmp_path: Path) -> None:
+    """A rank that hangs in C and lets no other thread run: the timer that needs no Python ends it, stacks written."""
+    code, _ = finish(
+        start(
+            """
+            watchdog.BACKSTOP_SECONDS = 0.3
+            def hangs_in_c():
+                ctypes.PyDLL(None).sleep(60)
+            with Watchdog(folder, 0, peers, stall).watching():
+                hangs_in_c()
+            """,
+            tmp_path,
+            0.5,
+        )
+    )
+    assert code == 1
+    assert "hangs_in_c" in (tmp_path / "rank-0.txt").read_text()
+
+
+def test_beats_put_the_timer_off(tmp_path: Path) -> None:
+    """The timer that needs no Python also runs from the last beat."""
+    script = """
+        watchdog.BACKSTOP_SECONDS = 0.1
+        dog = Watchdog(folder, 0, peers, stall)
+        with dog.watching():
+            for _ in range(30):
+                dog.beat()
+                time.sleep(stall / 10)
+        """
+    assert finish(start(script, tmp_path, 0.5)) == (0, "")
+
+
+def test_nobody_reads_stderr(tmp_path: Path) -> None:
+    """Where the launcher is dead and its pipe closed, the process ends all the same, by the same code."""
+    process = start(HANGS, tmp_path, 0.5)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.stderr = None
+    process.communicate(timeout=30)
+    assert process.returncode == EXIT_CODE
+
+
+@pytest.mark.parametrize("left", ["vanished", "an earlier hang's stacks"])
+def test_the_end_of_watching_hides_no_error(tmp_path: Path, left: str) -> None:
+    """The error that ends training comes through where the run folder is gone; earlier stacks are kept."""
+    folder = tmp_path / "run" / "stacks"
+    folder.mkdir(parents=True)
+    if left != "vanished":
+        (folder / "rank-0.txt").write_text(left)
+
+    def fail() -> None:
+        with Watchdog(folder, 0, [], 60).watching():
+            if left == "vanished":
+                shutil.rmtree(tmp_path / "run")
+            raise KeyError("cause")
+
+    with pytest.raises(KeyError, match="cause"):
+        fail()
+    assert (folder / "rank-0.txt").exists() == (left != "vanished")
