@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.slurm.settings import CONTROLLER, NODES, address, cgroup_conf, gres_conf, hosts, slurm_conf
@@ -111,6 +112,7 @@ class Cluster:
             self._kill(name)
         remove_links(*(f"{BRIDGE}-{node}" for node in NODES), BRIDGE)
         for group in sorted(FREEZER.glob("slurm_node*/**/"), reverse=True):
+            wait_for(partial(is_empty, group), 10, f"the end of what runs in {group}")
             group.rmdir()
 
     def crash(self, node: str) -> None:
@@ -173,6 +175,11 @@ class Cluster:
 
     def _ip(self, *arguments: str) -> None:
         self.run("ip", *arguments)
+
+
+def is_empty(group: Path) -> bool:
+    """Whether a cgroup has no process left."""
+    return not (group / "tasks").read_text()
 
 
 def remove_links(*names: str) -> None:
