@@ -86,9 +86,9 @@ class Step:
             skips=torch.zeros(2, dtype=torch.float64, device=ranks.device),
             identity={},
         )
-        self._network: nn.Module = ranks.distribute(model)
         size = (arguments.batch, 3, arguments.image_size, arguments.image_size)
         self._images = torch.randn(size, device=ranks.device).contiguous(memory_format=torch.channels_last)
+        self._network: nn.Module = ranks.distribute(model, self._images)
         self._targets = torch.rand(arguments.batch, 1000, device=ranks.device).softmax(1)
 
     def __call__(self) -> None:

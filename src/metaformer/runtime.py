@@ -174,8 +174,12 @@ class Runtime:
             if other != values[0]:
                 raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")
 
-    def distribute(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are averaged over the ranks; with one rank, the model itself."""
+    def distribute(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """The model whose gradients are averaged over the ranks; with one rank, the model itself.
+
+        Args:
+            example: an input of the model; the model is as before after it.
+        """
         if self.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -183,6 +187,7 @@ class Runtime:
         # Buffers are shared when they are read, before evaluation and saving: not at every step. Not as an argument,
         # which torch 2.14 renames and before does not know by the new name.
         distributed.broadcast_buffers = False
+        _settle_buckets(distributed, example)
         return distributed
 
 
@@ -227,6 +232,21 @@ def run_program(program: Callable[[], None]) -> None:
         os._exit(1)  # as in _fail
     except KeyboardInterrupt:
         _fail("error: interrupted", 128 + signal.SIGINT)
+
+
+def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:
+    """Let DDP arrange its buckets now: it does so after its first backward pass, by the order of the gradients.
+
+    Else a resumed run's first step would add up the ranks' gradients in another order than the run that never stopped.
+    """
+    modes = [(module, module.training) for module in distributed.modules()]
+    distributed.eval()  # draws nothing, and leaves running statistics alone
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):  # arranged at the beginning of the second
+            distributed(example).sum().backward()
+    distributed.zero_grad(set_to_none=True)
+    for module, training in modes:
+        module.training = training
 
 
 def _join(backend: str, timeout: timedelta, single_node: bool) -> None:

@@ -23,8 +23,13 @@ from tests.faults.conftest import (
 Undisturbed = Callable[[int], Path]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
+@pytest.mark.parametrize(
+    ("ranks", "step"),
+    [
+        *((ranks, step) for ranks in (1, 2) for step in (STEPS_PER_EPOCH + 3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1)),
+        (4, STEPS_PER_EPOCH + 3),  # from three numbers on, the order of a sum matters
+    ],
+)
 def test_stopped_and_resumed_is_bit_for_bit_the_same(
     start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, ranks: int, step: int
 ) -> None:

@@ -30,12 +30,12 @@ with Watchdog(folder, 0, peers, stall).watching():
 """
 PEER = """
 def is_stopped():
+    print("ready", flush=True)
     while True:
         dog.beat()
         time.sleep(0.01)
 dog = Watchdog(folder, 1, [], stall)
 with dog.watching():
-    print("ready", flush=True)
     is_stopped()
 """
 
@@ -172,11 +172,10 @@ def test_beats_put_the_timer_off(tmp_path: Path) -> None:
 def test_nobody_reads_stderr(tmp_path: Path) -> None:
     """Where the launcher is dead and its pipe closed, the process ends all the same, by the same code."""
     process = start(HANGS, tmp_path, 0.5)
-    assert process.stderr is not None
-    process.stderr.close()
-    process.stderr = None
-    process.communicate(timeout=30)
-    assert process.returncode == EXIT_CODE
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
+    assert process.wait(30) == EXIT_CODE
 
 
 @pytest.mark.parametrize("left", ["vanished", "an earlier hang's stacks"])

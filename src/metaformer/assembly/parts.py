@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metaformer.config import CommonConfig
 from metaformer.data.dali_loader import DaliLoader, dali_is_installed
@@ -88,6 +88,12 @@ def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.M
     if config.compile:
         model.compile()  # in place: the state dict keeps its keys
     return model
+
+
+def example_images(config: CommonConfig, runtime: Runtime) -> Tensor:
+    """Two black images, as the network takes them."""
+    images = torch.zeros(2, 3, config.image_size, config.image_size, device=runtime.device)
+    return images.contiguous(memory_format=memory_format(config))
 
 
 def colours(config: CommonConfig) -> ColourStatistics:

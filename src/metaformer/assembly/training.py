@@ -15,6 +15,7 @@ from torchvision.utils import save_image
 from metaformer.assembly.parts import (
     colours,
     evaluation_feed,
+    example_images,
     loader_name,
     locate_weights,
     make_feed,
@@ -82,7 +83,8 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
         checkpoints = _checkpoints(config, runtime)
         found = _resume(config, runtime, checkpoints, state)
         settings = _loop_settings(config, plan)
-        network = runtime.distribute(state.model)  # before there are worker processes: it talks to the other ranks
+        # Before there are worker processes: it talks to the other ranks.
+        network = runtime.distribute(state.model, example_images(config, runtime))
         transform = TrainingTransform(splits.num_classes, config.augmentation.label_smoothing, colours(config))
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, runtime, splits.val)))
