@@ -3,6 +3,7 @@
 Each sample's stream is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) started at a hash of seed, epoch and sample.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,14 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def sample_bits(seed: int, epoch: int, samples: Int64, words: range) -> NDArray[np.uint64]:
     """These random 64-bit words of each sample's endless row of them: uint64 [B, len(words)]."""
-    key = _mix(np.array([seed], np.uint64) + _GOLDEN)
-    key = _mix(key ^ _mix(np.array([epoch], np.uint64) + _GOLDEN * np.array([2], np.uint64)))
-    state = _mix(key ^ (samples.astype(np.uint64) * _GOLDEN))
+    state = _mix(_key(seed, epoch) ^ (samples.astype(np.uint64) * _GOLDEN))
     return _mix(state[:, None] + _GOLDEN * np.arange(words.start + 1, words.stop + 1, dtype=np.uint64))
+
+
+@lru_cache(maxsize=2)
+def _key(seed: int, epoch: int) -> NDArray[np.uint64]:
+    key = _mix(np.array([seed], np.uint64) + _GOLDEN)
+    return _mix(key ^ _mix(np.array([epoch], np.uint64) + _GOLDEN * np.array([2], np.uint64)))
 
 
 def uniforms(bits: NDArray[np.uint64]) -> Float64:
