@@ -54,7 +54,10 @@ def _run(work: Work, rank: int, world_size: int, port: int, results: Any) -> Non
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of so many bytes, as in "64k"; the test is skipped where none can be mounted."""
+    """A tmpfs of so many bytes, as in "64k"; the test is skipped where none can be mounted.
+
+    It goes also where a test that fails has a file open there.
+    """
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True, check=False
@@ -64,7 +67,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk: Path) -> Path:

@@ -178,12 +178,12 @@ def test_nobody_reads_stderr(tmp_path: Path) -> None:
     assert process.wait(30) == EXIT_CODE
 
 
-@pytest.mark.parametrize("left", ["vanished", "an earlier hang's stacks"])
+@pytest.mark.parametrize("left", ["nothing", "vanished", "an earlier hang's stacks"])
 def test_the_end_of_watching_hides_no_error(tmp_path: Path, left: str) -> None:
-    """The error that ends training comes through where the run folder is gone; earlier stacks are kept."""
+    """The error that ends training comes through, also where the run folder is gone; earlier stacks alone are kept."""
     folder = tmp_path / "run" / "stacks"
     folder.mkdir(parents=True)
-    if left != "vanished":
+    if left == "an earlier hang's stacks":
         (folder / "rank-0.txt").write_text(left)
 
     def fail() -> None:
@@ -194,4 +194,6 @@ def test_the_end_of_watching_hides_no_error(tmp_path: Path, left: str) -> None:
 
     with pytest.raises(KeyError, match="cause"):
         fail()
-    assert (folder / "rank-0.txt").exists() == (left != "vanished")
+    kept = {file.name: file.read_text() for file in (tmp_path / "run").rglob("*.txt")}
+    assert kept == ({"rank-0.txt": left} if left == "an earlier hang's stacks" else {})
+    assert folder.exists() == bool(kept)

@@ -50,16 +50,19 @@ class Watchdog:
                 thread.join()
                 faulthandler.cancel_dump_traceback_later()
                 faulthandler.unregister(signal.SIGUSR2)
-        with suppress(OSError):  # the run folder is gone, or other ranks' stacks are there
-            if self._file.stat().st_size == 0:
-                self._file.unlink()
-            self._file.parent.rmdir()
+                self._remove_empty()
 
     def beat(self) -> None:
         """This rank goes on."""
         self._beat_at = time.monotonic()
         if self._beat_at - self._timer_set_at > self._stall_seconds / 10:
             self._set_timer()
+
+    def _remove_empty(self) -> None:
+        with suppress(OSError):  # the run folder is gone, or other ranks' stacks are there
+            if self._file.stat().st_size == 0:
+                self._file.unlink()
+            self._file.parent.rmdir()
 
     def _set_timer(self) -> None:
         self._timer_set_at = time.monotonic()
