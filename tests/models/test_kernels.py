@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch's builds for CPUs lack triton")
 def test_interpreted_kernels_equal_the_reference() -> None:
     """All of kernel_cases.py, in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/models/kernel_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/models/kernel_cases.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False

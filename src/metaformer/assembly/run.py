@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from metaformer.config import TrainConfig, recorded
-from metaformer.errors import Interrupted
+from metaformer.errors import Interrupted, UserError
 from metaformer.runtime import Runtime, status_file_of_launcher
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.make import make_tracker
@@ -36,7 +36,16 @@ def _open(config: TrainConfig, settings: LoopSettings, state: TrainState, parts:
     run_dir = config.resolved_run_dir
     status = StatusFile(run_dir, status_file_of_launcher())
     status.start(state.progress.step, config.guards.max_starts_without_progress)
-    kept = recorded(config)
+    try:
+        return _open_trackers(config, settings, state, status, parts)
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
+
+
+def _open_trackers(
+    config: TrainConfig, settings: LoopSettings, state: TrainState, status: StatusFile, parts: ExitStack
+) -> Tracker:
+    run_dir, kept = config.resolved_run_dir, recorded(config)
     changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept))
     steps = settings.epochs * settings.steps_per_epoch
     console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")

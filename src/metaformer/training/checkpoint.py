@@ -110,19 +110,21 @@ class CheckpointFolder:
             OSError: the disk refuses; earlier checkpoints are as they were.
         """
         target, temporary = self._folder / name, self._folder / f".{name}.tmp"
+        replaced = self._folder / f".{name}.old.tmp"
         self._folder.mkdir(exist_ok=True)
         for left_over in self._folder.glob(".*.tmp"):  # of a run that was killed
             _remove(left_over)
         try:
             temporary.mkdir()
             self._write(snapshot, temporary)
-            replaced = self._folder / f".{name}.old.tmp"
             if target.exists():  # work was done again from an older checkpoint
                 target.rename(replaced)
             temporary.rename(target)
             fsync(self._folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
             raise
         _remove(replaced)
         if is_best:  # first: a run killed here does this epoch again

@@ -78,9 +78,10 @@ class CheckpointSaver:
         self._failed_in_a_row += 1
         reason = error.strerror or " ".join(str(error).split())
         failed, limit = self._failed_in_a_row, self._config.max_failed_saves
+        before = f", nor could {failed - 1} before it" if failed > 1 else ""
         if must_succeed or failed >= limit:
             raise UserError(
-                f"checkpoint {name}: cannot be written ({reason}), nor could {failed - 1} before it; "
+                f"checkpoint {name}: cannot be written ({reason}){before}; "
                 "make room or mend the disk: the same command goes on from the last checkpoint"
             ) from error
         self._alarm(f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} of {limit} "
