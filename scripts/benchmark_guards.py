@@ -5,8 +5,8 @@
 
 Real optimizer steps of the network with an average of its weights (EMA) on made-up images. Checkpoints: as many steps
 are timed with a save that begins at the first of them as without, in turns; the difference is what a save costs, its
-copy to host memory and its writing beside training included. Guards: each one alone, many times. Prints a table, then
-JSON.
+copy to host memory and its writing beside training included. Guards: each one alone, the least of many times. Prints
+a table, then JSON.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
         step = Step(arguments, ranks)
         for _ in range(2):
             step()
-        plain = statistics.median(seconds(step, ranks) for _ in range(arguments.steps))
+        plain = min(seconds(step, ranks) for _ in range(arguments.steps))
         costs = guard_costs(step, ranks, Path(folder), 1e6 * plain)
         checkpoint = checkpoint_cost(step, ranks, Path(folder), arguments) if arguments.repeats else {}
         if ranks.is_main:
@@ -134,22 +134,22 @@ def guard_costs(step: Step, ranks: Runtime, folder: Path, step_us: float) -> dic
         watchdog.beat()
 
     guarded()
-    difference = _median(guarded, ranks, 10) - _median(state.optimizer.step, ranks, 10)
+    difference = _least(guarded, ranks, 10) - _least(state.optimizer.step, ranks, 10)
     with watchdog.watching():
         costs = {
             "leaving out steps that are not finite": difference,
-            "agreeing on signals": _median(interruption.agreed, ranks, 200),
-            "watchdog and stopwatch": _median(watch, ranks, 200),
+            "agreeing on signals": _least(interruption.agreed, ranks, 200),
+            "watchdog and stopwatch": _least(watch, ranks, 200),
             f"comparing ranks, every {COMPARE_EVERY} steps": (
-                _median(lambda: check_replicas(state.model, ranks, 0), ranks, 5) / COMPARE_EVERY
+                _least(lambda: check_replicas(state.model, ranks, 0), ranks, 5) / COMPARE_EVERY
             ),
         }
     interruption.settle()
     return {name: 1e6 * cost for name, cost in costs.items()} | {"a step": step_us}
 
 
-def _median(work: Callable[[], object], ranks: Runtime, times: int) -> float:
-    return statistics.median(seconds(work, ranks) for _ in range(times))
+def _least(work: Callable[[], object], ranks: Runtime, times: int) -> float:
+    return min(seconds(work, ranks) for _ in range(times))
 
 
 def checkpoint_cost(step: Step, ranks: Runtime, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
