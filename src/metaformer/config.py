@@ -157,8 +157,7 @@ def compose(name: str, kind: type[C]) -> C:
         if len(composed) > 1:
             raise UserError("-m: one process trains one configuration; start a job for each")
         ((values, hydra_config),) = composed
-        config: Any = OmegaConf.to_object(values)
-        _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
+        config = _typed(values)
     except HydraException as error:
         raise UserError(_explain(error)) from error
     except OmegaConfBaseException as error:
@@ -166,7 +165,6 @@ def compose(name: str, kind: type[C]) -> C:
     if isinstance(config, TrainConfig) and config.run_dir is None:
         config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
     assert isinstance(config, kind)
-    config.from_environment = dict(_from_environment(values))
     return config
 
 
@@ -192,15 +190,13 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
         experiment = values.hydra.runtime.choices.get("experiment") or "default"
         with open_dict(values):
             del values["hydra"]
-        config: Any = OmegaConf.to_object(values)
+        config = _typed(values)
     except HydraException as error:
         raise UserError(_explain(error)) from error
     except OmegaConfBaseException as error:
         raise UserError(_explain_value(error)) from error
     assert isinstance(config, TrainConfig)
-    _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
-    config.from_environment = dict(_from_environment(values))
     return config
 
 
@@ -211,6 +207,14 @@ def freeze(config: TrainConfig) -> str:
     quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
     frozen.defaults = ["train_schema", "_self_", *quiet]
     return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, recorded(config)))
+
+
+def _typed(values: DictConfig) -> Any:
+    """The dataclasses that composed values mean, checked."""
+    config: Any = OmegaConf.to_object(values)
+    _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
+    config.from_environment = dict(_from_environment(values))
+    return config
 
 
 def _refuse_added_fields(config: Any, values: Any, parent: str = "") -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from metaformer.tracking.tracker import Row, Tracker
 
 QUEUE_LENGTH = 10_000  # calls that wait at most: days of log rows
-CLOSE_SECONDS_OF_FAILED = (
-    4.0  # when training was interrupted or failed; less than other ranks wait for rank 0 to say why
-)
+# When training was interrupted or failed: less than the other ranks wait for rank 0 to say why.
+CLOSE_SECONDS_OF_FAILED = 4.0
 
 Call = Callable[[Tracker], None]
 
