@@ -57,7 +57,7 @@ choose_port() {
   local tried
   for ((tried = 0; tried < 20; tried++)); do
     port=$((10000 + (SLURM_JOB_ID + tried) % 20000))
-    cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -qiE ":$(printf %04X "$port") [0-9A-F]+:0000 0A " || return 0
+    grep -qiE ":$(printf %04X "$port") [0-9A-F]+:0000 0A " /proc/net/tcp /proc/net/tcp6 2>/dev/null || return 0
     echo "port $port is in use on $(hostname)" >&2
   done
   fail "ports $((port - 19)) to $port are in use on $(hostname); end what listens there, or exclude the node"
@@ -90,12 +90,17 @@ state() {
   [[ ! -f $METAFORMER_STATUS_FILE ]] || sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' "$METAFORMER_STATUS_FILE"
 }
 
+# Not `scontrol | grep -q`: grep ends at its match, and under pipefail what it kills by that counts as a failure.
+job_is() {
+  [[ " $(scontrol --oneliner show job "$SLURM_JOB_ID") " == *" "$1* ]]
+}
+
 preempted() {
-  scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )PreemptTime=[0-9]'
+  job_is "PreemptTime=[0-9]"
 }
 
 cancelled() { # by its user, who means it
-  ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )JobState=RUNNING '
+  ! job_is "JobState=RUNNING "
 }
 
 # Requeue what was interrupted: SLURM does so itself only where a job does not end in time, or a node is lost.
