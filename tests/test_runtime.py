@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from metaformer.errors import UserError
 from metaformer.runtime import Process, Runtime, start
@@ -144,3 +145,26 @@ def test_a_launcher_that_dies(tmp_path: Path, launcher_said: bool) -> None:
             os.kill(rank, signal.SIGKILL)
     if launcher_said:
         assert (tmp_path / "ended").read_text() == "SIGTERM"
+
+
+def average_gradients(runtime: Runtime) -> dict[bool, Tensor]:
+    """Ranks 0 and 1 have the gradients 1 and 1 + 2^-7 + 2^-20: the last bit is beyond bfloat16's."""
+    found = {}
+    for in_bf16 in (False, True):
+        model = nn.Linear(1, 1, bias=False)
+        distributed = runtime.distribute(model, torch.zeros(1, 1), in_bf16)
+        distributed(torch.tensor([[1 + runtime.rank * (2**-7 + 2**-20)]])).sum().backward()
+        assert model.weight.grad is not None
+        found[in_bf16] = model.weight.grad
+    return found
+
+
+def test_gradients_in_bf16() -> None:
+    """Averaged in float32 by default, in bfloat16 where that is asked for: equal on all ranks, and float32 again."""
+    first, second = on_ranks(average_gradients)
+    exact = torch.tensor([[1 + 2**-8 + 2**-21]])
+    assert torch.equal(first[False], exact)
+    assert first[True].dtype == torch.float32
+    assert torch.equal(first[True], first[True].bfloat16().float())
+    assert 0 < (first[True] - exact).abs() < 2**-7
+    assert all(torch.equal(first[kind], second[kind]) for kind in first)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from metaformer.errors import Interrupted, UserError
@@ -174,11 +175,12 @@ class Runtime:
             if other != values[0]:
                 raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")
 
-    def distribute(self, model: nn.Module, example: Tensor) -> nn.Module:
+    def distribute(self, model: nn.Module, example: Tensor, reduce_in_bf16: bool = False) -> nn.Module:
         """The model whose gradients are averaged over the ranks; with one rank, the model itself.
 
         Args:
             example: an input of the model; the model is as before after it.
+            reduce_in_bf16: send and add up the gradients in bfloat16: half the bytes, and 8 bits of precision.
         """
         if self.world_size == 1:
             return model
@@ -187,6 +189,8 @@ class Runtime:
         # Buffers are shared when they are read, before evaluation and saving: not at every step. Not as an argument,
         # which torch 2.14 renames and before does not know by the new name.
         distributed.broadcast_buffers = False
+        if reduce_in_bf16:
+            distributed.register_comm_hook(None, bf16_compress_hook)
         _settle_buckets(distributed, example)
         return distributed
 

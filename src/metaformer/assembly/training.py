@@ -84,7 +84,8 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
         found = _resume(config, runtime, checkpoints, state)
         settings = _loop_settings(config, plan)
         # Before there are worker processes: it talks to the other ranks.
-        network = runtime.distribute(state.model, example_images(config, runtime))
+        example = example_images(config, runtime)
+        network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
         transform = TrainingTransform(splits.num_classes, config.augmentation.label_smoothing, colours(config))
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, runtime, splits.val)))

@@ -24,6 +24,7 @@ class PrecisionConfig:
     """AMP as in `torch.amp`."""
 
     name: PrecisionName = PrecisionName.bf16
+    reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16: half the bytes on the network
 
 
 class Scaler(torch.amp.GradScaler):
