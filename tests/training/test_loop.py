@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
@@ -159,6 +160,36 @@ def test_logged_losses_are_means(tmp_path: Path) -> None:
     assert figures == pytest.approx({step: sum(span) / len(span) for step, span in spans.items()})
     epochs = [row["train_loss"] for row in logged(some, "validation")]
     assert epochs == pytest.approx([sum(losses[start : start + 4]) / 4 for start in (0, 4, 8)])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that bring a number to the host: on a GPU each waits until the device has come so far."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operator in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back(tmp_path: Path) -> None:
+    """Steps without a log row, with clipping and EMA, read no value of a tensor; a log row does."""
+    reads = []
+
+    class Watched(Numbers):
+        def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+            for batch in super().epoch(epoch, first):
+                reads.append(host.count)
+                yield batch
+
+    state = tiny_state(tiny_network())
+    assert state.ema is not None
+    loop = trainer(state, tmp_path, Watched(8), clip_grad_norm=1.0, log_every_steps=3, max_steps=4)
+    with HostReads() as host:
+        loop.run()
+    before_second, before_third, before_fourth = (later - reads[0] for later in reads[1:])
+    assert (before_second, before_third) == (0, 0)
+    assert before_fourth > 0
 
 
 def test_divergence_ends_the_run(images: Path, tmp_path: Path, run_program: Run) -> None:
