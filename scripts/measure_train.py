@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from metaformer.assembly import make_loader
 from metaformer.data.augmentation import AugmentationConfig
+from metaformer.data.dali_loader import dali_is_installed
 from metaformer.data.device_transform import TrainingTransform
 from metaformer.data.feed import Feed, Target
 from metaformer.data.index import find_images
@@ -28,6 +29,7 @@ from metaformer.data.loader import LoaderConfig, LoaderName
 from metaformer.data.plan import TrainingPlan
 from metaformer.models import create_model
 from metaformer.models.fused import fuse
+from metaformer.models.variants import VARIANTS
 from metaformer.runtime import run_program
 from metaformer.training.optimizer import OptimizerConfig, make_optimizer
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
@@ -73,9 +75,10 @@ def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     library, _, mode = options.variant.rpartition("-")
     model: nn.Module
     if library == "timm":
-        model = timm.create_model(options.model, num_classes=CLASSES, drop_path_rate=0.1)
+        rate = VARIANTS[options.model].drop_path_rate
+        model = timm.create_model(options.model, num_classes=CLASSES, drop_path_rate=rate)
     else:
-        model = ours = create_model(options.model, CLASSES, drop_path_rate=0.1)
+        model = ours = create_model(options.model, CLASSES)
     channels_last = device.type == "cuda" or library != "timm"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -131,7 +134,8 @@ def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
         for position in itertools.count():
             yield transform(pixels, labels, plan.batch(0, position))
     index = find_images(options.data.absolute())
-    plan, name = _plan(len(index), options), LoaderName.torch
+    plan = _plan(len(index), options)
+    name = LoaderName.dali if device.type == "cuda" and dali_is_installed() else LoaderName.torch
     loader = make_loader(LoaderConfig(name), index, plan, device, options.workers)
     feed = Feed(index, plan, loader, transform, Target(device, torch.channels_last))
     for epoch in itertools.count():
@@ -143,16 +147,18 @@ def _plan(samples: int, options: argparse.Namespace) -> TrainingPlan:
 
 
 def _timm_batches(options: argparse.Namespace, device: torch.device) -> Batches:
-    """The recipe's batches by timm's loader and mixing; noise is mixed anew for each step, not erased."""
+    """The recipe's batches by timm's loader and mixing, or one batch of noise mixed and erased anew for each step."""
     from timm.data import ImageDataset, Mixup, create_loader
+    from timm.data.random_erasing import RandomErasing
 
     mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     if options.data is None:
         images = torch.randn(options.batch, 3, options.size, options.size, device=device)
         labels = torch.arange(options.batch, device=device) % CLASSES
+        erase = RandomErasing(0.25, mode="pixel", device=device)
         while True:
-            mixed, targets = mixup(images.clone(), labels)
+            mixed, targets = mixup(erase(images.clone()), labels)
             yield mixed.contiguous(memory_format=layout), targets
     loader = create_loader(
         ImageDataset(str(options.data)), (3, options.size, options.size), options.batch, is_training=True,

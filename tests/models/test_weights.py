@@ -90,6 +90,17 @@ def paper_head(reference: Any, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    """A file of weights has the permissions of any other new file, also where one is replaced."""
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):
+            save_weights(small(), tmp_path / "model.safetensors", "a_small_network")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_timms_weights_give_this_projects_function(tmp_path: Path) -> None:
     """timm's poolformer_s12 and this one agree up to the head; under the paper's head they are one function.
 

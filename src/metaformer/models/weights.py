@@ -34,8 +34,11 @@ def save_state(state: StateDict, path: Path, name: str) -> None:
         OSError: the file cannot be written.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    path.touch()
+    permissions = path.stat().st_mode  # as the user's umask has them: safetensors lets nobody else read
     try:
         save_file(tensors, path, metadata={"format": "pt", "model": name})
+        path.chmod(permissions)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(str(error)) from error
 

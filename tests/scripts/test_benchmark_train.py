@@ -1,0 +1,99 @@
+"""The benchmark of training steps from the command line: real measurements of small networks, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaformer.errors import UserError
+from metaformer.models import create_model
+from scripts import benchmark_train
+from scripts.benchmark_train import count_work
+from tests.conftest import REPOSITORY, Finished
+
+SMALL = ("--size=32", "--batch=2", "--precision=fp32", "--steps=1", "--uncounted=1", "--repeats=1")
+
+
+def benchmark(*arguments: str) -> Finished:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "benchmark_train.py"), *SMALL, *arguments]
+    environment = os.environ | {"COLUMNS": "120"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_training_from_jpegs(images: Path, tmp_path: Path) -> None:
+    """Table, file, plot, trace and operators of each variant; the figures agree with each other."""
+    file, plot, profile = tmp_path / "found.json", tmp_path / "bars.png", tmp_path / "profile"
+    only = ("--only", "fused", "timm-eager")
+    options = (f"--data={images / 'train'}", f"--json={file}", f"--plot={plot}", f"--profile={profile}", *only)
+    done = benchmark(*options)
+    assert done.code == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert list(found["variants"]) == ["fused", "timm-eager"]
+    for variant, row in found["variants"].items():
+        speed = row["images_per_second"]["median"]
+        assert speed == pytest.approx(2 / row["step_seconds"])
+        assert f"{speed:.1f}" in done.stdout
+        assert row["peak_memory_mib"] > 100
+        assert json.loads((profile / variant / "trace.json").read_text())["traceEvents"]
+        assert "aten::" in (profile / variant / "operators.txt").read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    roof = found["roofline"]
+    for rate, limit, work in (("flops", "compute", "flops"), ("bytes", "memory", "bytes")):
+        per_image = roof[f"{rate}_per_second"] / roof[f"{limit}_images_per_second"]
+        assert per_image == pytest.approx(count_work("poolformer_s12", 32, "fp32", inference=False)[work])
+
+
+def test_inference_on_noise(tmp_path: Path) -> None:
+    """Both networks; nothing is trained."""
+    done = benchmark("--inference", "--only", "eager", "timm-eager", f"--json={tmp_path / 'found.json'}")
+    assert done.code == 0, done.stderr
+    assert "inference" in done.stdout
+    assert list(json.loads((tmp_path / "found.json").read_text())["variants"]) == ["eager", "timm-eager"]
+
+
+def test_work_of_an_image() -> None:
+    """The paper's 1.8 G multiply-adds of S12 at 224 px, three times for training; bytes by hand for the first stage."""
+    inference, training = (count_work("poolformer_s12", 224, "bf16", inference=only) for only in (True, False))
+    assert inference["flops"] / 2 == pytest.approx(1.8e9, rel=0.03)
+    assert training["flops"] == 3 * inference["flops"]
+    model = create_model("poolformer_s12").eval()
+    elements = 0
+    with torch.no_grad():
+        x = model.stem(torch.zeros(1, 3, 224, 224))
+        for stage in model.stages:
+            x = stage(x)
+            elements += len(stage.get_submodule("blocks")) * x.numel()  # type: ignore[arg-type]
+    assert training["bytes"] == elements * (15 * 4 + 59 * 2)
+    assert inference["bytes"] == elements * (5 * 4 + 20 * 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--steps=0", "--steps=0: must be at least 1"),
+        ("--batch=3", "--batch=3: mixing needs an even size"),
+        ("--model=poolformer_s13", "--model=poolformer_s13"),
+        ("--only=fast", "--only=fast"),
+    ],
+)
+def test_bad_options(monkeypatch: pytest.MonkeyPatch, given: str, message: str) -> None:
+    """Refused before anything is measured."""
+    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", given])
+    monkeypatch.setattr(benchmark_train, "_measure", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(UserError) as caught:
+        benchmark_train.main()
+    assert str(caught.value).startswith(message)
+
+
+def test_a_measurement_that_fails(tmp_path: Path) -> None:
+    """The folder has no images: one line with the variant and the reason of its process."""
+    done = benchmark(f"--data={tmp_path}", "--only", "eager")
+    assert done.code == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: eager: its process ended with exit code 2: ")
