@@ -30,7 +30,7 @@ from metaformer.data.plan import TrainingPlan
 from metaformer.models import create_model
 from metaformer.models.fused import fuse
 from metaformer.models.variants import VARIANTS
-from metaformer.runtime import run_program
+from metaformer.runtime import keep_freed_memory, run_program
 from metaformer.training.optimizer import OptimizerConfig, make_optimizer
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
 
@@ -44,6 +44,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     theirs = options.variant.startswith("timm")
+    if not theirs and device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     model = _model(options, device)
     batches = (_timm_batches if theirs else _batches)(options, device)
     step = _inference(model, options, device) if options.inference else _training(model, options, device, theirs)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import time
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.errors import UserError
-from metaformer.runtime import Process, Runtime, start
+from metaformer.runtime import Process, Runtime, keep_freed_memory, start
 from tests.ranks import on_ranks
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
@@ -168,3 +169,23 @@ def test_gradients_in_bf16() -> None:
     assert torch.equal(first[True], first[True].bfloat16().float())
     assert 0 < (first[True] - exact).abs() < 2**-7
     assert all(torch.equal(first[kind], second[kind]) for kind in first)
+
+
+def count_page_faults(kept: bool) -> int:
+    """Of a tensor of 64 MiB, made and freed four times, after the first ones."""
+    if kept:
+        keep_freed_memory()
+    for _ in range(2):
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_kept() -> None:
+    """Four tensors of 16,384 pages of 4 KiB (or 32 of 2 MiB): all new, or those of the tensor before them."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        given_back, kept = processes.map(count_page_faults, [False, True], chunksize=1)
+    assert given_back >= 4 * 32
+    assert kept < given_back / 10

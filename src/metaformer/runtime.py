@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class Process(NamedTuple):
@@ -211,6 +212,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     control: Any = None
@@ -220,6 +223,18 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
     yield Runtime(rank, world_size, local_rank, local_world_size, device, control)
     if world_size > 1:  # not after an error: a group that lost a rank may wait for it
         dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for tensors to come: for training on a CPU.
+
+    glibc gives a large block back when it is freed; the next tensor is then new pages, each of which the kernel must
+    find and clear when it is first written (docs/performance.md). Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def run_program(program: Callable[[], None]) -> None:

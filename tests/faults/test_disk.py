@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,10 +138,10 @@ def test_two_runs_in_one_folder(start: Start, run: Run, undisturbed: Undisturbed
     """Row 28: the second is refused while the first lives, whoever began; a killed run holds nothing."""
     first = start(tmp_path / "run", faults="0:0:slow")
     wait_for_steps(tmp_path / "run", 3)
+    first.signal(0, signal.SIGSTOP)  # it lives, and does not finish before the second has started
     second = start(tmp_path / "run")
     assert second.wait() == [2]
     assert f"process {first.processes[0].pid} on " in second.errors[0]
-    assert first.processes[0].is_alive()
     first.end()
     run(tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed(1))

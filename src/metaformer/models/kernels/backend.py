@@ -10,11 +10,7 @@ from metaformer.models.kernels import reference
 
 
 class Kernels(NamedTuple):
-    """The functions of `reference`, or others of the same signature.
-
-    Attributes:
-        keeps_activation: whether gelu's result is kept for the backward, whose kernel then need not compute it again.
-    """
+    """The functions of `reference`, or others of the same signature."""
 
     statistics: Callable[..., Tensor]
     normalize: Callable[..., Tensor]
@@ -25,7 +21,6 @@ class Kernels(NamedTuple):
     gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     residual: Callable[..., tuple[Tensor, Tensor]]
     residual_backward: Callable[..., tuple[Tensor, Tensor]]
-    keeps_activation: bool
 
 
 REFERENCE = Kernels(
@@ -38,7 +33,6 @@ REFERENCE = Kernels(
     reference.gelu_backward,
     reference.residual,
     reference.residual_backward,
-    keeps_activation=True,
 )
 
 
@@ -62,5 +56,4 @@ def triton_kernels() -> Kernels:
         triton_elementwise.gelu_backward,
         triton_elementwise.residual,
         triton_elementwise.residual_backward,
-        keeps_activation=False,
     )

@@ -16,8 +16,10 @@ def accumulation_type(x: Tensor) -> torch.dtype:
 
 def statistics(x: Tensor, eps: float) -> Tensor:
     """Mean and 1 / sqrt(variance + eps) of each image over all its values: [B, 2]."""
-    variance, mean = torch.var_mean(x.flatten(1).to(accumulation_type(x)), 1, correction=0)
-    return torch.stack([mean, (variance + eps).rsqrt()], 1)
+    values = x.flatten(1).to(accumulation_type(x))
+    # Writes a result that nobody needs, and is yet ten times as fast as var_mean on a CPU.
+    _, mean, rstd = torch.native_layer_norm(values, values.shape[1:], None, None, eps)
+    return torch.cat([mean, rstd], 1)
 
 
 def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,18 +73,16 @@ def gelu(hidden: Tensor) -> Tensor:
     return functional.gelu(hidden)
 
 
-def gelu_backward(
-    grad: Tensor, hidden: Tensor, factor: Tensor | None, activated: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """For gelu's gradient times `factor` (one number): hidden's gradient, gelu(hidden), the gradient's sum [4C].
 
-    Overwrites `grad`. `activated` is gelu(hidden) where that was kept.
+    Overwrites `grad`.
     """
     torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
     if factor is not None:
         grad.mul_(factor)
     total = grad.sum((0, 1, 2), dtype=accumulation_type(grad))
-    return grad, gelu(hidden) if activated is None else activated, total
+    return grad, gelu(hidden), total
 
 
 def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

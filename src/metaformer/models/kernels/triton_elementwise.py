@@ -92,10 +92,8 @@ def gelu(hidden: Tensor) -> Tensor:
     return out
 
 
-def gelu_backward(
-    grad: Tensor, hidden: Tensor, factor: Tensor | None, activated: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's; computes `activated` in any case."""
+def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's."""
     columns = hidden.shape[3]
     rows = hidden.numel() // columns
     programs = triton.cdiv(rows, ROWS * TILES_PER_PROGRAM)
