@@ -37,7 +37,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources --shell=bash slurm/*.sh slurm/*.sbatch slurm/site.example.env .ci/run tests/slurm/*.sh
+	$(BIN)/shellcheck --external-sources --shell=bash slurm/*.sh slurm/*.sbatch slurm/site.example.env .ci/run tests/slurm/*.sh scripts/*.sh
 	$(BIN)/hadolint Dockerfile
 
 clean:

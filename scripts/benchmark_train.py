@@ -205,11 +205,16 @@ def _plot(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: ar
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.bar(list(rows), [row["images_per_second"]["median"] for row in rows.values()])
-    for name, style in (("compute", "--"), ("memory", ":")):
-        axes.axhline(roof[f"{name}_images_per_second"], color="black", linestyle=style, label=f"roofline: {name}")
-    axes.set(ylabel="images/s", title=f"{arguments.model}, {arguments.size} px, {arguments.precision}")
-    axes.legend()
+    speeds = [row["images_per_second"]["median"] for row in rows.values()]
+    limits = {name: roof[f"{name}_images_per_second"] for name in ("compute", "memory")}
+    axes.bar_label(axes.bar(list(rows), speeds), fmt="%.1f")
+    for (name, limit), style in zip(limits.items(), ("--", ":"), strict=True):
+        axes.axhline(limit, color="black", linestyle=style, label=f"roofline, {name}: {limit:.0f}")
+    what = "inference" if arguments.inference else "training"
+    size = f"{arguments.size} px, batch {arguments.batch}, {arguments.precision}"
+    top = 1.3 * max(*speeds, min(limits.values()))  # a limit far above all would leave no room for the bars
+    axes.set(ylabel="images/s", ylim=(0, top), title=f"{arguments.model}, {what}, {size}")
+    axes.legend(loc="upper right", ncols=2)
     figure.savefig(arguments.plot, dpi=120, format="png")
 
 

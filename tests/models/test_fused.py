@@ -119,6 +119,17 @@ def test_operators_are_registered_whole() -> None:
     )  # fmt: skip
 
 
+def test_compiles_as_one_graph() -> None:
+    """torch.compile finds nothing that it cannot trace, and the compiled network's gradients are the plain one's."""
+    model = network().double().eval()
+    images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
+    expected = outcome(model, images)
+    fuse(model, CPU)
+    model.compile(backend="aot_eager", fullgraph=True)
+    for name, value in outcome(model, images).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
+
+
 def test_which_networks_change() -> None:
     """The paper's five and the pooling ablations in all stages, hybrids in their pooling stages, others nowhere."""
     fused_stages = {}

@@ -81,9 +81,9 @@ def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.M
     else:
         model = create_model(named.name, num_classes, named.drop_path_rate, config.image_size)
         if config.channels_last:
-            check_pooling(runtime.device)
-        if named.fused:
-            fuse(model, runtime.device)
+            fused_stages = fuse(model, runtime.device) if named.fused else 0
+            if fused_stages < len(model.stages):
+                check_pooling(runtime.device)
     model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.compile:
         model.compile()  # in place: the state dict keeps its keys

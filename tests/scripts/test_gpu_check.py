@@ -1,0 +1,44 @@
+"""The check for a machine with a GPU, rehearsed on one without: real tests and measurements, of small sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.slow  # several minutes: a dozen processes that import torch
+def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
+    """All parts but the GPU's kernels run; a line for each, and their figures as JSON."""
+    command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(images / "train")]
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.stdout.endswith(summary)
+    assert done.returncode == 0, done.stdout
+    states = {line.split()[1].rstrip(":"): line.split()[0] for line in summary.splitlines()[4:]}
+    assert states.pop("kernels") == "skipped"
+    states.pop("DALI", None)
+    assert states == dict.fromkeys(("fused", "train", "inference", "jpegs", "loader"), "ok")
+    for name in ("train", "inference", "jpegs"):
+        found = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert found["variants"]["fused"]["step_seconds"] > 0
+    assert (tmp_path / "out" / "loader.json").exists()
+    assert (tmp_path / "out" / "train.png").exists()
+
+
+def test_a_part_that_fails(tmp_path: Path) -> None:
+    """No images in the folder: the parts that need them fail, are named, and the exit code is 1."""
+    (tmp_path / "empty").mkdir()
+    fake = tmp_path / "python"  # the tests need no second run here
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*benchmark*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
+    fake.chmod(0o755)
+    command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(tmp_path / "empty")]
+    environment = os.environ | {"PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "failed   train (exit code 3; see train.log)" in done.stdout
