@@ -24,6 +24,7 @@ from metaformer.data.augmentation import AugmentationConfig
 from metaformer.data.dali_loader import dali_is_installed
 from metaformer.data.device_transform import TrainingTransform
 from metaformer.data.feed import Feed, Target
+from metaformer.data.fused_transform import choose_transform
 from metaformer.data.index import find_images
 from metaformer.data.loader import LoaderConfig, LoaderName
 from metaformer.data.plan import TrainingPlan
@@ -127,7 +128,7 @@ def _inference(model: nn.Module, options: argparse.Namespace, device: torch.devi
 
 def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
     """The recipe's batches from JPEGs, or one batch of noise that is mixed and erased anew for each step."""
-    transform = TrainingTransform(CLASSES, label_smoothing=0.1)
+    transform = TrainingTransform(CLASSES, 0.1, transform_images=choose_transform(device, torch.channels_last))
     if options.data is None:
         plan = _plan(options.batch * 1000, options)
         pixels = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=device)

@@ -16,6 +16,7 @@ from metaformer.data.device_transform import (
     denormalize,
     erase,
     mix,
+    mix_targets,
     normalize,
     smooth_one_hot,
 )
@@ -32,6 +33,10 @@ def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
     return pixels.to(memory_format=torch.channels_last)
+
+
+def mix_both(images: Tensor, targets: Tensor, draws: MixDraws) -> tuple[Tensor, Tensor]:
+    return mix(images, draws), mix_targets(targets, draws)
 
 
 def test_normalize_is_torchvisions(images: Tensor) -> None:
@@ -70,7 +75,7 @@ def test_mixing_is_timms(images: Tensor, draws: MixDraws, monkeypatch: pytest.Mo
     monkeypatch.setattr(mixup, "rand_bbox", lambda *_, **__: (top, bottom, left, right))
     labels = torch.tensor([0, 1, 2, 2, 4, 9])
     expected = mixup.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)(normalize(images), labels)
-    result = mix(normalize(images), smooth_one_hot(labels, 10, 0.1), draws)
+    result = mix_both(normalize(images), smooth_one_hot(labels, 10, 0.1), draws)
     for ours, timms in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, timms, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result[1], mixup.mixup_target(labels, 10, draws.label_keep.item(), 0.1))
@@ -79,7 +84,7 @@ def test_mixing_is_timms(images: Tensor, draws: MixDraws, monkeypatch: pytest.Mo
 def test_cutmix_swaps_exactly_the_box(images: Tensor) -> None:
     """Pixels inside the box are bit for bit the partner's, pixels outside it the image's own."""
     before = normalize(images)
-    mixed, _ = mix(before.clone(), torch.zeros(6, 2), CUTMIX)
+    mixed = mix(before.clone(), CUTMIX)
     expected = before.clone()
     expected[..., 2:9, 3:16] = before.flip(0)[..., 2:9, 3:16]
     assert torch.equal(mixed, expected)
@@ -89,9 +94,9 @@ def test_groups_are_mixed_by_themselves(images: Tensor) -> None:
     """A batch of groups, mixed, is each group mixed alone: how a batch is cut into groups does not show."""
     targets = smooth_one_hot(torch.arange(6), 6, 0.1)
     both = [np.concatenate(pair) for pair in zip(MIXUP, CUTMIX, strict=True)]
-    mixed = mix(normalize(images), targets, MixDraws(*both))
-    first = mix(normalize(images[:3]), targets[:3], MIXUP)
-    second = mix(normalize(images[3:]), targets[3:], CUTMIX)
+    mixed = mix_both(normalize(images), targets, MixDraws(*both))
+    first = mix_both(normalize(images[:3]), targets[:3], MIXUP)
+    second = mix_both(normalize(images[3:]), targets[3:], CUTMIX)
     for whole, one, other in zip(mixed, first, second, strict=True):
         assert torch.equal(whole, torch.cat([one, other]))
 
@@ -100,7 +105,7 @@ def test_no_mixing_leaves_the_batch(images: Tensor) -> None:
     """A group that the probability spared keeps its images and targets bit for bit."""
     draws = MixDraws(np.ones(1), np.zeros((1, 4), np.int64), np.ones(1))
     targets = smooth_one_hot(torch.arange(6), 6, 0.1)
-    mixed = mix(normalize(images), targets, draws)
+    mixed = mix_both(normalize(images), targets, draws)
     assert torch.equal(mixed[0], normalize(images))
     assert torch.equal(mixed[1], targets)
 
@@ -162,7 +167,7 @@ def test_whole_transform_erases_after_mixing(images: Tensor) -> None:
     plan = TrainingPlan(6, 6, 1, 0, 1, 0, 16, 0.9, AugmentationConfig(erase_probability=1.0)).batch(0, 0)
     assert plan.mix is not None
     assert plan.erase is not None
-    mixed, targets = mix(normalize(images), smooth_one_hot(labels, 10, 0.1), plan.mix)
+    mixed, targets = mix_both(normalize(images), smooth_one_hot(labels, 10, 0.1), plan.mix)
     result = TrainingTransform(10, 0.1)(images, labels, plan)
     assert torch.equal(result[0], erase(mixed, plan.erase))
     assert torch.equal(result[1], targets)

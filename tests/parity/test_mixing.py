@@ -11,7 +11,7 @@ from timm.data.mixup import FastCollateMixup
 from torch import Tensor
 
 from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.device_transform import mix, normalize, smooth_one_hot
+from metaformer.data.device_transform import mix, mix_targets, normalize, smooth_one_hot
 from metaformer.data.draws import generator
 from metaformer.data.plan import _MIX_STREAM, MixDraws, TrainingPlan
 from tests.parity.conftest import Box, papers_mixup
@@ -46,7 +46,7 @@ def test_batches_are_timms(size: int, classes: int) -> None:
         pixels, labels = random_batch(position, size)
         labels %= classes
         draws = drawn(position, size, len(labels))
-        images, targets = mix(normalize(pixels), smooth_one_hot(labels, classes, 0.1), draws)
+        images, targets = mix(normalize(pixels), draws), mix_targets(smooth_one_hot(labels, classes, 0.1), draws)
         with papers_mixup(generator(SEED, EPOCH, _MIX_STREAM, position), classes) as timms:
             expected, expected_targets = timms(normalize(pixels), labels)
         is_cutmix = draws.keep.item() == 1
@@ -63,7 +63,7 @@ def test_batches_are_those_of_timms_collate_function() -> None:
     for position in range(40):
         pixels, labels = random_batch(position, 32)
         draws = drawn(position, 32, len(labels))
-        images, targets = mix(normalize(pixels), smooth_one_hot(labels, CLASSES, 0.1), draws)
+        images, targets = mix(normalize(pixels), draws), mix_targets(smooth_one_hot(labels, CLASSES, 0.1), draws)
         samples = list(zip(pixels.numpy(), labels.tolist(), strict=True))
         with papers_mixup(generator(SEED, EPOCH, _MIX_STREAM, position), CLASSES, FastCollateMixup) as timms:
             collated, expected_targets = timms(samples)

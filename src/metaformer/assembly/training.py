@@ -20,12 +20,14 @@ from metaformer.assembly.parts import (
     locate_weights,
     make_feed,
     make_model,
+    memory_format,
     open_index,
     worker_count,
 )
 from metaformer.assembly.run import tracking
 from metaformer.config import TrainConfig, fingerprint, recorded
 from metaformer.data.device_transform import TrainingTransform, denormalize
+from metaformer.data.fused_transform import choose_transform
 from metaformer.data.index import ImageIndex, check_same_classes
 from metaformer.data.loader import LoaderName
 from metaformer.data.plan import TrainingPlan
@@ -86,7 +88,12 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
         # Before there are worker processes: it talks to the other ranks.
         example = example_images(config, runtime)
         network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
-        transform = TrainingTransform(splits.num_classes, config.augmentation.label_smoothing, colours(config))
+        transform = TrainingTransform(
+            splits.num_classes,
+            config.augmentation.label_smoothing,
+            colours(config),
+            choose_transform(runtime.device, memory_format(config)),
+        )
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, runtime, splits.val)))
         tracker = parts.enter_context(tracking(config, runtime, settings, state))

@@ -4,11 +4,11 @@ Everything is batched and driven by the plan's draws; nothing here asks the devi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,11 +24,12 @@ class ColourStatistics(NamedTuple):
     std: tuple[float, ...]
 
 
+ImageTransform = Callable[[Tensor, BatchPlan, ColourStatistics], Tensor]
 IMAGENET = ColourStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @lru_cache
-def _mean_and_std(statistics: ColourStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
+def mean_and_std(statistics: ColourStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
     """Float32 [3, 1, 1] each, in units of [0, 255]; kept, because making them on a GPU waits for it."""
     mean, std = torch.tensor(statistics, device=device).mul(255).view(2, 3, 1, 1).unbind()
     return mean, std
@@ -36,14 +37,24 @@ def _mean_and_std(statistics: ColourStatistics, device: torch.device) -> tuple[T
 
 def normalize(images: Tensor, statistics: ColourStatistics = IMAGENET) -> Tensor:
     """uint8 [B, 3, H, W] to float32 of the same shape and memory format: (x / 255 - mean) / std."""
-    mean, std = _mean_and_std(statistics, images.device)
+    mean, std = mean_and_std(statistics, images.device)
     return images.float().sub_(mean).div_(std)
 
 
 def denormalize(images: Tensor, statistics: ColourStatistics = IMAGENET) -> Tensor:
     """The inverse of `normalize`, to float32 in [0, 1]; erasing's noise is clipped."""
-    mean, std = _mean_and_std(statistics, images.device)
+    mean, std = mean_and_std(statistics, images.device)
     return ((images * std + mean) / 255).clamp(0, 1)
+
+
+def transform_plainly(images: Tensor, plan: BatchPlan, statistics: ColourStatistics) -> Tensor:
+    """uint8 [B, 3, H, W] to float32: normalised, mixed and erased by the plan's draws, one after the other."""
+    images = normalize(images, statistics)
+    if plan.mix is not None:
+        images = mix(images, plan.mix)
+    if plan.erase is not None and len(plan.erase.rows):
+        images = erase(images, plan.erase)
+    return images
 
 
 @dataclass(frozen=True)
@@ -53,16 +64,14 @@ class TrainingTransform:
     num_classes: int
     label_smoothing: float
     statistics: ColourStatistics = IMAGENET
+    transform_images: ImageTransform = transform_plainly
 
     def __call__(self, images: Tensor, labels: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, H, W] and labels int64 [B] to float32 images and soft targets float32 [B, classes]."""
-        images = normalize(images, self.statistics)
         targets = smooth_one_hot(labels, self.num_classes, self.label_smoothing)
         if plan.mix is not None:
-            images, targets = mix(images, targets, plan.mix)
-        if plan.erase is not None and len(plan.erase.rows):
-            images = erase(images, plan.erase)
-        return images, targets
+            targets = mix_targets(targets, plan.mix)
+        return self.transform_images(images, plan, self.statistics), targets
 
 
 @dataclass(frozen=True)
@@ -83,27 +92,32 @@ def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor
     return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
 
 
-def mix(images: Tensor, targets: Tensor, draws: MixDraws) -> tuple[Tensor, Tensor]:
+def mix_targets(targets: Tensor, draws: MixDraws) -> Tensor:
+    """Each label with its partner's, as the images are mixed."""
+    groups = len(draws.label_keep)
+    share = as_tensor(targets, draws.label_keep).view(groups, 1, 1)
+    grouped = targets.unflatten(0, (groups, -1))
+    mixed: Tensor = grouped * share + grouped.flip(1) * (1 - share)
+    return mixed.flatten(0, 1)
+
+
+def mix(images: Tensor, draws: MixDraws) -> Tensor:
     """Mixup and cutmix: each group of the batch with the same group reversed."""
     groups = len(draws.keep)
     height, width = images.shape[-2:]
-    keep = _to(images, draws.keep).view(groups, 1, 1, 1, 1)
-    inside = _boxes_to_mask(_to(images, draws.box), height, width)[:, None]
+    keep = as_tensor(images, draws.keep).view(groups, 1, 1, 1, 1)
+    inside = _boxes_to_mask(as_tensor(images, draws.box), height, width)[:, None]
     share = torch.where(inside, 0.0, keep)  # [G, 1, 1, H, W]
     grouped = images.unflatten(0, (groups, -1))
-    mixed = grouped * share + grouped.flip(1) * (1 - share)
-
-    label_share = _to(targets, draws.label_keep).view(groups, 1, 1)
-    grouped_targets = targets.unflatten(0, (groups, -1))
-    mixed_targets = grouped_targets * label_share + grouped_targets.flip(1) * (1 - label_share)
-    return mixed.flatten(0, 1), mixed_targets.flatten(0, 1)
+    mixed: Tensor = grouped * share + grouped.flip(1) * (1 - share)
+    return mixed.flatten(0, 1)
 
 
 def erase(images: Tensor, draws: EraseDraws) -> Tensor:
     """Random erasing (arXiv 1708.04896): each drawn rectangle filled with Normal(0, 1) noise per pixel; in place."""
-    rows = _to(images, draws.rows, torch.int64)
-    inside = _boxes_to_mask(_to(images, draws.boxes), *images.shape[-2:])
-    noise = counter_normal(_to(images, draws.noise_keys, torch.int64), images.shape[1:])
+    rows = as_tensor(images, draws.rows, torch.int64)
+    inside = _boxes_to_mask(as_tensor(images, draws.boxes), *images.shape[-2:])
+    noise = counter_normal(as_tensor(images, draws.noise_keys, torch.int64), images.shape[1:])
     return images.index_copy_(0, rows, torch.where(inside, noise, images.index_select(0, rows)))
 
 
@@ -134,5 +148,6 @@ def _boxes_to_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
-def _to(like: Tensor, array: NDArray[np.float64] | NDArray[np.int64], dtype: torch.dtype = torch.float32) -> Tensor:
+def as_tensor(like: Tensor, array: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draws of the plan, where the images are; the host does not wait."""
     return to_device(torch.from_numpy(array).to(dtype), like.device)

@@ -1,0 +1,74 @@
+"""Which way a device normalises, mixes and erases its training images: plainly, or in one pass by Triton."""
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaformer.data.augmentation import AugmentationConfig
+from metaformer.data.device_transform import (
+    IMAGENET,
+    ColourStatistics,
+    ImageTransform,
+    as_tensor,
+    mean_and_std,
+    transform_plainly,
+)
+from metaformer.data.plan import BatchPlan, TrainingPlan
+
+TOLERANCE = 1e-3  # of a value in standard deviations: noise goes through log and cos, whose last bits differ
+
+
+def choose_transform(device: torch.device, memory_format: torch.memory_format) -> ImageTransform:
+    """Triton's on NVIDIA's GPUs for channels_last images, if it gives there what the plain one gives.
+
+    Where it does not, one line on stderr says so.
+    """
+    if device.type != "cuda" or memory_format is not torch.channels_last:
+        return transform_plainly
+    fault = find_fault(device)
+    if fault is None:
+        return transform_by_triton
+    print(f"warning: mixing and erasing in one pass: {fault}; going on without", file=sys.stderr, flush=True)
+    return transform_plainly
+
+
+def transform_by_triton(images: Tensor, plan: BatchPlan, statistics: ColourStatistics) -> Tensor:
+    """As `transform_plainly`, for channels_last images."""
+    from metaformer.data import triton_transform  # imports triton, which torch's builds for CPUs lack
+
+    mixing = erasing = None
+    if plan.mix is not None:
+        mixing = (as_tensor(images, plan.mix.keep), as_tensor(images, plan.mix.box, torch.int64))
+    if plan.erase is not None and len(plan.erase.rows):
+        places = np.full(len(images), -1)
+        places[plan.erase.rows] = np.arange(len(plan.erase.rows))
+        draws = (places, plan.erase.boxes, plan.erase.noise_keys)
+        erasing = tuple(as_tensor(images, values, torch.int64) for values in draws)
+    return triton_transform.transform(images, *mean_and_std(statistics, images.device), mixing, erasing)
+
+
+def find_fault(device: torch.device) -> str | None:
+    """Compare both ways on batches that are mixed and erased, and on one that is not.
+
+    Returns:
+        What is wrong, in a few words; None where nothing is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (8, 3, 37, 37), dtype=torch.uint8, generator=generator)
+    pixels = pixels.to(device, memory_format=torch.channels_last)
+    mixed = AugmentationConfig(erase_probability=0.7, mix_group_size=4)
+    for augmentation in (mixed, AugmentationConfig(erase_probability=0, mix_probability=0)):
+        for position in range(4):
+            plan = TrainingPlan(32, 8, 1, 0, 1, 0, 37, 0.9, augmentation).batch(0, position)
+            try:
+                found = transform_by_triton(pixels, plan, IMAGENET)
+                error = float((found - transform_plainly(pixels, plan, IMAGENET)).abs().max())
+            except (ImportError, RuntimeError, AttributeError, TypeError, ValueError, OSError) as fault:
+                # Whatever an untried GPU, compiler or triton may raise: the plain way needs none of them.
+                reason = next(iter(str(fault).splitlines()), "")
+                return f"it cannot run on this device ({type(fault).__name__}: {reason})"
+            if not error < TOLERANCE:
+                return f"it differs from the plain way by {error:.2g} on this device"
+    return None
