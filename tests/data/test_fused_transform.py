@@ -1,10 +1,6 @@
 """Which way training images are transformed; Triton's runs in its interpreter, which needs a process of its own."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,21 +10,15 @@ from metaformer.data import fused_transform
 from metaformer.data.device_transform import ColourStatistics, transform_plainly
 from metaformer.data.fused_transform import choose_transform, find_fault, transform_by_triton
 from metaformer.data.plan import BatchPlan
-from tests.conftest import REPOSITORY
+from tests.triton_interpreter import needs_triton, run_interpreted
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch's builds for CPUs lack triton")
+@needs_triton
 def test_interpreted_transform_is_the_plain_one() -> None:
     """All of triton_transform_cases.py."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/data/triton_transform_cases.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+    run_interpreted("tests/data/triton_transform_cases.py")
 
 
 def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,15 +28,15 @@ def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert choose_transform(GPU, torch.contiguous_format) is transform_plainly
     assert choose_transform(CPU, torch.channels_last) is transform_plainly
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(fused_transform, "find_fault", lambda device: "it differs")
+    monkeypatch.setattr(fused_transform, "find_fault", lambda device: "they differ")
     assert choose_transform(GPU, torch.channels_last) is transform_plainly
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "warning: mixing and erasing in one pass: it differs; going on without"
+    assert line == "warning: Triton's kernels for mixing and erasing: they differ; going on without"
 
 
 @pytest.mark.parametrize(
     ("error", "fault"),
-    [(0.0, None), (0.01, "it differs from the plain way by 0.01 on this device"), (math.nan, "by nan on this device")],
+    [(0.0, None), (0.01, "they differ from the plain way by 0.01 on this device"), (math.nan, "by nan on this device")],
 )
 def test_wrong_values_are_found(monkeypatch: pytest.MonkeyPatch, error: float, fault: str | None) -> None:
     """One value that is off by a hundredth, or no number."""
@@ -68,4 +58,4 @@ def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such instruction\nand more")
 
     monkeypatch.setattr(fused_transform, "transform_by_triton", fail)
-    assert find_fault(CPU) == "it cannot run on this device (RuntimeError: no such instruction)"
+    assert find_fault(CPU) == "they cannot run on this device (RuntimeError: no such instruction)"

@@ -1,22 +1,9 @@
-"""Triton's kernels without a GPU: in its interpreter, which runs a kernel's programs one after the other in numpy."""
+"""Triton's kernels of the network, without a GPU."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
-
-from tests.conftest import REPOSITORY
+from tests.triton_interpreter import needs_triton, run_interpreted
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch's builds for CPUs lack triton")
+@needs_triton
 def test_interpreted_kernels_equal_the_reference() -> None:
-    """All of kernel_cases.py, in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/models/kernel_cases.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+    """All of kernel_cases.py."""
+    run_interpreted("tests/models/kernel_cases.py")

@@ -1,5 +1,6 @@
 """Which way a device normalises, mixes and erases its training images: plainly, or in one pass by Triton."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -16,6 +17,7 @@ from metaformer.data.device_transform import (
     transform_plainly,
 )
 from metaformer.data.plan import BatchPlan, TrainingPlan
+from metaformer.kernel_check import try_kernels
 
 TOLERANCE = 1e-3  # of a value in standard deviations: noise goes through log and cos, whose last bits differ
 
@@ -30,7 +32,7 @@ def choose_transform(device: torch.device, memory_format: torch.memory_format) -
     fault = find_fault(device)
     if fault is None:
         return transform_by_triton
-    print(f"warning: mixing and erasing in one pass: {fault}; going on without", file=sys.stderr, flush=True)
+    print(f"warning: Triton's kernels for mixing and erasing: {fault}; going on without", file=sys.stderr, flush=True)
     return transform_plainly
 
 
@@ -50,7 +52,7 @@ def transform_by_triton(images: Tensor, plan: BatchPlan, statistics: ColourStati
 
 
 def find_fault(device: torch.device) -> str | None:
-    """Compare both ways on batches that are mixed and erased, and on one that is not.
+    """Compare both ways on batches that are mixed and erased, and on some that are not.
 
     Returns:
         What is wrong, in a few words; None where nothing is.
@@ -59,16 +61,15 @@ def find_fault(device: torch.device) -> str | None:
     pixels = torch.randint(256, (8, 3, 37, 37), dtype=torch.uint8, generator=generator)
     pixels = pixels.to(device, memory_format=torch.channels_last)
     mixed = AugmentationConfig(erase_probability=0.7, mix_group_size=4)
-    for augmentation in (mixed, AugmentationConfig(erase_probability=0, mix_probability=0)):
-        for position in range(4):
+    plain = AugmentationConfig(erase_probability=0, mix_probability=0)
+
+    def compare() -> str | None:
+        for augmentation, position in itertools.product((mixed, plain), range(4)):
             plan = TrainingPlan(32, 8, 1, 0, 1, 0, 37, 0.9, augmentation).batch(0, position)
-            try:
-                found = transform_by_triton(pixels, plan, IMAGENET)
-                error = float((found - transform_plainly(pixels, plan, IMAGENET)).abs().max())
-            except (ImportError, RuntimeError, AttributeError, TypeError, ValueError, OSError) as fault:
-                # Whatever an untried GPU, compiler or triton may raise: the plain way needs none of them.
-                reason = next(iter(str(fault).splitlines()), "")
-                return f"it cannot run on this device ({type(fault).__name__}: {reason})"
+            found, expected = (way(pixels, plan, IMAGENET) for way in (transform_by_triton, transform_plainly))
+            error = float((found - expected).abs().max())
             if not error < TOLERANCE:
-                return f"it differs from the plain way by {error:.2g} on this device"
-    return None
+                return f"they differ from the plain way by {error:.2g} on this device"
+        return None
+
+    return try_kernels(compare)

@@ -7,6 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from metaformer.kernel_check import try_kernels
 from metaformer.models.kernels import operators
 from metaformer.models.metaformer import BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plainly
 from metaformer.models.token_mixers import Pooling
@@ -100,16 +101,15 @@ def find_fault(device: torch.device) -> str | None:
     dtypes = [None, torch.bfloat16] if device.type == "cpu" else [None, torch.bfloat16, torch.float16]
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         dtypes.remove(torch.bfloat16)
-    for dtype in dtypes:
-        try:
+
+    def compare() -> str | None:
+        for dtype in dtypes:
             error = max(_difference(device, dtype, dim, size) for dim, size in ((64, 3), (96, 5)))
-        except (ImportError, RuntimeError, AttributeError, TypeError, ValueError, OSError) as fault:
-            # Whatever an untried GPU, compiler or triton may raise: the plain path needs none of them.
-            reason = next(iter(str(fault).splitlines()), "")
-            return f"they cannot run on this device ({type(fault).__name__}: {reason})"
-        if not error < TOLERANCE * (1 if dtype is None else 4):
-            return f"they differ from the plain path by {error:.2g} in {dtype or torch.float32} on this device"
-    return None
+            if not error < TOLERANCE * (1 if dtype is None else 4):
+                return f"they differ from the plain path by {error:.2g} in {dtype or torch.float32} on this device"
+        return None
+
+    return try_kernels(compare)
 
 
 def _difference(device: torch.device, dtype: torch.dtype | None, dim: int, window: int) -> float:
