@@ -130,6 +130,16 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_lie_as_weights_do() -> None:
+    """Strides of a channels_last weight and its gradient are equal: else distributed training copies, and warns."""
+    model = network().to(memory_format=torch.channels_last)
+    fuse(model, CPU)
+    outcome(model, torch.randn(2, 3, 32, 32))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride(), name
+
+
 def test_which_networks_change() -> None:
     """The paper's five and the pooling ablations in all stages, hybrids in their pooling stages, others nowhere."""
     fused_stages = {}

@@ -76,12 +76,21 @@ def _run_block(
     # The norm's bias cancels; so it gets the gradient zero, not none, which distributed training refuses.
     scale = norm1.weight * block.layer_scale1.scale + 0 * norm1.bias
     x, stats = operators.pool_branch(x, stats, scale, _keep(block.drop_path1, x), window, norm2.eps)
-    mlp = [fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias]
+    mlp = [_matrix(fc1.weight), fc1.bias, _matrix(fc2.weight), fc2.bias]
     x, stats, *_ = operators.mlp_branch(
         x, stats, [norm2.weight, norm2.bias], cast(list[Tensor], mlp), block.layer_scale2.scale,
         _keep(block.drop_path2, x), following_eps, dtype,
     )  # fmt: skip
     return x, stats
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[out, in, 1, 1] to [out, in], without a copy.
+
+    By way of channels_last, so that the gradient has the strides of a channels_last weight: distributed training copies
+    any other, and warns.
+    """
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _keep(path: nn.Module, x: Tensor) -> Tensor | None:
