@@ -229,7 +229,8 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, for tensors to come: for training on a CPU.
 
     glibc gives a large block back when it is freed; the next tensor is then new pages, each of which the kernel must
-    find and clear when it is first written (docs/performance.md). Without glibc nothing happens.
+    find and clear when it is first written (docs/performance.md). What is held grows for a while, until glibc finds a
+    place in it for each tensor. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
