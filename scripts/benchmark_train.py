@@ -182,11 +182,9 @@ def _summary(values: list[dict[str, float]], work: dict[str, float], batch: int)
 
 def _print(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    what = "inference" if arguments.inference else "training"
-    title = f"{arguments.model}, {what}, {arguments.size} px, batch {arguments.batch}, {arguments.precision}"
     base = rows.get("timm-eager", {}).get("images_per_second", {}).get("median")
     columns = ("images/s", "lowest to highest", "of timm-eager", "step ms", "first s", "memory MiB", "TFLOP/s", "GB/s")
-    table = Table("variant", *columns, title=title)
+    table = Table("variant", *columns, title=_title(arguments))
     for variant, row in rows.items():
         speed = row["images_per_second"]
         spread, ratio = f"{speed['min']:.1f} to {speed['max']:.1f}", f"{speed['median'] / base:.2f}" if base else "-"
@@ -200,6 +198,12 @@ def _print(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: a
     )
 
 
+def _title(arguments: argparse.Namespace) -> str:
+    """What is measured, over the table and the plot."""
+    what = "inference" if arguments.inference else "training"
+    return f"{arguments.model}, {what}, {arguments.size} px, batch {arguments.batch}, {arguments.precision}"
+
+
 def _plot(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
@@ -210,10 +214,8 @@ def _plot(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: ar
     axes.bar_label(axes.bar(list(rows), speeds), fmt="%.1f")
     for (name, limit), style in zip(limits.items(), ("--", ":"), strict=True):
         axes.axhline(limit, color="black", linestyle=style, label=f"roofline, {name}: {limit:.0f}")
-    what = "inference" if arguments.inference else "training"
-    size = f"{arguments.size} px, batch {arguments.batch}, {arguments.precision}"
     top = 1.3 * max(*speeds, min(limits.values()))  # a limit far above all would leave no room for the bars
-    axes.set(ylabel="images/s", ylim=(0, top), title=f"{arguments.model}, {what}, {size}")
+    axes.set(ylabel="images/s", ylim=(0, top), title=_title(arguments))
     axes.legend(loc="upper right", ncols=2)
     figure.savefig(arguments.plot, dpi=120, format="png")
 

@@ -19,14 +19,13 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaformer.assembly import make_loader
+from metaformer.assembly import automatic_loader, make_loader
 from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.dali_loader import dali_is_installed
 from metaformer.data.device_transform import TrainingTransform
 from metaformer.data.feed import Feed, Target
 from metaformer.data.fused_transform import choose_transform
 from metaformer.data.index import find_images
-from metaformer.data.loader import LoaderConfig, LoaderName
+from metaformer.data.loader import LoaderConfig
 from metaformer.data.plan import TrainingPlan
 from metaformer.models import create_model
 from metaformer.models.fused import fuse
@@ -138,8 +137,7 @@ def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
             yield transform(pixels, labels, plan.batch(0, position))
     index = find_images(options.data.absolute())
     plan = _plan(len(index), options)
-    name = LoaderName.dali if device.type == "cuda" and dali_is_installed() else LoaderName.torch
-    loader = make_loader(LoaderConfig(name), index, plan, device, options.workers)
+    loader = make_loader(LoaderConfig(automatic_loader(device)), index, plan, device, options.workers)
     feed = Feed(index, plan, loader, transform, Target(device, torch.channels_last))
     for epoch in itertools.count():
         yield from ((batch.images, batch.targets) for batch in feed.epoch(epoch))

@@ -59,7 +59,7 @@ def test_inference_on_noise(tmp_path: Path) -> None:
 
 
 def test_work_of_an_image() -> None:
-    """The paper's 1.8 G multiply-adds of S12 at 224 px, three times for training; bytes by hand for the first stage."""
+    """The paper's 1.8 G multiply-adds of S12 at 224 px, three times for training; bytes from the stages' sizes."""
     inference, training = (count_work("poolformer_s12", 224, "bf16", inference=only) for only in (True, False))
     assert inference["flops"] / 2 == pytest.approx(1.8e9, rel=0.03)
     assert training["flops"] == 3 * inference["flops"]

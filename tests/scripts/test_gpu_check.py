@@ -32,9 +32,9 @@ def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails(tmp_path: Path) -> None:
-    """No images in the folder: the parts that need them fail, are named, and the exit code is 1."""
+    """Tests and benchmarks that end with 3: each part is named with its exit code, and the script's own is 1."""
     (tmp_path / "empty").mkdir()
-    fake = tmp_path / "python"  # the tests need no second run here
+    fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*benchmark*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
     fake.chmod(0o755)
     command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(tmp_path / "empty")]

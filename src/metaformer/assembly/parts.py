@@ -130,9 +130,12 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
 
 def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
     """The loader that is meant, `auto` resolved."""
-    if config.loader.name is not LoaderName.auto:
-        return config.loader.name
-    return LoaderName.dali if runtime.device.type == "cuda" and dali_is_installed() else LoaderName.torch
+    return automatic_loader(runtime.device) if config.loader.name is LoaderName.auto else config.loader.name
+
+
+def automatic_loader(device: torch.device) -> LoaderName:
+    """What `auto` means where the training runs on this device."""
+    return LoaderName.dali if device.type == "cuda" and dali_is_installed() else LoaderName.torch
 
 
 def region_decode(config: CommonConfig, runtime: Runtime) -> RegionDecode:

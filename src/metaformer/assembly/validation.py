@@ -42,6 +42,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     scoring = _scoring(config, index, runtime.device)
 
     def run(feed: Feed) -> dict[str, Any]:
+        """Evaluate, append to the results file if there is one, and return what is printed."""
         accuracy = evaluate(model, feed, precision, runtime, scoring)
         if config.results_csv is not None:
             row: dict[str, str | int | float] = {

@@ -17,7 +17,7 @@ def accumulation_type(x: Tensor) -> torch.dtype:
 def statistics(x: Tensor, eps: float) -> Tensor:
     """Mean and 1 / sqrt(variance + eps) of each image over all its values: [B, 2]."""
     values = x.flatten(1).to(accumulation_type(x))
-    # Writes a result that nobody needs, and is yet ten times as fast as var_mean on a CPU.
+    # Writes a result that nobody needs, and yet takes a third of var_mean's time on a CPU (docs/performance.md).
     _, mean, rstd = torch.native_layer_norm(values, values.shape[1:], None, None, eps)
     return torch.cat([mean, rstd], 1)
 
