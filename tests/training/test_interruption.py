@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from metaformer.runtime import Runtime
+from metaformer.signals import STOP_SIGNALS
 from metaformer.training import interruption
-from metaformer.training.interruption import SIGNALS, Interruption
+from metaformer.training.interruption import Interruption
 from tests.ranks import on_ranks
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
     """Each of the three is only remembered, under its name, and from then on every boundary is one to stop at."""
     asked = Interruption(ALONE)
@@ -42,17 +43,17 @@ def test_the_first_signal_is_the_reason() -> None:
 
 def test_handlers_are_put_back() -> None:
     """Also after an error: a later signal ends the process as it did before."""
-    former = [signal.getsignal(number) for number in SIGNALS]
+    former = [signal.getsignal(number) for number in STOP_SIGNALS]
     asked = Interruption(ALONE)
 
     def fail() -> None:
         with asked.listening():
-            assert all(signal.getsignal(number) not in former for number in SIGNALS)
+            assert all(signal.getsignal(number) not in former for number in STOP_SIGNALS)
             raise RuntimeError("an error")
 
     with pytest.raises(RuntimeError, match="an error"):
         fail()
-    assert [signal.getsignal(number) for number in SIGNALS] == former
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == former
 
 
 def interrupt_twice(pause: float) -> None:

@@ -138,13 +138,15 @@ def test_a_process_of_another_user(tmp_path: Path) -> None:
 
 
 def test_threads_that_cannot_run(tmp_path: Path) -> None:
-    """A rank that hangs in C and lets no other thread run: the timer that needs no Python ends it, stacks written."""
+    """A rank that hangs in C and lets no other thread run is killed from outside, its stacks written."""
     code, _ = finish(
         start(
             """
             watchdog.BACKSTOP_SECONDS = 0.3
             def hangs_in_c():
-                ctypes.PyDLL(None).sleep(60)
+                mutex = ctypes.create_string_buffer(64)
+                for _ in range(2):  # it waits for itself
+                    ctypes.PyDLL(None).pthread_mutex_lock(mutex)
             with Watchdog(folder, 0, peers, stall).watching():
                 hangs_in_c()
             """,
@@ -152,12 +154,12 @@ def test_threads_that_cannot_run(tmp_path: Path) -> None:
             0.5,
         )
     )
-    assert code == 1
+    assert code == -signal.SIGKILL
     assert "hangs_in_c" in (tmp_path / "rank-0.txt").read_text()
 
 
-def test_beats_put_the_timer_off(tmp_path: Path) -> None:
-    """The timer that needs no Python also runs from the last beat."""
+def test_beats_reach_the_backstop(tmp_path: Path) -> None:
+    """What kills a process whose threads cannot run also counts from the last beat."""
     script = """
         watchdog.BACKSTOP_SECONDS = 0.1
         dog = Watchdog(folder, 0, peers, stall)
@@ -167,6 +169,53 @@ def test_beats_put_the_timer_off(tmp_path: Path) -> None:
                 time.sleep(stall / 10)
         """
     assert finish(start(script, tmp_path, 0.5)) == (0, "")
+
+
+@pytest.mark.parametrize("with_backstop", [True, False], ids=["the process group", "the process alone"])
+def test_a_suspend_is_no_stall(tmp_path: Path, with_backstop: bool) -> None:
+    """A healthy process that is stopped for several times the bound, as by a closed lid, continues when it wakes."""
+    script = """
+        watchdog.BACKSTOP_SECONDS = 0.1
+        dog = Watchdog(folder, 0, peers, stall)
+        with dog.watching():
+            print("ready", flush=True)
+            for _ in range(40):
+                dog.beat()
+                time.sleep(stall / 10)
+        """
+    program = PRELUDE + textwrap.dedent(script)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path), "1.0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    send = os.killpg if with_backstop else os.kill
+    send(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    send(process.pid, signal.SIGCONT)
+    assert finish(process) == (0, "")
+
+
+def test_stop_signals_leave_the_backstop_alone(tmp_path: Path) -> None:
+    """Launchers signal a whole process group: the backstop of a rank that is still saving must not end before it."""
+    script = """
+        import signal
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        watchdog.BACKSTOP_SECONDS = 0.3
+        def hangs_in_c():
+            mutex = ctypes.create_string_buffer(64)
+            for _ in range(2):
+                ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        os.setpgid(0, 0)
+        with Watchdog(folder, 0, peers, stall).watching():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+                os.killpg(0, number)
+            hangs_in_c()
+        """
+    code, _ = finish(start(script, tmp_path, 0.5))
+    assert code == -signal.SIGKILL
 
 
 def test_nobody_reads_stderr(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from metaformer.data.quarantine import leave_out
 from metaformer.data.region_verdict import gpu_decodes_regions
 from metaformer.data.torch_reader import read_with_torch
 from metaformer.data.worker_loader import WorkerLoader
+from metaformer.data.worker_server import start_worker_server
 from metaformer.models import create_model, create_timm_model
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.models.fused import fuse
@@ -104,6 +105,12 @@ def colours(config: CommonConfig) -> ColourStatistics:
 def memory_format(config: CommonConfig) -> torch.memory_format:
     """How images and activations lie in memory."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def prepare_workers(config: CommonConfig, runtime: Runtime) -> None:
+    """Let the server of worker processes start, which takes seconds, while this process makes the network."""
+    if loader_name(config, runtime) is not LoaderName.dali and worker_count(config, runtime):
+        start_worker_server(preload=[__package__])  # with all that a worker imports when it imports the main program
 
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:

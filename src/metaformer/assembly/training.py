@@ -22,6 +22,7 @@ from metaformer.assembly.parts import (
     make_model,
     memory_format,
     open_index,
+    prepare_workers,
     worker_count,
 )
 from metaformer.assembly.run import tracking
@@ -75,6 +76,7 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
     runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     config.check_batches(runtime.world_size)
+    prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
     splits = _splits(config, runtime)
     plan = _training_plan(config, runtime, splits)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metaformer.assembly.parts import evaluation_feed, locate_weights, make_model, open_index
+from metaformer.assembly.parts import evaluation_feed, locate_weights, make_model, open_index, prepare_workers
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index import ImageIndex, Labels, check_same_classes
@@ -33,6 +33,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     """
     runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
+    prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
     assert config.checkpoint is not None
     weights = runtime.from_main(partial(locate_weights, "checkpoint", config.checkpoint, config.use_ema))

@@ -1,6 +1,5 @@
 """The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
-import signal
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +12,8 @@ from metaformer.data.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.image_bytes import Encoded, ImageBytes
 from metaformer.data.index import ImageIndex
 from metaformer.data.plan import BatchPlan, Plan
+from metaformer.data.shared_index import SharedIndex
+from metaformer.data.worker_server import start_worker_server, worker_context
 from metaformer.errors import UserError
 
 ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
@@ -33,19 +34,22 @@ class WorkerLoader:
     def __init__(
         self, read: ReadImage, index: ImageIndex, plan: Plan, workers: int, prefetch_batches: int, pin_memory: bool
     ) -> None:
+        if workers:
+            start_worker_server()
         self._positions = _Positions(plan.batches_per_epoch)
-        self._stored = ImageBytes(index)
+        self._batches = _Batches(read, SharedIndex(index), plan)
         self._loader: DataLoader[Tensor | str] = DataLoader(
-            _Batches(read, index, self._stored, plan),
+            self._batches,
             batch_size=None,
             sampler=self._positions,
             num_workers=workers,
             prefetch_factor=prefetch_batches if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            multiprocessing_context=worker_context() if workers else None,
             worker_init_fn=_prepare_worker,
         )
-        # Workers ignore SIGTERM: at exit, Python would wait for them forever.
+        # Workers do not end by SIGTERM: at exit, Python would wait for them forever.
         self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
@@ -57,7 +61,7 @@ class WorkerLoader:
 
     def close(self) -> None:
         self._stop_workers()
-        self._stored.close()
+        self._batches.stored.close()
 
 
 class _Positions(Sampler[tuple[int, int]]):
@@ -73,8 +77,12 @@ class _Positions(Sampler[tuple[int, int]]):
 
 
 class _Batches(Dataset[Tensor | str]):
-    def __init__(self, read: ReadImage, index: ImageIndex, stored: ImageBytes, plan: Plan) -> None:
-        self._read, self._index, self._stored, self._plan = read, index, stored, plan
+    def __init__(self, read: ReadImage, index: SharedIndex, plan: Plan) -> None:
+        self._read, self._index, self._plan = read, index, plan
+        self.stored = ImageBytes(index.index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Batches, (self._read, self._index, self._plan)
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor | str:
         """A batch, or what is wrong with a file: an exception would lose its type on the way out of a worker."""
@@ -84,9 +92,9 @@ class _Batches(Dataset[Tensor | str]):
         )
         for row, sample in enumerate(plan.samples.tolist()):
             try:
-                images[row] = self._read(self._stored.read(sample), plan, row)
+                images[row] = self._read(self.stored.read(sample), plan, row)
             except BAD_FILE as error:
-                return describe_bad_file(self._index.place(sample), error)
+                return describe_bad_file(self._index.index.place(sample), error)
         return images
 
 
@@ -99,6 +107,3 @@ def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        # The launcher signals the whole process group; workers end with the trainer, not before it.
-        signal.signal(number, signal.SIG_IGN)

@@ -10,8 +10,8 @@ from typing import Any
 
 from metaformer.errors import Interrupted
 from metaformer.runtime import Runtime, Vote
+from metaformer.signals import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One Ctrl-C reaches a process several times: from the terminal and from torchrun. A later one means it.
 SECONDS_OF_ONE_KEYSTROKE = 2.0
 
@@ -41,7 +41,7 @@ class Interruption:
 
         For torchrun sends SIGTERM to those that are left when the first rank has gone.
         """
-        former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield
         except Interrupted:

@@ -1,0 +1,49 @@
+"""The process that worker processes are forked from."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing.context import ForkServerContext
+
+from metaformer.signals import blocked_in_children
+
+READERS = ("metaformer.data.pil_reader", "metaformer.data.torch_reader", "metaformer.data.worker_loader")
+
+
+def worker_context() -> ForkServerContext:
+    """The way to start workers: forked from a server that has one thread.
+
+    A worker forked from the training process would inherit whatever the threads there hold at that moment: a lock, or
+    the pipe by which wandb's start learns that its program runs. It would then keep that for as long as it lives.
+    """
+    return get_context("forkserver")
+
+
+def start_worker_server(preload: Sequence[str] = READERS) -> None:
+    """Start the server, or do nothing where it runs already.
+
+    Args:
+        preload: modules that it imports, while this process continues, so that workers find them imported.
+    """
+    with _one_thread_in_blas(), blocked_in_children():
+        # Python's tracker comes first: starting it unblocks signals, and the server would start it.
+        resource_tracker.ensure_running()
+    with _one_thread_in_blas(), blocked_in_children():
+        forkserver.set_forkserver_preload(list(preload))
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _one_thread_in_blas() -> Iterator[None]:
+    """Keep numpy, when the new process imports it, from starting a thread for each core."""
+    name = "OPENBLAS_NUM_THREADS"
+    former = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = former
