@@ -75,14 +75,14 @@ def test_every_rank_gets_all_tensors_in_order() -> None:
     assert [tensor[1] for tensor in first[0]] == [[[0.5] * 3] * 2, [[1.5] * 3] * 2]
     assert first[1] == [(torch.int64, 2**62), (torch.int64, 2**62 + 1)]
     assert [tensor[1] for tensor in first[2]] == [[[0, 3], [1, 4], [2, 5]], [[1, 4], [2, 5], [3, 6]]]
-    assert places == same == [Process(socket.gethostname(), pid), Process(socket.gethostname(), other)]
+    assert places == same == [Process(0, socket.gethostname(), pid), Process(0, socket.gethostname(), other)]
 
 
 def test_one_rank_alone() -> None:
     """No group is needed for what one rank says to itself."""
     numbers = torch.arange(3)
     assert torch.equal(torch.stack(ALONE.gather(numbers)), numbers[None])
-    assert ALONE.processes() == [Process(socket.gethostname(), os.getpid())]
+    assert ALONE.processes() == [Process(0, socket.gethostname(), os.getpid())]
     ALONE.check_agreement("anything", "value")
 
 

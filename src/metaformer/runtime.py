@@ -33,7 +33,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 class Process(NamedTuple):
     """Where a rank runs."""
 
-    host: str
+    node: int
+    host: str  # for people: two nodes may have one name
     pid: int
 
 
@@ -59,6 +60,7 @@ class Runtime:
         device: where this rank computes.
         control: a group on CPUs, beside the gradients' exchange; None with one rank.
         bound_cpus: CPUs that this rank has for itself, near its GPU; empty where it shares with the other local ranks.
+        node: this node's number among the launcher's.
     """
 
     rank: int
@@ -68,6 +70,7 @@ class Runtime:
     device: torch.device
     control: dist.ProcessGroup | None = None
     bound_cpus: tuple[int, ...] = ()
+    node: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +116,7 @@ class Runtime:
 
     def processes(self) -> list[Process]:
         """Where each rank runs."""
-        return self.gather_objects(Process(socket.gethostname(), os.getpid()))
+        return self.gather_objects(Process(self.node, socket.gethostname(), os.getpid()))
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics): those that a checkpoint holds."""
@@ -220,7 +223,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
     if world_size > 1:
         _join("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout, single_node=world_size == local_world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
-    yield Runtime(rank, world_size, local_rank, local_world_size, device, control)
+    node = _variable("GROUP_RANK", rank // local_world_size)
+    yield Runtime(rank, world_size, local_rank, local_world_size, device, control, node=node)
     if world_size > 1:  # not after an error: a group that lost a rank may wait for it
         dist.destroy_process_group()
 
@@ -314,4 +318,4 @@ def _leave(message: str, exit_code: int) -> NoReturn:
 
 
 def _variable(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+    return int(os.environ.get(name) or default)  # some launchers set all of them, and leave some empty

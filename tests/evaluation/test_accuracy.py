@@ -43,6 +43,10 @@ class Split:
         for start in range(0, len(self.targets), 7):
             yield Batch(self.scores[start : start + 7], self.targets[start : start + 7])
 
+    @property
+    def rounds_per_epoch(self) -> int:
+        return -(-IMAGES // 7)
+
 
 class Dropped(nn.Module):
     """Passes the scores through dropout, which only an evaluation in training mode would notice."""
@@ -131,22 +135,42 @@ def test_is_whole_where_nobody_asks() -> None:
 
 
 def interrupted_evaluation(runtime: Runtime) -> Any:
-    """The last rank gets a signal at its second batch."""
-    asked, model = Interruption(runtime), Counted()
+    """The last rank, which has fewer batches, gets a signal at its second one."""
+    asked, model, data = Interruption(runtime), Counted(), split(3)
+    last = runtime.rank == runtime.world_size - 1
+    if last:
+        data = Split(data.scores[:14], data.targets[:14])
 
     def stop() -> bool:
-        if runtime.rank == runtime.world_size - 1 and model.batches == 1:
+        if last and model.batches == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return asked.requested
+        return asked.agreed()
 
     with asked.listening():
         try:
-            evaluate(model, split(3), FP32, runtime, stop=stop)
+            evaluate(model, data, FP32, runtime, stop=stop)
         except Interrupted:
             return model.batches, float(runtime.sum(torch.ones(1)))
     return None
 
 
-def test_one_rank_leaves_off_for_all() -> None:
-    """A signal on one of two ranks: both are told, none waits for the other, and they can still exchange numbers."""
-    assert on_ranks(interrupted_evaluation) == [(4, 2.0), (1, 2.0)]
+def test_all_ranks_stop_where_one_is_asked() -> None:
+    """A signal on one of two ranks: both stop before their third batch, and they can still exchange numbers."""
+    assert on_ranks(interrupted_evaluation) == [(2, 2.0), (2, 2.0)]
+
+
+def uneven_evaluation(runtime: Runtime) -> Any:
+    """Rank 0 has all images, the other none."""
+    asked, data = Interruption(runtime), split(3)
+    if runtime.rank:
+        data = Split(data.scores[:0], data.targets[:0])
+    with asked.listening():
+        found = evaluate(Counted(), data, FP32, runtime, stop=asked.agreed)
+        asked.settle()
+    return found
+
+
+def test_ranks_with_fewer_batches_keep_asking() -> None:
+    """Ranks ask together also where their shares differ: the result is that of one rank."""
+    alone = evaluate(Counted(), split(3), FP32, CPU)
+    assert on_ranks(uneven_evaluation) == [alone, alone]

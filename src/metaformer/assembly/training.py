@@ -169,8 +169,7 @@ def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
 
 
 def _watchdog(config: TrainConfig, runtime: Runtime, processes: list[Process]) -> Watchdog:
-    host = processes[runtime.rank].host
-    peers = [process.pid for process in processes if process.host == host]
+    peers = [process.pid for process in processes if process.node == runtime.node]
     return Watchdog(config.resolved_run_dir / "stacks", runtime.rank, peers, config.guards.stall_seconds)
 
 

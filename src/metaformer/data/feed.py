@@ -50,6 +50,11 @@ class Feed:
             images, targets = self._transform(pixels, labels, plan)
             yield Batch(images.contiguous(memory_format=self._memory_format), targets, waited)
 
+    @property
+    def rounds_per_epoch(self) -> int:
+        """Batches of the rank that has the most."""
+        return self._plan.rounds_per_epoch
+
     def close(self) -> None:
         """Stop the loader."""
         self._loader.close()

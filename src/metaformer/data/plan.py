@@ -74,6 +74,10 @@ class Plan(Protocol):
         """Batches that this rank reads in an epoch."""
 
     @property
+    def rounds_per_epoch(self) -> int:
+        """Batches of the rank that has the most."""
+
+    @property
     def batch_size(self) -> int:
         """Images in this rank's largest batch."""
 
@@ -102,6 +106,10 @@ class EvaluationPlan:
     def batches_per_epoch(self) -> int:
         own = len(range(self.rank, self.num_samples, self.world_size))
         return -(-own // self.batch_size)
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        return replace(self, rank=0).batches_per_epoch
 
     def batch(self, epoch: int, position: int) -> BatchPlan:
         own = np.arange(self.rank, self.num_samples, self.world_size, dtype=np.int64)
@@ -141,6 +149,10 @@ class TrainingPlan:
     @property
     def batches_per_epoch(self) -> int:
         return self.steps_per_epoch * self.accumulation_steps
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        return self.batches_per_epoch
 
     @property
     def batch_size(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaformer.data.index import ImageIndex
+from metaformer.data.shards import Shards
 
 NOTHING = np.empty(0, np.int64)
 
@@ -25,26 +26,30 @@ class SharedIndex:
 
     def __init__(self, index: ImageIndex) -> None:
         self.index = index
-        self._arrays: dict[str, _Array] = {}
+        self._of_images: tuple[_Array, ...] = ()
+        self._of_shards: tuple[_Array, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[..., "SharedIndex"], tuple[Any, ...]]:
-        if not self._arrays:
-            self._arrays = {name: _Array(array) for name, array in _arrays(self.index).items()}
-        empty = replace(self.index, paths=NOTHING, labels=NOTHING, sizes=NOTHING)
-        if empty.shards is not None:
-            empty = replace(empty, shards=empty.shards._replace(numbers=NOTHING, offsets=NOTHING))
-        return _restore, (empty, self._arrays)
+        index, shards = self.index, self.index.shards
+        if not self._of_images:
+            self._of_images = tuple(map(_Array, (index.paths, index.labels, index.sizes)))
+            self._of_shards = () if shards is None else tuple(map(_Array, (shards.numbers, shards.offsets)))
+        if shards is not None:
+            shards = Shards(shards.names, NOTHING, NOTHING)
+        empty = replace(index, paths=NOTHING, labels=NOTHING, sizes=NOTHING, shards=shards)
+        return _restore, (empty, self._of_images, self._of_shards)
 
 
 class _Array:
-    """An array behind a file descriptor."""
+    """An array behind a file descriptor; pickles as an array that maps it."""
 
     def __init__(self, array: NDArray[Any]) -> None:
-        self._dtype, self._shape, self._offset = array.dtype, array.shape, 0
+        self._dtype, self._shape = array.dtype, array.shape
         if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # the whole of it, not a part
-            self._descriptor = os.open(str(array.filename), os.O_RDONLY)
             self._offset = array.offset
+            self._descriptor = os.open(str(array.filename), os.O_RDONLY)
         else:
+            self._offset = 0
             self._descriptor = os.memfd_create("metaformer-index")
             with os.fdopen(os.dup(self._descriptor), "wb") as file:
                 file.write(np.ascontiguousarray(array).data)
@@ -54,17 +59,10 @@ class _Array:
         return _map, (DupFd(self._descriptor), self._dtype, self._shape, self._offset)
 
 
-def _arrays(index: ImageIndex) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {"paths": index.paths, "labels": index.labels, "sizes": index.sizes}
-    if index.shards is not None:
-        arrays |= {"numbers": index.shards.numbers, "offsets": index.shards.offsets}
-    return arrays
-
-
-def _restore(empty: ImageIndex, arrays: dict[str, NDArray[Any]]) -> SharedIndex:
-    of_shards = {name: arrays.pop(name) for name in ("numbers", "offsets") if name in arrays}
-    shards = empty.shards and empty.shards._replace(**of_shards)
-    return SharedIndex(replace(empty, **arrays, shards=shards))
+def _restore(empty: ImageIndex, of_images: tuple[Any, ...], of_shards: tuple[Any, ...]) -> SharedIndex:
+    paths, labels, sizes = of_images
+    shards = None if empty.shards is None else Shards(empty.shards.names, *of_shards)
+    return SharedIndex(replace(empty, paths=paths, labels=labels, sizes=sizes, shards=shards))
 
 
 def _map(descriptor: Any, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:

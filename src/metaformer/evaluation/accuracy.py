@@ -30,6 +30,10 @@ class EvaluationData(Protocol):
     def epoch(self, epoch: int, first: int = 0) -> Iterator[LabelledBatch]:
         """This rank's share of the images, each once."""
 
+    @property
+    def rounds_per_epoch(self) -> int:
+        """Batches of the rank that has the most."""
+
 
 class Autocast(Protocol):
     """What evaluation needs to know of the precision."""
@@ -66,17 +70,21 @@ def evaluate(
     The model is left in evaluation mode.
 
     Args:
-        stop: asked before each batch whether this rank should leave off.
+        stop: asked by all ranks before each batch whether to stop, and equally often by ranks with fewer batches; gives
+            all of them the same answer.
 
     Raises:
-        Interrupted: a rank has left off.
+        Interrupted: they stopped.
     """
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=runtime.device)  # top-1, top-5, loss, images, stopped
-    for batch in data.epoch(0):
+    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # top-1, top-5, loss, images
+    batches = data.epoch(0)
+    for _ in range(data.rounds_per_epoch):
         if stop():
-            sums[4] = 1
-            break
+            raise Interrupted("the evaluation was interrupted")
+        batch = next(batches, None)
+        if batch is None:
+            continue
         with precision.autocast():
             logits = model(batch.images).float()
         scores = scoring(logits, batch.targets)
@@ -84,7 +92,5 @@ def evaluate(
         sums[1] += scores.top5.sum()
         sums[2] += scores.loss.sum()
         sums[3] += len(batch.targets)
-    top1, top5, loss, images, stopped = runtime.sum(sums).tolist()
-    if stopped:
-        raise Interrupted("the evaluation was left off")
+    top1, top5, loss, images = runtime.sum(sums).tolist()
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.errors import UserError
-from metaformer.runtime import Process
 
 LOCK_FILE = "lock"
 
@@ -68,7 +67,7 @@ class RunLock:
                 f"run_dir={run_dir}: its file system has no locks ({error.strerror}), which keep two runs apart; "
                 "give a run_dir on another, or mount it with locks"
             ) from error
-        content = json.dumps(Process(socket.gethostname(), os.getpid())._asdict()).encode()
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, content, 0)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from metaformer.errors import UserError
 
@@ -21,6 +22,30 @@ class EmaConfig:
             raise UserError(f"ema.decay={self.decay}: must lie in [0, 1]")
 
 
-def make_ema(config: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
+class WeightAverage(ModelEmaV3):  # type: ignore[misc]
+    """timm's average, which keeps still where a step was left out."""
+
+    @torch.no_grad()
+    def update_where(self, taken: Tensor, model: nn.Module, step: int) -> None:
+        """Move towards the model's weights if `taken`, a float32 scalar on the device, is 1; stay if it is 0.
+
+        Args:
+            step: of the optimizer, counted from 1.
+        """
+        decay = self.get_decay(step)
+        if decay == 0:  # a copy; where the step was left out, of weights that are as before
+            self.set(model)
+            return
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        averages = [average for average, _ in pairs if average.is_floating_point()]
+        differences = torch._foreach_sub([now for _, now in pairs if now.is_floating_point()], averages)
+        torch._foreach_mul_(differences, taken * (1 - decay))
+        torch._foreach_add_(averages, differences)
+        for average, current in pairs:
+            if not average.is_floating_point():  # counts: nothing to average
+                average.copy_(current)
+
+
+def make_ema(config: EmaConfig, model: nn.Module) -> WeightAverage | None:
     """The average, starting at the model's present weights; None where it is off."""
-    return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup) if config.enabled else None
+    return WeightAverage(model, decay=config.decay, use_warmup=config.warmup) if config.enabled else None

@@ -53,7 +53,7 @@ class Interruption:
             _restore(former)
 
     def agreed(self) -> bool:
-        """At each step boundary: whether the ranks stop here; the same answer on all.
+        """At each boundary of a step or a validation batch: whether the ranks stop here; the same answer on all.
 
         What a rank knows at one boundary, all know at the next: the exchange runs beside the step between.
         """

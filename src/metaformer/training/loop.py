@@ -23,6 +23,7 @@ from metaformer.training.schedule import Schedule
 from metaformer.training.state import Best, TrainState
 from metaformer.training.stragglers import Stopwatch, describe_straggler
 from metaformer.training.surroundings import LoopSettings, SoftBatch, Tracker, TrainingData, Validate
+from metaformer.training.undo import RunningStatistics
 from metaformer.training.watchdog import Watchdog
 
 MEND = "lower optimizer.lr, set clip_grad_norm, or use precision=bf16 or fp32"
@@ -68,6 +69,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._interruption = Interruption(self.runtime)
         self._stopwatch = Stopwatch(self.runtime.device)
+        self._running_statistics = RunningStatistics(self.state.model)
         self._saved_step = self.state.progress.step
 
     def run(self) -> dict[str, Any]:
@@ -153,6 +155,7 @@ class Trainer:
         """One optimizer step; for a log row, returns the gradient's norm before clipping, still on the device."""
         state, settings, scaler = self.state, self.settings, self.state.scaler
         loss = torch.zeros_like(state.loss_sum)
+        self._running_statistics.keep()
         for part in range(settings.accumulation_steps):
             batch = next(batches)
             if state.progress.step == 0 and part == 0:
@@ -172,11 +175,13 @@ class Trainer:
             if settings.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_grad_norm, norm)
         scaler.step(state.optimizer)
-        state.count(loss, scaler.skipped(state.optimizer))
+        skipped = scaler.skipped(state.optimizer)
+        state.count(loss, skipped)
+        self._running_statistics.restore_where(skipped)
         scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
-            state.ema.update(state.model, step=state.progress.step + 1)
+            state.ema.update_where(1 - skipped, state.model, step=state.progress.step + 1)
         return norm if logs else None
 
     def _timed(self, batches: Iterator[SoftBatch]) -> Iterator[SoftBatch]:
@@ -291,9 +296,9 @@ class Trainer:
         return row
 
     def _stop_validation(self) -> bool:
-        """Before each batch, whether this rank has been asked to stop."""
+        """Before each batch, whether the ranks stop here."""
         self.watchdog.beat()
-        return self._interruption.requested
+        return self._interruption.agreed()
 
     def _row(self, kind: str) -> dict[str, Any]:
         progress = self.state.progress

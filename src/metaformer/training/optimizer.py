@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torc
         return _make_apex(config, model, lr, options)
     if config.name not in timm.optim.list_optimizers():
         raise unknown_name("optimizer.name", config.name, timm.optim.list_optimizers())
-    if config.name in ("adamw", "adam"):
+    if config.name in ("adamw", "adam", "sgd"):
         options["fused"] = True
     try:
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaformer.errors import UserError
+from metaformer.training.undo import UndoableStep
 
 
 class PrecisionName(Enum):
@@ -31,8 +32,23 @@ class Scaler(torch.amp.GradScaler):
     """torch's scaler, which leaves out an optimizer step whose gradients are not all finite.
 
     Gradients are averaged over the ranks before, so that one rank's NaN is every rank's and all leave out the step.
-    Fused optimizers decide on the device: the host does not wait.
+    The decision is made on the device, by fused optimizers themselves and for others by `UndoableStep`: the host does
+    not wait for it.
     """
+
+    def __init__(self, device: str, init_scale: float = 2.0**16) -> None:
+        super().__init__(device, init_scale=init_scale)
+        self._undoable: dict[int, UndoableStep] = {}
+
+    def settle(self) -> None:
+        """Complete what steps left to do, before the state of their optimizers is read."""
+        for step in self._undoable.values():
+            step.settle()
+
+    def _maybe_opt_step(self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *_: Any) -> None:
+        """Called by `step` for optimizers that cannot leave out a step on the device; torch's own waits for it."""
+        found: list[Tensor] = list(optimizer_state["found_inf_per_device"].values())
+        self._undoable.setdefault(id(optimizer), UndoableStep(optimizer)).take(found[0])
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """1 if the step just taken was left out, else 0: float32 scalar on the device. Before `update`."""

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from metaformer.training.ema import WeightAverage
 from metaformer.training.precision import Scaler
 
 
@@ -82,7 +82,7 @@ class TrainState:
     """
 
     model: nn.Module
-    ema: ModelEmaV3 | None
+    ema: WeightAverage | None
     optimizer: torch.optim.Optimizer
     scaler: Scaler
     loss_sum: Tensor
@@ -98,6 +98,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, of types that torch.load(weights_only=True) accepts."""
+        self.scaler.settle()
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

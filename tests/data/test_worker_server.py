@@ -1,0 +1,114 @@
+"""Workers come from a process without threads, and no signal to the process group ends them before the trainer."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaformer.data.index import load_index
+from tests.conftest import BIN, QUICK, REPOSITORY
+
+# Imported by every Python process at its start. Notes at each fork: the process, and its threads of any kind.
+AT_EACH_FORK = """
+import os
+
+def note():
+    threads = len(os.listdir("/proc/self/task"))
+    with open(os.environ["FORKS"], "a") as file:
+        file.write(f"{os.getpid()} {threads}\\n")
+
+os.register_at_fork(before=note)
+"""
+
+
+# A loader of single images with two workers, in a program of its own.
+PRELUDE = """
+import os, signal, sys
+from multiprocessing import forkserver
+from pathlib import Path
+from metaformer.data.index import load_index
+from metaformer.data.pil_reader import read_with_pil
+from metaformer.data.plan import EvaluationPlan
+from metaformer.data.worker_loader import WorkerLoader
+
+index = load_index(Path(sys.argv[1]), "train")
+
+def make_loader(workers):
+    plan = EvaluationPlan(len(index), 1, 0, 1, 32, 0.9)
+    return WorkerLoader(read_with_pil, index, plan, workers, prefetch_batches=1, pin_memory=False)
+"""
+
+
+def start(script: str, image_root: Path) -> subprocess.Popen[str]:
+    """Run a program of its own, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + script, str(image_root)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_with_threads_is_forked(images: Path, tmp_path: Path, ranks: int) -> None:
+    """Training with workers and wandb: each fork is of a process with one thread, and none is the trainer's."""
+    (tmp_path / "sitecustomize.py").write_text(AT_EACH_FORK)
+    forks = tmp_path / "forks"
+    launcher = [sys.executable] if ranks == 1 else [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
+    overrides = [*QUICK, f"data.root={images}", f"run_dir={tmp_path / 'run'}", "workers=2", "tracking=offline"]
+    subprocess.run(
+        [*launcher, str(REPOSITORY / "train.py"), *overrides, "max_steps=2"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "FORKS": str(forks), "CUDA_VISIBLE_DEVICES": ""},
+        check=True, capture_output=True, timeout=180,
+    )  # fmt: skip
+    notes = [tuple(map(int, line.split())) for line in forks.read_text().splitlines()]
+    assert len(notes) >= 4 * ranks, "two workers for training and two for validation, on each rank"
+    assert len({pid for pid, _ in notes}) == ranks, "a rank's server forks, and nobody else"
+    assert {threads for _, threads in notes} == {1}
+
+
+def test_stop_signals_do_not_reach_workers(image_root: Path) -> None:
+    """SIGTERM, SIGUSR1, SIGINT and SIGHUP to the server and each worker: the epoch is read to its end."""
+    program = start(
+        """
+loader = make_loader(workers=2)
+batches = loader.epoch(0)
+next(batches)
+
+def descendants(pid):
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+processes = descendants(os.getpid())
+assert len(processes) >= 4, "tracker, server, two workers"
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for pid in processes:
+        os.kill(pid, number)
+print(1 + sum(1 for _ in batches))
+loader.close()
+""",
+        image_root,
+    )
+    stdout, stderr = program.communicate(timeout=120)
+    assert (program.returncode, stdout, stderr) == (0, f"{len(load_index(image_root, 'train'))}\n", "")
+
+
+def test_workers_end_with_a_trainer_that_is_killed(image_root: Path) -> None:
+    """After SIGKILL to the trainer alone, server, tracker and workers end by themselves."""
+    program = start("next(make_loader(workers=2).epoch(0)); os.kill(os.getpid(), signal.SIGKILL)", image_root)
+    program.communicate(timeout=120)  # each process of the group holds the pipes: they close when the last has ended
+    assert program.returncode == -signal.SIGKILL
+
+
+def test_no_server_without_workers(image_root: Path) -> None:
+    """workers=0 reads in the training process, which then needs no other."""
+    program = start(
+        """
+assert sum(1 for _ in make_loader(workers=0).epoch(0)) == len(index)
+assert forkserver._forkserver._forkserver_pid is None
+""",
+        image_root,
+    )
+    _, stderr = program.communicate(timeout=120)
+    assert (program.returncode, stderr) == (0, "")
