@@ -233,7 +233,7 @@ def test_steps_on_nan_are_left_out_and_counted(tmp_path: Path) -> None:
     assert epochs == pytest.approx([sum(losses[start : start + 2]) / 2 for start in (0, 2, 4)])
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "lamb", "nadamw", "rmsproptf"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "lamb", "nadamw", "rmsproptf", "adamp"])
 def test_a_step_that_is_left_out_leaves_no_trace(tmp_path: Path, name: str) -> None:
     """The last two batches of each epoch are NaN. Weights, BatchNorm's statistics, their average and the optimizer's
     state, its own count of steps included, are bit for bit those of training without these batches."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from metaformer.data.index import ImageIndex
 from metaformer.data.shards import Shards
 
-NOTHING = np.empty(0, np.int64)
+NOTHING: Any = np.empty(0, np.int64)
 
 
 class SharedIndex:
@@ -32,8 +32,8 @@ class SharedIndex:
     def __reduce__(self) -> tuple[Callable[..., "SharedIndex"], tuple[Any, ...]]:
         index, shards = self.index, self.index.shards
         if not self._of_images:
-            self._of_images = tuple(map(_Array, (index.paths, index.labels, index.sizes)))
-            self._of_shards = () if shards is None else tuple(map(_Array, (shards.numbers, shards.offsets)))
+            self._of_images = tuple(_Array(each) for each in (index.paths, index.labels, index.sizes))
+            self._of_shards = tuple(_Array(each) for each in shards[1:]) if shards else ()
         if shards is not None:
             shards = Shards(shards.names, NOTHING, NOTHING)
         empty = replace(index, paths=NOTHING, labels=NOTHING, sizes=NOTHING, shards=shards)
@@ -45,11 +45,12 @@ class _Array:
 
     def __init__(self, array: NDArray[Any]) -> None:
         self._dtype, self._shape = array.dtype, array.shape
+        self._descriptor: int
+        self._offset = 0
         if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # the whole of it, not a part
             self._offset = array.offset
             self._descriptor = os.open(str(array.filename), os.O_RDONLY)
         else:
-            self._offset = 0
             self._descriptor = os.memfd_create("metaformer-index")
             with os.fdopen(os.dup(self._descriptor), "wb") as file:
                 file.write(np.ascontiguousarray(array).data)
