@@ -1,12 +1,15 @@
 """Hangs, slow ranks, numbers that are not finite, ranks that part ways, ranks that were started differently."""
 
+import signal
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import rows
-from tests.faults.conftest import EPOCHS, STEPS, Start, status
+from tests.faults.conftest import EPOCHS, STEPS, Start, assert_same_run, status, wait_for_steps
 
 STALLED, DIVERGED = 4, 3
 
@@ -21,6 +24,18 @@ def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -
     for rank in (0, 1):
         assert " in step\n" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
     assert start(tmp_path / "run", ranks=2).wait() == [0, 0], "the same command goes on"
+
+
+def test_a_suspended_job_continues(start: Start, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+    """Row 13: SIGSTOP on all ranks for three times the bound, as by a closed lid: the run continues where it was."""
+    job = start(tmp_path / "run", "guards.stall_seconds=3", ranks=2, faults="0:0:slow 1:0:slow")
+    wait_for_steps(tmp_path / "run", 3)
+    for number, pause in ((signal.SIGSTOP, 9), (signal.SIGCONT, 0)):
+        for rank in (0, 1):
+            job.signal(rank, number)
+        time.sleep(pause)
+    assert job.wait() == [0, 0], job.stderr
+    assert_same_run(tmp_path / "run", undisturbed(2))
 
 
 def test_a_slow_rank_is_named(start: Start, tmp_path: Path) -> None:
