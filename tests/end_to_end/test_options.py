@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,18 @@ def combinations() -> list[dict[str, str]]:
     while missing:
         chosen = {"compile": "true" if len(runs) < COMPILED else "false"}
         for name in names[1:]:
-
-            def gain(value: str, name: str = name) -> int:
-                new = sum(frozenset([(name, value), pair]) in missing for pair in chosen.items())
-                later = sum((name, value) in pair for pair in missing)
-                return 1000 * new + later
-
-            chosen[name] = max(OPTIONS[name], key=gain)
+            chosen[name] = max(OPTIONS[name], key=partial(gain, name, chosen=chosen, missing=missing))
         pairs = {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
         assert pairs & missing, "a run that adds nothing"
         missing -= pairs
         runs.append(chosen)
     return runs
+
+
+def gain(name: str, value: str, chosen: dict[str, str], missing: set[frozenset[tuple[str, str]]]) -> tuple[int, int]:
+    """Missing pairs of a value with those chosen so far, and with any."""
+    new = sum(frozenset([(name, value), pair]) in missing for pair in chosen.items())
+    return new, sum((name, value) in pair for pair in missing)
 
 
 @pytest.mark.parametrize("options", combinations(), ids=lambda options: "-".join(options.values()))
