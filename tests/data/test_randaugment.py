@@ -10,7 +10,7 @@ from metaformer.data.augmentation import RandAugmentConfig
 from metaformer.data.randaugment import (
     ARGUMENTS,
     DRAWS_PER_OPERATION,
-    FILL,
+    IMAGENET_COLOUR,
     MAX_MAGNITUDE,
     OPERATIONS,
     Operation,
@@ -65,8 +65,8 @@ def test_operations_follow_one_another() -> None:
     image = picture(40, 32, seed=3)
     assert np.array_equal(np.asarray(apply_operations(image, [])), np.asarray(image))
     invert, shift = Operation("Invert", 9.0, False, False), Operation("TranslateXRel", 10.0, False, False)
-    assert apply_operations(image, [invert, shift]).getpixel((39, 5)) == FILL == (124, 116, 104)
-    assert apply_operations(image, [shift, invert]).getpixel((39, 5)) == tuple(255 - value for value in FILL)
+    assert apply_operations(image, [invert, shift]).getpixel((39, 5)) == IMAGENET_COLOUR == (124, 116, 104)
+    assert apply_operations(image, [shift, invert]).getpixel((39, 5)) == tuple(255 - value for value in IMAGENET_COLOUR)
 
 
 def test_draws_become_operations() -> None:
@@ -85,7 +85,7 @@ def test_draws_become_operations() -> None:
     last, second = draws.of_sample(1)
     assert last.magnitude == pytest.approx(9 - 0.5 * 2), "two deviations below, at the angle pi"
     assert last._replace(magnitude=0) == Operation("TranslateYRel", 0, False, False)
-    assert second == ("Equalize", 10.0, True, True), "clipped"
+    assert second == Operation("Equalize", 10.0, True, True), "clipped"
     assert draws.of_sample(2) == []
     always = draw_operations(RandAugmentConfig(probability=1.0, magnitude=4.0, magnitude_std=0.0), uniform)
     assert all(len(always.of_sample(row)) == 2 for row in range(3))
