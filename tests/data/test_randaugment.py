@@ -13,6 +13,7 @@ from metaformer.data.randaugment import (
     IMAGENET_COLOUR,
     MAX_MAGNITUDE,
     OPERATIONS,
+    Colour,
     Operation,
     apply_operations,
     draw_operations,
@@ -47,15 +48,16 @@ def test_arguments_are_timms(name: str, sign: bool) -> None:
 
 
 @both_signs
+@pytest.mark.parametrize("fill", [IMAGENET_COLOUR, (128, 3, 250)])
 @pytest.mark.parametrize("bicubic", [False, True], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_pixels_are_timms(name: str, bicubic: bool, sign: bool) -> None:
+def test_pixels_are_timms(name: str, bicubic: bool, sign: bool, fill: Colour) -> None:
     """Each operation gives the pixels of timm's AugmentOp filled with the mean colour, and changes the image."""
     image = picture(40, 32, seed=3).point(lambda value: 20 + value * 3 // 4)
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    hparams = {"img_mean": (124, 116, 104), "interpolation": resample}
+    hparams = {"img_mean": fill, "interpolation": resample}
     expected = np.asarray(AugmentOp(name, prob=1.0, magnitude=9.3, hparams=hparams)(image))
-    result = np.asarray(apply_operations(image, [Operation(name, 9.3, sign, bicubic)]))
+    result = np.asarray(apply_operations(image, [Operation(name, 9.3, sign, bicubic, fill)]))
     assert np.array_equal(result, expected)
     assert not np.array_equal(result, np.asarray(image))
 

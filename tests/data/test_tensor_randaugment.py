@@ -68,6 +68,7 @@ def test_batches_of_many_operations(images: Tensor, memory_format: torch.memory_
         rng.uniform(7, 10, shape),
         rng.random(shape) < 0.5,
         rng.random(shape) < 0.5,
+        fill=(128, 3, 250),
     )
     before = batch.clone()
     augmented = apply_to_batch(batch, wanted)
