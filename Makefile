@@ -23,7 +23,7 @@ $(BIN)/.installed: requirements.txt pyproject.toml
 
 demo: install
 	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py experiment=demo
-	$(BIN)/python validate.py model=poolformer_s12 data=sample image_size=32 model.crop_pct=1.0 checkpoint=$(RUN)
+	$(BIN)/python validate.py model=poolformer_s12 data=sample checkpoint=$(RUN)
 	$(BIN)/python scripts/describe_run.py $(RUN)
 
 test: install

@@ -15,13 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from metaformer.assembly import make_loader
-from metaformer.config import CONF_FOLDER
 from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
 from metaformer.data.dali_loader import dali_is_installed
 from metaformer.data.device_transform import normalize
@@ -30,6 +28,7 @@ from metaformer.data.loader import LoaderConfig, LoaderName
 from metaformer.data.plan import EvaluationPlan, Plan, TrainingPlan
 from metaformer.errors import UserError
 from metaformer.models import create_model, list_models, load_weights
+from metaformer.models.preprocessing import paper_preprocessing
 from metaformer.runtime import run_program
 
 BATCH = 16
@@ -140,7 +139,7 @@ def _predictions(
     arguments: argparse.Namespace, network: nn.Module, index: ImageIndex, names: list[LoaderName]
 ) -> Table:
     device = next(network.parameters()).device
-    crop_pct = float(OmegaConf.load(CONF_FOLDER / "model" / f"{arguments.model}.yaml").crop_pct)
+    crop_pct = paper_preprocessing(arguments.model).crop_pct
     labels = torch.from_numpy(index.labels) if len(index.classes) == arguments.num_classes else None
 
     def top1(logits: Tensor) -> str:

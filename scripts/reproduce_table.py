@@ -23,12 +23,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from metaformer.assembly import resolve
 from metaformer.config import compose_recipe
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole, write_whole
-from metaformer.reporting.commands import submit_command, timm_crop, train_command, validate_command
+from metaformer.models.config import Library, ModelConfig
+from metaformer.models.preprocessing import resolve_preprocessing
+from metaformer.reporting.commands import submit_command, train_command, validate_command
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
-from metaformer.reporting.paper import ROWS, Row, find_rows
+from metaformer.reporting.paper import PAPER_IMAGE_SIZE, ROWS, Row, find_rows
 from metaformer.reporting.table import Comparison, to_csv, to_markdown
 from metaformer.runtime import run_program
 
@@ -164,12 +167,20 @@ def _report(runs: Path) -> None:
 def _compare(row: Row, runs: Path) -> Comparison:
     results = runs / "results.csv"
     if not row.trained:
-        nothing = Outcome(note="no recipe here")
-        return Comparison(row, nothing, read_released(row, results, timm_crop(row.released) if row.released else 0))
-    recipe = compose_recipe(row.name)
+        return Comparison(row, Outcome(note="no recipe here"), _released(row, results))
+    recipe, _ = resolve(compose_recipe(row.name), weights=None)
     values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
     ours = read_run(runs / recipe.resolved_run_dir.name, values)
-    return Comparison(row, ours, read_released(row, results, recipe.model.crop_pct))
+    return Comparison(row, ours, _released(row, results))
+
+
+def _released(row: Row, results: Path) -> Outcome:
+    """What was found with a row's released weights; the preprocessing that they expect was used, or a note says so."""
+    if row.model is None:
+        return read_released(row, results, 0, "")
+    library = Library.metaformer if row.trained else Library.timm
+    wants = resolve_preprocessing(ModelConfig(row.model, library), PAPER_IMAGE_SIZE, row.released, evaluation=True)
+    return read_released(row, results, wants.crop_pct, wants.interpolation.value)
 
 
 if __name__ == "__main__":

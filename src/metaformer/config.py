@@ -21,7 +21,7 @@ from metaformer.data.augmentation import AugmentationConfig
 from metaformer.data.index import DataConfig
 from metaformer.data.loader import LoaderConfig
 from metaformer.errors import UserError, unknown_name
-from metaformer.models.variants import ModelConfig
+from metaformer.models.config import ModelConfig
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.ema import EmaConfig
@@ -41,7 +41,7 @@ class CommonConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    image_size: int = 224  # pixels, each side
+    image_size: int | None = None  # pixels, each side; None: the network's own
     num_classes: int | None = None  # None: counted in the data
     seed: int = 0
     workers: int | None = None  # processes or threads of a loader, per rank; None: this rank's share of the CPU cores
@@ -54,7 +54,7 @@ class CommonConfig:
     def __post_init__(self) -> None:
         _at_least(1, self, "image_size", "num_classes", "eval_batch_size")
         _at_least(0, self, "workers", "seed")
-        if self.image_size < 32:
+        if self.image_size is not None and self.image_size < 32:
             raise UserError(f"image_size={self.image_size}: the networks reduce an image 32-fold; use 32 or more")
 
 
@@ -73,6 +73,7 @@ class TrainConfig(CommonConfig):
     epochs: int = 300  # the schedule's cool-down epochs come on top
     global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
     accumulation_steps: int = 1
+    allow_unused_classes: bool = False  # num_classes may be more than the data set has
     fill_last_batch: bool = False  # of an epoch, with images that it began with; else an incomplete batch is left out
     init_weights: str | None = None  # weights file to start from
     resume: str = "auto"  # auto: go on where the run folder stands; never: only in an empty folder; or a checkpoint

@@ -84,9 +84,13 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 PLANS = {
     "evaluation": evaluation_plan(),
     "evaluation, odd size": evaluation_plan(size=37),
+    "evaluation, bilinear": replace(evaluation_plan(), bicubic=False),
     "training": training_plan(),
     "training, odd size": training_plan(size=33, batch=6),
     "training, centre crop": training_plan(augmentation=replace(WITHOUT_RANDAUGMENT, random_crop=False)),
+    "training, centre crop, bilinear": replace(
+        training_plan(augmentation=replace(WITHOUT_RANDAUGMENT, random_crop=False)), bicubic=False
+    ),
 }
 
 

@@ -10,9 +10,10 @@ from metaformer.data.augmentation import RandAugmentConfig
 from metaformer.data.randaugment import (
     ARGUMENTS,
     DRAWS_PER_OPERATION,
-    FILL,
+    IMAGENET_COLOUR,
     MAX_MAGNITUDE,
     OPERATIONS,
+    Colour,
     Operation,
     apply_operations,
     draw_operations,
@@ -47,15 +48,16 @@ def test_arguments_are_timms(name: str, sign: bool) -> None:
 
 
 @both_signs
+@pytest.mark.parametrize("fill", [IMAGENET_COLOUR, (128, 3, 250)])
 @pytest.mark.parametrize("bicubic", [False, True], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_pixels_are_timms(name: str, bicubic: bool, sign: bool) -> None:
+def test_pixels_are_timms(name: str, bicubic: bool, sign: bool, fill: Colour) -> None:
     """Each operation gives the pixels of timm's AugmentOp filled with the mean colour, and changes the image."""
     image = picture(40, 32, seed=3).point(lambda value: 20 + value * 3 // 4)
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    hparams = {"img_mean": (124, 116, 104), "interpolation": resample}
+    hparams = {"img_mean": fill, "interpolation": resample}
     expected = np.asarray(AugmentOp(name, prob=1.0, magnitude=9.3, hparams=hparams)(image))
-    result = np.asarray(apply_operations(image, [Operation(name, 9.3, sign, bicubic)]))
+    result = np.asarray(apply_operations(image, [Operation(name, 9.3, sign, bicubic, fill)]))
     assert np.array_equal(result, expected)
     assert not np.array_equal(result, np.asarray(image))
 
@@ -65,8 +67,8 @@ def test_operations_follow_one_another() -> None:
     image = picture(40, 32, seed=3)
     assert np.array_equal(np.asarray(apply_operations(image, [])), np.asarray(image))
     invert, shift = Operation("Invert", 9.0, False, False), Operation("TranslateXRel", 10.0, False, False)
-    assert apply_operations(image, [invert, shift]).getpixel((39, 5)) == FILL == (124, 116, 104)
-    assert apply_operations(image, [shift, invert]).getpixel((39, 5)) == tuple(255 - value for value in FILL)
+    assert apply_operations(image, [invert, shift]).getpixel((39, 5)) == IMAGENET_COLOUR == (124, 116, 104)
+    assert apply_operations(image, [shift, invert]).getpixel((39, 5)) == tuple(255 - value for value in IMAGENET_COLOUR)
 
 
 def test_draws_become_operations() -> None:
@@ -85,7 +87,7 @@ def test_draws_become_operations() -> None:
     last, second = draws.of_sample(1)
     assert last.magnitude == pytest.approx(9 - 0.5 * 2), "two deviations below, at the angle pi"
     assert last._replace(magnitude=0) == Operation("TranslateYRel", 0, False, False)
-    assert second == ("Equalize", 10.0, True, True), "clipped"
+    assert second == Operation("Equalize", 10.0, True, True), "clipped"
     assert draws.of_sample(2) == []
     always = draw_operations(RandAugmentConfig(probability=1.0, magnitude=4.0, magnitude_std=0.0), uniform)
     assert all(len(always.of_sample(row)) == 2 for row in range(3))

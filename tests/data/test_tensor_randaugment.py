@@ -27,7 +27,8 @@ def images() -> Tensor:
 
 def draws(rows: int, **columns: object) -> RandAugmentDraws:
     """The same operations for every row: each column a list with a value for each place in the order."""
-    return RandAugmentDraws(*(np.tile(np.asarray(values), (rows, 1)) for values in columns.values()))
+    operation, magnitude, negative, bicubic = (np.tile(np.asarray(values), (rows, 1)) for values in columns.values())
+    return RandAugmentDraws(operation, magnitude, negative, bicubic)
 
 
 def with_pil(images: Tensor, wanted: RandAugmentDraws) -> Tensor:
@@ -67,6 +68,7 @@ def test_batches_of_many_operations(images: Tensor, memory_format: torch.memory_
         rng.uniform(7, 10, shape),
         rng.random(shape) < 0.5,
         rng.random(shape) < 0.5,
+        fill=(128, 3, 250),
     )
     before = batch.clone()
     augmented = apply_to_batch(batch, wanted)

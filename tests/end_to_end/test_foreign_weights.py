@@ -95,7 +95,8 @@ def test_two_ranks_download_once(few: Path, server: Server, tmp_path: Path) -> N
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
         "import validate\nfrom metaformer import runtime\nfrom metaformer.models import download\n"
-        f"download.OFFICIAL_RELEASE = {server.url!r}\nruntime.run_program(validate.main)\n"
+        f"download.OFFICIAL_RELEASE = {server.url!r}\n"
+        "if __name__ == '__main__':  # workers import this file too\n    runtime.run_program(validate.main)\n"
     )
     done = launch(str(program.with_suffix("")), *options(few), f"checkpoint={NAME}", ranks=2)
     assert done.code == 0, done.stderr

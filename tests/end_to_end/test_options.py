@@ -1,4 +1,4 @@
-"""Every advertised option together with every value of every other one, two at a time: two steps and a validation each."""
+"""Every advertised option together with every value of every other one, in pairs: two steps and a validation each."""
 
 import itertools
 import math

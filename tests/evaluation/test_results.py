@@ -11,9 +11,10 @@ from metaformer.evaluation.results import HEADER, TIMMS_HEADER, append_result
 ROW: dict[str, str | int | float] = {
     "model": "poolformer_s12", "img_size": 224, "top1": 77.2284, "top5": 93.5, "param_count": 11_915_176,
     "crop_pct": 0.9, "interpolation": "bicubic", "images": 50_000, "data": "imagenet", "checkpoint": "runs/a, b/model",
+    "mean": "0.5 0.5 0.5", "std": "0.2 0.2 0.2",
 }  # fmt: skip
 LINE = ["poolformer_s12", "224", "77.228", "22.772", "93.500", "6.500", "11.92", "0.9", "bicubic",
-        "50000", "imagenet", "runs/a, b/model"]  # fmt: skip
+        "50000", "imagenet", "runs/a, b/model", "0.5 0.5 0.5", "0.2 0.2 0.2"]  # fmt: skip
 
 
 def read(path: Path) -> list[list[str]]:
@@ -31,14 +32,14 @@ def test_made_with_timms_header(tmp_path: Path, there: str | None) -> None:
     append_result(path, ROW)
     assert read(path) == [list(HEADER), LINE]
     timms = "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation"
-    assert ",".join(HEADER) == f"{timms},images,data,checkpoint"
+    assert ",".join(HEADER) == f"{timms},images,data,checkpoint,mean,std"
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", ""], ids=["unix", "dos", "none"])
 def test_appends(tmp_path: Path, ending: str) -> None:
     """Rows are added below what is there, however its last line ends."""
     path = tmp_path / "table.csv"
-    row = ",".join(["other", *LINE[1:-1], f'"{LINE[-1]}"'])
+    row = ",".join(["other", *(f'"{value}"' if "," in value else value for value in LINE[1:])])
     path.write_bytes((",".join(HEADER) + "\r\n" + row + ending).encode())
     append_result(path, ROW)
     append_result(path, ROW)

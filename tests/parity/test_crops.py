@@ -128,15 +128,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parents[1]
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @both_crops
-def test_evaluation_images_are_timms(root: Path, crop_pct: float, resize_to: int) -> None:
+def test_evaluation_images_are_timms(root: Path, crop_pct: float, resize_to: int, interpolation: str) -> None:
     """The pil loader's images are, bit for bit, those of timm's evaluation transform before they are normalised."""
     index = load_index(root, "val")
-    plan = EvaluationPlan(len(index), len(index), 0, 1, 224, crop_pct)
+    plan = EvaluationPlan(len(index), len(index), 0, 1, 224, crop_pct, bicubic=interpolation == "bicubic")
     with closing(WorkerLoader(read_with_pil, index, plan, workers=0, prefetch_batches=2, pin_memory=False)) as loader:
         (images,) = loader.epoch(0)
     transform: Any = create_transform(
-        224, is_training=False, crop_pct=crop_pct, interpolation="bicubic", use_prefetcher=True
+        224, is_training=False, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True
     )
     assert transform.transforms[0].size == resize_to
     for sample in range(len(index)):

@@ -86,9 +86,9 @@ def augmented(file: Path, plan: BatchPlan, row: int) -> Tensor:
         image = RandomResizedCropAndInterpolation(SIZE, interpolation=filter_name(crop.bicubic[row]))(image)
     if crop.flip[row]:
         image = hflip(image)
-    for name, magnitude, negative, bicubic in randaugment.of_sample(row):
+    for name, magnitude, negative, bicubic, fill in randaugment.of_sample(row):
         sign = -1 if negative else 1
-        hparams = {"img_mean": (124, 116, 104), "interpolation": Image.Resampling[filter_name(bicubic).upper()]}
+        hparams = {"img_mean": fill, "interpolation": Image.Resampling[filter_name(bicubic).upper()]}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(auto_augment, "_randomly_negate", lambda value, sign=sign: sign * value)
             image = AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)(image)

@@ -14,7 +14,14 @@ from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, rand_augment_transfo
 
 from metaformer.data.augmentation import AugmentationConfig
 from metaformer.data.plan import TrainingPlan
-from metaformer.data.randaugment import ARGUMENTS, FILL, MAX_MAGNITUDE, OPERATIONS, Operation, RandAugmentDraws
+from metaformer.data.randaugment import (
+    ARGUMENTS,
+    IMAGENET_COLOUR,
+    MAX_MAGNITUDE,
+    OPERATIONS,
+    Operation,
+    RandAugmentDraws,
+)
 
 IMAGES = 8000
 LEAST_P = 1e-3  # of the statistics, whose draws are fixed
@@ -39,7 +46,7 @@ def watch(operation: AugmentOp, seen: list[Operation]) -> None:
         return to_argument(magnitude, hparams) if to_argument else ()
 
     def note(image: Image.Image, *argument: float, **options: Any) -> Image.Image:
-        assert options["fillcolor"] == FILL
+        assert options["fillcolor"] == IMAGENET_COLOUR
         negative = bool(argument) and argument[0] < (1 if operation.name in ENHANCING else 0)
         bicubic = auto_augment._interpolation(options) == Image.Resampling.BICUBIC
         seen.append(Operation(operation.name, magnitudes[-1], negative, bicubic))

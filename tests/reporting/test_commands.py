@@ -31,14 +31,11 @@ def test_submission_is_a_throttled_array() -> None:
 
 
 def test_released_weights_are_evaluated_as_they_expect() -> None:
-    """This project's networks by their group; timm's with the crop, mean and std that timm states for the weights."""
+    """This project's networks by their group; timm's with the weights' tag, which tells their preprocessing, at 224."""
     assert validate_command(S12, Path("r.csv"), 1)[1:] == [
         "validate.py", "model=poolformer_s12", "checkpoint=official:poolformer_s12", "results_csv=r.csv",
     ]  # fmt: skip
     command = validate_command(GMLP, Path("r.csv"), 1)
-    assert command[2:7] == [
-        "model=timm", "model.name=gmlp_s16_224", "model.crop_pct=0.875", "model.mean=[0.5,0.5,0.5]",
-        "model.std=[0.5,0.5,0.5]",
-    ]  # fmt: skip
+    assert command[2:5] == ["model=timm", "model.name=gmlp_s16_224.ra3_in1k", "image_size=224"]
     with pytest.raises(UserError, match=r"^row=comparison/vit_b16: .*no released weights"):
         validate_command(VIT, Path("r.csv"), 1)

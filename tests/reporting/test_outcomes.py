@@ -89,8 +89,8 @@ def test_a_damaged_run_gives_no_number(tmp_path: Path, recipe: TrainConfig, file
 def write_results(path: Path, *rows: tuple[str, str, float, int], model: str = "poolformer_s12") -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("model", "img_size", "crop_pct", "checkpoint", "data", "top1", "images"))
-        writer.writerows((model, 224, 0.9, *row) for row in rows)
+        writer.writerow(("model", "img_size", "crop_pct", "interpolation", "checkpoint", "data", "top1", "images"))
+        writer.writerows((model, 224, 0.9, "bicubic", *row) for row in rows)
     return path
 
 
@@ -104,28 +104,30 @@ def test_released_weights_count_when_evaluated_on_imagenet(tmp_path: Path) -> No
         ("official:poolformer_s24", "imagenet", 80.0, 50_000),
         (weights, "imagenet_v2", 65.5, 10_000),
     )
-    assert read_released(S12, path, 0.9) == Outcome(77.24, 50_000, path, "")
-    assert read_released(S12, tmp_path / "none.csv", 0.9).note == "not run"
+    assert read_released(S12, path, 0.9, "bicubic") == Outcome(77.24, 50_000, path, "")
+    assert read_released(S12, tmp_path / "none.csv", 0.9, "bicubic").note == "not run"
     (without,) = find_rows(["ablation/relu"])
-    assert read_released(without, path, 0.9) == Outcome(note="no released weights")
+    assert read_released(without, path, 0.9, "bicubic") == Outcome(note="no released weights")
     few = write_results(tmp_path / "few.csv", (weights, "imagenet", 77.0, 403))
-    assert read_released(S12, few, 0.9).note == "403 images, not 50,000"
+    assert read_released(S12, few, 0.9, "bicubic").note == "403 images, not 50,000"
 
 
 def test_another_evaluation_of_the_weights_is_said(tmp_path: Path) -> None:
-    """Another network's name or crop than the row's stands in the note."""
+    """Another network's name, crop or filter than the row's stands in the note."""
     row = ("official:poolformer_s12", "imagenet", 12.2, 50_000)
-    found = read_released(S12, write_results(tmp_path / "results.csv", row, model="resnet50"), 0.95)
-    assert found.note == "model=resnet50, not poolformer_s12; crop_pct=0.9, not 0.95"
+    found = read_released(S12, write_results(tmp_path / "results.csv", row, model="resnet50"), 0.95, "bilinear")
+    assert (
+        found.note == "model=resnet50, not poolformer_s12; crop_pct=0.9, not 0.95; interpolation=bicubic, not bilinear"
+    )
 
 
 def test_another_csv_is_refused(tmp_path: Path) -> None:
     """A file without the columns is named in one line."""
     (tmp_path / "other.csv").write_text("model,top1\npoolformer_s12,77\n")
     with pytest.raises(UserError, match=r"other\.csv: not a results file"):
-        read_released(S12, tmp_path / "other.csv", 0.9)
+        read_released(S12, tmp_path / "other.csv", 0.9, "bicubic")
     (tmp_path / "other.csv").write_text(
-        "model,img_size,crop_pct,data,checkpoint,top1,images\npoolformer_s12,224,0.9,imagenet,official:poolformer_s12"
+        "model,img_size,crop_pct,interpolation,data,checkpoint,top1,images\npoolformer_s12,224,0.9,bicubic,imagenet,official:poolformer_s12"
     )
     with pytest.raises(UserError, match=r"other\.csv: not a results file"):
-        read_released(S12, tmp_path / "other.csv", 0.9)
+        read_released(S12, tmp_path / "other.csv", 0.9, "bicubic")

@@ -1,10 +1,18 @@
 """The paper's rows, and the recipes that belong to them."""
 
-import pytest
+import sys
+from pathlib import Path
 
-from metaformer.config import compose_recipe
+import pytest
+import timm
+
+from metaformer.assembly import resolve
+from metaformer.config import ValidateConfig, compose, compose_recipe
 from metaformer.errors import UserError
 from metaformer.models import create_timm_model, list_models
+from metaformer.models.config import ResizeFilter
+from metaformer.models.preprocessing import Preprocessing
+from metaformer.reporting.commands import validate_command
 from metaformer.reporting.paper import ROWS, Row, Table, find_rows
 from tests.conftest import REPOSITORY
 
@@ -58,6 +66,26 @@ def test_compared_networks_are_timms() -> None:
         if row.table is Table.comparison and row.model is not None and row.parameters < 70:
             parameters = sum(p.numel() for p in create_timm_model(row.model, 1000).parameters())
             assert parameters / 1e6 == pytest.approx(row.parameters, abs=0.6), row.name
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of each row evaluates at 224 px with timm's crop, filter, mean and std, or with the paper's."""
+    if row.released is None:
+        return
+    command = validate_command(row, Path("results.csv"), 1)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    config = compose("validate", ValidateConfig)
+    _, found = resolve(config, config.checkpoint, evaluation=True)
+    if row.trained:
+        wide = ("poolformer_m36", "poolformer_m48", "metaformer_s12_pppa", "metaformer_s12_ppaa", "metaformer_s12_ppff")
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        assert found == Preprocessing(224, 0.95 if row.model in wide else 0.9, ResizeFilter.bicubic, mean, std)
+        return
+    cfg = timm.get_pretrained_cfg(row.released.removeprefix("hf:timm/"), allow_unregistered=False)
+    assert cfg is not None
+    assert (cfg.input_size, cfg.crop_mode) == ((3, 224, 224), "center")
+    assert found == Preprocessing(224, cfg.crop_pct, ResizeFilter(cfg.interpolation), cfg.mean, cfg.std)
 
 
 def test_rows_are_found_by_name_and_pattern() -> None:

@@ -98,7 +98,7 @@ def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
     with held(run_dir):
         check_empty(run_dir)
         for config in ("a: 1\n", "a: 2\n"):
-            open_run_folder(run_dir, config)
+            open_run_folder(run_dir, config, 0)
         status = StatusFile(run_dir, None)
         status.start(0, 5)
         trackers = [ConsoleTracker(1, 1, 1, run_dir / "log.txt"), JsonlTracker(run_dir, 0)]

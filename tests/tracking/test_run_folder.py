@@ -20,7 +20,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """Configuration, overrides, environment; after a change the earlier ones too, and a line that says what changed."""
+    """Configuration, overrides, environment; after a change the earlier ones too, and what changed, before and now."""
     run_dir = tmp_path / "run"
     small = ("model=timm", "model.name=test_resnet", "model.drop_path_rate=null", "workers=0")
     command = (f"data.root={images}", *QUICK, *small, "epochs=2", f"run_dir={run_dir}")
@@ -36,9 +36,12 @@ def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> No
     run_program("train", *command, "epochs=1", "log_every_steps=3")
     (earlier,) = run_dir.glob("config.until-*.yaml")
     assert earlier.read_text() == written
-    changes = [line for line in (run_dir / "log.txt").read_text().splitlines() if " changed " in line]
-    assert len(changes) == 1
-    assert all(change in changes[0] for change in ("max_steps: null", "log_every_steps: 3", "epochs: 1"))
+    lines = [line.split(" changed ")[1].strip() for line in (run_dir / "log.txt").read_text().splitlines()
+             if " changed " in line]  # fmt: skip
+    assert lines == ["epochs: 2 -> 1", "log_every_steps: 1 -> 3", "max_steps: 6 -> null"]
+    (entry,) = map(json.loads, (run_dir / "changes.jsonl").read_text().splitlines())
+    assert entry["step"] == 6
+    assert entry["changes"] == {"epochs": [2, 1], "log_every_steps": [1, 3], "max_steps": [6, None]}
 
     with pytest.raises(UserError, match=r"run_dir=\S+: not empty, and resume=never"):
         run_program("train", *command, "resume=never")
@@ -47,8 +50,8 @@ def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> No
 def test_same_configuration_is_no_change(tmp_path: Path) -> None:
     """Opened again with the same configuration, nothing is reported or set aside."""
     (tmp_path / "run").mkdir()
-    assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n") == []
-    assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n") == []
+    assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n", 0) == []
+    assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n", 0) == []
     assert list((tmp_path / "run").glob("*until*")) == []
 
 
@@ -56,22 +59,22 @@ def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
     """Changes follow each other within a second, and none is lost."""
     (tmp_path / "run").mkdir()
     for value in range(4):
-        changed = open_run_folder(tmp_path / "run", f"a: {value}\nb: 2\n")
-        assert changed == ([f"a: {value}"] if value else [])
+        changed = open_run_folder(tmp_path / "run", f"a: {value}\nb: 2\n", 0)
+        assert changed == ([f"a: {value - 1} -> {value}"] if value else [])
     kept = {path.read_text() for path in (tmp_path / "run").glob("config.until-*.yaml")}
     assert kept == {f"a: {value}\nb: 2\n" for value in range(3)}
 
 
 def test_a_change_to_a_value_that_stands_elsewhere(tmp_path: Path) -> None:
-    """A changed line is reported where another line reads the same."""
+    """A change is reported by the field's whole name, where another field has the same name and value."""
     (tmp_path / "run").mkdir()
-    open_run_folder(tmp_path / "run", "one:\n  name: a\ntwo:\n  name: b\n")
-    assert open_run_folder(tmp_path / "run", "one:\n  name: b\ntwo:\n  name: b\n") != []
+    open_run_folder(tmp_path / "run", "one:\n  name: a\ntwo:\n  name: b\n", 0)
+    assert open_run_folder(tmp_path / "run", "one:\n  name: b\ntwo:\n  name: b\n", 0) == ["one.name: a -> b"]
 
 
 def test_environment(tmp_path: Path) -> None:
     """environment.json: versions of Python and packages, devices, and the commit that git names."""
-    open_run_folder(tmp_path, "a: 1\n")
+    open_run_folder(tmp_path, "a: 1\n", 0)
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert environment["packages"]["torch"] == version("torch")
@@ -95,4 +98,4 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     """A run folder below a file ends in one line."""
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run_dir=\S+run: cannot be written \(Not a directory\)"):
-        open_run_folder(tmp_path / "file" / "run", "a: 1\n")
+        open_run_folder(tmp_path / "file" / "run", "a: 1\n", 0)

@@ -23,10 +23,11 @@ from metaformer.data.torch_reader import read_with_torch
 from metaformer.data.worker_loader import WorkerLoader
 from metaformer.data.worker_server import start_worker_server
 from metaformer.models import create_model, create_timm_model
+from metaformer.models.config import Library, ResizeFilter
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.models.fused import fuse
+from metaformer.models.preprocessing import Preprocessing
 from metaformer.models.token_mixers import check_pooling
-from metaformer.models.variants import Library
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import find_weights
 
@@ -72,15 +73,15 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
     return index
 
 
-def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.Module:
+def make_model(config: CommonConfig, images: Preprocessing, num_classes: int, runtime: Runtime) -> nn.Module:
     """The network on the device; equal on all ranks, because all start from the seed."""
     torch.manual_seed(config.seed)
     named = config.model
     model: nn.Module
     if named.library is Library.timm:
-        model = create_timm_model(named.name, num_classes, named.drop_path_rate, config.image_size)
+        model = create_timm_model(named.name, num_classes, named.drop_path_rate, images.image_size)
     else:
-        model = create_model(named.name, num_classes, named.drop_path_rate, config.image_size)
+        model = create_model(named.name, num_classes, named.drop_path_rate, images.image_size)
         if config.channels_last:
             fused_stages = fuse(model, runtime.device) if named.fused else 0
             if fused_stages < len(model.stages):
@@ -91,15 +92,15 @@ def make_model(config: CommonConfig, num_classes: int, runtime: Runtime) -> nn.M
     return model
 
 
-def example_images(config: CommonConfig, runtime: Runtime) -> Tensor:
+def example_images(config: CommonConfig, images: Preprocessing, runtime: Runtime) -> Tensor:
     """Two black images, as the network takes them."""
-    images = torch.zeros(2, 3, config.image_size, config.image_size, device=runtime.device)
-    return images.contiguous(memory_format=memory_format(config))
+    black = torch.zeros(2, 3, images.image_size, images.image_size, device=runtime.device)
+    return black.contiguous(memory_format=memory_format(config))
 
 
-def colours(config: CommonConfig) -> ColourStatistics:
+def colours(images: Preprocessing) -> ColourStatistics:
     """The mean and deviation that the network expects."""
-    return ColourStatistics(tuple(config.model.mean), tuple(config.model.std))
+    return ColourStatistics(images.mean, images.std)
 
 
 def memory_format(config: CommonConfig) -> torch.memory_format:
@@ -157,14 +158,15 @@ def region_decode(config: CommonConfig, runtime: Runtime) -> RegionDecode:
     return RegionDecode.on if agreed.item() == runtime.world_size else RegionDecode.off
 
 
-def evaluation_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex) -> Feed:
+def evaluation_feed(config: CommonConfig, images: Preprocessing, runtime: Runtime, index: ImageIndex) -> Feed:
     """This rank's share of the images, each once."""
     plan = EvaluationPlan(
         num_samples=len(index),
         batch_size=config.eval_batch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        image_size=config.image_size,
-        crop_pct=config.model.crop_pct,
+        image_size=images.image_size,
+        crop_pct=images.crop_pct,
+        bicubic=images.interpolation is ResizeFilter.bicubic,
     )
-    return make_feed(config, runtime, index, plan, EvaluationTransform(colours(config)))
+    return make_feed(config, runtime, index, plan, EvaluationTransform(colours(images)))

@@ -46,11 +46,11 @@ def _open_trackers(
     config: TrainConfig, settings: LoopSettings, state: TrainState, status: StatusFile, parts: ExitStack
 ) -> Tracker:
     run_dir, kept = config.resolved_run_dir, recorded(config)
-    changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept))
+    changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step)
     steps = settings.epochs * settings.steps_per_epoch
     console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")
-    if changed:
-        console.message(f"changed      {', '.join(changed)}; the earlier configuration is kept beside config.yaml")
+    for change in changed:
+        console.message(f"changed      {change}")
     tracker: Tracker = console
     if state.progress.epochs_completed >= settings.epochs:
         console.message(f"complete     {run_dir} has all its {settings.epochs} epochs; nothing is left to train")

@@ -25,6 +25,7 @@ from metaformer.assembly.parts import (
     prepare_workers,
     worker_count,
 )
+from metaformer.assembly.preprocessing import resolve
 from metaformer.assembly.run import tracking
 from metaformer.config import TrainConfig, fingerprint, recorded
 from metaformer.data.device_transform import TrainingTransform, denormalize
@@ -35,6 +36,8 @@ from metaformer.data.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.models import load_weights, save_state
+from metaformer.models.config import ResizeFilter
+from metaformer.models.preprocessing import Preprocessing
 from metaformer.numa import describe_cpus, keep_near_gpu
 from metaformer.runtime import Process, Runtime
 from metaformer.tracking.environment import code_fingerprint
@@ -73,14 +76,15 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
         UserError: something that the user gave cannot work; nothing has been trained then.
     """
     runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
+    config, images = resolve(config, config.init_weights)
     runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     config.check_batches(runtime.world_size)
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
     splits = _splits(config, runtime)
-    plan = _training_plan(config, runtime, splits)
-    state = _new_state(config, runtime, splits, precision)
+    plan = _training_plan(config, images, runtime, splits)
+    state = _new_state(config, images, runtime, splits, precision)
     with ExitStack() as parts:
         runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
@@ -88,18 +92,18 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
         found = _resume(config, runtime, checkpoints, state)
         settings = _loop_settings(config, plan)
         # Before there are worker processes: it talks to the other ranks.
-        example = example_images(config, runtime)
+        example = example_images(config, images, runtime)
         network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
         transform = TrainingTransform(
             splits.num_classes,
             config.augmentation.label_smoothing,
-            colours(config),
+            colours(images),
             choose_transform(runtime.device, memory_format(config)),
         )
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
-        val_feed = parts.enter_context(closing(evaluation_feed(config, runtime, splits.val)))
+        val_feed = parts.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
         tracker = parts.enter_context(tracking(config, runtime, settings, state))
-        for line in [*found.skipped, *_describe(config, runtime, splits, settings, state)]:
+        for line in [*found.skipped, *_describe(config, images, runtime, splits, settings, state)]:
             tracker.message(line)
         if found.folder is not None:
             tracker.message(f"resuming     {found.folder}, step {state.progress.step}")
@@ -121,7 +125,7 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
             watchdog=_watchdog(config, runtime, processes),
             settings=settings,
             bottleneck=Bottleneck(_advice(config, runtime)),
-            inspect=partial(_picture, config, runtime, tracker),
+            inspect=partial(_picture, config, images, runtime, tracker),
         )
 
 
@@ -143,11 +147,12 @@ def _splits(config: TrainConfig, runtime: Runtime) -> Splits:
     assert config.data.train_split is not None
     train, val = (open_index(config, runtime, split) for split in (config.data.train_split, config.data.val_split))
     check_same_classes(train, val)
-    num_classes = config.num_classes or len(train.classes)
-    if num_classes < len(train.classes):
+    found = len(train.classes)
+    num_classes = config.num_classes or found
+    if num_classes < found or (num_classes > found and not config.allow_unused_classes):
+        unused = "" if num_classes < found else ", or give allow_unused_classes=true to keep outputs without images"
         raise UserError(
-            f"num_classes={num_classes}: {config.data.root} has {len(train.classes)} classes; "
-            "leave it null to count them"
+            f"num_classes={num_classes}: {config.data.root} has {found} classes; leave it null to count them{unused}"
         )
     return Splits(train, val, num_classes)
 
@@ -173,7 +178,7 @@ def _watchdog(config: TrainConfig, runtime: Runtime, processes: list[Process]) -
     return Watchdog(config.resolved_run_dir / "stacks", runtime.rank, peers, config.guards.stall_seconds)
 
 
-def _training_plan(config: TrainConfig, runtime: Runtime, splits: Splits) -> TrainingPlan:
+def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> TrainingPlan:
     if len(splits.train) < config.global_batch_size:
         raise UserError(
             f"global_batch_size={config.global_batch_size}: {splits.train.folder} has only {len(splits.train)} images"
@@ -185,15 +190,19 @@ def _training_plan(config: TrainConfig, runtime: Runtime, splits: Splits) -> Tra
         rank=runtime.rank,
         world_size=runtime.world_size,
         seed=config.seed,
-        image_size=config.image_size,
-        crop_pct=config.model.crop_pct,
+        image_size=images.image_size,
+        crop_pct=images.crop_pct,
         augmentation=config.augmentation,
         fill_last_batch=config.fill_last_batch,
+        bicubic=images.interpolation is ResizeFilter.bicubic,
+        fill=images.mean_colour,
     )
 
 
-def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision: Precision) -> TrainState:
-    model = make_model(config, splits.num_classes, runtime)
+def _new_state(
+    config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits, precision: Precision
+) -> TrainState:
+    model = make_model(config, images, splits.num_classes, runtime)
     if config.init_weights is not None:
         weights = runtime.from_main(partial(locate_weights, "init_weights", config.init_weights, use_ema=False))
         load_weights(model, weights.path)
@@ -211,6 +220,7 @@ def _new_state(config: TrainConfig, runtime: Runtime, splits: Splits, precision:
             "global_batch_size": config.global_batch_size,
             "fill_last_batch": config.fill_last_batch,
             "data": splits.train.fingerprint[:16],
+            **images.settings,
             "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
         },
     )
@@ -257,7 +267,12 @@ def _loop_settings(config: TrainConfig, plan: TrainingPlan) -> LoopSettings:
 
 
 def _describe(
-    config: TrainConfig, runtime: Runtime, splits: Splits, settings: LoopSettings, state: TrainState
+    config: TrainConfig,
+    images: Preprocessing,
+    runtime: Runtime,
+    splits: Splits,
+    settings: LoopSettings,
+    state: TrainState,
 ) -> Iterator[str]:
     """The numbers that were derived from the configuration, for people to check."""
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
@@ -269,7 +284,8 @@ def _describe(
     out = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are left out by {config.data.quarantine}"
     yield f"data         {root}: {train:,} training, {val:,} validation images{out if config.data.quarantine else ''}"
     loader = loader_name(config, runtime).value
-    yield f"loader       {loader}, augmentation {config.augmentation.name}, {config.image_size} px"
+    yield f"loader       {loader}, augmentation {config.augmentation.name}"
+    yield f"images       {images}"
     yield f"device       {runtime.world_size} x {device}, {config.precision.name.value}"
     if runtime.bound_cpus:
         yield f"affinity     each rank near its GPU, rank 0 on CPUs {describe_cpus(runtime.bound_cpus)}"
@@ -298,12 +314,12 @@ def _advice(config: TrainConfig, runtime: Runtime) -> str:
     return f"raise workers (now {workers}, {runtime.cpus_per_rank()} CPU cores){other}"
 
 
-def _picture(config: TrainConfig, runtime: Runtime, tracker: Tracker, batch: SoftBatch) -> None:
+def _picture(config: TrainConfig, images: Preprocessing, runtime: Runtime, tracker: Tracker, batch: SoftBatch) -> None:
     """A grid of the first training images as the network gets them."""
     if runtime.is_main:
         file = config.resolved_run_dir / "mixed_images.png"
         try:
-            save_image(denormalize(batch.images[:PICTURE_IMAGES], colours(config)), file, nrow=4)
+            save_image(denormalize(batch.images[:PICTURE_IMAGES], colours(images)), file, nrow=4)
         except OSError as error:  # no reason not to train
             tracker.message(f"warning      {file}: cannot be written ({error.strerror or error})")
         else:

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from metaformer.assembly.parts import evaluation_feed, locate_weights, make_model, open_index, prepare_workers
+from metaformer.assembly.parts import (
+    LocatedWeights,
+    evaluation_feed,
+    locate_weights,
+    make_model,
+    open_index,
+    prepare_workers,
+)
+from metaformer.assembly.preprocessing import adopt, differences, find_run, resolve
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index import ImageIndex, Labels, check_same_classes
@@ -21,6 +29,7 @@ from metaformer.evaluation.scoring import Scoring
 from metaformer.models import load_weights
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
+from metaformer.training.checkpoint import EMA_FILE, MODEL_FILE
 from metaformer.training.precision import Precision
 
 
@@ -31,15 +40,21 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     Raises:
         UserError: something that the user gave cannot work.
     """
+    checkpoint = config.checkpoint
+    assert checkpoint is not None
+    trained = runtime.from_main(partial(find_run, checkpoint))
+    notes = [] if trained is None else list(differences(config, trained))
+    config, images = resolve(config if trained is None else adopt(config, trained), checkpoint, evaluation=True)
     runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
-    assert config.checkpoint is not None
-    weights = runtime.from_main(partial(locate_weights, "checkpoint", config.checkpoint, config.use_ema))
+    weights = runtime.from_main(partial(locate_weights, "checkpoint", checkpoint, config.use_ema))
     index = _evaluation_index(config, runtime)
-    model = make_model(config, config.num_classes or len(index.classes), runtime)
+    model = make_model(config, images, config.num_classes or len(index.classes), runtime)
     load_weights(model, weights.path, weights.use_ema)
+    notes += [f"images       {images}", f"weights      {weights.name}{_average_beside(weights)}"]
+    runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
     scoring = _scoring(config, index, runtime.device)
 
     def run(feed: Feed) -> dict[str, Any]:
@@ -48,12 +63,14 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
         if config.results_csv is not None:
             row: dict[str, str | int | float] = {
                 "model": config.model.name,
-                "img_size": config.image_size,
+                "img_size": images.image_size,
                 "top1": accuracy.top1,
                 "top5": accuracy.top5,
                 "param_count": sum(p.numel() for p in model.parameters()),
-                "crop_pct": config.model.crop_pct,
-                "interpolation": "bicubic",
+                "crop_pct": images.crop_pct,
+                "interpolation": images.interpolation.value,
+                "mean": " ".join(map(str, images.mean)),
+                "std": " ".join(map(str, images.std)),
                 "images": accuracy.images,
                 "data": config.data.name,
                 "checkpoint": weights.name,
@@ -63,10 +80,18 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
         scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
         if config.data.quarantine is not None:
             scored["quarantined"] = index.quarantined
-        return {"model": config.model.name, "data": config.data.name, **scored, "checkpoint": weights.name}
+        settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
+        names = {"model": config.model.name, "data": config.data.name}
+        return {**names, **scored, **settings, "checkpoint": weights.name}
 
-    with closing(evaluation_feed(config, runtime, index)) as feed:
+    with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)
+
+
+def _average_beside(weights: LocatedWeights) -> str:
+    """Say that a checkpoint has averaged weights too, where these were not asked for."""
+    beside = weights.path.name == MODEL_FILE and (weights.path.parent / EMA_FILE).is_file()
+    return f"; the averaged weights are in {EMA_FILE}: use_ema=true" if beside else ""
 
 
 def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:

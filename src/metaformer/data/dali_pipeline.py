@@ -11,7 +11,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from metaformer.data.loader import LoaderConfig, RegionDecode
-from metaformer.data.plan import TRIES, Plan
+from metaformer.data.plan import TRIES, BatchPlan, Plan
 
 Node = Any
 
@@ -42,7 +42,7 @@ def build_pipeline(
     )
     def pipeline() -> Node:
         if first.crop is None:
-            return _evaluation_graph(feed, by_name, first.resize_to, size, decoder)
+            return _evaluation_graph(feed, by_name, first, decoder)
         return _training_graph(feed, by_name, first.crop.aspects, size, decoder, regions)
 
     built = pipeline()
@@ -71,7 +71,8 @@ def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], re
     return fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
 
 
-def _evaluation_graph(feed: Any, by_name: bool, resize_to: int, size: int, decoder: dict[str, Any]) -> Node:
+def _evaluation_graph(feed: Any, by_name: bool, plan: BatchPlan, decoder: dict[str, Any]) -> Node:
+    resize_to, size = plan.resize_to, plan.image_size
     (images,) = _source(feed, (types.UINT8, 1))
     encoded = fn.io.file.read(images, dont_use_mmap=True) if by_name else images
     height, width = _height_and_width(encoded)
@@ -80,7 +81,7 @@ def _evaluation_graph(feed: Any, by_name: bool, resize_to: int, size: int, decod
     images = fn.resize(
         fn.decoders.image(encoded, **decoder),
         size=fn.cast(sides, dtype=types.FLOAT),
-        interp_type=types.INTERP_CUBIC,
+        interp_type=types.INTERP_CUBIC if plan.bicubic else types.INTERP_LINEAR,
         antialias=True,
     )
     room = sides - size

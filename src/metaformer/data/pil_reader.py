@@ -20,16 +20,19 @@ def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int) -> Tensor:
     size = plan.image_size
     if plan.crop is None:
         resize = resize_and_center_crop(*image.size, plan.resize_to, size)
-        image = image.resize((resize.width, resize.height), Image.Resampling.BICUBIC)
+        image = image.resize((resize.width, resize.height), _filter(plan.bicubic))
         image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))
     else:
         crop = plan.crop
         box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, *image.size)
         image = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-        filter_ = Image.Resampling.BICUBIC if crop.bicubic[row] else Image.Resampling.BILINEAR
-        image = image.resize((size, size), filter_)
+        image = image.resize((size, size), _filter(bool(crop.bicubic[row])))
         if crop.flip[row]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if plan.randaugment is not None:
         image = apply_operations(image, plan.randaugment.of_sample(row))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _filter(bicubic: bool) -> Image.Resampling:
+    return Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from metaformer.data.augmentation import AugmentationConfig, Interpolation
 from metaformer.data.draws import Float64, Int64, generator, sample_bits, uniforms
 from metaformer.data.geometry import evaluation_resize
-from metaformer.data.randaugment import DRAWS_PER_OPERATION, RandAugmentDraws, draw_operations
+from metaformer.data.randaugment import (
+    DRAWS_PER_OPERATION,
+    IMAGENET_COLOUR,
+    Colour,
+    RandAugmentDraws,
+    draw_operations,
+)
 
 TRIES = 10  # rectangles tried before a fallback, for crops and for erasing
 ERASE_AREA = (0.02, 1 / 3)
@@ -57,6 +63,7 @@ class BatchPlan:
     samples: Int64  # [B]
     image_size: int
     resize_to: int  # short side before the centre crop, where `crop` is None
+    bicubic: bool = True  # filter of that resize, else bilinear
     crop: CropDraws | None = None
     randaugment: RandAugmentDraws | None = None
     mix: MixDraws | None = None
@@ -101,6 +108,7 @@ class EvaluationPlan:
     world_size: int
     image_size: int
     crop_pct: float
+    bicubic: bool = True  # filter of the resize, else bilinear
 
     @property
     def batches_per_epoch(self) -> int:
@@ -114,7 +122,7 @@ class EvaluationPlan:
     def batch(self, epoch: int, position: int) -> BatchPlan:
         own = np.arange(self.rank, self.num_samples, self.world_size, dtype=np.int64)
         samples = own[position * self.batch_size : (position + 1) * self.batch_size]
-        return BatchPlan(samples, self.image_size, evaluation_resize(self.image_size, self.crop_pct))
+        return BatchPlan(samples, self.image_size, evaluation_resize(self.image_size, self.crop_pct), self.bicubic)
 
     to_read = to_transform = batch
 
@@ -139,6 +147,8 @@ class TrainingPlan:
     crop_pct: float
     augmentation: AugmentationConfig
     fill_last_batch: bool = False
+    bicubic: bool = True  # filter of the resize where the augmentation does not crop at random, else bilinear
+    fill: Colour = IMAGENET_COLOUR  # RandAugment's, for pixels from outside an image
 
     @property
     def steps_per_epoch(self) -> int:
@@ -171,9 +181,9 @@ class TrainingPlan:
             shape = (a.randaugment.num_ops, DRAWS_PER_OPERATION)
             words = range(RANDAUGMENT_FIRST, RANDAUGMENT_FIRST + math.prod(shape))
             bits = self._bits(epoch, samples, words)
-            operations = draw_operations(a.randaugment, uniforms(bits).reshape(len(samples), *shape))
+            operations = draw_operations(a.randaugment, uniforms(bits).reshape(len(samples), *shape), self.fill)
         resize_to = evaluation_resize(self.image_size, self.crop_pct)
-        return BatchPlan(samples, self.image_size, resize_to, crop=crop, randaugment=operations)
+        return BatchPlan(samples, self.image_size, resize_to, self.bicubic, crop=crop, randaugment=operations)
 
     def to_transform(self, epoch: int, position: int) -> BatchPlan:
         samples, a = self._samples(epoch, position), self.augmentation
@@ -183,7 +193,7 @@ class TrainingPlan:
             erase = _draw_erase(a, self.image_size, uniforms(bits[:, :-1]), bits[:, -1:])
         mix = self._draw_mix(epoch, self._number(position)) if a.mixes else None
         resize_to = evaluation_resize(self.image_size, self.crop_pct)
-        return BatchPlan(samples, self.image_size, resize_to, mix=mix, erase=erase)
+        return BatchPlan(samples, self.image_size, resize_to, self.bicubic, mix=mix, erase=erase)
 
     def _number(self, position: int) -> int:
         """A batch's number among all ranks' batches of the epoch."""

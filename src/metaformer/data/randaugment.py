@@ -16,7 +16,8 @@ from metaformer.data.augmentation import RandAugmentConfig
 from metaformer.data.draws import Float64
 
 MAX_MAGNITUDE = 10.0
-FILL = (124, 116, 104)  # ImageNet's mean colour, for pixels that a warp brings in from outside
+Colour = tuple[int, int, int]
+IMAGENET_COLOUR: Colour = (124, 116, 104)  # ImageNet's mean
 DRAWS_PER_OPERATION = 6
 
 
@@ -56,6 +57,7 @@ class Operation(NamedTuple):
     magnitude: float  # 0 to 10
     negative: bool  # sign of geometric operations, direction of the enhancing ones
     bicubic: bool  # interpolation of geometric operations, else bilinear
+    fill: Colour = IMAGENET_COLOUR  # of pixels that a geometric operation brings in from outside
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -64,12 +66,13 @@ class Operation(NamedTuple):
 
 
 class RandAugmentDraws(NamedTuple):
-    """The operations of a batch, as arrays [B, num_ops]; see `Operation`."""
+    """The operations of a batch, as arrays [B, num_ops], and the fill of all; see `Operation`."""
 
     operation: NDArray[np.int64]  # position in OPERATIONS, or -1: not applied
     magnitude: Float64
     negative: NDArray[np.bool_]
     bicubic: NDArray[np.bool_]
+    fill: Colour = IMAGENET_COLOUR
 
     def of_sample(self, row: int) -> list[Operation]:
         """The operations that one image gets, in order."""
@@ -78,11 +81,11 @@ class RandAugmentDraws(NamedTuple):
 
     def at(self, row: int, number: int) -> Operation | None:
         """One image's operation in a place of the order, None where it is not applied."""
-        operation, magnitude, negative, bicubic = (array[row, number].item() for array in self)
-        return None if operation < 0 else Operation(OPERATIONS[operation], magnitude, negative, bicubic)
+        operation, magnitude, negative, bicubic = (array[row, number].item() for array in self[:4])
+        return None if operation < 0 else Operation(OPERATIONS[operation], magnitude, negative, bicubic, self.fill)
 
 
-def draw_operations(config: RandAugmentConfig, uniform: Float64) -> RandAugmentDraws:
+def draw_operations(config: RandAugmentConfig, uniform: Float64, fill: Colour = IMAGENET_COLOUR) -> RandAugmentDraws:
     """Operations from uniform numbers [B, num_ops, DRAWS_PER_OPERATION] in [0, 1)."""
     which, applied, radius, angle, sign, filter_ = np.moveaxis(uniform, -1, 0)
     normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller, 1958
@@ -91,6 +94,7 @@ def draw_operations(config: RandAugmentConfig, uniform: Float64) -> RandAugmentD
         magnitude=np.clip(config.magnitude + config.magnitude_std * normal, 0.0, MAX_MAGNITUDE),
         negative=sign < 0.5,
         bicubic=filter_ < 0.5,
+        fill=fill,
     )
 
 
@@ -98,5 +102,6 @@ def apply_operations(image: Image.Image, operations: list[Operation]) -> Image.I
     """The augmented RGB image, of the same size."""
     for operation in operations:
         resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
-        image = NAME_TO_OP[operation.name](image, *operation.arguments, fillcolor=FILL, resample=resample)
+        apply = NAME_TO_OP[operation.name]
+        image = apply(image, *operation.arguments, fillcolor=operation.fill, resample=resample)
     return image

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metaformer.data.randaugment import FILL, Operation, RandAugmentDraws
+from metaformer.data.randaugment import Operation, RandAugmentDraws
 from metaformer.data.transfer import to_device
 
 # Images uint8 [K, 3, H, W] and the operation of each -> the augmented images.
@@ -157,7 +157,7 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, operations: list[Operation]) -> Tensor:
-    """Sample each image where a matrix sends the output's pixels, bilinearly or bicubically; outside lies FILL."""
+    """Sample each image where a matrix sends the output's pixels, bilinearly or bicubically, or its fill outside."""
     height, width = images.shape[-2:]
     matrices = torch.tensor([_matrix(operation, width, height) for operation in operations], dtype=torch.float64)
     a, b, c, d, e, f = to_device(matrices, images.device).view(-1, 6, 1, 1).unbind(1)
@@ -177,7 +177,7 @@ def _warp(images: Tensor, operations: list[Operation]) -> Tensor:
             position = (line + (left + j).clamp(0, width - 1)).flatten(1)[:, None].expand(-1, 3, -1)
             total.addcmul_(flat.gather(2, position).view(images.shape), (weight_y * weight_x)[:, None])
     warped = (total + ROUNDING).clamp(0, 255).to(torch.uint8)
-    fill = to_device(torch.tensor(FILL, dtype=torch.uint8), images.device).view(3, 1, 1)
+    fill = to_device(torch.tensor([o.fill for o in operations], dtype=torch.uint8), images.device).view(-1, 3, 1, 1)
     return torch.where(inside[:, None], warped, fill)
 
 

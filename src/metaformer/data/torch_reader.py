@@ -25,7 +25,7 @@ def read_with_torch(encoded: Encoded, plan: BatchPlan, row: int) -> Tensor:
     size = plan.image_size
     if plan.crop is None:
         resize = resize_and_center_crop(width, height, plan.resize_to, size)
-        image = _resize(image, resize.height, resize.width, bicubic=True)
+        image = _resize(image, resize.height, resize.width, plan.bicubic)
         image = image[:, resize.top : resize.top + size, resize.left : resize.left + size]
     else:
         crop = plan.crop

@@ -6,7 +6,7 @@ from pathlib import Path
 from metaformer.errors import UserError
 
 TIMMS_HEADER = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
-HEADER = (*TIMMS_HEADER, "images", "data", "checkpoint")
+HEADER = (*TIMMS_HEADER, "images", "data", "checkpoint", "mean", "std")
 
 
 def append_result(path: Path, row: dict[str, str | int | float]) -> None:

@@ -1,11 +1,10 @@
 """The named networks of the paper, and how to make one."""
 
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from functools import partial
 
 import timm
-from omegaconf import MISSING
+from timm.models import PretrainedCfg
 from torch import nn
 
 from metaformer.errors import UserError, unknown_name
@@ -15,37 +14,6 @@ from metaformer.models.token_mixers import Attention, DepthwiseConv, Identity, P
 
 SMALL_DIMS = (64, 128, 320, 512)
 MEDIUM_DIMS = (96, 192, 384, 768)
-
-
-class Library(Enum):
-    """Whose networks a name belongs to."""
-
-    metaformer = "metaformer"
-    timm = "timm"
-
-
-@dataclass
-class ModelConfig:
-    """A network by name."""
-
-    name: str = MISSING
-    library: Library = Library.metaformer
-    drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
-    # The paper's blocks by fused operators, where these pass a check; of library=metaformer, with channels_last.
-    fused: bool = True
-    crop_pct: float = 0.9  # evaluation resizes the short side to image_size / crop_pct
-    # Of RGB values in [0, 1]: ImageNet's, which this project's networks and most of timm's take.
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(f"model.crop_pct={self.crop_pct}: must lie in (0, 1]")
-        if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
-            raise UserError(f"model.mean={self.mean}: must be three numbers in [0, 1], as in [0.5,0.5,0.5]")
-        if len(self.std) != 3 or not all(0 < value <= 1 for value in self.std):
-            raise UserError(f"model.std={self.std}: must be three numbers in (0, 1], as in [0.5,0.5,0.5]")
-
 
 # Paper, tables 1 and 5, and appendix.
 POOLING = (Pooling,) * 4
@@ -94,6 +62,32 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
+def find_architecture(name: str) -> Architecture:
+    """Return the architecture of one of `list_models()`.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if name not in VARIANTS:
+        raise unknown_name("model.name", name, VARIANTS)
+    return VARIANTS[name]
+
+
+def find_timm_cfg(name: str) -> PretrainedCfg:
+    """Return what timm records about a network's weights; a name without a tag means timm's default weights.
+
+    Raises:
+        UserError: timm does not know the name, or the tag.
+    """
+    if not timm.is_model(name):
+        raise unknown_name("model.name", name, timm.list_models())
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True) or PretrainedCfg()
+    except RuntimeError as error:  # a tag that is not registered
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise unknown_name("model.name", name, known) from error
+
+
 def create_model(
     name: str, num_classes: int = 1000, drop_path_rate: float | None = None, image_size: int = 224
 ) -> MetaFormer:
@@ -108,9 +102,7 @@ def create_model(
     Raises:
         UserError: the name is unknown.
     """
-    if name not in VARIANTS:
-        raise unknown_name("model.name", name, VARIANTS)
-    architecture = VARIANTS[name]
+    architecture = find_architecture(name)
     if drop_path_rate is not None:
         architecture = replace(architecture, drop_path_rate=drop_path_rate)
     return MetaFormer(architecture, num_classes, image_size)
@@ -124,10 +116,8 @@ def create_timm_model(
     Raises:
         UserError: timm does not know the name, the network takes no drop path, or images of one other size only.
     """
-    if not timm.is_model(name):
-        raise unknown_name("model.name", name, timm.list_models())
-    wants = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if image_size is not None and wants is not None and wants.fixed_input_size and wants.input_size[-1] != image_size:
+    wants = find_timm_cfg(name)
+    if image_size is not None and wants.fixed_input_size and wants.input_size[-1] != image_size:
         size = wants.input_size[-1]
         raise UserError(f"image_size={image_size}: timm's {name} takes images of {size} pixels; image_size={size}")
     options = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}

@@ -4,10 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
-
 from metaformer.errors import UserError
-from metaformer.reporting.paper import Row, Table
+from metaformer.reporting.paper import PAPER_IMAGE_SIZE, Row, Table
 
 
 def train_command(row: Row, run_dir: Path, processes: int) -> list[str]:
@@ -32,7 +30,8 @@ def validate_command(row: Row, results_csv: Path, processes: int) -> list[str]:
     """
     if row.released is None or row.model is None:
         raise UserError(f"row={row.name}: there are no released weights to evaluate; see --list")
-    network = _timm_network(row.released) if row.table is Table.comparison else [f"model={row.model}"]
+    theirs = ["model=timm", f"model.name={row.model}", f"image_size={PAPER_IMAGE_SIZE}"]
+    network = theirs if row.table is Table.comparison else [f"model={row.model}"]
     arguments = [*network, f"checkpoint={row.released}", f"results_csv={results_csv}"]
     return [*_python(processes), "validate.py", *arguments]
 
@@ -45,22 +44,3 @@ def _python(processes: int) -> list[str]:
 
 def _recipe(row: Row, run_dir: Path) -> list[str]:
     return [f"experiment={row.name}", f"run_dir={run_dir}"]
-
-
-def timm_crop(weights: str) -> float:
-    """The crop fraction that weights of timm expect, `hf:timm/NAME`."""
-    return float(timm.get_pretrained_cfg(weights.removeprefix("hf:timm/")).crop_pct)
-
-
-def _timm_network(weights: str) -> list[str]:
-    """A network of timm with the pre-processing that its weights expect."""
-    name = weights.removeprefix("hf:timm/")
-    wants = timm.get_pretrained_cfg(name)
-    mean, std = (f"[{','.join(map(str, values))}]" for values in (wants.mean, wants.std))
-    return [
-        "model=timm",
-        f"model.name={name.split('.')[0]}",
-        f"model.crop_pct={wants.crop_pct}",
-        f"model.mean={mean}",
-        f"model.std={std}",
-    ]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from metaformer.errors import UserError
-from metaformer.reporting.paper import Row
+from metaformer.reporting.paper import PAPER_IMAGE_SIZE, Row
 
 VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 # Settings that a recipe leaves to the machine and to taste; any other value than the recipe's is said in the table.
@@ -86,11 +86,11 @@ def _read_run(folder: Path, wanted: Settings) -> Outcome:
     return Outcome(best["top1"], best["images"], folder, "; ".join(notes + _count_note(best["images"])))
 
 
-def read_released(row: Row, results_csv: Path, crop_pct: float) -> Outcome:
+def read_released(row: Row, results_csv: Path, crop_pct: float, interpolation: str) -> Outcome:
     """The newest evaluation of a row's released weights in a file that validate.py wrote.
 
     Args:
-        crop_pct: what the weights expect.
+        crop_pct, interpolation: what the weights expect.
 
     Raises:
         UserError: the file has not validate.py's columns.
@@ -105,8 +105,14 @@ def read_released(row: Row, results_csv: Path, crop_pct: float) -> Outcome:
         if not rows:
             return Outcome()
         last = rows[-1]
-        found = {"model": last["model"], "img_size": int(last["img_size"]), "crop_pct": float(last["crop_pct"])}
-        wanted = {"model": row.model, "img_size": 224, "crop_pct": crop_pct}
+        found = {
+            "model": last["model"],
+            "img_size": int(last["img_size"]),
+            "crop_pct": float(last["crop_pct"]),
+            "interpolation": last["interpolation"],
+        }
+        expected = (row.model, PAPER_IMAGE_SIZE, crop_pct, interpolation)
+        wanted = dict(zip(found, expected, strict=True))
         notes = [f"{name}={value}, not {wanted[name]}" for name, value in found.items() if value != wanted[name]]
         images = int(last["images"])
         return Outcome(float(last["top1"]), images, results_csv, "; ".join(notes + _count_note(images)))

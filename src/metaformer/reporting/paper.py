@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 
 from metaformer.errors import unknown_name
 
+PAPER_IMAGE_SIZE = 224  # timm evaluates some of the compared networks at a larger size
+
 
 class Table(Enum):
     """A table of the paper."""
@@ -29,7 +31,8 @@ class Row:
         parameters: in millions.
         gmacs: multiply-accumulates of one image, in units of 1e9.
         top1: percent.
-        model: the network's name, in timm for a comparison; None where timm has no weights of that training.
+        model: the network's name, in timm for a comparison (with the tag of the weights); None where timm has none of
+            that training.
         released: weights for `checkpoint=`, as the paper's authors or timm publish them.
     """
 
@@ -63,9 +66,8 @@ def _ablation(part: str, parameters: float, gmacs: float, top1: float, released:
 
 
 def _comparison(name: str, parameters: float, gmacs: float, top1: float, timm_weights: str | None = None) -> Row:
-    model = timm_weights.split(".")[0] if timm_weights else None
     released = f"hf:timm/{timm_weights}" if timm_weights else None
-    return Row(f"comparison/{name}", Table.comparison, parameters, gmacs, top1, model, released)
+    return Row(f"comparison/{name}", Table.comparison, parameters, gmacs, top1, timm_weights, released)
 
 
 ROWS = (

@@ -1,19 +1,26 @@
 """The run folder: what was run, with which configuration, on what."""
 
-import difflib
 import itertools
 import json
 import socket
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import describe_environment
 from metaformer.tracking.lock import LOCK_FILE
+
+CHANGES_FILE = "changes.jsonl"
 
 
 def check_empty(run_dir: Path) -> None:
@@ -59,34 +66,69 @@ def _write(file: Path) -> None:
         raise UserError(f"run_dir={file.parent}: cannot be written ({error.strerror or error})") from error
 
 
-def open_run_folder(run_dir: Path, config: str) -> list[str]:
-    """Write into the folder config.yaml, overrides.yaml and environment.json; earlier ones are kept under a date.
+def open_run_folder(run_dir: Path, config: str, step: int) -> list[str]:
+    """Write config.yaml, overrides.yaml and environment.json into the folder; earlier ones are kept under a date.
+
+    Where the configuration differs from the folder's earlier one, CHANGES_FILE gets a line: an object with `step`,
+    `time` and `changes`, an object of [before, now] by the fields' names.
+
+    Args:
+        config: as YAML.
+        step: where training continues.
 
     Returns:
-        The lines by which the configuration differs from the folder's earlier one.
+        A text for each field that differs: its name, before and now.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or its config.yaml is not YAML.
     """
     contents = {
         "config.yaml": config,
         "overrides.yaml": "".join(f"- {json.dumps(override)}\n" for override in sys.argv[1:]),
         "environment.json": json.dumps(describe_environment(), indent=2) + "\n",
     }
-    changed: list[str] = []
+    changes: dict[str, tuple[Any, Any]] = {}
     try:
         for name, content in contents.items():
             path = run_dir / name
             earlier = path.read_text() if path.exists() else content
             if earlier != content:
-                path.rename(_name_for_earlier(path))
                 if name == "config.yaml":
-                    lines = difflib.ndiff(earlier.splitlines(), content.splitlines())
-                    changed = [line[2:].strip() for line in lines if line.startswith("+ ")]
+                    changes = dict(_changes(_parse(path, earlier), _parse(path, content)))
+                    _record(run_dir / CHANGES_FILE, step, changes)
+                path.rename(_name_for_earlier(path))
             write_text_whole(path, content)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
-    return changed
+    return [f"{name}: {_text(before)} -> {_text(now)}" for name, (before, now) in changes.items()]
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); move it away") from error
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], parent: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Dotted names of the fields that differ, each with both values; a field that is not there counts as null."""
+    for name in before | now:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{parent}{name}.")
+        elif old != new:
+            yield parent + name, (old, new)
+
+
+def _record(path: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
+    entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
+    earlier = path.read_text() if path.exists() else ""
+    write_text_whole(path, earlier + json.dumps(entry) + "\n")
+
+
+def _text(value: Any) -> str:
+    """A value as the command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _name_for_earlier(path: Path) -> Path:

@@ -141,7 +141,7 @@ class CheckpointFolder:
         """
         manifest = read_manifest(folder)
         for name, value in state.identity.items():
-            saved = manifest["identity"].get(name)
+            saved = manifest["identity"].get(name, value)  # earlier versions wrote fewer names
             if saved != value:
                 raise UserError(
                     f"{folder}: cannot resume: it was trained with {name}={saved}, this run has {value}; "
