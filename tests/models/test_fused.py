@@ -104,21 +104,6 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert run_fused(blocks, x.to(dtype)).dtype == torch.float32  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
-def test_operators_are_registered_whole() -> None:
-    """Schemas, shapes for the compiler and gradients of both operators, by torch's own checks."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 8, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
-    stats, keep = operators.statistics(x.detach(), 1e-5), torch.tensor([0.0, 2.0, 2.0])
-    vector = [torch.randn(n, requires_grad=True) for n in (8, 8, 8, 32, 8, 8)]
-    matrices = [torch.randn(32, 8, requires_grad=True), torch.randn(8, 32, requires_grad=True)]
-    mlp = [matrices[0], vector[3], matrices[1], vector[4]]
-    torch.library.opcheck(operators.pool_branch, (x, stats, vector[0], keep, 3, 1e-5))
-    torch.library.opcheck(
-        operators.mlp_branch, (x, stats, vector[1:3], mlp, vector[5], keep, 1e-5, torch.float32)
-    )  # fmt: skip
-
-
 def test_compiles_as_one_graph() -> None:
     """torch.compile finds nothing that it cannot trace, and the compiled network's gradients are the plain one's."""
     model = network().double().eval()
