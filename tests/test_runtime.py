@@ -209,5 +209,5 @@ def count_compiled_parts(runtime: Runtime) -> int:
 
 
 def test_compiled_networks_send_gradients_while_they_compute() -> None:
-    """A network compiled in place is cut at DDP's buckets: the last layers' gradients are sent before the first exist."""
+    """A network compiled in place is cut at DDP's buckets: the last gradients are sent before the first exist."""
     assert on_ranks(count_compiled_parts) == [2, 2]

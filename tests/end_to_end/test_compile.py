@@ -24,7 +24,7 @@ def test_compiled_training(images: Path, tmp_path: Path, ranks: int, precision: 
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
     assert "stem.conv.weight" in load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
-    common = (f"data.root={images}", "image_size=32", "workers=1", f"precision={precision}")
-    again = launch("validate", *common, f"checkpoint={run_dir}")
+    plain = (f"data.root={images}", "image_size=32", "workers=1", f"precision={precision}")
+    again = launch("validate", *plain, f"checkpoint={run_dir}")
     assert again.code == 0, again.stderr
     assert again.result["loss"] == pytest.approx(done.result["loss"], rel=1e-4 if precision == "fp32" else 1e-2)

@@ -1,7 +1,7 @@
 """From a configuration to objects: the only folder that knows every component."""
 
 from metaformer.assembly.parts import automatic_loader, locate_weights, make_loader
-from metaformer.assembly.training import training, training_result
+from metaformer.assembly.training import training
 from metaformer.assembly.validation import validation
 
-__all__ = ["automatic_loader", "locate_weights", "make_loader", "training", "training_result", "validation"]
+__all__ = ["automatic_loader", "locate_weights", "make_loader", "training", "validation"]

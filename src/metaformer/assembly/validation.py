@@ -37,7 +37,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     assert config.checkpoint is not None
     weights = runtime.from_main(partial(locate_weights, "checkpoint", config.checkpoint, config.use_ema))
     index = _evaluation_index(config, runtime)
-    model = make_model(config, config.num_classes or len(index.classes), runtime)
+    classes = config.num_classes or len(index.classes)
+    model, fused = make_model(config, classes, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
     scoring = _scoring(config, index, runtime.device)
 
@@ -62,7 +63,13 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
         scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
         if config.data.quarantine is not None:
             scored["quarantined"] = index.quarantined
-        return {"model": config.model.name, "data": config.data.name, **scored, "checkpoint": weights.name}
+        return {
+            "model": config.model.name,
+            "data": config.data.name,
+            **scored,
+            "checkpoint": weights.name,
+            "fused": fused,
+        }
 
     with closing(evaluation_feed(config, runtime, index)) as feed:
         yield partial(run, feed)
