@@ -11,9 +11,9 @@ def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
     with runtime.start() as ranks:
-        with assembly.training(config, ranks) as trainer:
-            validation = trainer.run()
-        ranks.print_result(assembly.training_result(config, trainer, validation))
+        with assembly.training(config, ranks) as train:
+            result = train()
+        ranks.print_result(result)
 
 
 if __name__ == "__main__":

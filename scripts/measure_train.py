@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metaformer.assembly import automatic_loader, make_loader
+from metaformer.data import fused_transform
 from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.device_transform import TrainingTransform
+from metaformer.data.device_transform import TrainingTransform, transform_plainly
 from metaformer.data.feed import Feed, Target
-from metaformer.data.fused_transform import choose_transform
+from metaformer.data.fused_transform import transform_by_triton
 from metaformer.data.index import find_images
 from metaformer.data.loader import LoaderConfig
 from metaformer.data.plan import TrainingPlan
 from metaformer.models import create_model
-from metaformer.models.fused import fuse
+from metaformer.models.fused import find_fault, fuse
 from metaformer.models.variants import VARIANTS
 from metaformer.runtime import keep_freed_memory, run_program
 from metaformer.training.optimizer import OptimizerConfig, make_optimizer
@@ -84,11 +85,19 @@ def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     channels_last = device.type == "cuda" or library != "timm"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    if "fused" in options.variant and not fuse(ours, device):
-        raise RuntimeError("the fused kernels were refused")
+    if "fused" in options.variant:
+        dtype = Precision(PrecisionConfig(PrecisionName(options.precision)), device).dtype
+        _refuse(find_fault(ours, options.size, device, dtype))
+        fuse(ours)
     if mode == "compiled":
         model.compile()
     return model
+
+
+def _refuse(fault: str | None) -> None:
+    """No figure is better than one of something else."""
+    if fault is not None:
+        raise RuntimeError(f"the fused kernels: {fault}")
 
 
 def _training(
@@ -127,7 +136,11 @@ def _inference(model: nn.Module, options: argparse.Namespace, device: torch.devi
 
 def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
     """The recipe's batches from JPEGs, or one batch of noise that is mixed and erased anew for each step."""
-    transform = TrainingTransform(CLASSES, 0.1, transform_images=choose_transform(device, torch.channels_last))
+    transform_images = transform_plainly
+    if device.type == "cuda":
+        _refuse(fused_transform.find_fault(device, options.size))
+        transform_images = transform_by_triton
+    transform = TrainingTransform(CLASSES, 0.1, transform_images=transform_images)
     if options.data is None:
         plan = _plan(options.batch * 1000, options)
         pixels = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=device)

@@ -189,3 +189,25 @@ def test_freed_memory_is_kept() -> None:
         given_back, kept = processes.map(count_page_faults, [False, True], chunksize=1)
     assert given_back >= 4 * 32
     assert kept < given_back / 10
+
+
+def count_compiled_parts(runtime: Runtime) -> int:
+    """Graphs that the compiler gets of three layers, one MiB each: DDP's first bucket is full after one."""
+    parts: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        parts.append(graph)
+        return graph
+
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
+    model.compile(backend=backend)
+    network = runtime.distribute(model, torch.zeros(2, 512))
+    assert not parts  # arranging the buckets compiles nothing
+    network(torch.zeros(2, 512)).sum().backward()
+    assert next(iter(model.state_dict())) == "0.weight"
+    return len(parts)
+
+
+def test_compiled_networks_send_gradients_while_they_compute() -> None:
+    """A network compiled in place is cut at DDP's buckets: the last gradients are sent before the first exist."""
+    assert on_ranks(count_compiled_parts) == [2, 2]

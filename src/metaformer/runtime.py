@@ -179,8 +179,18 @@ class Runtime:
             if other != values[0]:
                 raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")
 
+    def first_fault(self, fault: str | None) -> str | None:
+        """The first fault that any rank reports, with the rank; None if none does. Every rank gets the same answer."""
+        for rank, other in enumerate(self.gather_objects(fault)):
+            if other is not None:
+                return other if self.world_size == 1 else f"rank {rank}: {other}"
+        return None
+
     def distribute(self, model: nn.Module, example: Tensor, reduce_in_bf16: bool = False) -> nn.Module:
         """The model whose gradients are averaged over the ranks; with one rank, the model itself.
+
+        A model that was compiled in place is compiled at its first call inside DDP, in parts that end at DDP's buckets:
+        gradients are sent while others are computed.
 
         Args:
             example: an input of the model; the model is as before after it.
@@ -221,7 +231,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
         _end_with_launcher()
     control: Any = None
     if world_size > 1:
-        _join("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout, single_node=world_size == local_world_size)
+        _join(device, timeout, single_node=world_size == local_world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
     node = _variable("GROUP_RANK", rank // local_world_size)
     yield Runtime(rank, world_size, local_rank, local_world_size, device, control, node=node)
@@ -273,13 +283,21 @@ def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> No
         module.training = training
 
 
-def _join(backend: str, timeout: timedelta, single_node: bool) -> None:
+def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     if single_node:
         # What torchrun starts again would find the addresses of its dead predecessors: all starts share one store. Not
         # over several nodes: there each torchrun counts its own restarts.
         store = dist.PrefixStore(f"start-{_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,  # NCCL connects now: what is wrong with it shows here, not in a step
+    )
 
 
 def status_file_of_launcher() -> Path | None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.models import MetaFormer, fused
-from metaformer.models.fused import find_fault, fuse, run_fused
+from metaformer.models.fused import SMALL_SHAPES, BlockShape, find_fault, fuse, run_fused
 from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import REFERENCE
-from metaformer.models.metaformer import Architecture, Stage, run_plainly
+from metaformer.models.metaformer import Architecture, Stage
 from metaformer.models.token_mixers import Pooling
 from metaformer.models.variants import VARIANTS
 from tests.models.test_metaformer import randomise
@@ -52,7 +52,7 @@ def test_fused_network_is_the_plain_one(size: int, training: bool) -> None:
     model = network(size).double().train(training)
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
     expected = outcome(model, images)
-    assert fuse(model, CPU) == 4
+    assert fuse(model) == 4
     found = outcome(model, images)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -71,7 +71,7 @@ def test_drop_path_and_layer_scale_of_zero() -> None:
             nn.init.zeros_(parameter)
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     expected = outcome(model, images)
-    fuse(model, CPU)
+    fuse(model)
     found = outcome(model, images)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
@@ -92,7 +92,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     exact = outcome(model, images)
     with torch.autocast("cpu", dtype):
         plain = outcome(model, images)
-    fuse(model, CPU)
+    fuse(model)
     with torch.autocast("cpu", dtype):
         found = outcome(model, images)
     for name, value in exact.items():
@@ -104,27 +104,12 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert run_fused(blocks, x.to(dtype)).dtype == torch.float32  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
-def test_operators_are_registered_whole() -> None:
-    """Schemas, shapes for the compiler and gradients of both operators, by torch's own checks."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 8, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
-    stats, keep = operators.statistics(x.detach(), 1e-5), torch.tensor([0.0, 2.0, 2.0])
-    vector = [torch.randn(n, requires_grad=True) for n in (8, 8, 8, 32, 8, 8)]
-    matrices = [torch.randn(32, 8, requires_grad=True), torch.randn(8, 32, requires_grad=True)]
-    mlp = [matrices[0], vector[3], matrices[1], vector[4]]
-    torch.library.opcheck(operators.pool_branch, (x, stats, vector[0], keep, 3, 1e-5))
-    torch.library.opcheck(
-        operators.mlp_branch, (x, stats, vector[1:3], mlp, vector[5], keep, 1e-5, torch.float32)
-    )  # fmt: skip
-
-
 def test_compiles_as_one_graph() -> None:
     """torch.compile finds nothing that it cannot trace, and the compiled network's gradients are the plain one's."""
     model = network().double().eval()
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
     expected = outcome(model, images)
-    fuse(model, CPU)
+    fuse(model)
     model.compile(backend="aot_eager", fullgraph=True)
     for name, value in outcome(model, images).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
@@ -133,7 +118,7 @@ def test_compiles_as_one_graph() -> None:
 def test_gradients_lie_as_weights_do() -> None:
     """Strides of a channels_last weight and its gradient are equal: else distributed training copies, and warns."""
     model = network().to(memory_format=torch.channels_last)
-    fuse(model, CPU)
+    fuse(model)
     outcome(model, torch.randn(2, 3, 32, 32))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -159,20 +144,52 @@ def test_which_networks_change() -> None:
 def test_state_dict_stays_the_same() -> None:
     """Keys, values, and strict loading in both directions."""
     plain, changed = network(), network()
-    fuse(changed, CPU)
+    fuse(changed)
     assert list(changed.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(changed.state_dict(), strict=True)
 
 
-def test_wrong_kernels_are_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A value, a gradient or an exception that is wrong: one warning, and the model stays plain."""
-    assert find_fault(CPU) is None
+def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int, device: str) -> list[tuple[int, ...]]:
+    """What the check runs, where nothing is wrong."""
+    shapes: list[tuple[int, ...]] = []
+
+    def note(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
+        shapes.append(tuple(shape))
+        return 0.0
+
+    monkeypatch.setattr(fused, "_difference", note)
+    small = replace(VARIANTS[name], depths=(1, 1, 1, 1))
+    model = MetaFormer(small, num_classes=2, image_size=image_size)
+    assert find_fault(model, image_size, torch.device(device), torch.bfloat16) is None
+    return shapes
+
+
+def test_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the shapes of training: each fused stage's own width, side and window. On a CPU two small ones."""
+    for side, image_size in ((56, 224), (8, 32)):
+        sides = (side, side // 2, side // 4, side // 8)
+        for name, widths in (("poolformer_s12", (64, 128, 320, 512)), ("poolformer_m36", (96, 192, 384, 768))):
+            expected = [(width, side, side, 3, 16) for width, side in zip(widths, sides, strict=True)]
+            assert shapes_checked(monkeypatch, name, image_size, "cuda") == expected
+    expected = [(64, 56, 56, 3, 16), (128, 28, 28, 3, 16), (320, 14, 14, 3, 16)]
+    assert shapes_checked(monkeypatch, "metaformer_s12_pppf", 224, "cuda") == expected
+    assert shapes_checked(monkeypatch, "metaformer_s12_pool7", 224, "cuda")[3] == (512, 7, 7, 7, 16)
+    assert shapes_checked(monkeypatch, "poolformer_s12", 224, "cpu") == [tuple(shape) for shape in SMALL_SHAPES]
+    assert shapes_checked(monkeypatch, "metaformer_s12_identity", 224, "cuda") == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    """A value, a gradient or an exception that is wrong gives one line; right kernels give none."""
+    model = network()
+    assert find_fault(model, 32, CPU, dtype) is None
     kernels = REFERENCE
 
+    class CompilerError(Exception):
+        """Triton's own errors are no RuntimeError."""
+
     def fail(*_: object) -> Tensor:
-        raise RuntimeError("no such instruction\nand more")
+        raise CompilerError("no such instruction\nand more")
 
     faults: dict[str, Any] = {
         "normalize": lambda *a: kernels.normalize(*a) * 1.1,
@@ -183,8 +200,7 @@ def test_wrong_kernels_are_refused_in_one_line(
     for name, wrong in faults.items():
         broken = kernels._replace(**{name: wrong})
         monkeypatch.setattr(operators, "kernels_for", lambda x, broken=broken: broken)
-        model = network()
-        assert fuse(model, CPU) == 0, name
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("warning: model.fused=true: they ")
-        assert all(stage.run_blocks is run_plainly for stage in model.stages if isinstance(stage, Stage))
+        fault = find_fault(model, 32, CPU, dtype)
+        assert fault is not None, name
+        assert fault.startswith("they ")
+        assert "\n" not in fault

@@ -88,3 +88,20 @@ def test_fp16_is_scaled_on_a_gpu() -> None:
     precision = Precision(PrecisionConfig(PrecisionName.fp16), torch.device("cuda"))
     assert precision.scaler.is_enabled()
     assert precision.scaler.scale(torch.ones((), device="cuda")) > 1
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_how_float32_is_multiplied(tf32: bool) -> None:
+    """Exactly by default, or in TF32: matrix products and convolutions alike, whatever was set before."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    try:
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.allow_tf32 = not tf32
+        Precision(PrecisionConfig(PrecisionName.fp32, tf32=tf32), CPU)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.deterministic  # bits repeat
+        assert not PrecisionConfig().tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags[:2]
+        torch.backends.cudnn.deterministic = flags[2]

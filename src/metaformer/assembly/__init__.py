@@ -2,7 +2,7 @@
 
 from metaformer.assembly.parts import automatic_loader, locate_weights, make_loader
 from metaformer.assembly.preprocessing import resolve
-from metaformer.assembly.training import training, training_result
+from metaformer.assembly.training import training
 from metaformer.assembly.validation import validation
 
-__all__ = ["automatic_loader", "locate_weights", "make_loader", "resolve", "training", "training_result", "validation"]
+__all__ = ["automatic_loader", "locate_weights", "make_loader", "resolve", "training", "validation"]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaformer.assembly.fusion import fuse_blocks
 from metaformer.config import CommonConfig
 from metaformer.data.dali_loader import DaliLoader, dali_is_installed
 from metaformer.data.device_transform import ColourStatistics, EvaluationTransform
@@ -25,9 +26,7 @@ from metaformer.data.worker_server import start_worker_server
 from metaformer.models import create_model, create_timm_model
 from metaformer.models.config import Library, ResizeFilter
 from metaformer.models.download import download_weights, is_weights_name
-from metaformer.models.fused import fuse
 from metaformer.models.preprocessing import Preprocessing
-from metaformer.models.token_mixers import check_pooling
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import find_weights
 
@@ -73,8 +72,21 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
     return index
 
 
-def make_model(config: CommonConfig, images: Preprocessing, num_classes: int, runtime: Runtime) -> nn.Module:
-    """The network on the device; equal on all ranks, because all start from the seed."""
+class BuiltModel(NamedTuple):
+    """A network on its device, and what it uses of the fused operators, for people."""
+
+    model: nn.Module
+    fused: str
+
+
+def make_model(
+    config: CommonConfig, images: Preprocessing, num_classes: int, runtime: Runtime, product_type: torch.dtype | None
+) -> BuiltModel:
+    """The network on the device; equal on all ranks, because all start from the seed.
+
+    Args:
+        product_type: of matrix products under autocast; None without.
+    """
     torch.manual_seed(config.seed)
     named = config.model
     model: nn.Module
@@ -82,14 +94,11 @@ def make_model(config: CommonConfig, images: Preprocessing, num_classes: int, ru
         model = create_timm_model(named.name, num_classes, named.drop_path_rate, images.image_size)
     else:
         model = create_model(named.name, num_classes, named.drop_path_rate, images.image_size)
-        if config.channels_last:
-            fused_stages = fuse(model, runtime.device) if named.fused else 0
-            if fused_stages < len(model.stages):
-                check_pooling(runtime.device)
+    fused = fuse_blocks(config, images, runtime, model, product_type)
     model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.compile:
-        model.compile()  # in place: the state dict keeps its keys
-    return model
+        model.compile()  # in place, at the first call: the state dict keeps its keys, and DDP may still wrap it
+    return BuiltModel(model, fused)
 
 
 def example_images(config: CommonConfig, images: Preprocessing, runtime: Runtime) -> Tensor:

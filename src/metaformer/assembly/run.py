@@ -21,21 +21,26 @@ from metaformer.training.surroundings import LoopSettings
 
 
 @contextmanager
-def tracking(config: TrainConfig, runtime: Runtime, settings: LoopSettings, state: TrainState) -> Iterator[Tracker]:
+def tracking(
+    config: TrainConfig, runtime: Runtime, settings: LoopSettings, state: TrainState, fused: str
+) -> Iterator[Tracker]:
     """What is told of the run, closed at the end, when the status file says how it went.
+
+    Args:
+        fused: what the run uses of the fused parts, for the status file.
 
     Raises:
         UserError: the run folder cannot be written, or too many starts have ended before a new checkpoint.
     """
     with ExitStack() as parts:
         silent: Tracker = NullTracker()
-        yield runtime.main_only(lambda: _open(config, settings, state, parts), otherwise=silent)
+        yield runtime.main_only(lambda: _open(config, settings, state, fused, parts), otherwise=silent)
 
 
-def _open(config: TrainConfig, settings: LoopSettings, state: TrainState, parts: ExitStack) -> Tracker:
+def _open(config: TrainConfig, settings: LoopSettings, state: TrainState, fused: str, parts: ExitStack) -> Tracker:
     run_dir = config.resolved_run_dir
     status = StatusFile(run_dir, status_file_of_launcher())
-    status.start(state.progress.step, config.guards.max_starts_without_progress)
+    status.start(state.progress.step, config.guards.max_starts_without_progress, fused)
     try:
         return _open_trackers(config, settings, state, status, parts)
     except OSError as error:

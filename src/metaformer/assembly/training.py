@@ -2,7 +2,7 @@
 
 import hashlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 from torchvision.utils import save_image
 
+from metaformer.assembly.fusion import choose_transform
 from metaformer.assembly.parts import (
     colours,
     evaluation_feed,
@@ -20,7 +22,6 @@ from metaformer.assembly.parts import (
     locate_weights,
     make_feed,
     make_model,
-    memory_format,
     open_index,
     prepare_workers,
     worker_count,
@@ -29,7 +30,6 @@ from metaformer.assembly.preprocessing import resolve
 from metaformer.assembly.run import tracking
 from metaformer.config import TrainConfig, fingerprint, recorded
 from metaformer.data.device_transform import TrainingTransform, denormalize
-from metaformer.data.fused_transform import choose_transform
 from metaformer.data.index import ImageIndex, check_same_classes
 from metaformer.data.loader import LoaderName
 from metaformer.data.plan import TrainingPlan
@@ -53,7 +53,7 @@ from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
-from metaformer.training.state import TrainState
+from metaformer.training.state import Best, TrainState
 from metaformer.training.surroundings import LoopSettings, SoftBatch
 from metaformer.training.watchdog import Watchdog
 
@@ -69,8 +69,8 @@ class Splits(NamedTuple):
 
 
 @contextmanager
-def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
-    """A trainer that stands where the run folder left off; its parts are closed at the end.
+def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A function that trains from where the run folder left off, and returns what train.py prints last.
 
     Raises:
         UserError: something that the user gave cannot work; nothing has been trained then.
@@ -84,7 +84,10 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
     precision = Precision(config.precision, runtime.device)
     splits = _splits(config, runtime)
     plan = _training_plan(config, images, runtime, splits)
-    state = _new_state(config, images, runtime, splits, precision)
+    model, fused_blocks = make_model(config, images, splits.num_classes, runtime, precision.dtype)
+    transform_images, fused_transform = choose_transform(config, images, runtime)
+    fused = f"blocks {fused_blocks}; transform {fused_transform}"
+    state = _new_state(config, images, runtime, splits, precision, model)
     with ExitStack() as parts:
         runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
@@ -98,18 +101,19 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
             splits.num_classes,
             config.augmentation.label_smoothing,
             colours(images),
-            choose_transform(runtime.device, memory_format(config)),
+            transform_images,
         )
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
-        tracker = parts.enter_context(tracking(config, runtime, settings, state))
-        for line in [*found.skipped, *_describe(config, images, runtime, splits, settings, state)]:
+        tracker = parts.enter_context(tracking(config, runtime, settings, state, fused))
+        described = _describe(config, images, runtime, splits, settings, state)
+        for line in [*found.skipped, *described, f"fused        {fused}"]:
             tracker.message(line)
         if found.folder is not None:
             tracker.message(f"resuming     {found.folder}, step {state.progress.step}")
         saver = parts.enter_context(closing(CheckpointSaver(checkpoints, config.checkpoint, tracker.message)))
         processes = runtime.processes()
-        yield Trainer(
+        trainer = Trainer(
             state=state,
             network=network,
             data=train_feed,
@@ -127,11 +131,11 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Trainer]:
             bottleneck=Bottleneck(_advice(config, runtime)),
             inspect=partial(_picture, config, images, runtime, tracker),
         )
+        yield lambda: _result(config, trainer.run(), state.progress.best) | {"fused": fused}
 
 
-def training_result(config: TrainConfig, trainer: Trainer, validation: dict[str, Any]) -> dict[str, Any]:
-    """What train.py prints last: the last validation, the best one, and where the run lies."""
-    best = trainer.state.progress.best
+def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict[str, Any]:
+    """The last validation, the best one, and where the run folder is."""
     figures = {name: value for name, value in validation.items() if name not in ("kind", "samples")}
     return {
         "model": config.model.name,
@@ -200,9 +204,13 @@ def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime,
 
 
 def _new_state(
-    config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits, precision: Precision
+    config: TrainConfig,
+    images: Preprocessing,
+    runtime: Runtime,
+    splits: Splits,
+    precision: Precision,
+    model: nn.Module,
 ) -> TrainState:
-    model = make_model(config, images, splits.num_classes, runtime)
     if config.init_weights is not None:
         weights = runtime.from_main(partial(locate_weights, "init_weights", config.init_weights, use_ema=False))
         load_weights(model, weights.path)

@@ -51,7 +51,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     precision = Precision(config.precision, runtime.device)
     weights = runtime.from_main(partial(locate_weights, "checkpoint", checkpoint, config.use_ema))
     index = _evaluation_index(config, runtime)
-    model = make_model(config, images, config.num_classes or len(index.classes), runtime)
+    classes = config.num_classes or len(index.classes)
+    model, fused = make_model(config, images, classes, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
     notes += [f"images       {images}", f"weights      {weights.name}{_average_beside(weights)}"]
     runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
@@ -82,7 +83,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
             scored["quarantined"] = index.quarantined
         settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
         names = {"model": config.model.name, "data": config.data.name}
-        return {**names, **scored, **settings, "checkpoint": weights.name}
+        return {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)

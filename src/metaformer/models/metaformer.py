@@ -170,6 +170,14 @@ class Head(nn.Module):
         return out
 
 
+def stage_sides(image_size: int, stages: int) -> list[int]:
+    """Positions a side in each stage, for images of `image_size` pixels a side."""
+    sides = [(image_size - 3) // 4 + 1]  # after the stem
+    while len(sides) < stages:
+        sides.append((sides[-1] + 1) // 2)
+    return sides
+
+
 class MetaFormer(nn.Module):
     """The whole network: images [B, 3, H, W] (H and W from 32 up) to logits [B, num_classes].
 
@@ -186,13 +194,14 @@ class MetaFormer(nn.Module):
         self.num_classes = num_classes
         self.stem = Downsampling(3, dims[0], kernel_size=7, stride=4, padding=2)
         rates = iter(torch.linspace(0, architecture.drop_path_rate, sum(depths), dtype=torch.float64).tolist())
-        side = (image_size - 3) // 4 + 1  # after the stem
+        sides = stage_sides(image_size, len(depths))
         stages = []
-        for i, (depth, dim, token_mixer) in enumerate(zip(depths, dims, architecture.token_mixers, strict=True)):
+        for i, (depth, dim, side, token_mixer) in enumerate(
+            zip(depths, dims, sides, architecture.token_mixers, strict=True)
+        ):
             downsample: nn.Module = nn.Identity()
             if i:
                 downsample = Downsampling(dims[i - 1], dim, kernel_size=3, stride=2, padding=1)
-                side = (side + 1) // 2
             blocks = [MetaFormerBlock(dim, side, token_mixer, next(rates), parts) for _ in range(depth)]
             embedding_shape = (1, dim, side, side) if i == architecture.position_embedding_stage else None
             stages.append(Stage(downsample, blocks, embedding_shape))

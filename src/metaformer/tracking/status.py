@@ -24,6 +24,7 @@ class Status:
         reason: why it ended; empty where there is nothing to say.
         starts_without_progress: starts in a row before this one that began at the same step and crashed.
         started_at_step: the step that this start began at.
+        fused: which fused parts this start uses, or why it does not.
     """
 
     state: str
@@ -31,6 +32,7 @@ class Status:
     reason: str
     starts_without_progress: int
     started_at_step: int
+    fused: str = ""
 
 
 class StatusFile:
@@ -44,7 +46,7 @@ class StatusFile:
         self._file, self._copy = run_dir / STATUS_FILE, copy
         self._status = Status(RUNNING, 0, "", 0, 0)
 
-    def start(self, step: int, most_in_vain: int) -> None:
+    def start(self, step: int, most_in_vain: int, fused: str = "") -> None:
         """A process begins at a step.
 
         Raises:
@@ -60,7 +62,7 @@ class StatusFile:
                 f"{self._file}: {in_vain} starts in a row have ended without a checkpoint after step {step} (the last: "
                 f"{before.reason or 'killed' if before else ''}); mend the cause, then remove this file to start again"
             )
-        self._status = Status(RUNNING, step, "", in_vain, step)
+        self._status = Status(RUNNING, step, "", in_vain, step, fused)
         failures = self._write()
         if failures:
             raise UserError(failures[0])

@@ -25,6 +25,8 @@ class PrecisionConfig:
     """AMP as in `torch.amp`."""
 
     name: PrecisionName = PrecisionName.bf16
+    # Let GPUs round the inputs of float32 products to TF32's 10 bits, in matrix products and convolutions alike.
+    tf32: bool = False
     reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16: half the bytes on the network
 
 
@@ -75,6 +77,12 @@ class UnitScaler(Scaler):
 class Precision:
     """One code path for all formats: where a format needs no scaling or casting, that part does nothing.
 
+    Also sets, for the whole process, how GPUs multiply float32 and that cuDNN only uses algorithms that repeat their
+    results.
+
+    Attributes:
+        dtype: of matrix products; None for float32.
+
     Raises:
         UserError: the device cannot compute in this format.
     """
@@ -85,11 +93,12 @@ class Precision:
             raise UserError("precision=fp16: needs a GPU; use precision=fp32 or precision=bf16 on a CPU")
         if name is PrecisionName.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
             raise UserError("precision=bf16: this GPU has no bfloat16 (Ampere and newer do); use precision=fp16")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        torch.backends.cudnn.deterministic = True
         self._device = device
-        self._dtype = torch.float16 if name is PrecisionName.fp16 else torch.bfloat16
-        self._cast = name is not PrecisionName.fp32
+        self.dtype = {PrecisionName.bf16: torch.bfloat16, PrecisionName.fp16: torch.float16}.get(name)
         self.scaler = Scaler(device.type) if name is PrecisionName.fp16 else UnitScaler(device.type)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context of a forward pass."""
-        return torch.autocast(self._device.type, self._dtype, enabled=self._cast)
+        return torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not None)

@@ -1,7 +1,10 @@
 """The block's two branches as torch operators, with gradients, for eager and compiled networks.
 
-Images are [B, C, H, W] and channels_last. They are float32 (or float64, or of the matrix products' type): the residual
-stream keeps its type. The mathematics is in this package's docstring.
+Images are [B, C, H, W]; those returned are channels_last. They are float32 (or float64, or of the matrix products'
+type): the residual stream keeps its type. The mathematics is in this package's docstring.
+
+Each operator has a fake, which gives the shapes, types and strides of the results without computing them. The compiler
+allocates and checks by it, so it must agree exactly, whatever the kernels behind the operator.
 """
 
 from typing import Any
@@ -21,7 +24,7 @@ def statistics(x: Tensor, eps: float) -> Tensor:
 
 @statistics.register_fake
 def _(x: Tensor, eps: float) -> Tensor:
-    return x.new_empty((len(x), 2), dtype=accumulation_type(x))
+    return _empty_statistics(x)
 
 
 @torch.library.custom_op("metaformer::pool_branch", mutates_args=())
@@ -41,13 +44,13 @@ def pool_branch(
     Returns:
         Images of x's shape and type, and their statistics.
     """
-    y, y_stats = kernels_for(x).mix(_pixels(x), stats, scale, keep, size, eps)
+    y, y_stats = kernels_for(x).mix(_pixels(x), stats, scale.to(stats.dtype), keep, size, eps)
     return _image(y), y_stats
 
 
 @pool_branch.register_fake
 def _(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(stats)
+    return _empty_image(x), _empty_statistics(x)
 
 
 @torch.library.custom_op("metaformer::pool_branch_backward", mutates_args=())
@@ -55,22 +58,27 @@ def pool_branch_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `pool_branch` for x and scale."""
-    grad_x, grad_scale = kernels_for(x).mix_backward(_pixels(grad), _pixels(x), stats, scale, keep, size)
-    return _image(grad_x), grad_scale
+    acc = scale.to(stats.dtype)
+    grad_x, grad_scale = kernels_for(x).mix_backward(_pixels(grad), _pixels(x), stats, acc, keep, size)
+    return _image(grad_x), _gradient_of(scale, grad_scale)
 
 
 @pool_branch_backward.register_fake
 def _(grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(scale)
+    return _empty_image(x), _empty_gradient(scale)
 
 
 def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, stats, scale, keep, ctx.size, _ = inputs
     ctx.save_for_backward(x, stats, scale, keep)
+    _only_first_has_gradient(ctx, output)
 
 
-def _pool_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, grad_scale = pool_branch_backward(grad, *ctx.saved_tensors, ctx.size)
+def _pool_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_x, grad_scale = pool_branch_backward(grad, *ctx.saved_tensors, ctx.size)
     return grad_x, None, grad_scale, None, None, None
 
 
@@ -107,10 +115,11 @@ def mlp_branch(
     kernels = kernels_for(x)
     fc1, bias1, fc2, bias2 = (tensor.to(dtype) for tensor in mlp)
     pixels = _pixels(x)
-    normed = kernels.normalize(pixels, stats, *norm, dtype)
+    weight, bias, factor = (tensor.to(stats.dtype) for tensor in (*norm, scale))
+    normed = kernels.normalize(pixels, stats, weight, bias, dtype)
     hidden = _linear(normed, fc1, bias1)
     branch = _linear(kernels.gelu(hidden), fc2, bias2)
-    y, y_stats = kernels.residual(pixels, branch, scale, keep, eps)
+    y, y_stats = kernels.residual(pixels, branch, factor, keep, eps)
     return _image(y), y_stats, normed, hidden
 
 
@@ -128,7 +137,7 @@ def _(
     batch, channels, height, width = x.shape
     normed = x.new_empty((batch, height, width, channels), dtype=dtype)
     hidden = x.new_empty((batch, height, width, len(mlp[0])), dtype=dtype)
-    return torch.empty_like(x), torch.empty_like(stats), normed, hidden
+    return _empty_image(x), _empty_statistics(x), normed, hidden
 
 
 @torch.library.custom_op("metaformer::mlp_branch_backward", mutates_args=())
@@ -146,22 +155,23 @@ def mlp_branch_backward(
     kernels = kernels_for(x)
     normed, hidden = saved
     dtype, acc = hidden.dtype, stats.dtype
-    fc1, fc2, bias2 = mlp[0], mlp[2], mlp[3]
+    factor, weight, fc2, bias2 = (tensor.to(acc) for tensor in (scale, norm_weight, mlp[2], mlp[3]))
     level = None
     if dtype is torch.float16:  # layer scale, 1e-6 at first, times a weight is nothing there: its size waits
-        level = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        level = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     pixels = _pixels(grad)
     kept, kept_sum = kernels.residual_backward(pixels, keep, dtype)
-    relative_scale = scale if level is None else scale / level
+    relative_scale = factor if level is None else factor / level
     grad_activated = _product(kept, (relative_scale[:, None] * fc2).to(dtype))
     grad_hidden, activated, grad_bias1 = kernels.gelu_backward(grad_activated, hidden, level)
     correlation = _weight_gradient(activated, kept).t().to(acc)  # on a CPU a tenth faster than the other order
-    grad_fc1 = _weight_gradient(grad_hidden, normed).to(fc1.dtype)
-    grad_normed = _product(grad_hidden, fc1.to(dtype))
-    grad_x, grad_weight, grad_bias = kernels.normalize_backward(grad_normed, _pixels(x), stats, norm_weight, pixels)
+    grad_fc1 = _weight_gradient(grad_hidden, normed)
+    grad_normed = _product(grad_hidden, mlp[0].to(dtype))
+    grad_x, grad_weight, grad_bias = kernels.normalize_backward(grad_normed, _pixels(x), stats, weight, pixels)
     grad_scale = torch.linalg.vecdot(correlation, fc2) + bias2 * kept_sum
-    grad_fc2 = correlation * scale[:, None]
-    return [_image(grad_x), grad_weight, grad_bias, grad_fc1, grad_bias1, grad_fc2, scale * kept_sum, grad_scale]
+    grads = [grad_weight, grad_bias, grad_fc1, grad_bias1, correlation * factor[:, None], factor * kept_sum, grad_scale]
+    inputs = [norm_weight, norm_weight, *mlp, scale]
+    return [_image(grad_x), *(_gradient_of(tensor, value) for tensor, value in zip(inputs, grads, strict=True))]
 
 
 @mlp_branch_backward.register_fake
@@ -175,22 +185,31 @@ def _(
     keep: Tensor | None,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    like = [x, norm_weight, norm_weight, *mlp, scale]
-    return [torch.empty_like(tensor) for tensor in like]
+    return [_empty_image(x), *(_empty_gradient(tensor) for tensor in (norm_weight, norm_weight, *mlp, scale))]
 
 
 def _save_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, stats, norm, mlp, scale, keep, _, _ = inputs
     ctx.save_for_backward(x, stats, norm[0], *mlp, scale, keep, *output[2:])
+    _only_first_has_gradient(ctx, output)
 
 
-def _mlp_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _mlp_gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, [None] * 2, [None] * 4, None, None, None, None
     x, stats, norm_weight, fc1, bias1, fc2, bias2, scale, keep, *saved = ctx.saved_tensors
-    grads = mlp_branch_backward(grad, x, stats, norm_weight, [fc1, bias1, fc2, bias2], scale, keep, saved)
+    with torch.autocast(grad.device.type, enabled=False):  # in which the user may call backward
+        grads = mlp_branch_backward(grad, x, stats, norm_weight, [fc1, bias1, fc2, bias2], scale, keep, saved)
     return grads[0], None, grads[1:3], grads[3:7], grads[7], None, None, None
 
 
 mlp_branch.register_autograd(_mlp_gradients, setup_context=_save_for_mlp)
+
+
+def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """The other outputs get no gradient: None, where autograd would otherwise fill tensors of their size with zeros."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -202,6 +221,25 @@ def _image(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
+def _empty_image(x: Tensor) -> Tensor:
+    """An image batch like x, channels_last whatever x is."""
+    batch, channels, height, width = x.shape
+    return _image(x.new_empty((batch, height, width, channels)))
+
+
+def _empty_statistics(x: Tensor) -> Tensor:
+    return x.new_empty((len(x), 2), dtype=accumulation_type(x))
+
+
+def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """A parameter's gradient, of its type and contiguous."""
+    return value.to(parameter.dtype).contiguous()
+
+
+def _empty_gradient(parameter: Tensor) -> Tensor:
+    return parameter.new_empty(parameter.shape)
+
+
 def _linear(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, pixels.flatten(0, 2), weight.t()).view(*pixels.shape[:3], len(weight))
 
@@ -211,4 +249,12 @@ def _product(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, pixels: Tensor) -> Tensor:
-    return torch.mm(grad.flatten(0, 2).t(), pixels.flatten(0, 2))
+    """The product over all positions; never in float16, where the sum of so many overflows."""
+    rows, columns = grad.flatten(0, 2).t(), pixels.flatten(0, 2)
+    if rows.is_cuda and rows.element_size() < 4:
+        return torch.mm(
+            rows, columns, out_dtype=torch.float32
+        )  # what it is summed in anyway; CPUs have no such product
+    if rows.dtype is torch.float16:
+        rows, columns = rows.float(), columns.float()
+    return torch.mm(rows, columns)

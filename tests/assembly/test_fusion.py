@@ -1,0 +1,76 @@
+"""Which fused parts a run uses, and that all ranks use the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from metaformer.assembly.fusion import choose_transform, fuse_blocks
+from metaformer.config import compose_training
+from metaformer.data import fused_transform
+from metaformer.data.device_transform import transform_plainly
+from metaformer.data.fused_transform import transform_by_triton
+from metaformer.models import create_model, create_timm_model, fused
+from metaformer.models.metaformer import MetaFormer, Stage, run_plainly
+from metaformer.runtime import Runtime
+from tests.ranks import on_ranks
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
+ON_GPU = replace(ALONE, device=torch.device("cuda"))
+FAULT = "they differ"
+
+
+def used(name: str, *overrides: str) -> str:
+    """What `fuse_blocks` says of a network on a CPU."""
+    config = compose_training(["data.root=.", f"model={name}", "image_size=32", *overrides])
+    return fuse_blocks(config, ALONE, create_model(name, 2, image_size=32), None)
+
+
+def test_what_is_said_of_the_blocks() -> None:
+    """That they are fused and by what, or why they are not."""
+    assert used("poolformer_s12") == "on (in plain torch on a CPU)"
+    assert used("metaformer_s12_ppff") == "on (in plain torch on a CPU, 2 of 4 stages)"
+    assert used("metaformer_s12_identity") == "off (no stage has the paper's blocks)"
+    assert used("poolformer_s12", "model.fused=false") == "off (model.fused=false)"
+    assert used("poolformer_s12", "channels_last=false") == "off (channels_last=false)"
+    config = compose_training(["data.root=.", "model=timm", "model.name=resnet18"])
+    model = create_timm_model("resnet18", 2, None, 224)
+    assert fuse_blocks(config, ALONE, model, None) == "off (not a network of this project)"
+
+
+def test_which_transform_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's on a GPU, for channels_last, where nothing is wrong with it for images of this size."""
+    config = compose_training(["data.root=.", "image_size=96"])
+    sizes = []
+    monkeypatch.setattr(fused_transform, "find_fault", lambda device, size: sizes.append(size))
+    assert choose_transform(config, ON_GPU) == (transform_by_triton, "on (Triton)")
+    assert sizes == [96]
+    assert choose_transform(config, ALONE) == (transform_plainly, "off (a CPU)")
+    contiguous = compose_training(["data.root=.", "channels_last=false"])
+    assert choose_transform(contiguous, ON_GPU) == (transform_plainly, "off (channels_last=false)")
+    monkeypatch.setattr(fused_transform, "find_fault", lambda device, size: FAULT)
+    assert choose_transform(config, ON_GPU) == (transform_plainly, f"off ({FAULT})")
+
+
+def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
+    """What a rank says and does about blocks and transform; the transform's check is asked as on a GPU."""
+    fault = FAULT if runtime.rank == 1 else None
+    vars(fused)["find_fault"] = lambda *_: fault
+    vars(fused_transform)["find_fault"] = lambda *_: fault
+    config = compose_training(["data.root=.", "image_size=32"])
+    model = create_model("poolformer_s12", 2, image_size=32)
+    blocks = fuse_blocks(config, runtime, model, None)
+    on_gpu = replace(runtime, device=torch.device("cuda"))
+    transform, said = choose_transform(config, on_gpu)
+    return blocks, is_plain(model), said, transform is transform_plainly
+
+
+def is_plain(model: MetaFormer) -> bool:
+    """Whether no stage computes by the fused operators."""
+    return all(stage.run_blocks is run_plainly for stage in model.stages if isinstance(stage, Stage))
+
+
+def test_ranks_agree() -> None:
+    """If one rank's check fails, no rank uses the kernels, and every rank knows which rank it was."""
+    off = f"off (rank 1: {FAULT})"
+    assert on_ranks(choose_where_rank_1_fails) == [(off, True, off, True)] * 2

@@ -1,0 +1,242 @@
+"""The fused operators by each kind of kernels: test functions for two runners.
+
+`test_operators.py` runs them with the reference's kernels on a CPU, with Triton's in its interpreter (in a process of
+its own, because Triton reads TRITON_INTERPRET when it is imported) and, where there is a GPU, with Triton's compiled.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metaformer.models.fused import run_fused
+from metaformer.models.kernels import operators
+from metaformer.models.kernels.backend import REFERENCE, triton_kernels
+from metaformer.models.metaformer import BlockParts, MetaFormerBlock, run_plainly
+from metaformer.models.token_mixers import Pooling
+
+EPS = 1e-5
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WAYS = ["interpreted"] if INTERPRETED else ["reference", *(["gpu"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# [B, C, H, W]: odd sides and widths; one position, where strides are ambiguous; one image; more than one tile.
+SHAPES = [(3, 40, 7, 5), (2, 16, 1, 1), (1, 3, 1, 9), (1, 34, 11, 13)]
+
+
+class Call(NamedTuple):
+    """An operator with arguments."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+
+
+@pytest.fixture(params=WAYS)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the operators run, with the kernels that are meant."""
+    if request.param == "gpu":
+        return torch.device("cuda")
+    kernels = triton_kernels() if request.param == "interpreted" else REFERENCE
+    monkeypatch.setattr(operators, "kernels_for", lambda x: kernels)
+    return torch.device("cpu")
+
+
+def calls(
+    device: torch.device, shape: tuple[int, ...], stream: torch.dtype, product: torch.dtype, channels_last: bool
+) -> Iterator[Call]:
+    """All five operators; `stream` is the images' and the parameters' type, `product` that of the matrix products."""
+    torch.manual_seed(0)
+    batch, channels, height, width = shape
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def normal(*size: int, dtype: torch.dtype = stream) -> Tensor:
+        return torch.randn(size, device=device).to(dtype)
+
+    x, grad = (normal(*shape).contiguous(memory_format=memory_format) for _ in range(2))
+    norm, scale = [normal(channels), normal(channels)], normal(channels)
+    mlp = [normal(4 * channels, channels), normal(4 * channels), normal(channels, 4 * channels), normal(channels)]
+    saved = [normal(batch, height, width, n, dtype=product) for n in (channels, 4 * channels)]
+    stats = REFERENCE.statistics(x, EPS)
+    yield Call(operators.statistics, (x, EPS))
+    for keep in (None, torch.tensor([0.0, 2.0, 2.0][:batch], device=device)):
+        yield Call(operators.pool_branch, (x, stats, scale, keep, 3, EPS))
+        yield Call(operators.pool_branch_backward, (grad, x, stats, scale, keep, 3))
+        yield Call(operators.mlp_branch, (x, stats, norm, mlp, scale, keep, EPS, product))
+        yield Call(operators.mlp_branch_backward, (grad, x, stats, norm[0], mlp, scale, keep, saved))
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors of a tree."""
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape, type, device and strides; the stride of a dimension of size 1 means nothing."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return tensor.shape, tensor.dtype, tensor.device.type, strides
+
+
+TYPES = [*((torch.float32, dtype) for dtype in DTYPES), (torch.bfloat16, torch.bfloat16)]
+if INTERPRETED:
+    TYPES.pop(1)  # slow
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("stream", "product"), TYPES)
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+def test_fakes_and_memory(
+    device: torch.device, shape: tuple[int, ...], stream: torch.dtype, product: torch.dtype, channels_last: bool
+) -> None:
+    """A fake gives the real results' shapes, types and strides; no result shares memory with another or an argument."""
+    for operator, arguments in calls(device, shape, stream, product, channels_last):
+        found = tensors(operator(*arguments))
+        with FakeTensorMode() as mode:
+            faked = operator(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+        assert [layout(tensor) for tensor in tensors(faked)] == [layout(tensor) for tensor in found], operator
+        places = [tensor.untyped_storage().data_ptr() for tensor in [*found, *tensors(arguments)]]
+        assert not {*places[: len(found)]} & {*places[len(found) :]}, operator
+        assert len({*places[: len(found)]}) == len(found), operator
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+@pytest.mark.parametrize(("stream", "product"), TYPES)
+def test_torch_checks_the_operators(device: torch.device, stream: torch.dtype, product: torch.dtype) -> None:
+    """Schemas, mutation, aliasing, fakes with symbolic sizes, gradients in a compiled graph: torch's own checks."""
+    tolerance = 1e-5 if stream == product == torch.float32 else 0.1
+    for operator, arguments in calls(device, (3, 4, 3, 2), stream, product, True):
+        if operator in (operators.pool_branch, operators.mlp_branch):  # the others have no gradient
+            arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)
+            arguments = (arguments[0], arguments[1].detach(), *arguments[2:])
+            arguments = tuple(a.detach() if isinstance(a, Tensor) and a.shape == (3,) else a for a in arguments)  # keep
+        torch.library.opcheck(operator, arguments, rtol=tolerance, atol=tolerance)
+
+
+def blocks_of(dim: int, window: int, layer_scale: float, device: torch.device) -> nn.Sequential:
+    """Two blocks with drop path, whose parameters all show."""
+
+    def mixer(dim: int, side: int) -> Pooling:
+        return Pooling(dim, side, window)
+
+    torch.manual_seed(0)
+    parts = BlockParts(layer_scale_init=layer_scale)
+    blocks = nn.Sequential(*(MetaFormerBlock(dim, 7, mixer, 0.4, parts) for _ in range(2)))
+    for name, parameter in blocks.named_parameters():
+        if "layer_scale" not in name:
+            nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
+    return blocks.to(device)
+
+
+def outcome(
+    run: Callable[..., Tensor], blocks: nn.Sequential, images: Tensor, weight: Tensor, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The output and all gradients, for a loss whose gradient has the layout of `weight`, under autocast to `dtype`."""
+    torch.manual_seed(1)
+    blocks.zero_grad()
+    leaf = images.clone().requires_grad_()
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        out = run(blocks, leaf)
+    out.backward(weight.to(out.dtype).expand(out.shape))
+    assert leaf.grad is not None
+    gradients = {name: p.grad.clone() for name, p in blocks.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "images": leaf.grad, **gradients}
+
+
+@pytest.mark.parametrize("layer_scale", [0.5, 1e-6])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype | None, layer_scale: float) -> None:
+    """Output and gradients of the plain blocks, up to rounding of the plain path's size, for any layout of gradients.
+
+    Drop path drops some images; under autocast to float16 a layer scale of 1e-6 is the paper's.
+    """
+    blocks = blocks_of(shape[1], 5 if shape[2] > 9 else 3, layer_scale, device).train()
+    images = torch.randn(shape, device=device)
+    gradients = {
+        "channels_last": images.flip(0).contiguous(memory_format=torch.channels_last),
+        "contiguous": images.flip(0).contiguous(),
+        "strided": torch.randn(*shape[:3], 2 * shape[3], device=device)[..., ::2],
+        "expanded": torch.randn(*shape[:2], 1, 1, device=device),
+    }
+    if INTERPRETED and (dtype is not None or shape == SHAPES[-1]):  # slow, and kernels see no layout but one
+        gradients = {"strided": gradients["strided"]}
+    for name, weight in gradients.items():
+        exact = outcome(run_plainly, blocks.double(), images.double(), weight, None)
+        blocks.float()
+        plain = outcome(run_plainly, blocks, images, weight, dtype)
+        found = outcome(run_fused, blocks, images, weight, dtype)
+        assert found.keys() == exact.keys()
+        for key, value in exact.items():
+            if not key.endswith("norm1.bias"):  # cancels: exactly zero here, rounding errors there
+                error, plain_error = ((other[key].double() - value).norm() for other in (found, plain))
+                relative = 3e-5 if dtype is None else torch.finfo(dtype).eps
+                absolute = 1e-6 * weight.norm() * (1 if key.endswith("scale") else layer_scale)
+                bound = 6 * plain_error + relative * value.norm() + absolute
+                assert error <= bound, (name, key)
+
+
+def test_backward_under_autocast(device: torch.device) -> None:
+    """Calling backward inside autocast, too, changes no bit of a gradient."""
+    blocks, images = blocks_of(16, 3, 0.5, device), torch.randn(2, 16, 6, 5, device=device)
+    expected = outcome(run_fused, blocks, images, images, torch.bfloat16)
+    torch.manual_seed(1)
+    blocks.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16):
+        run_fused(blocks, images).backward(images)
+    for name, parameter in blocks.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_a_half_typed_weight_gradient_does_not_overflow(device: torch.device) -> None:
+    """In float16, fc2's gradient before its layer scale may exceed 65504: after it, it is finite and right."""
+    channels, scale = 8, torch.full((8,), 1e-3, device=device)
+    x = torch.randn(2, channels, 16, 16, device=device)
+    mlp = [torch.randn(32, channels), torch.randn(32), torch.randn(channels, 32), torch.randn(channels)]
+    mlp = [tensor.to(device) for tensor in mlp]
+    saved = [torch.ones(2, 16, 16, n, device=device, dtype=torch.float16) for n in (channels, 32)]
+    stats, grad = REFERENCE.statistics(x, EPS), torch.full_like(x, 1000.0)
+    grads = operators.mlp_branch_backward(grad, x, stats, torch.ones_like(scale), mlp, scale, None, saved)
+    expected = 1000.0 * 2 * 16 * 16 * 0.8413447 * 1e-3  # gelu(1)
+    torch.testing.assert_close(grads[5], torch.full_like(grads[5], expected), rtol=1e-3, atol=0)
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the elements that are filled with a constant, by operator call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(word in str(func) for word in ("zero", "fill", "full")):
+            self.sizes += [tensor.numel() for tensor in tensors(result)]
+        return result
+
+
+def test_no_gradient_is_filled_with_zeros(device: torch.device) -> None:
+    """The backward makes no zeros for the outputs that have no gradient, of which the hidden layer is the largest."""
+    blocks = blocks_of(16, 3, 0.5, device)
+    images = torch.randn(2, 16, 6, 5, device=device, requires_grad=True)
+    out = run_fused(blocks, images)
+    with Zeros() as zeros:
+        out.backward(torch.ones_like(out))
+    assert max(zeros.sizes, default=0) <= 4 * 16, zeros.sizes
+
+
+def test_outputs_for_the_backward_have_no_gradient(device: torch.device) -> None:
+    """They are not differentiable: what used them would silently get a wrong gradient. Unused outputs get none."""
+    for operator, arguments in itertools.islice(calls(device, (2, 8, 3, 3), torch.float32, torch.float32, True), 5):
+        if operator in (operators.pool_branch, operators.mlp_branch):
+            images = arguments[0].requires_grad_()
+            first, *others = operator(images, *arguments[1:])
+            assert first.requires_grad
+            assert not any(other.requires_grad for other in others)
+            (grad,) = torch.autograd.grad(first, images, torch.ones_like(first))
+            assert grad.isfinite().all()
