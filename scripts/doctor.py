@@ -12,6 +12,7 @@ import json
 import random
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -21,11 +22,12 @@ from metaformer import runtime
 from metaformer.data.index import load_index
 from metaformer.diagnosis import machine, network, software, storage
 from metaformer.diagnosis.finding import Check, Finding, Verdict, fail, ok, run_check, warn
+from metaformer.diagnosis.storage import ByteRange
 from metaformer.errors import UserError
 from metaformer.runtime import Runtime
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}
-FILES_READ = 1000
+IMAGES_READ = 1000
 
 
 def main() -> None:
@@ -75,7 +77,7 @@ def _data(arguments: argparse.Namespace, threads: int) -> Iterator[Finding]:
     if arguments.data is None:
         yield warn("data", "not looked at", "give --data FOLDER")
         return
-    files: list[Path] = []
+    images: list[ByteRange] = []
     for split, published in IMAGENET.items():
         try:
             index = load_index(arguments.data, split)
@@ -87,27 +89,40 @@ def _data(arguments: argparse.Namespace, threads: int) -> Iterator[Finding]:
             yield warn("data", said, f"ImageNet-1K has {published:,}; see scripts/prepare_data.py")
         else:
             yield ok("data", said)
-        chosen = random.Random(0).sample(range(len(index)), min(FILES_READ // 2, len(index)))
-        files += [index.path(sample) for sample in chosen]
-    if files:
-        yield from storage.reading(files, threads, arguments.images_per_second)
+        chosen = random.Random(0).sample(range(len(index)), min(IMAGES_READ // 2, len(index)))
+        images += [ByteRange(*index.byte_range(sample)) for sample in chosen]
+    if images:
+        yield from storage.reading(images, threads, arguments.images_per_second)
 
 
 def merge(everywhere: list[tuple[str, list[Finding]]]) -> list[Finding]:
-    """What all nodes found alike, once; what only some found, with their names. Versions that differ have failed."""
-    nodes = {host: findings for host, findings in everywhere if findings}
+    """Say what all nodes found alike once, and what only some found with their names. Versions that differ fail.
+
+    Args:
+        everywhere: host name and findings of each rank, in their order; only the first rank of a node has findings.
+    """
+    nodes = _by_name([(host, findings) for host, findings in everywhere if findings])
     finders: dict[Finding, list[str]] = {}
-    for host, findings in nodes.items():
-        for finding in findings:
-            finders.setdefault(finding, []).append(host)
+    for name, findings in nodes.items():
+        for finding in dict.fromkeys(findings):
+            finders.setdefault(finding, []).append(name)
     lines = [
-        finding if len(hosts) == len(nodes) else finding._replace(said=f"{', '.join(hosts)}: {finding.said}")
-        for finding, hosts in finders.items()
+        finding if len(names) == len(nodes) else finding._replace(said=f"{', '.join(names)}: {finding.said}")
+        for finding, names in finders.items()
     ]
     for check in ("python", "torch", "torchvision", "timm", "dali", "nccl", "driver"):
         if len({finding.said for findings in nodes.values() for finding in findings if finding.check == check}) > 1:
             lines.append(fail("versions", f"{check} differs between the nodes", "install the same on all"))
     return lines
+
+
+def _by_name(nodes: list[tuple[str, list[Finding]]]) -> dict[str, list[Finding]]:
+    """The nodes' findings by host name, with the node's number where several nodes report the same name."""
+    hosts = Counter(host for host, _ in nodes)
+    return {
+        f"{host} (node {number})" if hosts[host] > 1 else host: findings
+        for number, (host, findings) in enumerate(nodes)
+    }
 
 
 def _print(findings: list[Finding], as_json: bool) -> None:

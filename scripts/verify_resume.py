@@ -41,7 +41,8 @@ def main() -> None:
         _train(arguments, whole)
         _train_and_kill(arguments, killed)
         _train(arguments, killed)
-        hashes = {name: (one, hash_run(killed)[name]) for name, one in hash_run(whole).items()}
+        undisturbed, resumed = hash_run(whole), hash_run(killed)
+    hashes = {name: (undisturbed[name], resumed[name]) for name in undisturbed}
     table = Table("part", "undisturbed", "killed and resumed", "")
     for name, (one, other) in hashes.items():
         table.add_row(name, one[:16], other[:16], "equal" if one == other else "DIFFERENT")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from metaformer.diagnosis.finding import Verdict
-from metaformer.diagnosis.storage import reading
+from metaformer.diagnosis.storage import ByteRange, reading
 
 
 def test_speed_against_what_is_needed(tmp_path: Path) -> None:
@@ -11,15 +11,27 @@ def test_speed_against_what_is_needed(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.JPEG" for number in range(20)]
     for file in files:
         file.write_bytes(bytes(100_000))
-    (found,) = reading(files, threads=2, needed=None)
+    images = [ByteRange(file, 0, 100_000) for file in files]
+    (found,) = reading(images, threads=2, needed=None)
     assert found.verdict is Verdict.ok
-    assert "over 20 files" in found.said
-    (slow,) = reading(files, threads=2, needed=1e9)
+    assert "over 20 images" in found.said
+    (slow,) = reading(images, threads=2, needed=1e9)
     assert slow.verdict is Verdict.warn
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     """It is named."""
-    (found,) = reading([tmp_path / "gone.JPEG"], threads=1, needed=None)
+    (found,) = reading([ByteRange(tmp_path / "gone.JPEG", 0, 1)], threads=1, needed=None)
     assert found.verdict is Verdict.fail
     assert "gone.JPEG: cannot be read (No such file or directory)" in found.said
+
+
+def test_a_shard_that_ends_early(tmp_path: Path) -> None:
+    """A range past the end of its file has failed, with how much is missing."""
+    shard = tmp_path / "shard-000000.tar"
+    shard.write_bytes(bytes(1000))
+    (whole,) = reading([ByteRange(shard, 600, 400)], threads=1, needed=None)
+    assert whole.verdict is Verdict.ok
+    (short,) = reading([ByteRange(shard, 600, 500)], threads=1, needed=None)
+    assert short.verdict is Verdict.fail
+    assert "shard-000000.tar: cannot be read (ends 100 bytes early)" in short.said

@@ -20,7 +20,6 @@ import train
 from metaformer import runtime
 from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
-from metaformer.tracking.wandb import WandbTracker
 from metaformer.training.checkpoint import CheckpointFolder
 from metaformer.training.loop import Trainer
 from metaformer.training.state import Snapshot
@@ -110,19 +109,9 @@ def _strike_in_saves(planned: dict[int, str]) -> None:
 
 
 def _strike_in_tracking(fault: str) -> None:
-    def raise_(*arguments: Any) -> None:
-        raise RuntimeError("wandb has a bad day")
-
-    def block(*arguments: Any) -> None:
-        time.sleep(1000)
-
-    match fault:
-        case "tracker-raises":
-            WandbTracker.metrics = raise_  # type: ignore[method-assign, assignment]
-        case "tracker-blocks":
-            WandbTracker.metrics = block  # type: ignore[method-assign, assignment]
-        case "tracker-blocks-at-start":
-            WandbTracker._start = block  # type: ignore[method-assign, assignment]
+    if fault.startswith("tracker-"):
+        program = Path(__file__).with_name("tracker_program.py")
+        vars(sys.modules["metaformer.tracking.make"])["WANDB_PROCESS"] = [sys.executable, str(program), fault]
 
 
 def _poison(batch: SoftBatch) -> SoftBatch:

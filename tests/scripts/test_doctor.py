@@ -1,6 +1,9 @@
 """doctor.py on this machine: one process, two ranks, and nodes that differ."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ import pytest
 from metaformer.diagnosis import machine
 from metaformer.diagnosis.finding import Verdict, fail, ok
 from scripts import doctor
-from tests.conftest import launch
+from tests.conftest import BIN, REPOSITORY, launch
+from tests.faults.conftest import free_port
 
 
 @pytest.fixture
@@ -38,6 +42,22 @@ def test_a_sound_machine(
     assert not [finding for finding in found if finding["verdict"] == "fail"]
     counts = [finding["said"].split(" in ")[0] for finding in found if finding["check"] == "data"]
     assert counts == ["train: 48 images of 4 classes", "val: 403 images of 4 classes"]
+
+
+def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
+    """Of a data set in shards, as prepare_data.py packs it, all images are counted and their byte ranges are read."""
+    shards = tmp_path / "shards"
+    packing = ["folder", "--from", str(images), "--out", str(shards), "--format", "shards", "--workers=1"]
+    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "prepare_data.py"), *packing], check=True)
+    program = launch("scripts/doctor", "--json", "--cpu", f"--data={shards}", f"--runs={tmp_path}")
+    found = json.loads(program.stdout)
+    assert not [finding for finding in found if finding["verdict"] == "fail"], found
+    assert [row["said"].split(" in ")[0] for row in found if row["check"] == "data"] == [
+        "train: 48 images of 4 classes",
+        "val: 403 images of 4 classes",
+    ]
+    (reading,) = [row for row in found if row["check"] == "reading"]
+    assert "over 451 images" in reading["said"]
 
 
 @pytest.mark.usefixtures("offline")
@@ -76,6 +96,37 @@ def test_nodes_that_differ() -> None:
         "fail  versions    torch differs between the nodes; install the same on all",
     ]
     assert merged[-1].verdict is Verdict.fail
+
+
+def test_two_nodes_of_one_name() -> None:
+    """Both are kept, told apart by their number; a name that only one node has stays as it is."""
+    same, broken = ok("python", "3.12.1"), fail("shm", "64 MiB", "--ipc=host")
+    merged = doctor.merge([("box", [same, broken]), ("box", []), ("other", [same]), ("box", [same])])
+    assert [str(finding) for finding in merged] == [
+        "ok    python      3.12.1",
+        "fail  shm         box (node 0): 64 MiB; --ipc=host",
+    ]
+    (only,) = doctor.merge([("box", [same]), ("other", [same, broken])])[1:]
+    assert only.said == "other: 64 MiB"
+
+
+def test_findings_of_two_nodes_of_one_name_are_both_reported(images: Path, tmp_path: Path) -> None:
+    """Two torchruns on this machine are two nodes with one host name: what fails on the first is not lost."""
+    port = free_port()
+    nodes = []
+    for number, data in enumerate((tmp_path / "nowhere", images)):
+        command = [str(BIN / "torchrun"), "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}", str(REPOSITORY / "scripts" / "doctor.py")]
+        command += ["--cpu", f"--data={data}", f"--runs={tmp_path}", "--mebibytes=1"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+        nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    reports = [node.communicate(timeout=180)[0] for node in nodes]
+    name = socket.gethostname()
+    lines = [line for line in reports[0].splitlines() if line.startswith("fail  data ")]
+    assert len(lines) == 2
+    assert all(f"{name} (node 0): " in line and "nowhere" in line for line in lines)
+    assert f"{name} (node 1): train: 48 images of 4 classes" in reports[0]
+    assert [node.returncode for node in nodes] == [1, 1]
 
 
 def test_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

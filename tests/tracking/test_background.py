@@ -1,5 +1,8 @@
-"""A tracker that is slow, stuck or broken does not hold up training."""
+"""A tracker that is slow, stuck, broken or killed neither holds up training nor loses a row in silence."""
 
+import json
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,128 +12,222 @@ import pytest
 
 from metaformer.tracking import background
 from metaformer.tracking.background import BackgroundTracker
-from metaformer.tracking.tracker import NullTracker
+
+COMMAND = (sys.executable, str(Path(__file__).with_name("served_tracker.py")))
 
 
-class Gate(NullTracker):
-    """Remembers its calls, once it is let go."""
+def tracker_of(
+    folder: Path, fault: str = "", open_seconds: float = 60.0, close_seconds: float = 60.0
+) -> BackgroundTracker:
+    return BackgroundTracker("service", COMMAND, (folder, fault), open_seconds, close_seconds)
 
-    def __init__(self, opens: bool = False) -> None:
-        self.opened = threading.Event()
-        self.calls: list[Any] = []
-        if opens:
-            self.opened.set()
 
-    def metrics(self, row: dict[str, Any]) -> None:
-        self.opened.wait(30)
-        self.calls.append(row["step"])
+def calls(folder: Path, start: int = 1) -> list[list[Any]]:
+    """What a start was told, after the position of the first start."""
+    return [json.loads(line) for line in (folder / f"start-{start}").read_text().splitlines()][1:]
 
-    def message(self, text: str) -> None:
-        self.calls.append(text)
 
-    def picture(self, name: str, file: Path) -> None:
-        self.calls.append((name, file))
+def rows_and(count: int, *more: list[Any]) -> list[list[Any]]:
+    return [*(["row", step] for step in range(count)), *more]
 
-    def checkpoint(self, folder: Path, aliases: list[str]) -> None:
-        self.calls.append((folder, aliases))
 
-    def close(self, failed: bool) -> None:
-        self.calls.append(failed)
+def log(tracker: BackgroundTracker, *steps: int) -> None:
+    for step in steps:
+        tracker.metrics({"step": step})
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_everything_arrives_in_order(failed: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    """All kinds of calls, from one thread to another, and nothing is said."""
-    gate = Gate(opens=True)
-    tracker = BackgroundTracker("service", lambda: gate, 60)
-    tracker.metrics({"step": 1})
+def test_everything_arrives_in_order(failed: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All kinds of calls, from one process to another; nothing is said, and the process has ended."""
+    tracker = tracker_of(tmp_path)
+    row = {"step": 1}
+    tracker.metrics(row)
+    row["step"] = 5  # a row is what it was when it was logged
     tracker.message("text")
     tracker.picture("name", Path("file"))
     tracker.checkpoint(Path("folder"), ["best"])
-    tracker.metrics({"step": 2})
+    log(tracker, 2)
+    wait_for(lambda: (tmp_path / "start-1").exists() and len(calls(tmp_path)) == 5)
     tracker.close(failed)
-    assert gate.calls == [1, "text", ("name", Path("file")), (Path("folder"), ["best"]), 2, failed]
+    assert calls(tmp_path) == [
+        ["row", 1], ["message", "text"], ["picture", "name", "file"], ["checkpoint", "folder", ["best"]], ["row", 2],
+        ["close", failed],
+    ]  # fmt: skip
     assert capfd.readouterr().err == ""
+    assert tracker._process.poll() == 0
 
 
-def test_a_slow_tracker_holds_nobody_up() -> None:
-    """Neither making it nor a call that is stuck costs the caller time; all arrives once it goes on."""
-    gate, made = Gate(), threading.Event()
-
-    def make() -> Gate:
-        made.wait(30)
-        return gate
-
+def test_a_slow_tracker_holds_nobody_up(tmp_path: Path) -> None:
+    """Neither opening it nor a call that is stuck costs the caller time; all arrives once it goes on."""
+    tracker = tracker_of(tmp_path, "opening-waits")
     began = time.monotonic()
-    tracker = BackgroundTracker("service", make, 60)
-    for step in range(1000):
-        tracker.metrics({"step": step})
-    made.set()
-    for step in range(1000, 2000):
-        tracker.metrics({"step": step})
-    assert time.monotonic() - began < 5
-    assert len(gate.calls) == 0
-    gate.opened.set()
+    log(tracker, *range(10_000))
+    assert time.monotonic() - began < 10
+    assert list(tmp_path.glob("start-*")) == [] or calls(tmp_path) == []
+    (tmp_path / "go").touch()
     tracker.close(failed=False)
-    assert gate.calls == [*range(2000), False]
+    assert calls(tmp_path) == rows_and(10_000, ["close", False])
 
 
-@pytest.mark.parametrize("breaks", ["when made", "when told"])
-def test_a_broken_tracker_is_off(breaks: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """An error, at the beginning or later: one warning in one line, and no more of it, at the end either."""
-
-    class Broken(NullTracker):
-        def metrics(self, row: dict[str, Any]) -> None:
-            raise ValueError("a\nreason")
-
-    def make() -> Broken:
-        if breaks == "when made":
-            raise ValueError("a\nreason")
-        return Broken()
-
-    tracker = BackgroundTracker("service", make, 60)
-    for step in range(3):
-        tracker.metrics({"step": step})
+@pytest.mark.parametrize("fault", ["opening-raises", "row-raises"])
+def test_a_broken_tracker_is_started_once_more_and_then_off(
+    fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An error each time: a line when it happens, another when it happens again; the end does not wait."""
+    tracker = tracker_of(tmp_path, fault)
+    log(tracker, 0, 1, 2)
+    wait_for(lambda: tracker._ended)
     began = time.monotonic()
+    log(tracker, 3)
     tracker.close(failed=False)
     assert time.monotonic() - began < 5
-    expected = "warning: service: failed and is off from here; training goes on (a reason)\n"
-    assert capfd.readouterr().err == expected
+    upload = "`upload start-2` uploads what it has; " if fault == "row-raises" else ""
+    assert capfd.readouterr().err.splitlines() == [
+        "warning: service: a reason; starting it again with all rows, training goes on",
+        f"warning: service: a reason; off from here, training goes on; {upload}the run folder has all rows",
+    ]
+
+
+@pytest.mark.parametrize("fault", ["row-kills-once", "closing-kills-once", "opening-raises-once"])
+def test_a_tracker_that_dies_once_gets_everything_again(
+    fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL while a row is logged or the tracker closes, or an error when it opens: the second start has all rows."""
+    tracker = tracker_of(tmp_path, fault)
+    log(tracker, 0, 1, 2, 3)
+    tracker.close(failed=False)
+    assert calls(tmp_path, 2) == rows_and(4, ["close", False])
+    reason = "a reason" if fault == "opening-raises-once" else "its process ended (signal 9)"
+    assert capfd.readouterr().err.splitlines() == [
+        f"warning: service: {reason}; starting it again with all rows, training goes on"
+    ]
+    known = json.loads((tmp_path / "start-2").read_text().splitlines()[0])
+    assert known == ["first position", None if fault == "opening-raises-once" else 1]
+
+
+def test_a_death_during_an_opening_that_hangs_is_noticed_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The service dies, and opening waits for it for ever: it is started again long before the bound."""
+    (tmp_path / "go").touch()
+    tracker = tracker_of(tmp_path, "dies-opening-once")
+    log(tracker, 0, 1)
+    tracker.close(failed=False)
+    assert "the service died; starting it again" in capfd.readouterr().err
+    assert calls(tmp_path, 2) == rows_and(2, ["close", False])
+
+
+def test_a_death_between_two_rows_is_noticed_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The service dies when nothing is being logged: it is said and started again without waiting for a row."""
+    tracker = tracker_of(tmp_path, "dies-once")
+    log(tracker, 0, 1)
+    wait_for(lambda: (tmp_path / "start-1").exists() and calls(tmp_path) == rows_and(2))
+    (tmp_path / "go").touch()
+    wait_for(lambda: (tmp_path / "start-2").exists() and calls(tmp_path, 2) == rows_and(2))
+    assert "the service died; starting it again" in capfd.readouterr().err
+    tracker.close(failed=False)
+    assert calls(tmp_path, 2) == rows_and(2, ["close", False])
+
+
+def test_opening_late_is_said_and_everything_arrives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """After the bound one line at once, another when it has opened after all; the rows that waited arrive."""
+    tracker = tracker_of(tmp_path, "opening-waits", open_seconds=0.3)
+    log(tracker, 0, 1)
+    said = ""
+    deadline = time.monotonic() + 60
+    while "not open" not in said:
+        assert time.monotonic() < deadline
+        said += capfd.readouterr().err
+    assert said == "warning: service: not open after 0.3 s; training goes on, rows wait for it\n"
+    (tmp_path / "go").touch()
+    wait_for(lambda: (tmp_path / "start-1").exists() and calls(tmp_path) == rows_and(2))
+    tracker.close(failed=False)
+    assert calls(tmp_path) == rows_and(2, ["close", False])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("service: open after ")
+
+
+def test_a_tracker_that_never_opened_is_not_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """When training ends after the bound, the end is at once, says what is missing, and leaves no process."""
+    tracker = tracker_of(tmp_path, "opening-waits", open_seconds=0.3, close_seconds=300)
+    log(tracker, 0, 1)
+    tracker.picture("name", Path("file"))
+    wait_for(lambda: (tmp_path / "start-1").exists())
+    time.sleep(1)
+    began = time.monotonic()
+    tracker.close(failed=False)
+    assert time.monotonic() - began < 10
+    late, given_up = capfd.readouterr().err.splitlines()
+    assert "not open after 0.3 s" in late
+    assert given_up == (
+        "warning: service: has not opened; still missing: 2 rows and 1 file to deliver; the run folder has all rows"
+    )
+    wait_for(lambda: tracker._process.poll() is not None)
 
 
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_stuck_tracker_is_left_behind(
-    failed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """At the end it has its time, less where the run failed; then what did not arrive is counted, and the run ends."""
+    """At the end it has its time, less where the run failed; then what is missing is counted, with what to do."""
     monkeypatch.setattr(background, "CLOSE_SECONDS_OF_FAILED", 0.1)
-    gate = Gate()
-    tracker = BackgroundTracker("service", lambda: gate, 0.6)
-    for step in range(4):
-        tracker.metrics({"step": step})
-    while tracker._calls.qsize() > 3:  # the thread has the first in its hands
-        time.sleep(0.01)
+    monkeypatch.setattr(background, "SILENT_SECONDS", 0.2)
+    tracker = tracker_of(tmp_path, "row-waits", close_seconds=1)
+    log(tracker, *range(4))
+    wait_for(lambda: tracker._opened)
+    time.sleep(0.1)
     began = time.monotonic()
     tracker.close(failed)
-    seconds = time.monotonic() - began
-    assert (0.1 if failed else 0.6) <= seconds < (0.5 if failed else 5)
-    assert "warning: service: 3 rows or files did not reach it" in capfd.readouterr().err
-    gate.opened.set()
+    assert (0.1 if failed else 1) <= time.monotonic() - began < 10
+    *waiting, warning = capfd.readouterr().err.splitlines()
+    assert waiting == ([] if failed else ["waiting      service: 4 rows and 0 files to deliver, up to 1 s"])
+    why = "had no time to finish" if failed else "no progress in 1 s"
+    assert warning == (
+        f"warning: service: {why}; still missing: 4 rows and 0 files to deliver; `upload start-1` uploads what it has; "
+        "the run folder has all rows"
+    )
 
 
-def test_a_full_queue_drops_what_is_new(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nobody waits for room; how many were dropped is said at the end."""
-    monkeypatch.setattr(background, "QUEUE_LENGTH", 5)
-    gate = Gate()
-    tracker = BackgroundTracker("service", lambda: gate, 60)
-    tracker.metrics({"step": 0})
-    while tracker._calls.qsize():
-        time.sleep(0.01)
-    for step in range(1, 9):
-        tracker.metrics({"step": step})
-    gate.opened.set()
-    while tracker._calls.qsize():
-        time.sleep(0.01)
+def test_progress_prolongs_the_final_wait(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Closing that takes several times its bound is waited for as long as bytes move."""
+    tracker = tracker_of(tmp_path, "closing-moves", close_seconds=3)
+    wait_for(lambda: tracker._opened)
+    release = time.monotonic() + 8
+
+    def let_go() -> None:
+        while time.monotonic() < release:
+            time.sleep(0.1)
+        (tmp_path / "go").touch()
+
+    threading.Thread(target=let_go).start()
     tracker.close(failed=False)
-    assert gate.calls == [0, 1, 2, 3, 4, 5, False]
-    assert "warning: service: 3 rows or files did not reach it" in capfd.readouterr().err
+    assert time.monotonic() >= release
+    assert calls(tmp_path) == [["close", False]]
+    assert capfd.readouterr().err == "waiting      service: the end of its upload, up to 3 s\n"
+
+
+def test_what_the_tracker_has_started_ends_with_it(tmp_path: Path) -> None:
+    """A service of a tracker that is given up does not outlive training."""
+    tracker = tracker_of(tmp_path, "starts-another", close_seconds=0.5)
+    wait_for(lambda: tracker._opened)
+    other = int((tmp_path / "other").read_text())
+    os.kill(other, 0)
+    tracker.close(failed=False)
+    wait_for(lambda: not Path(f"/proc/{other}").exists() or "Z" in Path(f"/proc/{other}/stat").read_text())
+
+
+def test_a_tracker_that_cannot_be_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No such program: one line, and training goes on."""
+    tracker = BackgroundTracker("service", [str(tmp_path / "nothing")], (), 60, 60)
+    log(tracker, 0)
+    tracker.close(failed=False)
+    assert capfd.readouterr().err == (
+        "warning: service: cannot be started (No such file or directory); training goes on without\n"
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, rows
+from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, launch, rows
 from tests.tracking.wandb_log import WandbLog, read_wandb_log
 
 Run = Callable[..., dict[str, Any]]
@@ -122,12 +122,53 @@ def test_dead_server(images: Path, tmp_path: Path) -> None:
     assert key not in done.stdout + done.stderr
 
 
-def test_broken_wandb_does_not_stop_training(
-    images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where wandb cannot even start (a mode that it does not know), training goes on to its result."""
-    monkeypatch.setenv("WANDB_MODE", "nonsense")
+def test_broken_wandb_does_not_stop_training(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where wandb cannot start (a setting that it refuses), two lines say so, and training goes on to its result."""
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
     run_dir = tmp_path / "run"
-    result = run_program("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
-    assert result["images"] == 403
+    done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
+    assert done.code == 0, done.stderr
+    assert done.result["images"] == 403
     assert len(rows(run_dir)) == STEPS_PER_EPOCH
+    first, second = warnings_of(done.stderr)
+    assert "starting it again with all rows, training goes on" in first
+    assert "off from here, training goes on" in second
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("WANDB_API_KEY", "malformed", "the key cannot be used, the run is offline (WANDB_API_KEY invalid"),
+        ("WANDB_MODE", "", "WANDB_MODE='' is none of online, offline,"),
+        ("WANDB_MODE", "ofline", "WANDB_MODE='ofline' is none of online, offline,"),
+    ],
+)
+def test_a_mistake_in_the_environment_makes_an_offline_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    """A malformed key, an empty or misspelt mode: one line, and a whole run that can be uploaded later."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, value)
+    run_dir = tmp_path / "run"
+    done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
+    assert done.code == 0, done.stderr
+    (warning,) = warnings_of(done.stderr)
+    assert warning.startswith(f"warning: wandb: {said}")
+    (log,) = wandb_logs(run_dir)
+    assert log.exit_code == 0
+    assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS_PER_EPOCH)
+
+
+def test_a_mode_that_turns_wandb_off_is_said(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WANDB_MODE=disabled is taken at its word, in one line."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run_dir = tmp_path / "run"
+    done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
+    assert done.code == 0, done.stderr
+    assert warnings_of(done.stderr) == ["warning: wandb: WANDB_MODE=disabled: nothing is recorded"]
+    assert not (run_dir / "wandb").exists()
+
+
+def warnings_of(stderr: str) -> list[str]:
+    """The lines about wandb, without those of a machine that is slow."""
+    return [line for line in stderr.splitlines() if line.startswith(("warning: wandb", "wandb"))]

@@ -128,6 +128,13 @@ class ImageIndex:
         assert self.shards is None
         return self.folder / self.name(sample)
 
+    def byte_range(self, sample: int) -> tuple[Path, int, int]:
+        """Where the bytes of one sample are: a file or a shard, the offset in it, and how many."""
+        if self.shards is None:
+            return self.path(sample), 0, int(self.sizes[sample])
+        shard = self.folder / self.shards.names[self.shards.numbers[sample]]
+        return shard, int(self.shards.offsets[sample]), int(self.sizes[sample])
+
     def place(self, sample: int) -> str:
         """Where one sample lies, for people: a file, or SHARD: MEMBER."""
         if self.shards is None:

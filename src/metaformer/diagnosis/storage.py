@@ -1,32 +1,42 @@
-"""How fast the data set's files come."""
+"""How fast the storage delivers the data set's images."""
 
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from metaformer.diagnosis.finding import Finding, fail, ok, warn
 
 
-def reading(files: Sequence[Path], threads: int, needed: float | None) -> Iterator[Finding]:
-    """Read files at once in threads, each once, from the disk where the kernel lets go of what it has cached of them.
+class ByteRange(NamedTuple):
+    """The bytes of one image: a whole file, or a part of a shard."""
+
+    file: Path
+    offset: int
+    size: int
+
+
+def reading(images: Sequence[ByteRange], threads: int, needed: float | None) -> Iterator[Finding]:
+    """Read images in threads, each once, from the disk where the kernel drops what it has cached of them.
 
     Args:
-        needed: images a second that this node's GPUs ask for; None: not known.
+        needed: images a second that this node's GPUs consume; None: not known.
     """
     try:
-        for file in files:
-            _forget(file)
+        for image in images:
+            _forget(image)
         start = time.monotonic()
         with ThreadPoolExecutor(threads) as pool:
-            sizes = list(pool.map(_read, files))
+            list(pool.map(_read, images))
         took = time.monotonic() - start
     except OSError as error:
         yield fail("reading", f"{error.filename}: cannot be read ({error.strerror})", "mend or quarantine the file")
         return
-    speed = len(files) / took
-    said = f"{speed:,.0f} files/s, {sum(sizes) / took / 1e6:,.0f} MB/s with {threads} threads over {len(files)} files"
+    speed, megabytes = len(images) / took, sum(image.size for image in images) / 1e6
+    said = f"{speed:,.0f} images/s, {megabytes / took:,.0f} MB/s with {threads} threads over {len(images)} images"
     if needed is not None and speed < needed:
         mend = "copy the data to a local disk, or spread it over more servers"
         yield warn("reading", f"{said}; {needed:g} images/s are asked for", mend)
@@ -34,14 +44,26 @@ def reading(files: Sequence[Path], threads: int, needed: float | None) -> Iterat
         yield ok("reading", said)
 
 
-def _forget(file: Path) -> None:
-    """Ask the kernel to drop the file from its cache; a hint, which network file systems may not take."""
-    descriptor = os.open(file, os.O_RDONLY)
+def _forget(image: ByteRange) -> None:
+    """Ask the kernel to drop the range from its cache; a hint, which network file systems may ignore."""
+    descriptor = os.open(image.file, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, image.offset, image.size, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
 
-def _read(file: Path) -> int:
-    return len(file.read_bytes())
+def _read(image: ByteRange) -> None:
+    """Read one range.
+
+    Raises:
+        OSError: it cannot be read, or the file is shorter.
+    """
+    with image.file.open("rb", buffering=0) as file:
+        file.seek(image.offset)
+        left = image.size
+        while left:
+            count = len(file.read(left))
+            if not count:
+                raise OSError(errno.EIO, f"ends {left} bytes early", str(image.file))
+            left -= count

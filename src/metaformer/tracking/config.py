@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from metaformer.errors import UserError
+
 
 class WandbMode(Enum):
     """Whether a run goes to Weights & Biases."""
@@ -23,4 +25,10 @@ class TrackingConfig:
     name: str | None = None  # None: the run folder's name
     tags: list[str] = field(default_factory=list)
     artifacts: bool = True  # keep the best and the last checkpoint in wandb
-    close_seconds: float = 300.0  # for what has not gone up yet when training has ended
+    open_seconds: float = 60.0  # after which wandb that has not opened is reported, and not waited for at the end
+    close_seconds: float = 300.0  # without progress, to finish uploads when training has ended
+
+    def __post_init__(self) -> None:
+        for name in ("open_seconds", "close_seconds"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"tracking.{name}={getattr(self, name):g}: must be greater than 0")

@@ -45,6 +45,7 @@ def _git(*arguments: str) -> str:
     """Output of git in the code's folder; empty where the code is not in a repository or git is missing."""
     folder = Path(__file__).parent
     try:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return output.decode(errors="replace")  # a diff holds files in any encoding

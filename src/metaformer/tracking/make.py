@@ -1,6 +1,6 @@
 """The trackers of a run, from its configuration."""
 
-from functools import partial
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
 from metaformer.tracking.tracker import FanOut, Tracker
-from metaformer.tracking.wandb import WandbTracker, check_wandb
+from metaformer.tracking.wandb import check_wandb, folders
+
+WANDB_PROCESS = (sys.executable, "-m", "metaformer.tracking.wandb_process")
 
 
 def make_tracker(
@@ -24,6 +26,6 @@ def make_tracker(
     trackers: list[Tracker] = [console, JsonlTracker(run_dir, resumed_at)]
     if config.wandb is not WandbMode.off:
         check_wandb()
-        make = partial(WandbTracker, config, run_dir, settings)
-        trackers.append(BackgroundTracker("wandb", make, config.close_seconds))
+        opening = (sys.argv, config, run_dir, settings, folders(run_dir))
+        trackers.append(BackgroundTracker("wandb", WANDB_PROCESS, opening, config.open_seconds, config.close_seconds))
     return FanOut(trackers)

@@ -1,9 +1,10 @@
-"""Weights & Biases: online where it can be, offline otherwise; never in the way of training."""
+"""Weights & Biases: online where it can be, offline otherwise. Runs in a process of its own (`wandb_process`)."""
 
 import importlib.util
 import os
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,25 +14,116 @@ from urllib.parse import urlparse
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
 from metaformer.tracking.config import TrackingConfig, WandbMode
+from metaformer.tracking.service import Opened, child_processes
 from metaformer.tracking.tracker import NullTracker, Row
 
 CONNECT_SECONDS = 3.0  # to find out whether a server is there
 INIT_SECONDS = 30.0  # for the server to open the run
+POLL_SECONDS = 5.0  # for the service to say how far an upload is
+MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")  # that wandb takes from WANDB_MODE
+SUPERSEDED = "superseded-"  # begins the name of a wandb folder whose rows are all in a later one, too
 
 
 class WandbTracker(NullTracker):
-    """One wandb run for one run folder, also over interruptions: its id is kept in RUN/wandb_id.
+    """One wandb run for one run folder, also over interruptions: its id is kept in RUN/wandb_id."""
 
-    Args:
-        settings: what the run records as its configuration.
-    """
+    def __init__(self) -> None:
+        self._service: int | None = None  # the process that wandb starts
+        self._ending = self._closing = False  # the service is being ended; the run is being closed
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, settings: dict[str, Any]) -> None:
+    def open(
+        self,
+        arguments: list[str],
+        config: TrackingConfig,
+        run_dir: Path,
+        settings: dict[str, Any],
+        earlier: list[str],
+        first_step: int | None,
+    ) -> Opened:
+        """Start the run, or go on with it.
+
+        Args:
+            arguments: the training program's sys.argv.
+            settings: what the run records as its configuration.
+            earlier: names in RUN/wandb when training started. A folder there that has been added since is of a start
+                that died, and all its rows come again.
+            first_step: rows that the server had when training started; None at the first start, and where that was
+                offline.
+        """
+        sys.argv[:] = arguments  # wandb records them
         import wandb
 
         self._wandb: Any = wandb
         self._artifacts = config.artifacts
-        self._run: Any = None  # None once wandb has failed
+        dead = [name for name in folders(run_dir) if name not in earlier]
+        if dead:
+            time.sleep(1)  # wandb names folders by the second
+        self._run = self._start(config, run_dir, settings)
+        online = not self._run.offline
+        self._skip = self._run.step - first_step if online and first_step is not None else 0
+        for name in dead:
+            (run_dir / "wandb" / name).rename(run_dir / "wandb" / f"{SUPERSEDED}{name}")
+        folder = Path(self._run.settings.sync_dir)
+        self._log = folder / f"run-{self._run.id}.wandb"
+        return Opened(f"wandb sync {run_dir / 'wandb' / folder.name}", self._run.step if online else None)
+
+    def metrics(self, row: Row) -> None:
+        counts = {name: row[name] for name in ("epoch", "step", "samples")}
+        figures = {f"{row['kind']}/{name}": row[name] for name in row.keys() - counts.keys() - {"kind"}}
+        if row["kind"] == "final":
+            self._run.summary.update(figures)
+        else:
+            self._append(lambda: counts | figures)
+
+    def picture(self, name: str, file: Path) -> None:
+        self._append(lambda: {name: self._wandb.Image(str(file))})
+
+    def checkpoint(self, folder: Path, aliases: list[str]) -> None:
+        if self._artifacts:
+            artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", type="model")
+            artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # refers to the files, copies none
+            self._run.log_artifact(artifact, aliases=aliases)
+
+    def close(self, failed: bool) -> None:
+        self._closing = True
+        self._run.finish(exit_code=int(failed))
+        self._end_service()
+
+    def check(self) -> None:
+        """Raise an error where wandb's service has died."""
+        if self._service is None:
+            self._service = _find_service()
+        if self._service is None or self._ending:
+            return
+        ended = os.waitid(os.P_PID, self._service, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is not None and not self._ending:
+            how = "exit code" if ended.si_code == os.CLD_EXITED else "signal"
+            raise RuntimeError(f"its service, wandb-core, died ({how} {ended.si_status})")
+
+    def bytes_moved(self) -> int:
+        """Bytes that closing has written to disk and sent to the server; 0 before."""
+        if not self._closing or self._ending or self._service is None:
+            return 0
+        written = self._log.stat().st_size
+        if self._run.offline:
+            return written
+        try:
+            handle = self._run._interface.deliver_poll_exit()
+            sent = handle.wait_or(timeout=POLL_SECONDS).response.poll_exit_response.pusher_stats.uploaded_bytes
+        except Exception:
+            if self._ending:
+                return 0
+            raise
+        return written + int(sent)
+
+    def _append(self, row: Callable[[], dict[str, Any]]) -> None:
+        """Add a row to the history, unless the server has it from a start that died."""
+        if self._skip > 0:
+            self._skip -= 1
+        else:
+            self._run.log(row())
+
+    def _start(self, config: TrackingConfig, run_dir: Path, recorded: dict[str, Any]) -> Any:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             write_text_whole(id_file, uuid.uuid4().hex[:8] + "\n")
@@ -43,46 +135,19 @@ class WandbTracker(NullTracker):
             "name": config.name or run_dir.name,
             "tags": config.tags,
             "dir": str(run_dir),
-            "config": settings,
+            "config": recorded,
         }
-        try:
-            self._run = self._start(config.wandb, options)
-        except Exception as error:  # any failure of a service that training does not need
-            self._give_up(error)
-
-    def metrics(self, row: Row) -> None:
-        counts = {name: row[name] for name in ("epoch", "step", "samples")}
-        figures = {f"{row['kind']}/{name}": row[name] for name in row.keys() - counts.keys() - {"kind"}}
-        if row["kind"] == "final":
-            self._guard(lambda run: run.summary.update(figures))
-        else:
-            self._guard(lambda run: run.log(counts | figures))
-
-    def picture(self, name: str, file: Path) -> None:
-        self._guard(lambda run: run.log({name: self._wandb.Image(str(file))}))
-
-    def checkpoint(self, folder: Path, aliases: list[str]) -> None:
-        def log(run: Any) -> None:
-            artifact = self._wandb.Artifact(f"checkpoint-{run.id}", type="model")
-            artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # refers to the files, copies none
-            run.log_artifact(artifact, aliases=aliases)
-
-        if self._artifacts:
-            self._guard(log)
-
-    def close(self, failed: bool) -> None:
-        self._guard(lambda run: run.finish(exit_code=int(failed)))
-
-    def _start(self, mode: WandbMode, options: dict[str, Any]) -> Any:
-        settings = self._wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS)
-        chosen = _choose_mode(mode, self._wandb, self._wandb.setup(settings).settings.base_url)
+        # Of the training process: the figures of this one are of no interest.
+        training = {"program": sys.argv[0], "x_stats_pid": os.getppid()}
+        settings = self._wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, **training)
+        chosen = self._choose_mode(config.wandb, settings)
         try:
             run = self._wandb.init(mode=chosen, settings=settings, **options)
-        except self._wandb.errors.CommError as error:
-            if chosen != "online":
+        except Exception as error:
+            if chosen == "offline":
                 raise
-            _warn(f"wandb's server does not open the run; going on offline ({_one_line(error)})")
-            self._wandb.teardown()  # else the run's id counts as in use
+            _warn(f"cannot go online, the run is offline ({_one_line(error)})")
+            self._end_service()  # else the run's id counts as in use
             self._wandb.setup(settings)
             run = self._wandb.init(mode="offline", settings=settings, **options)
         # Over images seen, so that runs with other batch sizes compare.
@@ -92,17 +157,30 @@ class WandbTracker(NullTracker):
             run.define_metric(name, step_metric="samples", summary="max")
         return run
 
-    def _guard(self, act: Callable[[Any], object]) -> None:
-        if self._run is None:
-            return
-        try:
-            act(self._run)
-        except Exception as error:  # as above
-            self._give_up(error)
+    def _end_service(self) -> None:
+        self._ending = True
+        self._wandb.teardown()
+        self._service = None
+        self._ending = False
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        _warn(f"wandb failed and is off from here; training goes on ({_one_line(error)})")
+    def _choose_mode(self, mode: WandbMode, settings: Any) -> str:
+        given = os.environ.get("WANDB_MODE")
+        if given is not None and given not in MODES:
+            del os.environ["WANDB_MODE"]  # wandb refuses to do anything with it
+            _warn(f"WANDB_MODE={given!r} is none of {', '.join(MODES)}; the run is offline")
+            given = "offline"
+        server = self._wandb.setup(settings).settings.base_url
+        if mode is not WandbMode.auto:
+            return str(mode.value)
+        if given == "disabled":
+            _warn("WANDB_MODE=disabled: nothing is recorded")
+        if given is not None:
+            return given
+        try:
+            return "online" if self._wandb.login(prompt=False, verify=False) and _answers(server) else "offline"
+        except self._wandb.errors.AuthenticationError as error:
+            _warn(f"the key cannot be used, the run is offline ({_one_line(error)})")
+            return "offline"
 
 
 def check_wandb() -> None:
@@ -115,12 +193,20 @@ def check_wandb() -> None:
         raise UserError("tracking: wandb is not installed; `uv pip install wandb`, or tracking=local")
 
 
-def _choose_mode(mode: WandbMode, wandb: Any, server: str) -> str:
-    if mode is not WandbMode.auto:
-        return str(mode.value)
-    if "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"]
-    return "online" if wandb.login(prompt=False, verify=False) and _answers(server) else "offline"
+def folders(run_dir: Path) -> list[str]:
+    """Names of the run's wandb folders, one for each start."""
+    return [folder.name for pattern in ("run-*", "offline-run-*") for folder in (run_dir / "wandb").glob(pattern)]
+
+
+def _find_service() -> int | None:
+    """The process that wandb has started to do its work; None where there is none, as in a disabled run."""
+    for process in child_processes(os.getpid()):
+        try:
+            if Path(f"/proc/{process}/comm").read_text() == "wandb-core\n":
+                return process
+        except OSError:
+            continue  # it has ended
+    return None
 
 
 def _answers(server: str) -> bool:
@@ -134,7 +220,7 @@ def _answers(server: str) -> bool:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: wandb: {text}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

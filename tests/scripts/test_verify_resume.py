@@ -1,0 +1,59 @@
+"""verify_resume.py from the command line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import verify_resume
+from tests.conftest import QUICK, REPOSITORY, launch
+
+TINY = (
+    *(option for option in QUICK if not option.startswith(("tracking=", "log_every_steps="))),
+    "workers=0", "model=timm", "model.name=test_resnet", "model.drop_path_rate=null",
+)  # fmt: skip
+
+
+def test_a_killed_run_ends_as_the_undisturbed_one(images: Path, tmp_path: Path) -> None:
+    """A few real steps, killed and resumed: each part is compared and equal, and the two run folders are removed."""
+    options = ("--steps=8", f"--folder={tmp_path}", "--", f"data.root={images}", *TINY, "epochs=2", "ema=enabled")
+    done = launch("scripts/verify_resume", *options)
+    assert done.code == 0, done.stdout + done.stderr
+    assert re.search("killed; (step|epoch)-[0-9]+ is there to go on from", done.stderr), done.stderr
+    found = re.findall(r"(\w+) +\W ([0-9a-f]{16}) +\W ([0-9a-f]{16}) +\W (equal|DIFFERENT)", done.stdout)
+    parts = {"model", "ema", "optimizer", "scaler", "progress", "loss_sum", "skips", "metrics"}
+    assert {name for name, *_ in found} == parts
+    assert all(one == other and verdict == "equal" for _, one, other, verdict in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_run_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hashing reads whole checkpoints: once for each run. Parts that differ are named, and the exit code is 1."""
+    hashed = []
+
+    def hash_run(run_dir: Path) -> dict[str, str]:
+        hashed.append(run_dir.name)
+        return {"model": "0" * 64, "ema": "1" * 64, "metrics": run_dir.name.ljust(64)}
+
+    for name in ("_train", "_train_and_kill"):
+        monkeypatch.setattr(verify_resume, name, lambda arguments, run_dir: None)
+    monkeypatch.setattr(verify_resume, "hash_run", hash_run)
+    monkeypatch.setattr(sys, "argv", ["verify_resume.py", f"--folder={tmp_path}", "--", "model=poolformer_s12"])
+    with pytest.raises(SystemExit) as caught:
+        verify_resume.main()
+    assert caught.value.code == 1
+    assert hashed == ["whole", "killed"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if "DIFFERENT" in line] == ["metrics"]
+    assert len([line for line in lines if "equal" in line]) == 2
+
+
+def test_what_the_program_sets_itself_is_refused() -> None:
+    """One line, before anything is trained."""
+    command = [sys.executable, str(REPOSITORY / "scripts" / "verify_resume.py"), "--", "run_dir=elsewhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: run_dir=: set by this program; leave it out\n")

@@ -1,0 +1,21 @@
+"""Open the trackers of a run in RUN_DIR, log so many rows, and close them; what wandb says is printed to stderr."""
+
+import sys
+from pathlib import Path
+
+from metaformer.tracking import background
+from metaformer.tracking.config import TrackingConfig, WandbMode
+from metaformer.tracking.console import ConsoleTracker
+from metaformer.tracking.make import make_tracker
+
+if __name__ == "__main__":
+    run_dir, count = Path(sys.argv[1]), int(sys.argv[2])
+    run_dir.mkdir()
+    background.SILENT_SECONDS = 60  # longer is not reasonable
+    console = ConsoleTracker(1, 1, 1, run_dir / "log.txt")
+    tracker = make_tracker(TrackingConfig(WandbMode.offline), run_dir, console, 0, {})
+    figures = {"images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1, "loss": 1.0, "grad_norm": 1.0}
+    for step in range(1, count + 1):
+        counts = {"epoch": 1, "step": step, "samples": step, "memory_gib": 0.0, "skipped_steps": 0}
+        tracker.metrics({"kind": "train", **counts, **figures})
+    tracker.close(failed=False)

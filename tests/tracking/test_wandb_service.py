@@ -1,0 +1,170 @@
+"""wandb's service process dies, or the machine is busy: every row is in wandb, and nothing is waited for long."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from metaformer.tracking.service import child_processes
+from metaformer.tracking.wandb import SUPERSEDED
+from tests.conftest import REPOSITORY, rows
+from tests.faults.conftest import status
+from tests.tracking.test_wandb import SMALL, STEPS_PER_EPOCH, assert_history_is_that_of_the_file, wandb_logs
+
+EPOCHS = 20
+STEPS = EPOCHS * STEPS_PER_EPOCH
+OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"
+
+
+@contextmanager
+def training(images: Path, run_dir: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """train.py as a user starts it, offline."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), f"data.root={images}", *SMALL, f"epochs={EPOCHS}"]
+    command += ["tracking=offline", f"run_dir={run_dir}", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (run_dir.parent / "stderr").open("w") as stderr:
+        program = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        yield program
+    finally:
+        program.kill()
+        program.communicate()
+
+
+def finish(program: "subprocess.Popen[str]", run_dir: Path) -> list[str]:
+    """Wait until training has ended well; return what it said of wandb."""
+    stdout, _ = program.communicate(timeout=180)
+    stderr = (run_dir.parent / "stderr").read_text()
+    assert program.returncode == 0, stderr
+    assert '"top1"' in stdout.splitlines()[-1]
+    assert len(rows(run_dir)) == STEPS
+    return [line for line in stderr.splitlines() if "wandb" in line]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def services(program: "subprocess.Popen[str]") -> list[int]:
+    """wandb's services below a training program, which have not ended."""
+    found = []
+    for process in (child for tracker in child_processes(program.pid) for child in child_processes(tracker)):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(" ")[0].split(" (wandb-core) ")[1][0] != "Z":
+                found.append(process)
+        except (OSError, IndexError):
+            continue  # it has ended, or is another program
+    return found
+
+
+def records_rows(program: "subprocess.Popen[str]", run_dir: Path) -> bool:
+    """Whether wandb is open and has rows."""
+    return bool(services(program)) and any(
+        file.stat().st_size > 20_000 for file in (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    )
+
+
+@pytest.mark.parametrize("when", ["starting", "recording", "ending"])
+def test_a_killed_service_is_started_again(images: Path, tmp_path: Path, when: str) -> None:
+    """SIGKILL to wandb-core as soon as it is there, between rows, or when training is done and it has not answered:
+    said in one line, every row is in the one folder that is left to upload.
+    """
+    run_dir = tmp_path / "run"
+    with training(images, run_dir) as program:
+        wait_for(lambda: bool(services(program)) if when == "starting" else records_rows(program, run_dir))
+        (service,) = services(program)
+        if when == "ending":
+            os.kill(service, signal.SIGSTOP)
+            wait_for(lambda: status(run_dir)["state"] == "done")
+        os.kill(service, signal.SIGKILL)
+        first, *more = finish(program, run_dir)
+    assert "; starting it again with all rows, training goes on" in first
+    assert when == "starting" or "its service, wandb-core, died (signal 9)" in first
+    assert all(line.startswith("waiting      wandb: ") for line in more), more
+    (log,) = wandb_logs(run_dir)
+    assert log.exit_code == 0
+    assert log.run_id == (run_dir / "wandb_id").read_text().strip()
+    assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS)
+    left = list((run_dir / "wandb").glob(f"{SUPERSEDED}offline-run-*"))
+    assert len(left) == (0 if when == "starting" else 1)
+
+
+def test_a_service_that_dies_again_is_off(images: Path, tmp_path: Path) -> None:
+    """Both deaths are said at once, the second with the command that uploads what there is; training ends as ever."""
+    run_dir = tmp_path / "run"
+    with training(images, run_dir) as program:
+        killed: set[int] = set()
+        while len(killed) < 2:
+            wait_for(lambda: bool(set(services(program)) - killed))
+            (service,) = set(services(program)) - killed
+            wait_for(lambda: records_rows(program, run_dir))
+            os.kill(service, signal.SIGKILL)
+            killed.add(service)
+        warnings = finish(program, run_dir)
+    first, second = [line for line in warnings if line.startswith("warning: ")]
+    assert "its service, wandb-core, died (signal 9); starting it again" in first
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert second.endswith(
+        f"died (signal 9); off from here, training goes on; `wandb sync {folder}` uploads what it has; "
+        "the run folder has all rows"
+    )
+
+
+def test_a_service_that_does_not_answer_is_given_up(images: Path, tmp_path: Path) -> None:
+    """SIGSTOP to wandb-core: the end says what it waits for and, after the bound, how to upload; nothing is left."""
+    run_dir = tmp_path / "run"
+    with training(images, run_dir, "tracking.close_seconds=4") as program:
+        wait_for(lambda: records_rows(program, run_dir))
+        (service,) = services(program)
+        os.kill(service, signal.SIGSTOP)
+        waiting, warning = finish(program, run_dir)
+    assert waiting.startswith("waiting      wandb: ")
+    assert waiting.endswith((", up to 2 s", ", up to 3 s")), waiting
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert warning.startswith("warning: wandb: no progress in 4 s; still missing: ")
+    assert warning.endswith(f"; `wandb sync {folder}` uploads what it has; the run folder has all rows")
+    wait_for(lambda: not Path(f"/proc/{service}").exists() or "Z" in Path(f"/proc/{service}/stat").read_text())
+
+
+def test_a_killed_training_leaves_no_process(images: Path, tmp_path: Path) -> None:
+    """SIGKILL to training: wandb's processes end by themselves, and what was logged is on disk."""
+    run_dir = tmp_path / "run"
+    with training(images, run_dir) as program:
+        wait_for(lambda: records_rows(program, run_dir))
+        processes = [*child_processes(program.pid), *services(program)]
+        program.kill()
+        for process in processes:
+            wait_for(
+                lambda pid=process: (
+                    not Path(f"/proc/{pid}").exists()  # type: ignore[misc]
+                    or ") Z " in Path(f"/proc/{pid}/stat").read_text()
+                )
+            )
+
+
+def test_twenty_starts_in_a_row_on_a_busy_machine(tmp_path: Path) -> None:
+    """Each opens wandb in a process of its own, logs, and closes, beside two busy processes: every row, no warning."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for number in range(20):
+            run_dir = tmp_path / str(number)
+            command = [sys.executable, str(OPENS_AND_CLOSES), str(run_dir), str(10 * number)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), number
+            (log,) = wandb_logs(run_dir)
+            assert log.exit_code == 0
+            assert [row["step"] for row in log.history] == [row["step"] for row in rows(run_dir)]
+            assert len(log.history) == 10 * number
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
