@@ -11,19 +11,22 @@ from metaformer.data import fused_transform
 from metaformer.data.device_transform import transform_plainly
 from metaformer.data.fused_transform import transform_by_triton
 from metaformer.models import create_model, create_timm_model, fused
+from metaformer.models.config import ResizeFilter
 from metaformer.models.metaformer import MetaFormer, Stage, run_plainly
+from metaformer.models.preprocessing import Preprocessing
 from metaformer.runtime import Runtime
 from tests.ranks import on_ranks
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
 ON_GPU = replace(ALONE, device=torch.device("cuda"))
 FAULT = "they differ"
+IMAGES = Preprocessing(32, 0.9, ResizeFilter.bicubic, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def used(name: str, *overrides: str) -> str:
     """What `fuse_blocks` says of a network on a CPU."""
     config = compose_training(["data.root=.", f"model={name}", "image_size=32", *overrides])
-    return fuse_blocks(config, ALONE, create_model(name, 2, image_size=32), None)
+    return fuse_blocks(config, IMAGES, ALONE, create_model(name, 2, image_size=32), None)
 
 
 def test_what_is_said_of_the_blocks() -> None:
@@ -35,21 +38,21 @@ def test_what_is_said_of_the_blocks() -> None:
     assert used("poolformer_s12", "channels_last=false") == "off (channels_last=false)"
     config = compose_training(["data.root=.", "model=timm", "model.name=resnet18"])
     model = create_timm_model("resnet18", 2, None, 224)
-    assert fuse_blocks(config, ALONE, model, None) == "off (not a network of this project)"
+    assert fuse_blocks(config, IMAGES, ALONE, model, None) == "off (not a network of this project)"
 
 
 def test_which_transform_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's on a GPU, for channels_last, where nothing is wrong with it for images of this size."""
-    config = compose_training(["data.root=.", "image_size=96"])
+    config = compose_training(["data.root=."])
     sizes = []
     monkeypatch.setattr(fused_transform, "find_fault", lambda device, size: sizes.append(size))
-    assert choose_transform(config, ON_GPU) == (transform_by_triton, "on (Triton)")
-    assert sizes == [96]
-    assert choose_transform(config, ALONE) == (transform_plainly, "off (a CPU)")
+    assert choose_transform(config, IMAGES, ON_GPU) == (transform_by_triton, "on (Triton)")
+    assert sizes == [32]
+    assert choose_transform(config, IMAGES, ALONE) == (transform_plainly, "off (a CPU)")
     contiguous = compose_training(["data.root=.", "channels_last=false"])
-    assert choose_transform(contiguous, ON_GPU) == (transform_plainly, "off (channels_last=false)")
+    assert choose_transform(contiguous, IMAGES, ON_GPU) == (transform_plainly, "off (channels_last=false)")
     monkeypatch.setattr(fused_transform, "find_fault", lambda device, size: FAULT)
-    assert choose_transform(config, ON_GPU) == (transform_plainly, f"off ({FAULT})")
+    assert choose_transform(config, IMAGES, ON_GPU) == (transform_plainly, f"off ({FAULT})")
 
 
 def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
@@ -59,9 +62,9 @@ def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
     vars(fused_transform)["find_fault"] = lambda *_: fault
     config = compose_training(["data.root=.", "image_size=32"])
     model = create_model("poolformer_s12", 2, image_size=32)
-    blocks = fuse_blocks(config, runtime, model, None)
+    blocks = fuse_blocks(config, IMAGES, runtime, model, None)
     on_gpu = replace(runtime, device=torch.device("cuda"))
-    transform, said = choose_transform(config, on_gpu)
+    transform, said = choose_transform(config, IMAGES, on_gpu)
     return blocks, is_plain(model), said, transform is transform_plainly
 
 
