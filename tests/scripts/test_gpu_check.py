@@ -35,7 +35,9 @@ def test_a_part_that_fails(tmp_path: Path) -> None:
     """Tests and benchmarks that end with 3: each part is named with its exit code, and the script's own is 1."""
     (tmp_path / "empty").mkdir()
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*|*benchmark*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
+    fake.write_text(
+        f'#!/bin/sh\ncase "$*" in *"-m pytest"*|*benchmark*) exit 3;; *) exec {sys.executable} "$@";; esac\n'
+    )
     fake.chmod(0o755)
     command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(tmp_path / "empty")]
     environment = os.environ | {"PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": ""}
