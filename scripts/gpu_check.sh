@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, in under 8 minutes: the kernels' tests, both benchmarks, training from JPEGs. Without a GPU the
-# same with small sizes: a rehearsal.
+# On a machine with a GPU, in under 10 minutes: the kernels' tests, both benchmarks, training from JPEGs. Without a GPU
+# the same with small sizes: a rehearsal.
 #   scripts/gpu_check.sh OUT_FOLDER [IMAGE_FOLDER]
-# IMAGE_FOLDER holds class folders of JPEGs. PYTHON names the interpreter (default: python3), with torch 2.11 or newer.
+# IMAGE_FOLDER holds class folders of JPEGs. PYTHON names the interpreter (default: python3), with torch 2.11 or newer and
+# torchvision, as PyTorch's and NVIDIA's images have them. What else is missing is installed first, in the versions of
+# requirements.txt: into PYTHON's virtual environment, or, where it is in none, into a new one, OUT_FOLDER/venv.
 # Writes JSON, PNG and log files to OUT_FOLDER, and summary.txt: what was measured where, and a line for each part. A part
 # that fails does not stop the others; the exit code is then 1.
 set -uo pipefail
@@ -14,6 +16,38 @@ fi
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+for module in torch torchvision; do
+  if ! "$python" -c "import $module"; then
+    echo "error: $python cannot import $module; set PYTHON to an interpreter that can" >&2
+    exit 2
+  fi
+done
+missing=$("$python" - hydra:hydra-core omegaconf timm rich safetensors huggingface_hub httpx2 PIL:pillow numpy matplotlib \
+  pytest pytest_timeout:pytest-timeout <<'END'
+import importlib.util, re, sys
+
+lines = [re.match(r"([\w.-]+)==[\w.]+", line) for line in open("requirements.txt")]
+pins = {pin[1]: pin[0] for pin in lines if pin}
+for name in sys.argv[1:]:
+    module, _, package = name.partition(":")
+    if importlib.util.find_spec(module) is None:
+        print(pins[package or module])
+END
+) || exit 2
+if [[ -n $missing ]]; then
+  mapfile -t missing <<<"$missing"
+  # By the packages' own records: torch.__version__ may have a suffix that they lack.
+  "$python" -c 'from importlib.metadata import version
+for name in ("torch", "torchvision"): print(f"{name}=={version(name)}")' >"$out/constraints.txt" || exit 2
+  in_venv=$("$python" -c 'import sys; print(int(sys.prefix != sys.base_prefix))')
+  if ((in_venv)) || { "$python" -m venv --system-site-packages "$out/venv" && python=$out/venv/bin/python; }; then
+    "$python" -m pip install --constraint "$out/constraints.txt" "${missing[@]}"
+  fi >"$out/install.log" 2>&1
+  if ! "$python" -c 'import hydra, omegaconf, timm, rich, matplotlib, pytest, pytest_timeout' 2>>"$out/install.log"; then
+    echo "error: cannot install what is missing (see $out/install.log); needed: ${missing[*]}" >&2
+    exit 2
+  fi
+fi
 failed=0
 summary=("date     $(date --utc --iso-8601=seconds)" "commit   $(git describe --always --dirty 2>/dev/null || echo unknown)")
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
@@ -43,6 +77,7 @@ else
   loading=(--repeats 1 --images 40 --batch 4)
   summary+=("skipped  kernels: there is no GPU, and the sizes are small")
 fi
+part operators 120 "${tests[@]}" tests/models/test_operators.py -k "not interpreted"
 part fused 40 "${tests[@]}" tests/models/test_fused.py
 part train 190 "$python" scripts/benchmark_train.py "${sizes[@]}" "${variants[@]}" \
   --json "$out/train.json" --plot "$out/train.png"

@@ -23,7 +23,7 @@ def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
     states = {line.split()[1].rstrip(":"): line.split()[0] for line in summary.splitlines()[4:]}
     assert states.pop("kernels") == "skipped"
     states.pop("DALI", None)
-    assert states == dict.fromkeys(("fused", "train", "inference", "jpegs", "loader"), "ok")
+    assert states == dict.fromkeys(("operators", "fused", "train", "inference", "jpegs", "loader"), "ok")
     for name in ("train", "inference", "jpegs"):
         found = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert found["variants"]["fused"]["step_seconds"] > 0
@@ -35,10 +35,37 @@ def test_a_part_that_fails(tmp_path: Path) -> None:
     """Tests and benchmarks that end with 3: each part is named with its exit code, and the script's own is 1."""
     (tmp_path / "empty").mkdir()
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*benchmark*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
+    fake.write_text(
+        f'#!/bin/sh\ncase "$*" in *"-m pytest"*|*benchmark*) exit 3;; *) exec {sys.executable} "$@";; esac\n'
+    )
     fake.chmod(0o755)
     command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(tmp_path / "empty")]
     environment = os.environ | {"PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "failed   train (exit code 3; see train.log)" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["hydra", "torchvision"])
+def test_a_package_that_is_missing(tmp_path: Path, module: str) -> None:
+    """One line says what cannot be installed, or what must be there from the start; nothing is measured then."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name: None if name == '{module}' else find(name)\n"
+        f"sys.modules['{module}'] = None\n"
+    )
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\ncase "$*" in "-m pip"*|"-m venv"*) exit 1;; *) exec {sys.executable} "$@";; esac\n')
+    fake.chmod(0o755)
+    command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    expected = {
+        "hydra": f"error: cannot install what is missing (see {tmp_path}/out/install.log); needed: hydra-core==1.3.8",
+        "torchvision": f"error: {fake} cannot import torchvision; set PYTHON to an interpreter that can",
+    }
+    assert line == expected[module]
+    assert not (tmp_path / "out" / "summary.txt").exists()

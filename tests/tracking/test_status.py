@@ -91,3 +91,15 @@ def test_files_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixtu
     status.end(DONE, 3, "")
     assert written(tmp_path / "status.json")["state"] == "done"
     assert capfd.readouterr().err == f"warning: {copy}: cannot be written (No such file or directory)\n"
+
+
+def test_what_computes_is_kept(tmp_path: Path) -> None:
+    """Which fused parts a start uses, also after its end; a file from before there was this field is read."""
+    status = StatusFile(tmp_path, None)
+    status.start(0, 5, "blocks on (Triton); transform on (Triton)")
+    status.end("failed", 0, "")
+    content = json.loads((tmp_path / "status.json").read_text())
+    assert content.pop("fused") == "blocks on (Triton); transform on (Triton)"
+    (tmp_path / "status.json").write_text(json.dumps(content))
+    StatusFile(tmp_path, None).start(0, 5, "off")
+    assert json.loads((tmp_path / "status.json").read_text())["starts_without_progress"] == 1
