@@ -16,18 +16,26 @@ from metaformer.tracking.wandb import SUPERSEDED
 from tests.conftest import REPOSITORY, rows
 from tests.faults.conftest import status
 from tests.tracking.test_wandb import SMALL, STEPS_PER_EPOCH, assert_history_is_that_of_the_file, wandb_logs
+from tests.tracking.wandb_log import WandbLog, read_wandb_log
+from tests.tracking.wandb_server import WandbServer, serve_wandb
 
-EPOCHS = 20
+EPOCHS = 25
 STEPS = EPOCHS * STEPS_PER_EPOCH
 OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"
 
 
 @contextmanager
-def training(images: Path, run_dir: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
-    """train.py as a user starts it, offline."""
+def training(
+    images: Path, run_dir: Path, *options: str, server: WandbServer | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """train.py as a user starts it, offline, or online at a server."""
     command = [sys.executable, str(REPOSITORY / "train.py"), f"data.root={images}", *SMALL, f"epochs={EPOCHS}"]
-    command += ["tracking=offline", f"run_dir={run_dir}", *options]
+    command += [f"run_dir={run_dir}", "tracking=offline" if server is None else "tracking=wandb", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if server is not None:
+        command += ["tracking.artifacts=false"]  # the server takes none
+        environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}
+        environment |= {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds between two uploads of rows
     with (run_dir.parent / "stderr").open("w") as stderr:
         program = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
@@ -133,6 +141,62 @@ def test_a_service_that_does_not_answer_is_given_up(images: Path, tmp_path: Path
     assert warning.startswith("warning: wandb: no progress in 4 s; still missing: ")
     assert warning.endswith(f"; `wandb sync {folder}` uploads what it has; the run folder has all rows")
     wait_for(lambda: not Path(f"/proc/{service}").exists() or "Z" in Path(f"/proc/{service}/stat").read_text())
+
+
+def test_online_every_row_is_sent(images: Path, tmp_path: Path) -> None:
+    """A run at a server that answers: all rows, in order, and nothing is said."""
+    run_dir = tmp_path / "run"
+    with serve_wandb() as server, training(images, run_dir, server=server) as program:
+        said = finish(program, run_dir)
+    assert [line for line in said if line.startswith("warning: ")] == []
+    assert_history_is_that_of_the_file(WandbLog(history=server.history), run_dir, last_step=STEPS)
+    assert server.exit_code == 0
+
+
+def test_online_a_killed_service_sends_each_row_once(images: Path, tmp_path: Path) -> None:
+    """SIGKILL to wandb-core when the server has some rows: the next start sends exactly those that it does not have."""
+    run_dir = tmp_path / "run"
+    with serve_wandb() as server, training(images, run_dir, server=server) as program:
+        wait_for(lambda: len(server.history) > 20)
+        (service,) = services(program)
+        os.kill(service, signal.SIGKILL)
+        assert len(server.history) < STEPS
+        first, *more = finish(program, run_dir)
+    assert "its service, wandb-core, died (signal 9); starting it again" in first
+    assert [line for line in more if line.startswith("warning: ")] == []
+    assert_history_is_that_of_the_file(WandbLog(history=server.history), run_dir, last_step=STEPS)
+    assert server.exit_code == 0
+
+
+def test_online_a_server_that_falls_silent_is_given_up(images: Path, tmp_path: Path) -> None:
+    """Requests that are never answered are no progress: the end comes after the bound, with the command to upload."""
+    run_dir = tmp_path / "run"
+    with serve_wandb() as server, training(images, run_dir, "tracking.close_seconds=4", server=server) as program:
+        wait_for(lambda: len(server.history) > 20)
+        server.silent.set()
+        assert server.exit_code is None
+        said = finish(program, run_dir)
+    assert len(said) == 2, said
+    waiting, warning = said
+    assert waiting.startswith("waiting      wandb: ")
+    (folder,) = (run_dir / "wandb").glob("run-*")
+    assert warning.startswith("warning: wandb: no progress in 4 s; still missing: the end of its upload; ")
+    assert f"`wandb sync {folder}` uploads what it has" in warning
+    log = read_wandb_log(folder)
+    assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS)
+
+
+def test_a_server_that_does_not_open_the_run(images: Path, tmp_path: Path) -> None:
+    """A server that takes requests and never answers: the run is offline, which is said, with every row."""
+    run_dir = tmp_path / "run"
+    with serve_wandb() as server:
+        server.silent.set()
+        with training(images, run_dir, server=server) as program:
+            said = finish(program, run_dir)
+    (warning,) = [line for line in said if line.startswith("warning: ")]
+    assert warning.startswith("warning: wandb: cannot go online, the run is offline (")
+    (log,) = wandb_logs(run_dir)
+    assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS)
 
 
 def test_a_killed_training_leaves_no_process(images: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Configuration of tracking."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -30,5 +31,5 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         for name in ("open_seconds", "close_seconds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"tracking.{name}={getattr(self, name):g}: must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"tracking.{name}={getattr(self, name):g}: must be a number of seconds above 0")

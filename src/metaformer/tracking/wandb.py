@@ -60,12 +60,12 @@ class WandbTracker(NullTracker):
             time.sleep(1)  # wandb names folders by the second
         self._run = self._start(config, run_dir, settings)
         online = not self._run.offline
-        self._skip = self._run.step - first_step if online and first_step is not None else 0
+        self._skip = self._run.starting_step - first_step if online and first_step is not None else 0
         for name in dead:
             (run_dir / "wandb" / name).rename(run_dir / "wandb" / f"{SUPERSEDED}{name}")
         folder = Path(self._run.settings.sync_dir)
         self._log = folder / f"run-{self._run.id}.wandb"
-        return Opened(f"wandb sync {run_dir / 'wandb' / folder.name}", self._run.step if online else None)
+        return Opened(f"wandb sync {run_dir / 'wandb' / folder.name}", self._run.starting_step if online else None)
 
     def metrics(self, row: Row) -> None:
         counts = {name: row[name] for name in ("epoch", "step", "samples")}
@@ -101,20 +101,19 @@ class WandbTracker(NullTracker):
             raise RuntimeError(f"its service, wandb-core, died ({how} {ended.si_status})")
 
     def bytes_moved(self) -> int:
-        """Bytes that closing has written to disk and sent to the server; 0 before."""
+        """Bytes that closing has written to disk, or online, sent to the server; 0 before."""
         if not self._closing or self._ending or self._service is None:
             return 0
-        written = self._log.stat().st_size
         if self._run.offline:
-            return written
+            return self._log.stat().st_size
         try:
             handle = self._run._interface.deliver_poll_exit()
-            sent = handle.wait_or(timeout=POLL_SECONDS).response.poll_exit_response.pusher_stats.uploaded_bytes
+            answer = handle.wait_or(timeout=POLL_SECONDS).response.poll_exit_response
+            return int(answer.pusher_stats.uploaded_bytes)
         except Exception:
-            if self._ending:
+            if self._ending:  # meanwhile
                 return 0
             raise
-        return written + int(sent)
 
     def _append(self, row: Callable[[], dict[str, Any]]) -> None:
         """Add a row to the history, unless the server has it from a start that died."""
