@@ -122,6 +122,14 @@ def test_falls_back_to_the_newest(tmp_path: Path, checkpoints: Checkpoints, link
     assert checkpoints().find().folder == (folder / "epoch-001").resolve()
 
 
+def test_an_earlier_version_stated_less(checkpoints: Checkpoints) -> None:
+    """A checkpoint whose manifest lacks a field that this version states loads: there is nothing to compare."""
+    folder = checkpoints().save(tiny_state().snapshot(), "epoch-001", is_best=False)
+    state = tiny_state()
+    state.identity["image_size"] = 224
+    checkpoints().load(state, folder)
+
+
 @pytest.mark.parametrize("field", ["model", "seed", "global_batch_size", "data"])
 def test_another_run_is_refused(checkpoints: Checkpoints, field: str) -> None:
     """A checkpoint of another network, seed, batch or data set is refused by the field's name, and nothing loaded."""
