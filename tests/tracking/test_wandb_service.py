@@ -81,6 +81,11 @@ def records_rows(program: "subprocess.Popen[str]", run_dir: Path) -> bool:
     )
 
 
+def superseded(run_dir: Path) -> int:
+    """How many starts of wandb have been replaced by others."""
+    return len(list((run_dir / "wandb").glob(f"{SUPERSEDED}offline-run-*")))
+
+
 @pytest.mark.parametrize("when", ["starting", "recording", "ending"])
 def test_a_killed_service_is_started_again(images: Path, tmp_path: Path, when: str) -> None:
     """SIGKILL to wandb-core as soon as it is there, between rows, or when training is done and it has not answered:
@@ -102,21 +107,17 @@ def test_a_killed_service_is_started_again(images: Path, tmp_path: Path, when: s
     assert log.exit_code == 0
     assert log.run_id == (run_dir / "wandb_id").read_text().strip()
     assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS)
-    left = list((run_dir / "wandb").glob(f"{SUPERSEDED}offline-run-*"))
-    assert len(left) == (0 if when == "starting" else 1)
+    assert superseded(run_dir) == (0 if when == "starting" else 1)
 
 
 def test_a_service_that_dies_again_is_off(images: Path, tmp_path: Path) -> None:
     """Both deaths are said at once, the second with the command that uploads what there is; training ends as ever."""
     run_dir = tmp_path / "run"
     with training(images, run_dir) as program:
-        killed: set[int] = set()
-        while len(killed) < 2:
-            wait_for(lambda: bool(set(services(program)) - killed))
-            (service,) = set(services(program)) - killed
-            wait_for(lambda: records_rows(program, run_dir))
+        for deaths in range(2):
+            wait_for(lambda: superseded(run_dir) == deaths and records_rows(program, run_dir))  # noqa: B023
+            (service,) = services(program)
             os.kill(service, signal.SIGKILL)
-            killed.add(service)
         warnings = finish(program, run_dir)
     first, second = [line for line in warnings if line.startswith("warning: ")]
     assert "its service, wandb-core, died (signal 9); starting it again" in first
@@ -182,8 +183,9 @@ def test_online_a_server_that_falls_silent_is_given_up(images: Path, tmp_path: P
     (folder,) = (run_dir / "wandb").glob("run-*")
     assert warning.startswith("warning: wandb: no progress in 4 s; still missing: the end of its upload; ")
     assert f"`wandb sync {folder}` uploads what it has" in warning
-    log = read_wandb_log(folder)
-    assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS)
+    logged = [row["step"] for row in read_wandb_log(folder).history if "train/loss" in row]
+    assert len(logged) > 20
+    assert logged == [row["step"] for row in rows(run_dir)][: len(logged)]  # wandb-core keeps the last ones in memory
 
 
 def test_a_server_that_does_not_open_the_run(images: Path, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metaformer.tracking.service import Delivered, Failed, Opened, Report, end_children
+from metaformer.tracking.service import Delivered, Failed, Opened, Report, child_processes
 from metaformer.tracking.tracker import Row
 
 # When training was interrupted or failed: less than the other ranks wait for rank 0 to say why.
@@ -200,8 +202,9 @@ class BackgroundTracker:
     def _kill(self) -> None:
         """End the process and what it has started."""
         if self._process.poll() is None:
-            end_children(self._process.pid)
-            self._process.kill()
+            for process in (*child_processes(self._process.pid), self._process.pid):
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(process, signal.SIGKILL)
 
     def _warn(self, text: str) -> None:
         self._say(f"warning: {self._name}: {text}")

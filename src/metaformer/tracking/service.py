@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 from metaformer.tracking.tracker import Tracker
 
 WATCH_SECONDS = 0.25  # between two looks at the service
-TERM_SECONDS = 1.0  # that a service has to end after SIGTERM
 
 Call = Callable[[Tracker], None]
 
@@ -111,8 +109,7 @@ class Server:
                     self._report(Progressed())
             except Exception as error:
                 self._fail(error)
-        end_children(os.getpid())  # training is gone
-        os._exit(1)
+        os._exit(1)  # training is gone
 
     def _report(self, report: Report) -> None:
         with self._sending:
@@ -134,20 +131,3 @@ def child_processes(process: int) -> list[int]:
         except OSError:
             continue  # the thread has ended
     return children
-
-
-def end_children(process: int) -> None:
-    """End what a process has started: by SIGTERM, which lets it write its files, or else by SIGKILL."""
-    children = child_processes(process)
-    for child in children:
-        _send(child, signal.SIGTERM)
-    deadline = time.monotonic() + TERM_SECONDS
-    while set(children) & set(child_processes(process)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for child in children:
-        _send(child, signal.SIGKILL)
-
-
-def _send(process: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it has ended
-        os.kill(process, number)

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -51,8 +52,12 @@ class WandbTracker(NullTracker):
                 offline.
         """
         sys.argv[:] = arguments  # wandb records them
+        # wandb's reports of its own errors wait where no network answers, and forever when wandb-core dies as it starts.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
 
+        opentelemetry_proxy.disable()
         self._wandb: Any = wandb
         self._artifacts = config.artifacts
         dead = [name for name in folders(run_dir) if name not in earlier]
@@ -91,14 +96,17 @@ class WandbTracker(NullTracker):
 
     def check(self) -> None:
         """Raise an error where wandb's service has died."""
-        if self._service is None:
-            self._service = _find_service()
-        if self._service is None or self._ending:
+        service = self._service = self._service or _find_service()
+        if service is None or self._ending:
             return
-        ended = os.waitid(os.P_PID, self._service, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended is not None and not self._ending:
-            how = "exit code" if ended.si_code == os.CLD_EXITED else "signal"
-            raise RuntimeError(f"its service, wandb-core, died ({how} {ended.si_status})")
+        how = "has gone"
+        with suppress(ChildProcessError):  # wandb has waited for it
+            ended = os.waitid(os.P_PID, service, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return
+            how = f"died ({'exit code' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status})"
+        if self._service == service and not self._ending:
+            raise RuntimeError(f"its service, wandb-core, {how}")
 
     def bytes_moved(self) -> int:
         """Bytes that closing has written to disk, or online, sent to the server; 0 before."""
