@@ -58,6 +58,7 @@ def gain(name: str, value: str, chosen: dict[str, str], missing: set[frozenset[t
     return new, sum((name, value) in pair for pair in missing)
 
 
+@pytest.mark.timeout(900)  # compiling takes minutes on two busy cores
 @pytest.mark.parametrize("options", combinations(), ids=lambda options: "-".join(options.values()))
 def test_options_work_together(
     options: dict[str, str], images: Path, tmp_path: Path, run_program: Callable[..., Any],
