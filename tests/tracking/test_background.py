@@ -179,7 +179,7 @@ def test_a_stuck_tracker_is_left_behind(
     """At the end it has its time, less where the run failed; then what is missing is counted, with what to do."""
     monkeypatch.setattr(background, "CLOSE_SECONDS_OF_FAILED", 0.1)
     monkeypatch.setattr(background, "SILENT_SECONDS", 0.2)
-    tracker = tracker_of(tmp_path, "row-waits", close_seconds=1)
+    tracker = tracker_of(tmp_path, "row-waits", close_seconds=60 if failed else 1)
     log(tracker, *range(4))
     wait_for(lambda: tracker._opened)
     time.sleep(0.1)

@@ -138,6 +138,16 @@ class BackgroundTracker:
                 self._kill()
 
     def _work(self) -> None:
+        try:
+            self._serve_twice_at_most()
+        finally:
+            with self._changed:
+                self._ended = True
+                self._calls.clear()
+                os.close(self._news)
+                self._changed.notify_all()
+
+    def _serve_twice_at_most(self) -> None:
         reason = self._serve()
         if reason and not self._given_up:
             self._warn(f"{reason}; starting it again with all rows, training goes on")
@@ -148,11 +158,6 @@ class BackgroundTracker:
                 reason = f"cannot be started ({error.strerror or error})"
             if reason and not self._given_up:
                 self._warn(f"{reason}; off from here, training goes on; {self._advice()}")
-        with self._changed:
-            self._ended = True
-            self._calls.clear()
-            os.close(self._news)
-            self._changed.notify_all()
 
     def _serve(self) -> str:
         """Pass all calls to the process, until `close` is delivered; return why it ended before that, or nothing."""

@@ -52,7 +52,7 @@ class WandbTracker(NullTracker):
                 offline.
         """
         sys.argv[:] = arguments  # wandb records them
-        # wandb's reports of its own errors wait where no network answers, and forever when wandb-core dies as it starts.
+        # wandb's reports of its own errors wait where no network answers, and forever if wandb-core dies as it starts.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         from wandb.analytics.opentelemetry import opentelemetry_proxy
