@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from metaformer.tracking import background
 from metaformer.tracking.background import BackgroundTracker
+from tests.conftest import REPOSITORY
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("served_tracker.py")))
 
@@ -231,3 +233,19 @@ def test_a_tracker_that_cannot_be_started(tmp_path: Path, capfd: pytest.CaptureF
     assert capfd.readouterr().err == (
         "warning: service: cannot be started (No such file or directory); training goes on without\n"
     )
+
+
+def test_a_stuck_tracker_does_not_outlive_training(tmp_path: Path) -> None:
+    """SIGKILL to the training process while a call is stuck: the tracker's process ends by itself."""
+    program = (
+        "import sys, time; from pathlib import Path; from tests.tracking.test_background import log, tracker_of;"
+        "tracker = tracker_of(Path(sys.argv[1]), 'row-waits'); log(tracker, 0);"
+        "print(tracker._process.pid, flush=True); time.sleep(1000)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None
+        stuck = int(training.stdout.readline())
+        wait_for(lambda: (tmp_path / "start-1").exists() and (tmp_path / "start-1").read_text())
+        training.kill()
+    wait_for(lambda: not Path(f"/proc/{stuck}").exists() or ") Z " in Path(f"/proc/{stuck}/stat").read_text())
