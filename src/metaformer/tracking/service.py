@@ -82,14 +82,17 @@ class Server:
                 call(self._tracker)
                 self._report(Delivered())
         except (Exception, SystemExit) as error:
-            self._fail(self._cause() or error)
+            self._fail(error)
 
     def _cause(self) -> Exception | None:
-        """A dead service, which shows in other errors, too."""
-        try:
-            self._tracker.check()
-        except Exception as error:
-            return error
+        """Return what `check` says of a dead service, which shows in other errors too: its connection is lost first."""
+        end = time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < end:
+            try:
+                self._tracker.check()
+            except Exception as error:
+                return error
+            time.sleep(0.01)
         return None
 
     def _receive(self) -> Any:
@@ -116,6 +119,7 @@ class Server:
             self._connection.send(report)
 
     def _fail(self, error: BaseException) -> None:
+        error = self._cause() or error
         try:
             self._report(Failed(" ".join(f"{error}".split()) or type(error).__name__))
         finally:
