@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -129,9 +130,10 @@ class Server:
 def child_processes(process: int) -> list[int]:
     """The processes that a process has started; none where it has ended."""
     children: list[int] = []
-    for file in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            children += map(int, file.read_text().split())
-        except OSError:
-            continue  # the thread has ended
+    try:
+        for file in Path(f"/proc/{process}/task").glob("*/children"):
+            with suppress(OSError):  # the thread has ended
+                children += map(int, file.read_text().split())
+    except OSError:  # the process has ended
+        return []
     return children
