@@ -164,19 +164,18 @@ def test_names_of_weights_tell_the_preprocessing(monkeypatch: pytest.MonkeyPatch
     assert message("model.name=resnet18", "model.interpolation=random").startswith("model.interpolation")
 
 
+def training_test_resnet(images: Path, run_dir: Path) -> tuple[str, ...]:
+    """Options that train timm's test_resnet at the size that it expects."""
+    network = ("model=timm", "model.name=test_resnet")
+    return (*AT_ITS_SIZE, f"data.root={images}", *network, f"run_dir={run_dir}", "epochs=1")
+
+
 def test_training_uses_the_networks_preprocessing(
     images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network of timm is trained at its size with its mean and std; the run says so, records it, and keeps it."""
     run_dir = tmp_path / "run"
-    command = (
-        *AT_ITS_SIZE,
-        f"data.root={images}",
-        "model=timm",
-        "model.name=test_resnet",
-        f"run_dir={run_dir}",
-        "epochs=1",
-    )
+    command = training_test_resnet(images, run_dir)
     plans: list[TrainingPlan] = []
 
     def keep(**values: Any) -> TrainingPlan:
@@ -206,14 +205,7 @@ def test_another_timm_does_not_change_a_run(
 ) -> None:
     """Where timm comes to state something else, a resume is refused by the field's name; the old value resumes."""
     run_dir = tmp_path / "run"
-    command = (
-        *AT_ITS_SIZE,
-        f"data.root={images}",
-        "model=timm",
-        "model.name=test_resnet",
-        f"run_dir={run_dir}",
-        "epochs=1",
-    )
+    command = training_test_resnet(images, run_dir)
     run_program("train", *command, "max_steps=1")
     registered = timm.models._registry._model_pretrained_cfgs
     cfg = timm.get_pretrained_cfg("test_resnet")

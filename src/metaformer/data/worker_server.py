@@ -26,8 +26,8 @@ def start_worker_server(preload: Sequence[str] = READERS) -> None:
     Args:
         preload: modules that it imports, while this process continues, so that workers find them imported.
     """
-    with _one_thread_in_blas(), blocked_in_children():
-        # Python's tracker comes first: starting it unblocks signals, and the server would start it.
+    with blocked_in_children():
+        # Python's tracker comes first, and signals are blocked anew after it: its start unblocks them.
         resource_tracker.ensure_running()
     with _one_thread_in_blas(), blocked_in_children():
         forkserver.set_forkserver_preload(list(preload))

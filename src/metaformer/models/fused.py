@@ -39,7 +39,7 @@ def fuse(model: MetaFormer) -> int:
 
 
 def fusable_stages(model: MetaFormer) -> list[Stage]:
-    """The stages whose blocks are the paper's; every ablation but another window keeps the plain path."""
+    """The stages all of whose blocks are fusable."""
     stages = [stage for stage in model.stages if isinstance(stage, Stage)]
     return [stage for stage in stages if all(is_fusable(block) for block in stage.blocks)]
 

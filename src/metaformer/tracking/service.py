@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from metaformer.signals import STOP_SIGNALS
 from metaformer.tracking.tracker import Tracker
 
 WATCH_SECONDS = 0.25  # between two looks at the service
@@ -73,7 +74,7 @@ class Server:
 
     def run(self) -> None:
         """Serve, and end the process."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the training process decides when to stop
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         try:

@@ -252,9 +252,8 @@ def _weight_gradient(grad: Tensor, pixels: Tensor) -> Tensor:
     """The product over all positions; never in float16, where the sum of so many overflows."""
     rows, columns = grad.flatten(0, 2).t(), pixels.flatten(0, 2)
     if rows.is_cuda and rows.element_size() < 4:
-        return torch.mm(
-            rows, columns, out_dtype=torch.float32
-        )  # what it is summed in anyway; CPUs have no such product
+        # Summed in float32 anyway; CPUs have no such product.
+        return torch.mm(rows, columns, out_dtype=torch.float32)
     if rows.dtype is torch.float16:
         rows, columns = rows.float(), columns.float()
     return torch.mm(rows, columns)
