@@ -42,10 +42,10 @@ def make_loader(workers):
 """
 
 
-def start(script: str, image_root: Path) -> subprocess.Popen[str]:
+def start(script: str, image_root: Path, *arguments: object) -> subprocess.Popen[str]:
     """Run a program of its own, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + script, str(image_root)],
+        [sys.executable, "-c", PRELUDE + script, str(image_root), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -94,10 +94,21 @@ loader.close()
     assert (program.returncode, stdout, stderr) == (0, f"{len(load_index(image_root, 'train'))}\n", "")
 
 
-def test_workers_end_with_a_trainer_that_is_killed(image_root: Path) -> None:
-    """After SIGKILL to the trainer alone, server, tracker and workers end by themselves."""
-    program = start("next(make_loader(workers=2).epoch(0)); os.kill(os.getpid(), signal.SIGKILL)", image_root)
-    program.communicate(timeout=120)  # each process of the group holds the pipes: they close when the last has ended
+@pytest.mark.parametrize("read", [1, 12], ids=["busy", "waiting"])
+def test_workers_end_with_a_trainer_that_is_killed(image_root: Path, read: int) -> None:
+    """After SIGKILL to the trainer alone, server, tracker and workers end by themselves, busy or waiting."""
+    program = start(
+        """
+loader = make_loader(workers=2)  # must outlive the kill: a loader that is dropped ends its workers itself
+batches = loader.epoch(0)
+for _ in range(int(sys.argv[2])):
+    next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        image_root, read,
+    )  # fmt: skip
+    # Each process of the group holds the pipes: they close when the last has ended.
+    assert program.communicate(timeout=120) == ("", "")
     assert program.returncode == -signal.SIGKILL
 
 

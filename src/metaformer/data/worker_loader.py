@@ -1,7 +1,10 @@
 """The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -107,3 +110,16 @@ def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_trainer, name="end with trainer", daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """End this worker when the training process ends, however that ends.
+
+    DataLoader's own check sees only the death of the server that forked the worker, and the server lives as long as
+    its workers do: after the training process has been killed, each would wait for the other forever.
+    """
+    trainer = parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)

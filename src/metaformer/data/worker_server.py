@@ -26,20 +26,21 @@ def start_worker_server(preload: Sequence[str] = READERS) -> None:
     Args:
         preload: modules that it imports, while this process continues, so that workers find them imported.
     """
-    with blocked_in_children():
-        # Python's tracker comes first, and signals are blocked anew after it: its start unblocks them.
+    # A rank that is killed leaves its semaphores to Python's tracker, which removes them, and would print a warning.
+    with _environment("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning"), blocked_in_children():
+        # The tracker comes first, and signals are blocked anew after it: its start unblocks them.
         resource_tracker.ensure_running()
-    with _one_thread_in_blas(), blocked_in_children():
+    # Else numpy, when the server imports it, would start a thread for each core.
+    with _environment("OPENBLAS_NUM_THREADS", "1"), blocked_in_children():
         forkserver.set_forkserver_preload(list(preload))
         forkserver.ensure_running()
 
 
 @contextmanager
-def _one_thread_in_blas() -> Iterator[None]:
-    """Keep numpy, when the new process imports it, from starting a thread for each core."""
-    name = "OPENBLAS_NUM_THREADS"
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes that are started meanwhile."""
     former = os.environ.get(name)
-    os.environ[name] = "1"
+    os.environ[name] = value
     try:
         yield
     finally:
