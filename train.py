@@ -3,15 +3,22 @@
 Options: conf/ and src/metaformer/config.py, or `python train.py --help`. The same command again resumes.
 """
 
+from metaformer.death_signal import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()  # now: the imports below take seconds
+
 from metaformer import assembly, runtime
 from metaformer.config import TrainConfig, compose
+from metaformer.training.watchdog import Watchdog
 
 
 def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
-    with runtime.start() as ranks:
-        with assembly.training(config, ranks) as train:
+    watchdog = Watchdog(runtime.launched_rank(), config.guards.stall_seconds)
+    with watchdog.watching(), runtime.start(patience=watchdog.pause) as ranks:
+        with assembly.training(config, ranks, watchdog) as train:
             result = train()
         ranks.print_result(result)
 

@@ -3,6 +3,11 @@
 Options: conf/ and src/metaformer/config.py, or `python validate.py --help`.
 """
 
+from metaformer.death_signal import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()  # now: the imports below take seconds
+
 from metaformer import assembly, runtime
 from metaformer.config import ValidateConfig, compose
 

@@ -121,7 +121,7 @@ def guard_costs(step: Step, ranks: Runtime, folder: Path, step_us: float) -> dic
     """Microseconds a step of each guard."""
     state, loss = step.state, torch.zeros((), dtype=torch.float64, device=ranks.device)
     interruption, stopwatch = Interruption(ranks), Stopwatch(ranks.device)
-    watchdog = Watchdog(folder / "stacks", ranks.rank, [], 600)
+    watchdog = Watchdog(ranks.rank, 600)
 
     def guarded() -> None:
         state.scaler.step(state.optimizer)

@@ -3,20 +3,30 @@
   python scripts/verify_resume.py --steps 20 -- model=poolformer_s12 data.root=/path/to/imagenet
   python scripts/verify_resume.py --steps 20 --ranks 8 -- model=poolformer_s12 data.root=/path/to/imagenet
 
+  python scripts/verify_resume.py --steps 300 --failures 100 --mean-seconds 10 -- model=poolformer_s12 data=sample
+
 Trains the given configuration twice for so many steps, in folders of their own: once undisturbed, once killed by
 SIGKILL in the middle and started again by the same command. Prints the SHA-256 of what each leaves: weights, average,
 optimizer and progress, rows of metrics. Exit code 0: equal bit for bit; 1: not. Nothing goes to wandb.
+
+With --failures, SIGKILL goes to one process of the run after another, chosen at random (launcher, rank, worker, what
+serves a rank), at random moments of its start, its training and its end. A run that completes is compared, and the
+next one begins, until there were so many failures. Prints what they cost.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +40,15 @@ from metaformer.errors import UserError
 from metaformer.runtime import run_program
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+MARK = "METAFORMER_FAILURES"  # an environment variable, by which the processes of a start are found
+# What a process is, by a part of its command; the first that fits.
+KINDS = {
+    "torch.distributed.run": "launcher",
+    "multiprocessing.forkserver": "loader's server or worker",
+    "multiprocessing.resource_tracker": "resource tracker",
+    "backstop.py": "backstop",
+    "train.py": "rank",
+}
 OF_THE_CLOCK = ("images_per_second", "data_wait", "memory_gib")  # figures of a row that differ from run to run
 
 
@@ -39,6 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=arguments.folder) as temporary:
         whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
         _train(arguments, whole)
+        if arguments.failures:
+            sys.exit(0 if inject_failures(arguments, whole) else 1)
         _train_and_kill(arguments, killed)
         _train(arguments, killed)
         undisturbed, resumed = hash_run(whole), hash_run(killed)
@@ -56,12 +77,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="steps of each run, 4 or more")
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine")
     parser.add_argument("--folder", type=Path, help="where the two run folders are made and removed; default: /tmp")
+    parser.add_argument("--failures", type=int, default=0, metavar="N", help="kill processes at random N times")
+    parser.add_argument(
+        "--mean-seconds", type=float, default=10.0, metavar="S", help="between two failures, on average"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments and processes")
     parser.add_argument("overrides", nargs="+", help="train.py's, after --")
     arguments = parser.parse_args()
     if arguments.steps < 4:
         raise UserError(f"--steps {arguments.steps}: must be at least 4, to be killed in the middle")
     if arguments.ranks < 1:
         raise UserError(f"--ranks {arguments.ranks}: must be at least 1")
+    if arguments.failures < 0 or arguments.mean_seconds <= 0:
+        raise UserError("--failures: must not be negative, and --mean-seconds must be above 0")
     for name in ("run_dir", "max_steps", "resume"):
         if any(override.lstrip("+").startswith(f"{name}=") for override in arguments.overrides):
             raise UserError(f"{name}=: set by this program; leave it out")
@@ -73,7 +101,11 @@ def _command(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
     if arguments.ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
     fixed = ["tracking=local", f"run_dir={run_dir}", f"max_steps={arguments.steps}"]
-    fixed += ["log_every_steps=1", f"checkpoint.every_steps={max(1, arguments.steps // 4)}"]
+    fixed += [
+        "log_every_steps=1",
+        f"checkpoint.every_steps={max(1, arguments.steps // (40 if arguments.failures else 4))}",
+    ]
+    fixed += ["guards.max_starts_without_progress=1000000"] if arguments.failures else []
     return [*launcher, str(TRAIN), *arguments.overrides, *fixed]
 
 
@@ -105,6 +137,138 @@ def _train_and_kill(arguments: argparse.Namespace, run_dir: Path) -> None:
 def _last_checkpoint(run_dir: Path) -> str:
     last = run_dir / "checkpoints" / "last"
     return last.readlink().name if last.is_symlink() else "no checkpoint"
+
+
+@dataclass
+class Failures:
+    """What the failures so far have cost.
+
+    Attributes:
+        killed: kinds of processes, with how often each was killed.
+        ended: how many of the failures ended the run's processes.
+        lost_steps: of each of those, the steps that were taken but not saved.
+        recovery: seconds from each of those to the next step in the log.
+    """
+
+    killed: dict[str, int] = field(default_factory=dict)
+    ended: int = 0
+    lost_steps: list[int] = field(default_factory=list)
+    recovery: list[float] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Of all failures."""
+        return sum(self.killed.values())
+
+
+def inject_failures(arguments: argparse.Namespace, whole: Path) -> bool:
+    """Kill and start again until there were enough failures; whether every run ended as the undisturbed one."""
+    expected, rng, failures = hash_run(whole), random.Random(arguments.seed), Failures()
+    runs = differing = 0
+    while failures.count < arguments.failures:
+        run_dir = whole.with_name(f"killed-{runs}")
+        _train_with_failures(arguments, run_dir, rng, failures)
+        found = hash_run(run_dir)
+        parts = [name for name in expected if found[name] != expected[name]]
+        status = json.loads((run_dir / "status.json").read_text())
+        said = f"DIFFERENT: {', '.join(parts)}" if parts else "equal bit for bit"
+        print(f"run {runs + 1}: {said}; goodput {status['goodput']:.1f} % in {status['starts']} starts, "
+              f"{failures.count} failures so far", flush=True)  # fmt: skip
+        runs, differing = runs + 1, differing + bool(parts)
+    kinds = ", ".join(f"{name} {count}" for name, count in sorted(failures.killed.items()))
+    print(f"{failures.count} failures ({kinds}); {failures.ended} ended the run's processes")
+    print(f"{runs} runs, {differing} of them different from the undisturbed one")
+    if failures.recovery:
+        lost, seconds = failures.lost_steps, failures.recovery
+        print(f"lost steps: median {statistics.median(lost):g}, most {max(lost)}")
+        print(f"recovery, from the failure to the next step: median {statistics.median(seconds):.1f} s, "
+              f"longest {max(seconds):.1f} s")  # fmt: skip
+    return differing == 0
+
+
+def _train_with_failures(arguments: argparse.Namespace, run_dir: Path, rng: random.Random, failures: Failures) -> None:
+    """Start a run again and again until it is complete."""
+    metrics, log = run_dir / "metrics.jsonl", run_dir.with_suffix(".log")
+    failed_at: float | None = None  # what ended the processes, until the next step
+    for start in itertools.count():
+        steps, mark = _steps(metrics), f"{MARK}={os.getpid()}-{run_dir.name}-{start}"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                ["env", mark, *_command(arguments, run_dir)], stdout=output, stderr=output, start_new_session=True
+            )
+        strike = time.monotonic() + rng.expovariate(1 / arguments.mean_seconds)
+        struck_at, seen = 0.0, steps
+        while process.poll() is None:
+            now = time.monotonic()
+            if failed_at is not None and _steps(metrics) != steps:
+                failures.recovery.append(now - failed_at)
+                failed_at = None
+            if now >= strike and failures.count < arguments.failures:
+                seen = _steps(metrics)
+                if _kill_one(mark, rng, failures):
+                    struck_at = now
+                strike = now + rng.expovariate(1 / arguments.mean_seconds)
+            time.sleep(0.02)
+        while _processes(mark):  # ranks whose launcher was killed save, and end
+            time.sleep(0.02)
+        if process.returncode == 0:
+            return
+        if not struck_at:
+            raise UserError(f"train.py: ended with exit code {process.returncode} without a failure; see {log}")
+        failures.ended += 1
+        failures.lost_steps.append(max(0, seen - _saved_step(run_dir)))
+        failed_at = failed_at or struck_at
+
+
+def _steps(metrics: Path) -> int:
+    """The last step in the log."""
+    try:
+        lines = metrics.read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0
+    return max((json.loads(line)["step"] for line in lines[-3:] if line.endswith(b"}")), default=0)
+
+
+def _saved_step(run_dir: Path) -> int:
+    last = run_dir / "checkpoints" / "last"
+    if not last.exists():
+        return 0
+    step: int = torch.load(last / "trainer.pt", weights_only=True)["progress"]["step"]
+    return step
+
+
+def _kill_one(mark: str, rng: random.Random, failures: Failures) -> bool:
+    processes = _processes(mark)
+    if not processes:
+        return False
+    pid, kind = rng.choice(sorted(processes.items()))
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    failures.killed[kind] = failures.killed.get(kind, 0) + 1
+    return True
+
+
+def _processes(mark: str) -> dict[int, str]:
+    """Living processes of one start, in whatever session, and what each is: all have inherited the mark."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if state != "Z" and mark.encode() in environment:
+                found[int(folder.name)] = _kind((folder / "cmdline").read_bytes().decode(errors="replace"))
+        except OSError:
+            continue  # it has ended, or is another user's
+    return found
+
+
+def _kind(command: str) -> str:
+    for part, kind in KINDS.items():
+        if part in command:
+            return kind
+    return "other"
 
 
 def hash_run(run_dir: Path) -> dict[str, str]:

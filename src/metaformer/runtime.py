@@ -26,7 +26,6 @@ from metaformer.errors import Interrupted, UserError
 T = TypeVar("T")
 
 _GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -61,6 +60,7 @@ class Runtime:
         control: a group on CPUs, beside the gradients' exchange; None with one rank.
         bound_cpus: CPUs that this rank has for itself, near its GPU; empty where it shares with the other local ranks.
         node: this node's number among the launcher's.
+        patience: entered by all ranks while one of them does what the others wait for, as long as it takes.
     """
 
     rank: int
@@ -71,6 +71,7 @@ class Runtime:
     control: dist.ProcessGroup | None = None
     bound_cpus: tuple[int, ...] = ()
     node: int = 0
+    patience: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def is_main(self) -> bool:
@@ -126,6 +127,10 @@ class Runtime:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0 alone and give its result to every rank; a UserError there is every rank's."""
+        with self.patience():
+            return self._from_main(make)
+
+    def _from_main(self, make: Callable[[], T]) -> T:
         if self.world_size == 1:
             return make()
         outcome: list[T | UserError | None] = [None]
@@ -154,7 +159,10 @@ class Runtime:
     def main_first(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0, then on the others, which find what it left on disk."""
         result = self.main_only(make, otherwise=None)
-        return make() if result is None else result
+        if result is not None:
+            return result
+        with self.patience():
+            return make()
 
     def print_result(self, result: dict[str, Any]) -> None:
         """Print one JSON object as a line on stdout, once."""
@@ -210,8 +218,14 @@ class Runtime:
 
 
 @contextmanager
-def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
+def start(
+    timeout: timedelta = timedelta(minutes=30),
+    patience: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Runtime]:
     """Join the processes that torchrun started (or be the only one), and leave them at the end.
+
+    Args:
+        patience: see `Runtime`.
 
     Raises:
         UserError: more ranks on this node than GPUs.
@@ -227,16 +241,19 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_launcher()
     control: Any = None
     if world_size > 1:
         _join(device, timeout, single_node=world_size == local_world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
     node = _variable("GROUP_RANK", rank // local_world_size)
-    yield Runtime(rank, world_size, local_rank, local_world_size, device, control, node=node)
+    yield Runtime(rank, world_size, local_rank, local_world_size, device, control, node=node, patience=patience)
     if world_size > 1:  # not after an error: a group that lost a rank may wait for it
         dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """This process's rank, known before it has joined the others."""
+    return _variable("RANK", 0)
 
 
 def keep_freed_memory() -> None:
@@ -304,17 +321,6 @@ def status_file_of_launcher() -> Path | None:
     """A file in which the program that started this one wants to read how it ended, as slurm/train.sbatch does."""
     named = os.environ.get("METAFORMER_STATUS_FILE")
     return Path(named) if named else None
-
-
-def _end_with_launcher() -> None:
-    """Ask Linux for SIGTERM when torchrun dies, however: a rank that nobody watches saves, and ends.
-
-    Without this the ranks of a torchrun that was killed by SIGKILL would go on, unseen.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl: {os.strerror(number)}")
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def blocked_in_children() -> Iterator[None]:
     Launchers signal a rank's whole process group, and a loader that ended before its rank would end the run. A signal
     mask, unlike a handler, survives exec, so that there is no moment at which a signal could end the new process.
     """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGHUP))
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.data.index import load_index
+from metaformer.data.worker_server import LONGEST_TEMPORARY_FOLDER
 from tests.conftest import BIN, QUICK, REPOSITORY
 
 # Imported by every Python process at its start. Notes at each fork: the process, and its threads of any kind.
@@ -110,6 +111,75 @@ os.kill(os.getpid(), signal.SIGKILL)
     # Each process of the group holds the pipes: they close when the last has ended.
     assert program.communicate(timeout=120) == ("", "")
     assert program.returncode == -signal.SIGKILL
+
+
+def test_a_stopped_worker_ends_with_its_trainer(image_root: Path) -> None:
+    """Also one that has been stopped, and cannot act itself."""
+    program = start(
+        """
+loader = make_loader(workers=1)
+batches = loader.epoch(0)
+next(batches)
+os.kill(loader._loader._iterator._workers[0].pid, signal.SIGSTOP)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        image_root,
+    )
+    assert program.communicate(timeout=60) == ("", "")
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_worker(image_root: Path, tmp_path: Path) -> None:
+    """Not the batch alone, for which the trainer would wait forever: one line says why."""
+    program = tmp_path / "program.py"  # a file, which workers can import
+    program.write_text(
+        PRELUDE
+        + """
+import torch
+from multiprocessing.reduction import ForkingPickler
+
+def fail(batch):
+    raise OSError("AF_UNIX path too long")
+
+def read_unsendable(encoded, plan, row):
+    ForkingPickler.register(torch.Tensor, fail)
+    return read_with_pil(encoded, plan, row)
+
+if __name__ == "__main__":
+    plan = EvaluationPlan(len(index), 1, 0, 1, 32, 0.9)
+    next(WorkerLoader(read_unsendable, index, plan, 1, prefetch_batches=1, pin_memory=False).epoch(0))
+"""
+    )
+    command = [sys.executable, str(program), str(image_root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "error: a loader's worker cannot send a batch: AF_UNIX path too long\n" in done.stderr
+
+
+def test_a_temporary_folder_with_too_long_a_name(image_root: Path, tmp_path: Path) -> None:
+    """Refused at the start by one line; the longest that is let through works."""
+    base = str(tmp_path)
+    for length, code in ((LONGEST_TEMPORARY_FOLDER, 0), (LONGEST_TEMPORARY_FOLDER + 1, 2)):
+        folder = Path(base + "/" + "x" * (length - len(base) - 1))
+        folder.mkdir()
+        program = start(
+            """
+import tempfile
+from metaformer.runtime import run_program
+tempfile.tempdir = sys.argv[2]
+
+def main():
+    loader = make_loader(workers=1)
+    assert sum(1 for _ in loader.epoch(0)) == len(index)
+    loader.close()
+
+run_program(main)
+""",
+            image_root, folder,
+        )  # fmt: skip
+        _, stderr = program.communicate(timeout=60)
+        assert program.returncode == code, stderr
+    assert stderr.startswith(f"error: TMPDIR={folder}: 76 bytes long")
+    assert len(stderr.splitlines()) == 1
 
 
 def test_no_server_without_workers(image_root: Path) -> None:

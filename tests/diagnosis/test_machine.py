@@ -5,12 +5,13 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from metaformer.diagnosis.finding import Finding, Verdict
-from metaformer.diagnosis.machine import GIB, limits, run_folder, shared_memory, signals
+from metaformer.diagnosis.machine import GIB, limits, run_folder, shared_memory, signals, temporary_folder
 
 
 def verdicts(findings: list[Finding]) -> dict[str, Verdict]:
@@ -70,3 +71,12 @@ def test_a_folder_for_runs(tmp_path: Path) -> None:
     (found,) = run_folder(tmp_path / "file" / "runs")
     assert found.verdict is Verdict.fail
     assert "Not a directory" in found.said
+
+
+def test_a_temporary_folder_with_too_long_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes could not open their sockets there."""
+    assert temporary_folder().verdict is Verdict.ok
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
+    found = temporary_folder()
+    assert found.verdict is Verdict.fail
+    assert found.mend.startswith("export TMPDIR=/tmp")

@@ -132,11 +132,17 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def launch_torchrun(
-    images: Path, run_dir: Path, *overrides: str, ranks: int = 2, faults: str = "", options: tuple[str, ...] = ()
+    images: Path,
+    run_dir: Path,
+    *overrides: str,
+    ranks: int = 2,
+    faults: str = "",
+    options: tuple[str, ...] = (),
+    program: Path = REPOSITORY / "tests" / "faults" / "program.py",
 ) -> "subprocess.Popen[bytes]":
     """The same through torchrun, in a session of its own; what is printed goes to RUN.out and RUN.err."""
     command = [str(BIN / "torchrun"), *(options or ("--standalone",)), f"--nproc_per_node={ranks}"]
-    command += [str(REPOSITORY / "tests" / "faults" / "program.py"), f"data.root={images}", *RECIPE]
+    command += [str(program), f"data.root={images}", *RECIPE]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULTS": faults}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with Path(f"{run_dir}.out").open("ab") as out, Path(f"{run_dir}.err").open("ab") as err:

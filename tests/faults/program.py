@@ -18,6 +18,7 @@ import torch
 
 import train
 from metaformer import runtime
+from metaformer.data.worker_loader import WorkerLoader
 from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
 from metaformer.training.checkpoint import CheckpointFolder
@@ -36,6 +37,8 @@ def main() -> None:
     faults = [fault.split(":", 2) for fault in os.environ.get("FAULTS", "").split()]
     planned = {int(step): name for where, step, name in faults if int(where) == rank}
     _strike_in_steps(planned)
+    _strike_in_start(planned.get(0, ""))
+    _strike_in_data(planned)
     _strike_in_validation(planned)
     _strike_in_saves(planned)
     _strike_in_tracking(planned.get(0, ""))
@@ -57,7 +60,7 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "kill-once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "term" | "usr1" | "int" | "stop":
+            case "term" | "usr1" | "int" | "hup" | "stop":
                 os.kill(os.getpid(), getattr(signal, f"SIG{fault.upper()}"))
             case "hang":
                 time.sleep(1000)
@@ -78,6 +81,32 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
         return result
 
     Trainer._step = step  # type: ignore[method-assign]
+
+
+def _strike_in_start(fault: str) -> None:
+    if fault == "stop-before-joining":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "stop-in-start":
+        assembly = vars(sys.modules["metaformer.assembly.training"])
+        make = assembly["make_model"]
+
+        def make_model(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return make(*arguments)
+
+        assembly["make_model"] = make_model
+
+
+def _strike_in_data(planned: dict[int, str]) -> None:
+    read = WorkerLoader.epoch
+
+    def epoch(self: WorkerLoader, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+        for number, images in enumerate(read(self, epoch, first), start=1):
+            if planned.get(number) == "no-data":
+                time.sleep(1000)
+            yield images
+
+    WorkerLoader.epoch = epoch  # type: ignore[method-assign]
 
 
 def _strike_in_validation(planned: dict[int, str]) -> None:

@@ -26,6 +26,15 @@ def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -
     assert start(tmp_path / "run", ranks=2).wait() == [0, 0], "the same command goes on"
 
 
+@pytest.mark.parametrize("fault", ["stop-before-joining", "stop-in-start"])
+def test_a_rank_that_stops_while_it_starts(start: Start, tmp_path: Path, fault: str) -> None:
+    """Row 13: the other rank does not wait for the process group's half an hour; its stacks are on stderr."""
+    job = start(tmp_path / "run", "guards.stall_seconds=8", ranks=2, faults=f"1:0:{fault}")
+    assert job.wait(60)[0] == STALLED, job.stderr
+    assert any("it had not begun to train" in line for line in job.errors)
+    assert "in main\n" in job.stderr
+
+
 def test_a_suspended_job_continues(start: Start, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
     """Row 13: SIGSTOP on all ranks for three times the bound, as by a closed lid: the run continues where it was."""
     job = start(tmp_path / "run", "guards.stall_seconds=3", ranks=2, faults="0:0:slow 1:0:slow")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import rows
+from tests.conftest import REPOSITORY, rows
 from tests.faults.conftest import (
     STEPS,
     Run,
@@ -66,6 +66,22 @@ def test_a_killed_launcher_leaves_no_orphan(images: Path, tmp_path: Path, undist
     assert status(run_dir)["state"] == "interrupted"
     assert launch_torchrun(images, run_dir).wait(120) == 0
     assert_same_run(run_dir, undisturbed(2))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 4.0])
+def test_a_launcher_killed_while_its_ranks_start(images: Path, tmp_path: Path, seconds: float) -> None:
+    """Row 3: no rank trains unwatched, or waits for the others, whatever it had come to."""
+    run_dir = tmp_path / "run"
+    agent = launch_torchrun(images, run_dir, "epochs=1000", program=REPOSITORY / "train.py")
+    while len(processes_of(run_dir)) < 3:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + 60
+    while processes_of(run_dir):
+        assert time.monotonic() < deadline, processes_of(run_dir)
+        time.sleep(0.1)
 
 
 def processes_of(run_dir: Path) -> list[str]:

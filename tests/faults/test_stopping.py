@@ -45,7 +45,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
     assert_same_run(tmp_path / "run", undisturbed(ranks))
 
 
-@pytest.mark.parametrize(("number", "rank"), [("usr1", 1), ("usr1", 0), ("int", 1), ("term", 1)])
+@pytest.mark.parametrize(("number", "rank"), [("usr1", 1), ("usr1", 0), ("int", 1), ("hup", 1)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, number: str, rank: int
 ) -> None:
@@ -100,12 +100,38 @@ def test_grace_too_short(start: Start, run: Run, undisturbed: Undisturbed, tmp_p
     assert_same_run(tmp_path / "run", undisturbed(2))
 
 
-def test_sigterm_to_torchrun(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Row 9: torchrun passes SIGTERM on; its own exit code says nothing, the status file does."""
+def test_stopped_while_waiting_for_data(start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 12a: SIGTERM while the loader delivers nothing: the last step is saved at once."""
+    job = start(tmp_path / "run", faults="0:4:no-data")
+    wait_for_steps(tmp_path / "run", 3)
+    job.signal(0, signal.SIGTERM)
+    assert job.wait(20) == [INTERRUPTED], job.stderr
+    assert status(tmp_path / "run")["step"] == 3
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(1))
+
+
+def test_ranks_stopped_while_one_waits_for_data(
+    start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Row 12a: two ranks cannot agree to save: they end within a launcher's patience, with their stacks."""
+    job = start(tmp_path / "run", ranks=2, faults="1:4:no-data")
+    wait_for_steps(tmp_path / "run", 3)
+    for rank in (0, 1):
+        job.signal(rank, signal.SIGTERM)
+    assert 4 in job.wait(28), job.stderr
+    assert any("asked to stop" in line for line in job.errors)
+    run(tmp_path / "run", ranks=2)
+    assert_same_run(tmp_path / "run", undisturbed(2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_a_signal_to_torchrun(images: Path, undisturbed: Undisturbed, tmp_path: Path, number: signal.Signals) -> None:
+    """Row 9: torchrun passes SIGTERM on, and a closed terminal; its exit code says nothing, the status file does."""
     run_dir = tmp_path / "run"
     agent = launch_torchrun(images, run_dir, "workers=1", faults="0:0:slow 1:0:slow")
     wait_for_steps(run_dir, 3)
-    agent.terminate()
+    agent.send_signal(number)
     assert agent.wait(60) != 0
     assert status(run_dir)["state"] == "interrupted"
     assert launch_torchrun(images, run_dir, "workers=1").wait(120) == 0

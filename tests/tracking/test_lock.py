@@ -16,6 +16,7 @@ import pytest
 
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
+from metaformer.goodput import Goodput
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
 from metaformer.tracking.lock import LOCK_FILE, RunLock, held
@@ -99,7 +100,7 @@ def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
         check_empty(run_dir)
         for config in ("a: 1\n", "a: 2\n"):
             open_run_folder(run_dir, config, 0)
-        status = StatusFile(run_dir, None)
+        status = StatusFile(run_dir, None, Goodput())
         status.start(0, 5)
         trackers = [ConsoleTracker(1, 1, 1, run_dir / "log.txt"), JsonlTracker(run_dir, 0)]
         for tracker in trackers:

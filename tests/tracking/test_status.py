@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from metaformer.errors import UserError
+from metaformer.goodput import Goodput
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
 
 
@@ -18,7 +19,7 @@ def written(file: Path) -> dict[str, Any]:
 def test_says_how_a_run_stands(tmp_path: Path) -> None:
     """While it runs, and how it ended, in both files alike."""
     copy = tmp_path / "copy.json"
-    status = StatusFile(tmp_path, copy)
+    status = StatusFile(tmp_path, copy, Goodput())
     status.start(7, 5)
     assert written(tmp_path / "status.json") == {"state": "running", "step": 7, "reason": ""}
     status.end(INTERRUPTED, 9, "SIGTERM")
@@ -28,7 +29,7 @@ def test_says_how_a_run_stands(tmp_path: Path) -> None:
 
 def begin(run_dir: Path, step: int, end: str | None = None, most: int = 3) -> None:
     """A start, and an end unless it is killed."""
-    status = StatusFile(run_dir, None)
+    status = StatusFile(run_dir, None, Goodput())
     status.start(step, most)
     if end is not None:
         status.end(end, step + 4, "KeyError: 'x'" if end == FAILED else "")
@@ -82,9 +83,9 @@ def test_files_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixtu
     """At the start it is an error that names the very file; at the end a warning, and the other file is written."""
     copy = tmp_path / "gone" / "copy.json"
     with pytest.raises(UserError, match=r"gone/copy\.json: cannot be written \(No such file or directory\)"):
-        StatusFile(tmp_path, copy).start(0, 5)
+        StatusFile(tmp_path, copy, Goodput()).start(0, 5)
     copy.parent.mkdir()
-    status = StatusFile(tmp_path, copy)
+    status = StatusFile(tmp_path, copy, Goodput())
     status.start(0, 5)
     copy.unlink()
     copy.parent.rmdir()
@@ -95,11 +96,11 @@ def test_files_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_what_computes_is_kept(tmp_path: Path) -> None:
     """Which fused parts a start uses, also after its end; a file from before there was this field is read."""
-    status = StatusFile(tmp_path, None)
+    status = StatusFile(tmp_path, None, Goodput())
     status.start(0, 5, "blocks on (Triton); transform on (Triton)")
     status.end("failed", 0, "")
     content = json.loads((tmp_path / "status.json").read_text())
     assert content.pop("fused") == "blocks on (Triton); transform on (Triton)"
     (tmp_path / "status.json").write_text(json.dumps(content))
-    StatusFile(tmp_path, None).start(0, 5, "off")
+    StatusFile(tmp_path, None, Goodput()).start(0, 5, "off")
     assert json.loads((tmp_path / "status.json").read_text())["starts_without_progress"] == 1

@@ -12,7 +12,7 @@ import torch
 from metaformer.runtime import Runtime
 from metaformer.signals import STOP_SIGNALS
 from metaformer.training import interruption
-from metaformer.training.interruption import Interruption
+from metaformer.training.interruption import Interruption, StopWaitingError
 from tests.ranks import on_ranks
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
@@ -20,7 +20,7 @@ ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
-    """Each of the three is only remembered, under its name, and from then on every boundary is one to stop at."""
+    """Each is only remembered, under its name, and from then on every boundary is one to stop at."""
     asked = Interruption(ALONE)
     with asked.listening():
         assert not asked.requested
@@ -30,6 +30,44 @@ def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
         assert asked.agreed()
         assert asked.agreed()
     assert asked.reason == number.name
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As nohup starts a program: the terminal's end is not the run's."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        asked = Interruption(ALONE)
+        with asked.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def wait_for_data(asked: Interruption, signals: int) -> None:
+    """For long, while so many signals come."""
+    with asked.waiting():
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+
+def test_a_wait_is_left_at_once() -> None:
+    """By a signal that comes during it, and by one that came before; not after it."""
+    asked = Interruption(ALONE)
+    with asked.listening():
+        with asked.waiting():
+            pass
+        for signals in (1, 0):
+            began = time.monotonic()
+            with pytest.raises(StopWaitingError):
+                wait_for_data(asked, signals)
+            assert time.monotonic() - began < 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.pending
+        assert asked.agreed()
+        assert not asked.pending
 
 
 def test_the_first_signal_is_the_reason() -> None:

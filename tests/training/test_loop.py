@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metaformer.goodput import Goodput
 from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
@@ -91,7 +92,8 @@ def trainer(state: TrainState, folder: Path, data: Numbers, **settings: Any) -> 
         tracker=Rows(),
         runtime=CPU,
         processes=CPU.processes(),
-        watchdog=Watchdog(folder / "stacks", 0, [], 60),
+        watchdog=Watchdog(0, 60),
+        goodput=Goodput(),
         settings=LoopSettings(**(defaults | settings)),
         inspect=lambda batch: None,
         bottleneck=Bottleneck("raise workers"),

@@ -15,17 +15,25 @@ from metaformer.training.watchdog import EXIT_CODE, Watchdog
 
 PRELUDE = """
 import ctypes, os, shutil, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 from metaformer.training import watchdog
 from metaformer.training.watchdog import Watchdog
 watchdog.DUMP_SECONDS = 0.3
 folder, stall = Path(sys.argv[1]), float(sys.argv[2])
 peers = [int(pid) for pid in sys.argv[3:]]
+
+@contextmanager
+def watching(rank, is_asked_to_stop=lambda: False):
+    dog = Watchdog(rank, stall)
+    with dog.watching():
+        dog.training_begins(folder, peers, is_asked_to_stop)
+        yield dog
 """
 HANGS = """
 def waits_for_somebody():
     time.sleep(60)
-with Watchdog(folder, 0, peers, stall).watching():
+with watching(0):
     waits_for_somebody()
 """
 PEER = """
@@ -34,8 +42,7 @@ def is_stopped():
     while True:
         dog.beat()
         time.sleep(0.01)
-dog = Watchdog(folder, 1, [], stall)
-with dog.watching():
+with watching(1) as dog:
     is_stopped()
 """
 
@@ -70,8 +77,7 @@ def test_what_goes_on_is_left_alone(tmp_path: Path) -> None:
     code, stderr = finish(
         start(
             """
-            dog = Watchdog(folder, 0, peers, stall)
-            with dog.watching():
+            with watching(0) as dog:
                 for _ in range(40):
                     dog.beat()
                     time.sleep(stall / 10)
@@ -88,10 +94,78 @@ def test_what_goes_on_is_left_alone(tmp_path: Path) -> None:
 
 def test_beats_before_do_not_count(tmp_path: Path) -> None:
     """The bound runs from the moment it watches: a model may take long to build after the watchdog is made."""
-    dog = Watchdog(tmp_path / "stacks", 0, [], 0.5)
+    dog = Watchdog(0, 0.5)
     time.sleep(0.8)
     with dog.watching():
         time.sleep(0.2)
+
+
+def test_a_hang_in_the_start(tmp_path: Path) -> None:
+    """Before training has begun, and has a folder, the stacks are on stderr; a pause for one rank's long work is none.
+
+    The pause does not hold for a hang that comes after it.
+    """
+    script = """
+        def hangs():
+            time.sleep(60)
+        dog = Watchdog(0, stall)
+        with dog.watching():
+            with dog.pause():
+                time.sleep(3 * stall)
+            print("paused", flush=True)
+            hangs()
+        """
+    process = start(script, tmp_path, 0.5)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (EXIT_CODE, "paused\n")
+    assert "in hangs" in stderr
+    assert stderr.splitlines()[-1].startswith("error: rank 0: no step for ")
+    assert "it had not begun to train" in stderr
+
+
+def test_no_pause_in_training(tmp_path: Path) -> None:
+    """What waits for one rank's save is watched, while in the start it is not."""
+    script = """
+        with watching(0) as dog, dog.pause():
+            time.sleep(60)
+        """
+    assert finish(start(script, tmp_path, 0.5))[0] == EXIT_CODE
+
+
+def test_nothing_is_expected_after_training(tmp_path: Path) -> None:
+    """An upload may take longer than the bound."""
+    script = """
+        with watching(0) as dog:
+            dog.training_ends()
+            time.sleep(4 * stall)
+        """
+    assert finish(start(script, tmp_path, 0.5)) == (0, "")
+
+
+@pytest.mark.parametrize(("step", "least", "most"), [(0.1, 0.5, 2.5), (1.0, 1.9, 5.5)], ids=["quick", "slow"])
+def test_a_stop_that_is_not_followed(tmp_path: Path, step: float, least: float, most: float) -> None:
+    """A rank that was asked to stop and waits for others has a short bound: three steps, at least `STOP_SECONDS`."""
+    script = f"""
+        watchdog.STOP_SECONDS = 0.5
+        asked = []
+        with watching(0, is_asked_to_stop=lambda: bool(asked)) as dog:
+            for _ in range(3):
+                time.sleep({step})
+                dog.beat()
+            asked.append(True)
+            began = time.monotonic()
+            ended = os._exit
+            def end(code):
+                print(time.monotonic() - began, flush=True)
+                ended(code)
+            os._exit = end
+            time.sleep(60)
+        """
+    process = start(script, tmp_path, 60)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == EXIT_CODE
+    assert least < float(stdout) < most
+    assert "asked to stop, it waited for data or for another rank" in stderr
 
 
 def test_a_stopped_peer_writes_its_stacks(tmp_path: Path) -> None:
@@ -125,7 +199,7 @@ def test_a_process_of_another_user(tmp_path: Path) -> None:
     """A process id that has gone to somebody else's process: that is left alone, and the job ends all the same."""
     other = subprocess.Popen(["sleep", "30"])
     script = """
-        with Watchdog(folder, 0, peers, stall).watching():
+        with watching(0):
             os.setuid(65534)
             time.sleep(60)
         """
@@ -147,7 +221,7 @@ def test_threads_that_cannot_run(tmp_path: Path) -> None:
                 mutex = ctypes.create_string_buffer(64)
                 for _ in range(2):  # it waits for itself
                     ctypes.PyDLL(None).pthread_mutex_lock(mutex)
-            with Watchdog(folder, 0, peers, stall).watching():
+            with watching(0):
                 hangs_in_c()
             """,
             tmp_path,
@@ -162,8 +236,7 @@ def test_beats_reach_the_backstop(tmp_path: Path) -> None:
     """What kills a process whose threads cannot run also counts from the last beat."""
     script = """
         watchdog.BACKSTOP_SECONDS = 0.1
-        dog = Watchdog(folder, 0, peers, stall)
-        with dog.watching():
+        with watching(0) as dog:
             for _ in range(30):
                 dog.beat()
                 time.sleep(stall / 10)
@@ -176,8 +249,7 @@ def test_a_suspend_is_no_stall(tmp_path: Path, with_backstop: bool) -> None:
     """A healthy process that is stopped for several times the bound, as by a closed lid, continues when it wakes."""
     script = """
         watchdog.BACKSTOP_SECONDS = 0.1
-        dog = Watchdog(folder, 0, peers, stall)
-        with dog.watching():
+        with watching(0) as dog:
             print("ready", flush=True)
             for _ in range(40):
                 dog.beat()
@@ -209,7 +281,7 @@ def test_stop_signals_leave_the_backstop_alone(tmp_path: Path) -> None:
             for _ in range(2):
                 ctypes.PyDLL(None).pthread_mutex_lock(mutex)
         os.setpgid(0, 0)
-        with Watchdog(folder, 0, peers, stall).watching():
+        with watching(0):
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
                 os.killpg(0, number)
             hangs_in_c()
@@ -236,7 +308,9 @@ def test_the_end_of_watching_hides_no_error(tmp_path: Path, left: str) -> None:
         (folder / "rank-0.txt").write_text(left)
 
     def fail() -> None:
-        with Watchdog(folder, 0, [], 60).watching():
+        dog = Watchdog(0, 60)
+        with dog.watching():
+            dog.training_begins(folder, [], lambda: False)
             if left == "vanished":
                 shutil.rmtree(tmp_path / "run")
             raise KeyError("cause")

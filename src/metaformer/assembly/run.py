@@ -10,19 +10,20 @@ from omegaconf import OmegaConf
 
 from metaformer.config import TrainConfig, recorded
 from metaformer.errors import Interrupted, UserError
+from metaformer.goodput import Goodput
 from metaformer.runtime import Runtime, status_file_of_launcher
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.make import make_tracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
-from metaformer.tracking.tracker import NullTracker, Tracker
+from metaformer.tracking.tracker import FanOut, NullTracker, Tracker
 from metaformer.training.state import TrainState
 from metaformer.training.surroundings import LoopSettings
 
 
 @contextmanager
 def tracking(
-    config: TrainConfig, runtime: Runtime, settings: LoopSettings, state: TrainState, fused: str
+    config: TrainConfig, runtime: Runtime, settings: LoopSettings, state: TrainState, fused: str, goodput: Goodput
 ) -> Iterator[Tracker]:
     """What is told of the run, closed at the end, when the status file says how it went.
 
@@ -34,21 +35,28 @@ def tracking(
     """
     with ExitStack() as parts:
         silent: Tracker = NullTracker()
-        yield runtime.main_only(lambda: _open(config, settings, state, fused, parts), otherwise=silent)
+        yield runtime.main_only(lambda: _open(config, settings, state, fused, goodput, parts), otherwise=silent)
 
 
-def _open(config: TrainConfig, settings: LoopSettings, state: TrainState, fused: str, parts: ExitStack) -> Tracker:
+def _open(
+    config: TrainConfig, settings: LoopSettings, state: TrainState, fused: str, goodput: Goodput, parts: ExitStack
+) -> Tracker:
     run_dir = config.resolved_run_dir
-    status = StatusFile(run_dir, status_file_of_launcher())
+    status = StatusFile(run_dir, status_file_of_launcher(), goodput)
     status.start(state.progress.step, config.guards.max_starts_without_progress, fused)
     try:
-        return _open_trackers(config, settings, state, status, parts)
+        return _open_trackers(config, settings, state, status, goodput, parts)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
 
 
 def _open_trackers(
-    config: TrainConfig, settings: LoopSettings, state: TrainState, status: StatusFile, parts: ExitStack
+    config: TrainConfig,
+    settings: LoopSettings,
+    state: TrainState,
+    status: StatusFile,
+    goodput: Goodput,
+    parts: ExitStack,
 ) -> Tracker:
     run_dir, kept = config.resolved_run_dir, recorded(config)
     changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step)
@@ -61,9 +69,10 @@ def _open_trackers(
         console.message(f"complete     {run_dir} has all its {settings.epochs} epochs; nothing is left to train")
     else:
         values: Any = OmegaConf.to_container(kept)
-        tracker = make_tracker(config.tracking, run_dir, console, state.progress.step, values)
+        tracker = FanOut([make_tracker(config.tracking, run_dir, console, state.progress.step, values), status])
     parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
     parts.push(partial(_record_end, status, state))  # before that, which may take its time
+    parts.callback(lambda: console.message(f"time         {goodput.spent()}"))
     return tracker
 
 

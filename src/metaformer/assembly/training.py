@@ -35,11 +35,12 @@ from metaformer.data.loader import LoaderName
 from metaformer.data.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
+from metaformer.goodput import Goodput
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import ResizeFilter
 from metaformer.models.preprocessing import Preprocessing
 from metaformer.numa import describe_cpus, keep_near_gpu
-from metaformer.runtime import Process, Runtime
+from metaformer.runtime import Runtime
 from metaformer.tracking.environment import code_fingerprint
 from metaformer.tracking.lock import held
 from metaformer.tracking.run_folder import check_empty, check_shared
@@ -69,8 +70,11 @@ class Splits(NamedTuple):
 
 
 @contextmanager
-def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
+def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Iterator[Callable[[], dict[str, Any]]]:
     """A function that trains from where the run folder left off, and returns what train.py prints last.
+
+    Args:
+        watchdog: it watches already.
 
     Raises:
         UserError: something that the user gave cannot work; nothing has been trained then.
@@ -105,7 +109,8 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
         )
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
-        tracker = parts.enter_context(tracking(config, runtime, settings, state, fused))
+        goodput = Goodput()
+        tracker = parts.enter_context(tracking(config, runtime, settings, state, fused, goodput))
         described = _describe(config, images, runtime, splits, settings, state)
         for line in [*found.skipped, *described, f"fused        {fused}"]:
             tracker.message(line)
@@ -126,11 +131,14 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
             tracker=tracker,
             runtime=runtime,
             processes=processes,
-            watchdog=_watchdog(config, runtime, processes),
+            watchdog=watchdog,
+            goodput=goodput,
             settings=settings,
             bottleneck=Bottleneck(_advice(config, runtime)),
             inspect=partial(_picture, config, images, runtime, tracker),
         )
+        peers = [process.pid for process in processes if process.node == runtime.node]
+        watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.is_asked_to_stop)
         yield lambda: _result(config, trainer.run(), state.progress.best) | {"fused": fused}
 
 
@@ -175,11 +183,6 @@ def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
     }
     weight_files = WeightFiles(partial(save_state, name=config.model.name), load_weights)
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
-
-
-def _watchdog(config: TrainConfig, runtime: Runtime, processes: list[Process]) -> Watchdog:
-    peers = [process.pid for process in processes if process.node == runtime.node]
-    return Watchdog(config.resolved_run_dir / "stacks", runtime.rank, peers, config.guards.stall_seconds)
 
 
 def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> TrainingPlan:

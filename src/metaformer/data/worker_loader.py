@@ -1,11 +1,12 @@
 """The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
 import os
-import threading
+import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import parent_process
-from typing import Any
+from multiprocessing import queues
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from metaformer.data.index import ImageIndex
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.data.shared_index import SharedIndex
 from metaformer.data.worker_server import start_worker_server, worker_context
+from metaformer.death_signal import send_at_parents_death
 from metaformer.errors import UserError
 
 ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
@@ -109,17 +111,15 @@ def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
 
 
 def _prepare_worker(worker: int) -> None:
+    # The server is killed with the training process, and its workers with the server, those too that are stopped.
+    # DataLoader has a check of its own, which sees only the death of the server, and the server by itself lives as
+    # long as its workers: each would wait for the other.
+    send_at_parents_death(signal.SIGKILL)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_trainer, name="end with trainer", daemon=True).start()
+    # The thread that sends batches would drop one that it cannot send, and the training process wait for it forever.
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
-def _end_with_trainer() -> None:
-    """End this worker when the training process ends, however that ends.
-
-    DataLoader's own check sees only the death of the server that forked the worker, and the server lives as long as
-    its workers do: after the training process has been killed, each would wait for the other forever.
-    """
-    trainer = parent_process()
-    assert trainer is not None
-    trainer.join()
+def _end_worker(error: Exception, batch: object) -> NoReturn:
+    print(f"error: a loader's worker cannot send a batch: {error}", file=sys.stderr, flush=True)
     os._exit(1)

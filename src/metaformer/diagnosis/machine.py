@@ -4,12 +4,15 @@ import os
 import resource
 import shutil
 import signal
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from metaformer.data.worker_server import check_temporary_folder
 from metaformer.diagnosis.finding import Finding, fail, ok, warn
+from metaformer.errors import UserError
 from metaformer.files import write_text_whole
 
 GIB = 2**30
@@ -23,6 +26,7 @@ def limits(processes: int) -> Iterator[Finding]:
         yield warn("cores", f"{cores} for {processes} processes", "ask for more: --cpus-per-task counts a node's cores")
     else:
         yield ok("cores", f"{cores}, {cores / processes:g} a process")
+    yield temporary_folder()
     yield shared_memory(shutil.disk_usage("/dev/shm").free, processes)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY and files < LEAST_FILES:
@@ -45,6 +49,16 @@ def shared_memory(free: int, processes: int) -> Finding:
     if free < GIB // 4:
         return fail("shm", said, mend)
     return warn("shm", said, mend) if free < processes * GIB else ok("shm", said)
+
+
+def temporary_folder() -> Finding:
+    """Whether worker processes can open their sockets in the folder for temporary files."""
+    try:
+        check_temporary_folder()
+    except UserError as error:
+        said, _, mend = str(error).partition("; ")
+        return fail("TMPDIR", said, mend)
+    return ok("TMPDIR", tempfile.gettempdir())
 
 
 def signals() -> Iterator[Finding]:

@@ -2,15 +2,19 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from metaformer.errors import UserError
 from metaformer.files import write_text_whole
+from metaformer.goodput import Goodput, TimeSpent
+from metaformer.tracking.tracker import NullTracker, Row
 
 STATUS_FILE = "status.json"
+SECONDS_BETWEEN_UPDATES = 10.0
 RUNNING, DONE, INTERRUPTED, FAILED = "running", "done", "interrupted", "failed"
 
 
@@ -25,6 +29,10 @@ class Status:
         starts_without_progress: starts in a row before this one that began at the same step and crashed.
         started_at_step: the step that this start began at.
         fused: which fused parts this start uses, or why it does not.
+        goodput: percent of the run's time, over all starts, that was training.
+        starts: of the run.
+        seconds: where its time went, over all starts.
+        unsaved: of these seconds, what no checkpoint holds.
     """
 
     state: str
@@ -33,17 +41,23 @@ class Status:
     starts_without_progress: int
     started_at_step: int
     fused: str = ""
+    goodput: float = 0.0
+    starts: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    unsaved: dict[str, float] = field(default_factory=dict)
 
 
-class StatusFile:
-    """Writes the status of one run.
+class StatusFile(NullTracker):
+    """Writes the status of one run: at its start, at times while it runs, at its end.
 
     Args:
+        goodput: of this process; the starts before it are added.
         copy: a second file for the same, where a batch script wants to read it.
     """
 
-    def __init__(self, run_dir: Path, copy: Path | None) -> None:
-        self._file, self._copy = run_dir / STATUS_FILE, copy
+    def __init__(self, run_dir: Path, copy: Path | None, goodput: Goodput) -> None:
+        self._file, self._copy, self._goodput = run_dir / STATUS_FILE, copy, goodput
+        self._updated = 0.0
         self._status = Status(RUNNING, 0, "", 0, 0)
 
     def start(self, step: int, most_in_vain: int, fused: str = "") -> None:
@@ -62,10 +76,19 @@ class StatusFile:
                 f"{self._file}: {in_vain} starts in a row have ended without a checkpoint after step {step} (the last: "
                 f"{before.reason or 'killed' if before else ''}); mend the cause, then remove this file to start again"
             )
+        if before is not None:
+            self._goodput.continue_from(TimeSpent(before.starts, before.seconds, before.unsaved))
         self._status = Status(RUNNING, step, "", in_vain, step, fused)
         failures = self._write()
         if failures:
             raise UserError(failures[0])
+
+    def metrics(self, row: Row) -> None:
+        """Bring the file up to date, unless it was a moment ago; a disk that refuses it is no reason to stop."""
+        if row["kind"] != "train" or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+            self._updated = time.monotonic()
+            self._status.step = row["step"]
+            self._write()
 
     def end(self, state: str, step: int, reason: str) -> None:
         """The run ends; a disk that refuses the file is no reason to end otherwise."""
@@ -86,6 +109,9 @@ class StatusFile:
 
     def _write(self) -> list[str]:
         """Returns a line for each file that cannot be written; the other one is, nevertheless."""
+        spent = self._goodput.spent()
+        self._status.goodput = round(spent.goodput, 2)
+        self._status.starts, self._status.seconds, self._status.unsaved = spent.starts, spent.seconds, spent.unsaved
         content = {**asdict(self._status), "time": datetime.now(UTC).isoformat(timespec="seconds")}
         failures = []
         for file in (self._copy, self._file):

@@ -16,6 +16,10 @@ from metaformer.signals import STOP_SIGNALS
 SECONDS_OF_ONE_KEYSTROKE = 2.0
 
 
+class StopWaitingError(Exception):
+    """A signal arrived during a wait."""
+
+
 class Interruption:
     """Whether a rank has been asked to stop. Nothing is saved in a handler: it may run anywhere in a step."""
 
@@ -23,12 +27,19 @@ class Interruption:
         self._runtime = runtime
         self._signal: int | None = None
         self._since = 0.0
+        self._answered = False
+        self._may_raise = False
         self._vote: Vote | None = None
 
     @property
     def requested(self) -> bool:
         """Whether this rank has been asked."""
         return self._signal is not None
+
+    @property
+    def pending(self) -> bool:
+        """Whether this rank has been asked, and the ranks have not agreed to stop yet."""
+        return self.requested and not self._answered
 
     @property
     def reason(self) -> str:
@@ -41,7 +52,9 @@ class Interruption:
 
         For torchrun sends SIGTERM to those that are left when the first rank has gone.
         """
-        former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        # A SIGHUP that nohup has had ignored stays ignored.
+        numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        former = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         except Interrupted:
@@ -58,10 +71,26 @@ class Interruption:
         What a rank knows at one boundary, all know at the next: the exchange runs beside the step between.
         """
         if self._runtime.world_size == 1:
+            self._answered = self.requested
             return self.requested
         stop = self._vote is not None and self._vote.result() > 0
         self._vote = None if stop else self._runtime.start_vote(self.requested)
+        self._answered = stop
         return stop
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that a signal leaves at once, by `StopWaitingError`: for a wait that may never end.
+
+        With several ranks it is not left: a rank by itself cannot save, and the watchdog bounds the wait.
+        """
+        self._may_raise = self._runtime.world_size == 1
+        try:
+            if self._may_raise and self.requested:
+                raise StopWaitingError
+            yield
+        finally:
+            self._may_raise = False
 
     def settle(self) -> None:
         """Let the last exchange end, before the ranks part."""
@@ -75,6 +104,9 @@ class Interruption:
             self._signal, self._since = number, now
         elif number == signal.SIGINT and now - self._since > SECONDS_OF_ONE_KEYSTROKE:
             os._exit(128 + number)  # a second Ctrl-C: at once; checkpoints are whole at any moment
+        if self._may_raise:
+            self._may_raise = False
+            raise StopWaitingError
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:

@@ -1,21 +1,22 @@
 """The training loop: epochs of optimizer steps, validation, checkpoints. It receives built objects, never a config."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from metaformer.errors import Interrupted
+from metaformer.goodput import SAVING, TRAINING, VALIDATING, Goodput
 from metaformer.runtime import Process, Runtime
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.guards import Diverged
-from metaformer.training.interruption import Interruption
+from metaformer.training.interruption import Interruption, StopWaitingError
 from metaformer.training.precision import Precision
 from metaformer.training.replicas import check_replicas
 from metaformer.training.saver import CheckpointSaver
@@ -60,6 +61,7 @@ class Trainer:
     runtime: Runtime
     processes: list[Process]
     watchdog: Watchdog
+    goodput: Goodput
     settings: LoopSettings
     inspect: Callable[[SoftBatch], None]
     bottleneck: Bottleneck
@@ -72,6 +74,11 @@ class Trainer:
         self._running_statistics = RunningStatistics(self.state.model)
         self._saved_step = self.state.progress.step
 
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank has been asked to stop, and training continues still."""
+        return self._interruption.pending
+
     def run(self) -> dict[str, Any]:
         """Train, and return the row of the last validation.
 
@@ -80,14 +87,16 @@ class Trainer:
             Diverged: steps or weights are not finite, or ranks differ.
             UserError: a data file or the run folder fails.
         """
-        with ExitStack() as guards:
-            guards.enter_context(self.watchdog.watching())
-            guards.enter_context(self._interruption.listening())
-            return self._run()
+        with self._interruption.listening():
+            try:
+                return self._run()
+            finally:
+                self.watchdog.training_ends()
 
     def _run(self) -> dict[str, Any]:
         progress, settings = self.state.progress, self.settings
         started_at = progress.step
+        self.goodput.enter(TRAINING)
         while progress.epochs_completed < settings.epochs and not self._stopped():
             self._train_epoch()
             if progress.steps_in_epoch == settings.steps_per_epoch:
@@ -117,7 +126,11 @@ class Trainer:
             lr = self.schedule.set(progress.step)
             last = progress.steps_in_epoch + 1 == settings.steps_per_epoch or progress.step + 1 == settings.max_steps
             logs = last or (progress.step + 1) % settings.log_every_steps == 0
-            grad_norm = self._step(batches, logs)
+            try:
+                grad_norm = self._step(batches, logs)
+            except StopWaitingError:
+                self._undo_begun_step()
+                self._interrupt()
             progress.step += 1
             progress.steps_in_epoch += 1
             progress.steps_since_log += 1
@@ -143,7 +156,12 @@ class Trainer:
         """Of the last step: else the weights may be no good any more, and a save waits for the next step."""
         return not self.state.skips[1]
 
-    def _interrupt(self) -> None:
+    def _undo_begun_step(self) -> None:
+        """Forget a step whose batches did not all come."""
+        self._running_statistics.restore_where(torch.ones((), device=self.runtime.device))
+        self.state.optimizer.zero_grad(set_to_none=True)
+
+    def _interrupt(self) -> NoReturn:
         """Save where training stands, and end it."""
         step = self.state.progress.step
         if self._saved_step != step:
@@ -185,7 +203,9 @@ class Trainer:
         return norm if logs else None
 
     def _timed(self, batches: Iterator[SoftBatch]) -> Iterator[SoftBatch]:
-        for number, batch in enumerate(batches):
+        for number in itertools.count():
+            with self._interruption.waiting():
+                batch = next(batches)
             self._window.waited += batch.waited
             self._window.started_loader += 0.0 if number else batch.waited
             yield batch
@@ -218,6 +238,7 @@ class Trainer:
         ranks = torch.stack(self.runtime.gather(own.double()))
         loss_sum, waited, started_loader, _ = ranks.mean(dim=0).tolist()
         elapsed = time.perf_counter() - window.started
+        self.goodput.waited(window.waited)
         self.bottleneck.add(waited - started_loader, elapsed - started_loader)
         progress.skipped_steps += int(skipped)
         row = self._row("train") | {
@@ -286,11 +307,12 @@ class Trainer:
         state = self.state
         self.runtime.share_buffers(state.model)
         try:
-            row = self._row(kind) | self.validate(state.model, self._stop_validation)
-            if state.ema is not None:
-                self.runtime.share_buffers(state.ema.module)
-                ema = self.validate(state.ema.module, self._stop_validation).items()
-                row |= {f"ema_{name}": value for name, value in ema if name not in ("images", "quarantined")}
+            with self.goodput.phase(VALIDATING):
+                row = self._row(kind) | self.validate(state.model, self._stop_validation)
+                if state.ema is not None:
+                    self.runtime.share_buffers(state.ema.module)
+                    ema = self.validate(state.ema.module, self._stop_validation).items()
+                    row |= {f"ema_{name}": value for name, value in ema if name not in ("images", "quarantined")}
         except Interrupted:
             self._interrupt()  # a resumed run validates first
         return row
@@ -310,10 +332,13 @@ class Trainer:
         # All ranks' mean, so that a checkpoint can go on with another number of them.
         state.loss_sum.copy_(self.runtime.sum(state.loss_sum) / self.runtime.world_size)
         self._check_finite(float(state.loss_sum), int(state.skips[1]))
-        self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
+        with self.goodput.phase(SAVING):
+            self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
+        self.goodput.saved()
         self._saved_step = state.progress.step
         self.watchdog.beat()
 
     def _finish_saving(self) -> None:
-        self.runtime.main_only(lambda: self.saver.wait(must_succeed=True), None)
+        with self.goodput.phase(SAVING):
+            self.runtime.main_only(lambda: self.saver.wait(must_succeed=True), None)
         self.watchdog.beat()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,64 +17,113 @@ from metaformer.training import backstop
 EXIT_CODE = 4
 DUMP_SECONDS = 2.0  # for the other processes of the node to write their stacks
 TICK = 1.0  # seconds
+STDERR = 2
+STOP_SECONDS = 15.0  # torchrun grants 30
 # A process whose threads cannot run is killed after BACKSTOP x stall_seconds + BACKSTOP_SECONDS.
 BACKSTOP, BACKSTOP_SECONDS = 1.25, 2 * DUMP_SECONDS
 
 
 class Watchdog:
-    """Expects a beat at every step, validation batch and save of this rank.
+    """Expects a beat at every step, validation batch and save of this rank, and at each stage of its start.
 
     Without one for `stall_seconds` (a dead node, a lost network, a file system that does not answer), the stacks of all
     threads go to FOLDER/rank-R.txt, the node's other ranks write theirs too, also those stopped by SIGSTOP, and the
     process ends with exit code 4: torchrun then ends the others. Time during which the process did not run (SIGSTOP, a
     suspended machine) does not count. A process whose threads cannot run at all is killed by `backstop`.
 
-    Args:
-        peers: process ids of this node's ranks.
+    A rank that has been asked to stop is given `STOP_SECONDS`, or three times its last step: whoever asked has a limit
+    of their own.
     """
 
-    def __init__(self, folder: Path, rank: int, peers: list[int], stall_seconds: float) -> None:
-        self._file, self._rank, self._stall_seconds = folder / f"rank-{rank}.txt", rank, stall_seconds
-        self._peers = [pid for pid in peers if pid != os.getpid()]
-        self._stalled = 0.0  # seconds since the last beat
+    def __init__(self, rank: int, stall_seconds: float) -> None:
+        self._rank, self._stall_seconds = rank, stall_seconds
+        self._folder: Path | None = None
+        self._stacks = STDERR  # a file descriptor: stderr before there is a folder
+        self._peers: list[int] = []
+        self._is_asked_to_stop: Callable[[], bool] = lambda: False
+        self._stalled = 0.0  # seconds since the last beat in which the process ran
+        self._beat_at, self._last_interval = time.monotonic(), 0.0
+        self._is_starting, self._paused = True, False
+        self._beats: int | None = None  # the backstop's pipe
         self._told_backstop_at = 0.0
         self._ended = threading.Event()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Expect beats inside the block."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        with self._file.open("a") as self._stacks:
-            faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # what peers and the backstop send
-            backstop_process = self._start_backstop()
-            assert backstop_process.stdin is not None
-            self._beats = backstop_process.stdin.fileno()
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # what peers and the backstop send
+        backstop_process = self._start_backstop()
+        assert backstop_process.stdin is not None
+        self._beats = backstop_process.stdin.fileno()
+        self.beat()
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+            self._beats = None
+            backstop_process.communicate()  # it ends with its stdin
+            faulthandler.unregister(signal.SIGUSR2)
+            if self._folder is not None:
+                os.close(self._stacks)
+                self._remove_empty(self._folder)
+
+    def training_begins(self, folder: Path, peers: list[int], is_asked_to_stop: Callable[[], bool]) -> None:
+        """From now on nothing pauses it, and stacks go to a folder.
+
+        Args:
+            peers: process ids of this node's ranks.
+            is_asked_to_stop: whether this rank has been asked to stop, and does not do so yet.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._stacks = folder, os.open(self._file(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        if self._beats is not None:
+            faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+        self._peers = [pid for pid in peers if pid != os.getpid()]
+        self._is_asked_to_stop = is_asked_to_stop
+        self._is_starting = False
+        self.beat()
+
+    def training_ends(self) -> None:
+        """Expect no more beats: what is left, such as uploads, has bounds of its own."""
+        self._is_asked_to_stop, self._paused = (lambda: False), True
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """While starting, expect no beat inside the block: one rank reads a data set or downloads, as long as it takes.
+
+        A rank that is stopped there is noticed by the process group's own timeout only.
+        """
+        if not self._is_starting:
+            yield
+            return
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
             self.beat()
-            thread.start()
-            try:
-                yield
-            finally:
-                self._ended.set()
-                thread.join()
-                backstop_process.communicate()  # it ends with its stdin
-                faulthandler.unregister(signal.SIGUSR2)
-                self._remove_empty()
 
     def beat(self) -> None:
         """Report progress of this rank."""
-        self._stalled = 0.0
         now = time.monotonic()
-        if now - self._told_backstop_at > self._stall_seconds / 10:
+        self._last_interval, self._beat_at, self._stalled = now - self._beat_at, now, 0.0
+        if self._beats is not None and now - self._told_backstop_at > self._stall_seconds / 10:
             self._told_backstop_at = now
             with suppress(BrokenPipeError):  # somebody killed it; the thread still watches
                 os.write(self._beats, b".")
 
-    def _remove_empty(self) -> None:
+    def _file(self, folder: Path) -> Path:
+        return folder / f"rank-{self._rank}.txt"
+
+    def _remove_empty(self, folder: Path) -> None:
+        file = self._file(folder)
         with suppress(OSError):  # the run folder is gone, or other ranks' stacks are there
-            if self._file.stat().st_size == 0:
-                self._file.unlink()
-            self._file.parent.rmdir()
+            if file.stat().st_size == 0:
+                file.unlink()
+            folder.rmdir()
 
     def _start_backstop(self) -> subprocess.Popen[bytes]:
         seconds = BACKSTOP * self._stall_seconds + BACKSTOP_SECONDS
@@ -89,21 +138,35 @@ class Watchdog:
             now = time.monotonic()
             self._stalled += min(now - before, 2 * tick)  # a longer pause: the process was stopped
             before = now
-            if self._stalled > self._stall_seconds:
+            if self._paused:
+                self.beat()
+            if self._stalled > self._limit():
                 try:
                     self._write_stacks(self._stalled)
                 finally:  # also where nobody reads stderr any more
                     os._exit(EXIT_CODE)
+
+    def _limit(self) -> float:
+        """Seconds without a beat after which the rank ends."""
+        if not self._is_asked_to_stop():
+            return self._stall_seconds
+        return min(self._stall_seconds, max(STOP_SECONDS, 3 * self._last_interval))
 
     def _write_stacks(self, stalled: float) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         for pid in self._peers:
             with suppress(OSError):  # it has ended, and its number may be another user's process
                 os.kill(pid, signal.SIGUSR2)
-                os.kill(pid, signal.SIGCONT)  # one that was stopped writes its stacks when it goes on
+                os.kill(pid, signal.SIGCONT)  # one that was stopped writes its stacks when it continues
+        why = f"guards.stall_seconds={self._stall_seconds:g}"
+        if self._is_asked_to_stop():
+            why = "asked to stop, it waited for data or for another rank"
+        where = f"stacks of the node's ranks: {self._folder}"
+        if self._folder is None:
+            where = "its stacks are above; it had not begun to train"
         print(
-            f"error: rank {self._rank}: no step for {stalled:.0f} s (guards.stall_seconds={self._stall_seconds:g}); "
-            f"stacks of the node's ranks: {self._file.parent}; the same command goes on from the last checkpoint",
+            f"error: rank {self._rank}: no step for {stalled:.0f} s ({why}); {where}; "
+            "the same command continues from the last checkpoint",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         time.sleep(DUMP_SECONDS)
