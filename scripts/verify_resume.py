@@ -172,7 +172,7 @@ def inject_failures(arguments: argparse.Namespace, whole: Path) -> bool:
         parts = [name for name in expected if found[name] != expected[name]]
         status = json.loads((run_dir / "status.json").read_text())
         said = f"DIFFERENT: {', '.join(parts)}" if parts else "equal bit for bit"
-        print(f"run {runs + 1}: {said}; goodput {status['goodput']:.1f} % in {status['starts']} starts, "
+        print(f"run {runs + 1}: {said}; goodput {status['goodput']:.1f} %, starts: {status['starts']}, "
               f"{failures.count} failures so far", flush=True)  # fmt: skip
         runs, differing = runs + 1, differing + bool(parts)
     kinds = ", ".join(f"{name} {count}" for name, count in sorted(failures.killed.items()))
@@ -241,7 +241,8 @@ def _kill_one(mark: str, rng: random.Random, failures: Failures) -> bool:
     processes = _processes(mark)
     if not processes:
         return False
-    pid, kind = rng.choice(sorted(processes.items()))
+    kind = rng.choice(sorted(set(processes.values())))  # else most would be workers
+    pid = rng.choice([pid for pid, other in processes.items() if other == kind])
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -5,6 +5,11 @@ real: signals that the rank sends to itself, numbers that are not finite, bits t
 replaced by something simpler.
 """
 
+from metaformer.death_signal import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()  # as in train.py
+
 import math
 import os
 import signal
