@@ -166,6 +166,17 @@ def test_released_sizes_fit_the_named_networks(tmp_path: Path, name: str, ours: 
     load_weights(create_model(ours, num_classes=10), tmp_path / "w")
 
 
+# What programs keep beside the weights.
+OPTIONS = Namespace(
+    output_dir=Path("/x"),
+    others=[PurePosixPath("x"), PureWindowsPath("c:/x")],
+    lr=np.float32(1e-3),
+    best={"epoch": np.int64(3), "is": np.bool_(True), "name": np.str_("x")},
+    mean=np.arange(6.0).reshape(2, 3),
+    classes=np.array(["a", None], dtype=object),
+    dtype=np.dtype("f2"),
+)
+
 Writer = Callable[[dict[str, Tensor], Path], None]
 WRITERS: dict[str, Writer] = {
     "safetensors": save_file,
@@ -202,18 +213,6 @@ WRITERS: dict[str, Writer] = {
         training_checkpoint(prefixed(metaformer_to_official(state), "module.")), path
     ),
 }
-
-
-# What programs keep beside the weights.
-OPTIONS = Namespace(
-    output_dir=Path("/x"),
-    others=[PurePosixPath("x"), PureWindowsPath("c:/x")],
-    lr=np.float32(1e-3),
-    best={"epoch": np.int64(3), "is": np.bool_(True), "name": np.str_("x")},
-    mean=np.arange(6.0).reshape(2, 3),
-    classes=np.array(["a", None], dtype=object),
-    dtype=np.dtype("f2"),
-)
 
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -187,9 +187,7 @@ def _check_tensors(state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{printable(key)}: not a tensor's name: too long, or not printable")
         kind = _unusual_kind(tensor)
         if kind is not None:
-            raise ValueError(
-                f"{key}: a {kind} tensor; save a dense tensor of real numbers in its place"
-            )
+            raise ValueError(f"{key}: a {kind} tensor; save a dense tensor of real numbers in its place")
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:
