@@ -60,7 +60,8 @@ def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: 
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [(math.nan, "fc.weight holds numbers that are not finite"), (1e38, "computes overflows")]
+    ("value", "reason"),
+    [(math.nan, "fc.weight holds numbers that are not finite"), (1e38, "computes overflows; give other weights")],
 )
 def test_outputs_that_are_no_numbers(
     images: Path,
@@ -77,7 +78,7 @@ def test_outputs_that_are_no_numbers(
     table = tmp_path / "table.csv"
     monkeypatch.setattr(sys, "argv", [
         "validate.py", "model=timm", "model.name=test_resnet", f"checkpoint={tmp_path / 'w'}", f"data.root={images}",
-        "image_size=32", "workers=0", f"results_csv={table}",
+        "image_size=32", "workers=0", "precision=fp32", f"results_csv={table}",
     ])  # fmt: skip
     with pytest.raises(UserError, match=rf"checkpoint=\S+w: the loss is (nan|inf): .*{reason}") as caught:
         validate.main()

@@ -92,19 +92,22 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
         result = {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
         if not measured:
             runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
-            raise Diverged(f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model)}")
+            raise Diverged(
+                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model, precision)}"
+            )
         return result
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)
 
 
-def _why_not_finite(model: nn.Module) -> str:
+def _why_not_finite(model: nn.Module, precision: Precision) -> str:
     """Why a network's outputs are not finite, and what to do."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             return f"{name} holds numbers that are not finite; give weights from before training diverged"
-    return "the weights are finite, but what the network computes overflows; use precision=fp32"
+    mend = "give other weights" if precision.dtype is None else "use precision=fp32"
+    return f"the weights are finite, but what the network computes overflows; {mend}"
 
 
 def _average_beside(weights: LocatedWeights) -> str:
