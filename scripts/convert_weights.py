@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from metaformer.assembly import locate_weights
-from metaformer.errors import UserError
+from metaformer.errors import UserError, printable
 from metaformer.files import write_whole
 from metaformer.models.weight_formats import (
     StateDict,
@@ -45,7 +45,9 @@ def main() -> None:
         state = official_to_metaformer(weights.state) if is_official(weights.state) else weights.state
         check_whole(state)
     except ValueError as error:
-        raise UserError(f"{located.path}: not a whole network in a known layout: {error}") from error
+        raise UserError(
+            f"{located.path}: not a whole network in a known layout: {printable(str(error), 500)}"
+        ) from error
     write(state, out, arguments.to, located.name)
     tensors, parameters = len(state), sum(tensor.numel() for tensor in state.values())
     classes = state["head.fc.weight"].shape[0]

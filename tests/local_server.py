@@ -2,20 +2,24 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @dataclass
 class Reply:
-    """An answer; `length` is the Content-Length, where it is not the body's, and `silent` sends nothing at all."""
+    """An answer; `length` is the Content-Length, where it is not the body's, and `silent` sends nothing at all.
+
+    `measured` is whether there is a Content-Length; without, the body ends with the connection.
+    """
 
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     length: int | None = None
     silent: bool = False
+    measured: bool = True
 
 
 @dataclass
@@ -44,10 +48,12 @@ def serve() -> Iterator[Server]:
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(reply.body) if reply.length is None else reply.length))
+            if reply.measured:
+                self.send_header("Content-Length", str(len(reply.body) if reply.length is None else reply.length))
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(reply.body)
+                with suppress(ConnectionError):  # who asked may have had enough
+                    self.wfile.write(reply.body)
 
         do_HEAD = do_GET
 

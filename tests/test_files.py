@@ -1,10 +1,12 @@
 """Files that appear whole or not at all."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 
-from metaformer.files import write_whole
+from metaformer.files import to_json, write_whole
 
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
@@ -35,3 +37,11 @@ def test_failure_leaves_the_old(tmp_path: Path) -> None:
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_no_nan() -> None:
+    """Figures that JSON cannot say are null at any depth; everything else is as it was."""
+    plain = {"a": 1, "b": [1.5, None, True, "NaN"], "c": {"d": []}}
+    assert json.loads(to_json(plain)) == plain
+    figures = {"loss": math.nan, "rows": [{"top1": math.inf}, (-math.inf, 2.0)]}
+    assert to_json(figures) == '{"loss": null, "rows": [{"top1": null}, [null, 2.0]]}'

@@ -23,3 +23,10 @@ def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
     offer = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:20])}"
     more = f" and {len(names) - 20} more" if not near and len(names) > 20 else ""
     return UserError(f"{field}={name}: unknown; {offer}{more}")
+
+
+def printable(text: str, most: int = 100) -> str:
+    """Text from a file or a server as part of a message: one line of at most about `most` characters, control
+    characters escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return shown + ("..." if len(text) > most else "")

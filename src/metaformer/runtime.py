@@ -1,7 +1,6 @@
 """Processes and devices: the only file that reads the launcher's variables, and where ranks agree or fail together."""
 
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from metaformer.errors import Interrupted, UserError
+from metaformer.files import to_json
 
 T = TypeVar("T")
 
@@ -165,9 +165,9 @@ class Runtime:
             return make()
 
     def print_result(self, result: dict[str, Any]) -> None:
-        """Print one JSON object as a line on stdout, once."""
+        """Print one JSON object as a line on stdout, once; figures that are not finite are null."""
         if self.is_main:
-            print(json.dumps(result), flush=True)
+            print(to_json(result), flush=True)
 
     def without_reduction(self, network: nn.Module) -> AbstractContextManager[None]:
         """While gradients only accumulate, ranks need not exchange them."""

@@ -48,6 +48,8 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["global_batch_size=9", "accumulation_steps=2"], ["=9", "accumulation_steps=2", "multiple of 2"]),
         (["global_batch_size=9"], ["global_batch_size=9", "mixup", "even", "augmentation=light"]),
         (["augmentation.mix_group_size=6"], ["global_batch_size=8", "mix_group_size=6"]),
+        (["model=metaformer_s12_batch_norm", "global_batch_size=2", "accumulation_steps=2", "augmentation=light"],
+         ["global_batch_size=2:", "stages.3.blocks.0.norm1 (BatchNorm)", "image_size=32", "at least 4"]),
         (["global_batch_size=4096"], ["global_batch_size=4096", "48 images"]),
         (["precision=fp16"], ["precision=fp16", "CPU", "precision=fp32"]),
         (["num_classes=2"], ["num_classes=2", "4 classes"]),
@@ -123,11 +125,14 @@ def test_checkpoint_of_another_network(images: Path, tmp_path: Path, monkeypatch
 
 
 def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder is not continued with another network, seed, batch or data, nor reused where resume=never."""
+    """A run folder is not continued with another network, seed, batch or data, or with an average that it lacks.
+
+    Nor is it reused where resume=never.
+    """
     common = (f"data.root={images}", *QUICK, f"run_dir={tmp_path / 'run'}", "max_steps=1")
     monkeypatch.setattr(sys, "argv", ["train.py", *common])
     train.main()
-    for change in ("model=poolformer_s24", "seed=3", "global_batch_size=12"):
+    for change in ("model=poolformer_s24", "seed=3", "global_batch_size=12", "ema=enabled"):
         assert "cannot resume" in error_of(monkeypatch, "train", *common, change)
     assert "resume=never" in error_of(monkeypatch, "train", *common, "resume=never")
 

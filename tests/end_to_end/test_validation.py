@@ -2,12 +2,17 @@
 
 import csv
 import json
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
+import validate
+from metaformer.errors import UserError
 from metaformer.evaluation.results import HEADER
 from metaformer.models import create_model, save_weights
 from tests.conftest import QUICK, VAL_IMAGES, launch
@@ -52,6 +57,38 @@ def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: 
     assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
     assert row["param_count"] == "11.40"
     assert (row["images"], row["data"], row["checkpoint"]) == (str(VAL_IMAGES), "imagenet", str(weights))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(math.nan, "fc.weight holds numbers that are not finite"), (1e38, "computes overflows; give other weights")],
+)
+def test_outputs_that_are_no_numbers(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+    reason: str,
+) -> None:
+    """NaN weights, and weights that overflow: JSON with null, a line that says why, no row, the code of divergence."""
+    model = timm.create_model("test_resnet", num_classes=4)
+    model.fc.weight.data.fill_(value)
+    save_weights(model, tmp_path / "w", "test_resnet")
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr(sys, "argv", [
+        "validate.py", "model=timm", "model.name=test_resnet", f"checkpoint={tmp_path / 'w'}", f"data.root={images}",
+        "image_size=32", "workers=0", "precision=fp32", f"results_csv={table}",
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=rf"checkpoint=\S+w: the loss is (nan|inf): .*{reason}") as caught:
+        validate.main()
+    assert caught.value.exit_code == 3
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "NaN" not in line
+    assert "Infinity" not in line
+    result = json.loads(line)
+    assert (result["top1"], result["top5"], result["loss"], result["images"]) == (None, None, None, VAL_IMAGES)
+    assert not table.exists()
 
 
 def test_finds_the_weights_of_a_run(images: Path, tmp_path: Path, run_program: Run) -> None:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import HTTPSHandler, Request
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -121,6 +124,56 @@ def test_other_answers(server: Server, reply: Reply, part: str) -> None:
     assert f"cannot get {server.url}{FILE} (" in text
     assert part in text
     assert text.endswith("; download it by hand and give its path")
+    assert cached() == []
+
+
+def test_a_file_without_a_length(server: Server, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server need not say how much comes, but what comes has a bound; so has what a server says."""
+    server.replies[f"/{FILE}"] = Reply(weights, measured=False)
+    path = download_weights(NAME)
+    assert path.read_bytes() == weights
+    path.unlink()
+    path.with_name(f"{FILE}.sha256").unlink()
+    monkeypatch.setattr(download, "LARGEST_BYTES", len(weights) - 1)
+    assert f"more bytes came than such a file may have ({len(weights) - 1})" in refusal(NAME)
+    server.replies[f"/{FILE}"] = Reply(weights)
+    assert f"({len(weights)} bytes, more than such a file may have" in refusal(NAME)
+    assert cached() == []
+
+
+def test_redirects(server: Server, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A redirect is followed from http to http, and from https to https alone."""
+
+    def without_encryption(handler: HTTPSHandler, request: Request) -> Any:
+        return handler.do_open(HTTPConnection, request)
+
+    monkeypatch.setattr(HTTPSHandler, "https_open", without_encryption)
+    encrypted = server.url.replace("http:", "https:")
+    server.replies["/elsewhere"] = Reply(weights)
+    cases = [(server.url, server.url), (server.url, encrypted), (encrypted, encrypted), (encrypted, server.url),
+             (server.url, "ftp://127.0.0.1:9/"), (encrypted, "ftp://127.0.0.1:9/")]  # fmt: skip
+    for place, to in cases:
+        monkeypatch.setattr(download, "OFFICIAL_RELEASE", place)
+        server.replies[f"/{FILE}"] = Reply(status=302, headers={"Location": f"{to}elsewhere"})
+        server.requests.clear()
+        if to.startswith("https") or (place, to) == (server.url, server.url):
+            path = download_weights(NAME)
+            assert path.read_bytes() == weights
+            path.unlink()
+        else:
+            assert f"redirected to {to}elsewhere, which is not https" in refusal(NAME)
+            assert server.requests == [f"GET /{FILE}"]
+    assert cached() == [f"{FILE}.sha256"]
+
+
+def test_compressed_file(server: Server, weights: bytes) -> None:
+    """A compressed archive in the file's place is refused before it is unpacked."""
+    content = BytesIO()
+    with ZipFile(BytesIO(weights)) as archive, ZipFile(content, "w", ZIP_DEFLATED) as compressed:
+        for name in archive.namelist():
+            compressed.writestr(name, archive.read(name))
+    server.replies[f"/{FILE}"] = Reply(content.getvalue())
+    assert "a compressed zip archive" in refusal(NAME)
     assert cached() == []
 
 
@@ -273,6 +326,10 @@ def test_hub(hub: Hub) -> None:
         (Reply(status=500), "500"),
         (Reply(status=0), "disconnected"),
         (Reply(silent=True), "timed out"),
+        (
+            Reply(b"endless", headers={"X-Repo-Commit": "a" * 40, "ETag": '"e"'}, measured=False),
+            "how large the file is",
+        ),
     ],
 )
 def test_hub_refuses(hub: Hub, reply: Reply, part: str) -> None:

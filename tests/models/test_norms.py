@@ -1,9 +1,13 @@
 """Norms."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 
-from metaformer.models.norms import ChannelLayerNorm, group_norm, no_norm
+from metaformer.models import create_model
+from metaformer.models.norms import ChannelLayerNorm, find_norm_over_images, group_norm, no_norm
 
 
 def test_group_norm_is_over_channels_and_space() -> None:
@@ -33,3 +37,24 @@ def test_no_norm_changes_nothing() -> None:
     """The ablation without norms has no parameters and gives its input back."""
     x = torch.randn(2, 4, 5, 7)
     assert no_norm(4)(x) is x
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "found"),
+    [
+        ("metaformer_s12_batch_norm", 32, "stages.3.blocks.0.norm1"),
+        ("metaformer_s12_batch_norm", 64, None),
+        ("poolformer_s12", 32, None),
+    ],
+)
+def test_batch_norm_with_one_value_per_image(name: str, image_size: int, found: str | None) -> None:
+    """The first BatchNorm that one image gives one value per channel is found; the model stays as it was."""
+    model = create_model(name, num_classes=3, image_size=image_size)
+    model.stem.eval()
+    before = copy.deepcopy(model.state_dict())
+    assert find_norm_over_images(model, torch.randn(1, 3, image_size, image_size)) == found
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert (model.training, model.stem.training, model.stages.training) == (True, False, True)
+    if found is not None:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model.train()(torch.randn(1, 3, image_size, image_size))

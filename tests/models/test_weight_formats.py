@@ -16,6 +16,7 @@ from metaformer.models.weight_formats import (
     is_official,
     metaformer_to_official,
     official_to_metaformer,
+    unwrap,
 )
 from tests.models.released import RELEASED_SLOTS, SMALL_DIMS, released_state
 
@@ -147,6 +148,7 @@ def test_gaps_and_strangers() -> None:
     refused({key: tensor for key, tensor in state.items() if "stages" not in key}, r"stages\.0\.")
     refused(state | {"extra": torch.zeros(1)}, "extra")
     refused(state | {"stages.2.blocks.1.mlp.fc1.bias": torch.zeros(3)}, r"stages\.2\.blocks\.\*\.mlp\.fc1\.bias")
+    refused(state | {"stages.2.blocks.99999999999.mlp.fc1.bias": torch.zeros(3)}, r"blocks\.99999999999\.")
     refused({"layer1.0.conv1.weight": torch.zeros(1)}, r"layer1\.0\.conv1\.weight")
     refused({}, "missing")
 
@@ -159,10 +161,38 @@ def test_unwrapping() -> None:
     assert extract_state(wrapped, use_ema=False) == bare
     assert extract_state(wrapped | {"state_dict_ema": average}, use_ema=False) == bare
     assert extract_state(wrapped | {"state_dict_ema": average}, use_ema=True) == average
-    assert extract_state({"module.a.b": bare["a.b"]}, use_ema=False) == bare
     assert extract_state({"state_dict": {"module.a.b": bare["a.b"]}}, use_ema=False) == bare
+    assert extract_state({"model": bare, "state_dict": {"lr": 3}}, use_ema=False) == bare
     mixed = {"module.a.b": bare["a.b"], "a.b": average["a.b"]}
     assert extract_state(mixed, use_ema=False) == mixed
+
+
+@pytest.mark.parametrize(
+    ("keys", "unwrapped"),
+    [
+        (["module.a.b", "module.c"], ["a.b", "c"]),
+        (["_orig_mod.a.b", "_orig_mod.c"], ["a.b", "c"]),
+        (["module._orig_mod.a.b", "module._orig_mod.c"], ["a.b", "c"]),
+        (["_orig_mod.module._orig_mod.a.b", "_orig_mod.module._orig_mod.c"], ["a.b", "c"]),
+        (["a._orig_mod.b", "c"], ["a.b", "c"]),
+        (["n_averaged", "module.a.b", "module.c"], ["a.b", "c"]),
+        (["n_averaged", "module.module._orig_mod.a.b", "module.module._orig_mod.c"], ["a.b", "c"]),
+        (["module.n_averaged", "module.module.a.b"], ["a.b"]),
+        (["_orig_mod.n_averaged", "_orig_mod.module.a.b"], ["a.b"]),
+        (["n_averaged", "a.b"], ["n_averaged", "a.b"]),
+        (["n_averaged"], ["n_averaged"]),
+        (["module.a.b", "c"], ["module.a.b", "c"]),
+        (["a.b", "a._orig_mod.b"], ["a.b", "a._orig_mod.b"]),
+        (["x_orig_mod.a", "modules.b"], ["x_orig_mod.a", "modules.b"]),
+    ],
+)
+def test_wrappers(keys: list[str], unwrapped: list[str]) -> None:
+    """What torch's wrappers add to keys is stripped in any nesting, and nothing else is: no tensor gets lost."""
+    state = {key: torch.tensor(number) for number, key in enumerate(keys)}
+    found = unwrap(state)
+    assert list(found) == unwrapped
+    counters = len(keys) - len(unwrapped)
+    assert [int(tensor) for tensor in found.values()] == list(range(counters, len(keys)))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import io
 import os
 import pickle
+import tracemalloc
+import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -60,7 +63,8 @@ def message(model: nn.Module, path: Path, use_ema: bool = False) -> str:
         load_weights(model, path, use_ema)
     text = str(refusal.value)
     assert text.startswith(f"{path}: ")
-    assert len(text.splitlines()) == 1
+    assert text.isprintable()
+    assert len(text) < 1000
     return text
 
 
@@ -162,6 +166,17 @@ def test_released_sizes_fit_the_named_networks(tmp_path: Path, name: str, ours: 
     load_weights(create_model(ours, num_classes=10), tmp_path / "w")
 
 
+# What programs keep beside the weights.
+OPTIONS = Namespace(
+    output_dir=Path("/x"),
+    others=[PurePosixPath("x"), PureWindowsPath("c:/x")],
+    lr=np.float32(1e-3),
+    best={"epoch": np.int64(3), "is": np.bool_(True), "name": np.str_("x")},
+    mean=np.arange(6.0).reshape(2, 3),
+    classes=np.array(["a", None], dtype=object),
+    dtype=np.dtype("f2"),
+)
+
 Writer = Callable[[dict[str, Tensor], Path], None]
 WRITERS: dict[str, Writer] = {
     "safetensors": save_file,
@@ -169,12 +184,39 @@ WRITERS: dict[str, Writer] = {
     "torch before 1.6": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "official": lambda state, path: torch.save(metaformer_to_official(state), path),
     "official safetensors": lambda state, path: save_file(metaformer_to_official(state), path),
-    "ddp": lambda state, path: torch.save({f"module.{key}": tensor for key, tensor in state.items()}, path),
+    "ddp": lambda state, path: torch.save(prefixed(state, "module."), path),
+    "ddp safetensors": lambda state, path: save_file(prefixed(state, "module."), path),
+    "compiled safetensors": lambda state, path: save_file(prefixed(state, "_orig_mod."), path),
+    "compiled, before 1.6": lambda state, path: torch.save(
+        {"state_dict": prefixed(state, "_orig_mod.")}, path, _use_new_zipfile_serialization=False
+    ),
+    "ddp of compiled": lambda state, path: torch.save({"state_dict": prefixed(state, "module._orig_mod.")}, path),
+    "compiled ddp, official": lambda state, path: save_file(
+        prefixed(metaformer_to_official(state), "_orig_mod.module."), path
+    ),
+    "averaged": lambda state, path: torch.save(
+        {"n_averaged": torch.tensor(3), **prefixed(state, "module.module._orig_mod.")}, path
+    ),
+    "averaged safetensors": lambda state, path: save_file(
+        {"n_averaged": torch.tensor(3), **prefixed(state, "module.")}, path
+    ),
+    "torchvision": lambda state, path: torch.save(
+        {"model": state, "epoch": 3, "args": OPTIONS, "model_ema": {"n_averaged": torch.tensor(3)}}, path
+    ),
+    "DeiT, before 1.6": lambda state, path: torch.save(
+        {"model": prefixed(state, "module."), "max_accuracy": np.float64(72.2), "args": OPTIONS},
+        path,
+        _use_new_zipfile_serialization=False,
+    ),
     "timm": lambda state, path: torch.save(training_checkpoint(state), path),
     "timm ddp, official": lambda state, path: torch.save(
-        training_checkpoint({f"module.{key}": t for key, t in metaformer_to_official(state).items()}), path
+        training_checkpoint(prefixed(metaformer_to_official(state), "module.")), path
     ),
 }
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in state.items()}
 
 
 def training_checkpoint(state: dict[str, Tensor], **entries: Any) -> dict[str, Any]:
@@ -205,8 +247,8 @@ def test_every_format_under_every_name(tmp_path: Path, layout: str, ending: str)
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
-def test_average_of_a_timm_checkpoint(tmp_path: Path) -> None:
-    """use_ema takes `state_dict_ema`; files without one are refused, and so are safetensors."""
+def test_average_of_a_training_checkpoint(tmp_path: Path) -> None:
+    """use_ema takes `state_dict_ema`, or torchvision's `model_ema`; others are refused."""
     state, average = small().state_dict(), small().state_dict()
     torch.save(training_checkpoint(state, state_dict_ema=average), tmp_path / "both")
     torch.save(training_checkpoint(state), tmp_path / "one")
@@ -218,6 +260,13 @@ def test_average_of_a_timm_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(model.stem.conv.weight, average["stem.conv.weight"])
     for name in ("one", "safetensors"):
         assert "use_ema=false" in message(model, tmp_path / name, use_ema=True)
+    torch.save(
+        {"model": average, "model_ema": {"n_averaged": torch.tensor(9), **prefixed(state, "module.")}}, tmp_path / "w"
+    )
+    load_weights(model, tmp_path / "w", use_ema=True)
+    assert torch.equal(model.stem.conv.weight, state["stem.conv.weight"])
+    torch.save({"model": state, "state_dict": average}, tmp_path / "w")
+    assert "holds several state dicts (state_dict, model)" in message(model, tmp_path / "w")
 
 
 def test_networks_of_timm(tmp_path: Path) -> None:
@@ -268,9 +317,9 @@ def test_damaged_pickle_is_named(tmp_path: Path, layout: str) -> None:
     assert all(text.startswith(f"{tmp_path / 'w'}: ") and len(text.splitlines()) == 1 for text in refusals)
 
 
-def archive(entries: dict[str, bytes]) -> bytes:
+def archive_of(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as out:
+    with zipfile.ZipFile(buffer, "w", compression) as out:
         for name, content in entries.items():
             out.writestr(name, content)
     return buffer.getvalue()
@@ -282,9 +331,9 @@ def archive(entries: dict[str, bytes]) -> bytes:
         (b"not weights at all, but text\n" * 9, "neither safetensors nor torch's format"),
         (b"<!DOCTYPE html><html>", "neither safetensors nor torch's format"),
         (pickle.dumps({"a": 1}), "refused, not executed"),
-        (archive({"x.txt": b"text"}), "a zip archive, but without a state dict"),
-        (archive({"x/data.pkl": b"", "x/constants.pkl": b""}), "a zip archive, but without a state dict"),
-        (archive({"x/data.pkl": b"text"}), "not a whole torch file"),
+        (archive_of({"x.txt": b"text"}), "a zip archive, but without a state dict"),
+        (archive_of({"x/data.pkl": b"", "x/constants.pkl": b""}), "a zip archive, but without a state dict"),
+        (archive_of({"x/data.pkl": b"text"}), "not a whole torch file"),
     ],
 )
 def test_other_file_is_named(tmp_path: Path, content: bytes, part: str) -> None:
@@ -318,6 +367,132 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path, wrap: str) -> None:
     if wrap != "pickle":
         torch.load(path, weights_only=False)  # what it would have done
         assert mark.exists()
+
+
+class Call:
+    """Pickles as a call, whatever its result would be."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def test_options_are_not_made(tmp_path: Path) -> None:
+    """What stands for a path or an array calls neither pathlib nor numpy: arguments that these refuse do not matter."""
+    rebuild = np.ndarray.__reduce__(np.zeros(1))[0]
+    options = [Call(PurePosixPath, 3), Call(np.dtype, "no type"), Call(rebuild, np.ndarray, (2**62,), b"b")]
+    torch.save({"state_dict": small().state_dict(), "args": options}, tmp_path / "w")
+    load_weights(small(), tmp_path / "w")
+    torch.save({"state_dict": small().state_dict(), "args": Call(np.load, "x", None, True)}, tmp_path / "w")
+    assert "refused, and not executed: it would call numpy.load" in message(small(), tmp_path / "w")
+
+
+def test_compressed_archive_is_refused(tmp_path: Path) -> None:
+    """A zip archive that takes more memory than disk is refused before it is unpacked: compressed, or overlapping."""
+    state = {"weight": torch.zeros(2**24), "bias": torch.zeros(2**24)}
+    torch.save(state, tmp_path / "w")
+    with zipfile.ZipFile(tmp_path / "w") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    (tmp_path / "w").write_bytes(archive_of(entries, zipfile.ZIP_DEFLATED))
+    assert (tmp_path / "w").stat().st_size < 2**20
+    tracemalloc.start()
+    try:
+        assert "a compressed zip archive" in message(small(), tmp_path / "w")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    whole = archive_of({"x/data.pkl": b"", **{f"x/data/{number}": bytes(1000) for number in range(9)}})
+    (tmp_path / "w").write_bytes(with_shared_entries(whole))
+    assert "its entries are larger than the file" in message(small(), tmp_path / "w")
+
+
+def with_shared_entries(whole: bytes) -> bytes:
+    """The archive with one entry's bytes for all of 1000 bytes: its directory points to the last."""
+    directory = whole.index(b"PK\x01\x02")
+    start = whole.rindex(b"PK\x03\x04", 0, directory)
+    changed = bytearray(whole[start:])
+    place = -1
+    while (place := changed.find(b"PK\x01\x02", place + 1)) >= 0:
+        changed[place + 42 : place + 46] = bytes(4)  # where the entry lies
+    end = changed.rindex(b"PK\x05\x06")
+    changed[end + 16 : end + 20] = (directory - start).to_bytes(4, "little")
+    return bytes(changed)
+
+
+def unusual(make: Callable[[], Tensor]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kinds of tensors that torch will drop, or that are new
+        return make()
+
+
+UNUSUAL: dict[str, Callable[[], Tensor]] = {
+    "a complex tensor": lambda: torch.ones(12, 8, 3, 3, dtype=torch.complex64),
+    "a meta tensor": lambda: torch.ones(12, 8, 3, 3, device="meta"),
+    "a sparse (sparse_coo) tensor": lambda: torch.ones(12, 8, 3, 3).to_sparse(),
+    "a sparse (sparse_csr) tensor": lambda: torch.ones(12, 8).to_sparse_csr(),
+    "a quantized tensor": lambda: torch.quantize_per_tensor(torch.ones(12, 8, 3, 3), 0.1, 0, torch.qint8),
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "is int8, not float32": lambda: torch.ones(12, 8, 3, 3, dtype=torch.int8),
+    "is bool, not float32": lambda: torch.ones(12, 8, 3, 3, dtype=torch.bool),
+    "is [], not [12, 8, 3, 3]": lambda: torch.ones(()),
+}
+
+
+@pytest.mark.parametrize("part", UNUSUAL)
+def test_unusual_tensors_are_refused(tmp_path: Path, part: str) -> None:
+    """Meta, sparse, quantized, nested and complex tensors, and integers for weights, are refused and not cast."""
+    key, tensor = "stages.2.downsample.conv.weight", unusual(UNUSUAL[part])
+    torch.save(small().state_dict() | {key: tensor}, tmp_path / "w")
+    text = message(small(), tmp_path / "w")
+    assert key in text
+    assert part in text
+    if "complex" in part or "int8" in part:
+        save_file(small().state_dict() | {key: tensor}, tmp_path / "w")
+        assert part in message(small(), tmp_path / "w")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Weights in another precision load into float32; counters stay integers."""
+    saved = timm.create_model("resnet10t", num_classes=3)
+    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in saved.state_dict().items()}, tmp_path / "w")
+    loaded = timm.create_model("resnet10t", num_classes=3)
+    load_weights(loaded, tmp_path / "w")
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=1e-2, atol=1e-3)
+
+
+UGLY = ["line\nbreak", "\x1b[31mred", "right\u202eleft", "x" * 2**21, "stages.0.blocks.0\r.mlp", "\x00"]
+
+
+@pytest.mark.parametrize("ugly", UGLY, ids=[text[:9].encode("unicode_escape").decode() for text in UGLY])
+def test_messages_are_one_printable_line(tmp_path: Path, ugly: str) -> None:
+    """Control characters, newlines and megabytes in a file's keys and names are escaped and cut: see `message`."""
+    state, path = small().state_dict(), tmp_path / "w"
+    for save in (torch.save, save_file):
+        save(state | {ugly: torch.ones(1)}, path)
+        assert "not a tensor's name" in message(small(), path)
+    deeper = small(depth=2).state_dict()
+    save_weights(small(depth=2), path, ugly)
+    message(small(), path)
+    torch.save({"arch": ugly, "state_dict": deeper}, path)
+    message(small(), path)
+    for contents in ({ugly: 3}, {f"{ugly}{number}": state for number in range(9)}, {(ugly,): state}, {3: ugly}):
+        torch.save(contents, path)
+        assert "holds no state dict, but " in message(small(), path)
+    name = ugly.replace("\n", "\v")
+    call = b"\x80\x02c" + name.encode() + b"\n" + name.encode() + b"\n."
+    path.write_bytes(archive_of({"x/data.pkl": call, "x/version": b"3\n"}))
+    assert "refused, and not executed" in message(small(), path)
+    (tmp_path / "w").write_bytes((2**16).to_bytes(8, "little") + b'{"' + ugly.encode()[:60000] + b'": 3')
+    message(small(), path)
+
+
+def test_shape_of_many_dimensions(tmp_path: Path) -> None:
+    """A shape that would fill pages is cut, too."""
+    torch.save(small().state_dict() | {"head.fc.bias": torch.ones([1] * 1000)}, tmp_path / "w")
+    assert "head.fc.bias is [1, 1, 1" in message(small(), tmp_path / "w")
 
 
 def test_whole_pickled_model_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def test_rows_after_the_resume_point_are_set_aside(tmp_path: Path) -> None:
     assert kept == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 3.0)]
     aside = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.superseded.jsonl")]
     assert aside == [(5, 1.0), (6, 1.0), (7, 2.0)]
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """Every line is JSON, which has neither NaN nor infinity, also after rows were written again at a resume."""
+    write(tmp_path, 0, row(1, loss=math.nan, ranks=[math.inf, {"wait": -math.inf}]), row(2, loss=1.0))
+    write(tmp_path, 1, row(2, "validation", loss=math.inf))
+    for name in ("metrics.jsonl", "metrics.superseded.jsonl"):
+        text = (tmp_path / name).read_text()
+        assert not any(word in text for word in ("NaN", "Infinity", "nan", "inf"))
+    first, second = read(tmp_path / "metrics.jsonl")
+    assert (first["loss"], first["ranks"], second["loss"]) == (None, [None, {"wait": None}], None)
+    assert (tmp_path / "summary.csv").read_text() == "epoch,step,samples,loss\n1,2,16,\n"
 
 
 def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:

@@ -55,6 +55,14 @@ def test_same_configuration_is_no_change(tmp_path: Path) -> None:
     assert list((tmp_path / "run").glob("*until*")) == []
 
 
+def test_changes_are_json(tmp_path: Path) -> None:
+    """An infinity among the options is null in changes.jsonl; the earlier config.yaml has it."""
+    (tmp_path / "run").mkdir()
+    open_run_folder(tmp_path / "run", "clip: .inf\nlr: [.nan]\n", 0)
+    open_run_folder(tmp_path / "run", "clip: 1.0\nlr: [.inf]\n", 2)
+    assert '"changes": {"clip": [null, 1.0], "lr": [[null], [null]]}' in (tmp_path / "run/changes.jsonl").read_text()
+
+
 def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
     """Changes follow each other within a second, and none is lost."""
     (tmp_path / "run").mkdir()

@@ -314,6 +314,23 @@ def test_half_removed_checkpoint_does_not_stop_training(tmp_path: Path, checkpoi
     assert not (folder / ".step-00000002.tmp").exists()
 
 
+@pytest.mark.parametrize(
+    ("saved", "part"), [(True, "it has an average of the weights; give ema=enabled"),
+                        (False, "it has no average of the weights; give ema=disabled")],
+)  # fmt: skip
+def test_an_average_is_neither_dropped_nor_made_up(checkpoints: Checkpoints, saved: bool, part: str) -> None:
+    """A run with an average goes on with it, and one without does not begin one half-way; nothing is loaded then."""
+    state = tiny_state(ema=saved)
+    advance(state, 1)
+    folder = checkpoints().save(state.snapshot(), "epoch-001", is_best=False)
+    other = tiny_state(ema=not saved)
+    before = tensors(other.model)
+    with pytest.raises(UserError, match=f"{folder}: cannot resume: {part}, or start another run with init_weights="):
+        checkpoints().load(other, folder)
+    torch.testing.assert_close(other.model.state_dict(), before, rtol=0, atol=0)
+    assert other.progress.step == 0
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, checkpoints: Checkpoints) -> Path:
     """A run without EMA, its best checkpoint at step 1 and its last at step 2."""

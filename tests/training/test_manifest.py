@@ -1,6 +1,7 @@
 """The manifest: a checkpoint of which any byte has changed is not believed."""
 
 import json
+import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,13 @@ def test_says_what_it_was_given_and_what_is_there(folder: Path) -> None:
     }
     assert manifest["versions"]["torch"] == version("torch")
     assert read_manifest(folder) == manifest
+
+
+def test_figures_that_are_not_finite(tmp_path: Path) -> None:
+    """They are null, in what is written and in its digest: the file is JSON, and is believed."""
+    facts = {**FACTS, "progress": {"loss": math.nan, "row": [{"top1": math.inf}, -math.inf]}}
+    write_manifest(tmp_path, facts)
+    assert verify(tmp_path)["progress"] == {"loss": None, "row": [{"top1": None}, None]}
 
 
 def test_any_byte_of_the_manifest(folder: Path) -> None:

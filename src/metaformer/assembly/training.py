@@ -38,6 +38,7 @@ from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import ResizeFilter
+from metaformer.models.norms import find_norm_over_images
 from metaformer.models.preprocessing import Preprocessing
 from metaformer.numa import describe_cpus, keep_near_gpu
 from metaformer.runtime import Runtime
@@ -89,6 +90,7 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
     splits = _splits(config, runtime)
     plan = _training_plan(config, images, runtime, splits)
     model, fused_blocks = make_model(config, images, splits.num_classes, runtime, precision.dtype)
+    _check_batch_norm(config, images, runtime, model)
     transform_images, fused_transform = choose_transform(config, images, runtime)
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     state = _new_state(config, images, runtime, splits, precision, model)
@@ -206,6 +208,24 @@ def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime,
     )
 
 
+def _rank_batch_size(config: TrainConfig, runtime: Runtime) -> int:
+    """Images of a rank in one forward pass."""
+    return config.global_batch_size // runtime.world_size // config.accumulation_steps
+
+
+def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:
+    """BatchNorm needs more than one value per channel: one image a pass may be too few."""
+    if _rank_batch_size(config, runtime) > 1:
+        return
+    norm = find_norm_over_images(model, example_images(config, images, runtime))
+    if norm is not None:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size}: one image per rank and accumulation step, of which {norm} "
+            f"(BatchNorm) gets one value per channel at image_size={images.image_size}; give at least "
+            f"{2 * config.global_batch_size}, or fewer ranks or accumulation_steps"
+        )
+
+
 def _new_state(
     config: TrainConfig,
     images: Preprocessing,
@@ -287,7 +307,7 @@ def _describe(
 ) -> Iterator[str]:
     """The numbers that were derived from the configuration, for people to check."""
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    rank_batch = config.global_batch_size // runtime.world_size // config.accumulation_steps
+    rank_batch = _rank_batch_size(config, runtime)
     lr = config.optimizer.learning_rate(config.global_batch_size)
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
     yield f"model        {config.model.name}, {parameters:,} parameters, {splits.num_classes} classes"

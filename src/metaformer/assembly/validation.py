@@ -1,5 +1,6 @@
 """What validate.py runs."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from metaformer.assembly.parts import (
     LocatedWeights,
@@ -30,6 +32,7 @@ from metaformer.models import load_weights
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import EMA_FILE, MODEL_FILE
+from metaformer.training.guards import Diverged
 from metaformer.training.precision import Precision
 
 
@@ -39,6 +42,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
 
     Raises:
         UserError: something that the user gave cannot work.
+        Diverged: the network's outputs are not numbers. The result is printed all the same, with null for what could
+            not be measured, and has no row in the results file.
     """
     checkpoint = config.checkpoint
     assert checkpoint is not None
@@ -61,7 +66,8 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     def run(feed: Feed) -> dict[str, Any]:
         """Evaluate, append to the results file if there is one, and return what is printed."""
         accuracy = evaluate(model, feed, precision, runtime, scoring)
-        if config.results_csv is not None:
+        measured = math.isfinite(accuracy.loss)
+        if config.results_csv is not None and measured:
             row: dict[str, str | int | float] = {
                 "model": config.model.name,
                 "img_size": images.image_size,
@@ -83,10 +89,25 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
             scored["quarantined"] = index.quarantined
         settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
         names = {"model": config.model.name, "data": config.data.name}
-        return {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
+        result = {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
+        if not measured:
+            runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
+            raise Diverged(
+                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model, precision)}"
+            )
+        return result
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)
+
+
+def _why_not_finite(model: nn.Module, precision: Precision) -> str:
+    """Why a network's outputs are not finite, and what to do."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            return f"{name} holds numbers that are not finite; give weights from before training diverged"
+    mend = "give other weights" if precision.dtype is None else "use precision=fp32"
+    return f"the weights are finite, but what the network computes overflows; {mend}"
 
 
 def _average_beside(weights: LocatedWeights) -> str:

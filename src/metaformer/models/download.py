@@ -13,14 +13,15 @@ What is in a cache is used without asking the network.
 import hashlib
 import os
 import re
-import shutil
 import sys
 import zipfile
 from functools import partial
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
+from typing import IO
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -31,9 +32,9 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from metaformer.errors import UserError, unknown_name
+from metaformer.errors import UserError, printable, unknown_name
 from metaformer.files import write_text_whole, write_whole
-from metaformer.models.weight_reader import read_weights
+from metaformer.models.weight_reader import check_archive, read_weights
 
 OFFICIAL, HUB = "official:", "hf:"
 OFFICIAL_RELEASE = "https://github.com/sail-sg/poolformer/releases/download/v1.0/"
@@ -48,6 +49,8 @@ OFFICIAL_NAMES = {  # of this project's networks that the authors call otherwise
 }
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10  # seconds without an answer
+LARGEST_BYTES = 2**30  # of a file of the authors, whose largest network has 73 million weights
+PIECE_BYTES = 2**20
 
 
 def is_weights_name(source: str) -> bool:
@@ -96,16 +99,32 @@ def _official_file(stem: str) -> Path:
     return path
 
 
+class _EncryptedRedirects(HTTPRedirectHandler):
+    """Follows redirects, but from https only to https."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        if urlsplit(newurl).scheme not in ("https", req.type):
+            raise HTTPError(req.full_url, code, f"redirected to {newurl}, which is not https", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _fetch(url: str, file: Path) -> None:
     try:
-        response = urlopen(url, timeout=TIMEOUT)
+        response = build_opener(_EncryptedRedirects).open(url, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         raise
     with response, file.open("wb") as out:
-        shutil.copyfileobj(response, out)
-        expected = response.headers["Content-Length"]
-        if expected is not None and out.tell() != int(expected):
+        expected: int | None = response.length  # None where the server does not say it
+        if expected is not None and expected > LARGEST_BYTES:
+            raise OSError(f"{expected} bytes, more than such a file may have ({LARGEST_BYTES})")
+        while piece := response.read(PIECE_BYTES):
+            out.write(piece)
+            if out.tell() > LARGEST_BYTES:
+                raise OSError(f"more bytes came than such a file may have ({LARGEST_BYTES})")
+        if expected is not None and out.tell() != expected:
             raise OSError(f"{out.tell()} of {expected} bytes came")
     _check_whole(file)
 
@@ -114,13 +133,15 @@ def _check_whole(file: Path) -> None:
     """Torch's zip archives have checksums; the files that torch wrote before 1.6 have none, but they must read."""
     try:
         if zipfile.is_zipfile(file):
+            with file.open("rb") as content:
+                check_archive(content)
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise OSError(f"a damaged zip archive: {damaged}")
+                raise OSError(f"a damaged zip archive: {printable(damaged)}")
         else:
             read_weights(file)
-    except (zipfile.BadZipFile, UserError) as error:
+    except (zipfile.BadZipFile, ValueError, UserError) as error:
         raise OSError(f"not a whole weights file: {error}") from error
 
 
@@ -147,7 +168,9 @@ def _hub_file(repository: str) -> Path:
         for name in HUB_FILES:
             try:
                 # Where there is no network this fails once; hf_hub_download would go on trying for minutes.
-                get_hf_file_metadata(hf_hub_url(repository, name), timeout=TIMEOUT)
+                metadata = get_hf_file_metadata(hf_hub_url(repository, name), timeout=TIMEOUT)
+                if metadata.size is None:  # the library would take whatever comes
+                    raise OSError("the server does not say how large the file is")
                 return _checked_hub_file(Path(hf_hub_download(repository, name)))
             except RemoteEntryNotFoundError:
                 continue
@@ -176,4 +199,4 @@ def _sha256(path: Path) -> str:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().removeprefix("<urlopen error ").removesuffix(">")
-    return next(iter(text.splitlines()), type(error).__name__)
+    return printable(next(iter(text.splitlines()), type(error).__name__), 300)

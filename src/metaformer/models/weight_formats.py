@@ -8,12 +8,20 @@ network: there is no table of networks.
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from metaformer.errors import printable
 
 StateDict = dict[str, Tensor]
+
+# Entries of training checkpoints: timm's, then those of torchvision's references and DeiT.
+STATE_ENTRIES = ("state_dict", "model")
+AVERAGE_ENTRIES = ("state_dict_ema", "model_ema")
+LONGEST_KEY = 200  # characters
 
 
 class SlotKind(NamedTuple):
@@ -39,25 +47,49 @@ LAYER_SCALES = {"layer_scale_1": "layer_scale1.scale", "layer_scale_2": "layer_s
 
 
 def extract_state(contents: object, use_ema: bool) -> StateDict:
-    """The state dict in what a torch file holds: all of it, or an entry of timm's training checkpoint.
+    """Return the state dict in a file's contents, without what torch's wrappers add to its keys.
+
+    It is all of the contents, or an entry of a training checkpoint: see STATE_ENTRIES and AVERAGE_ENTRIES.
 
     Args:
-        contents: what `torch.load` returned.
-        use_ema: take `state_dict_ema`, which timm writes where it keeps an average.
+        contents: what was read.
+        use_ema: take the averaged weights of a training checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or several; a tensor is of a kind that no network's weights are, or its name is not
+            printable.
     """
     if not isinstance(contents, Mapping):
         raise ValueError(f"holds no state dict, but an object of type {type(contents).__name__}")
-    if use_ema and "state_dict_ema" not in contents:
-        raise ValueError("use_ema=true: there are no averaged weights (state_dict_ema); use_ema=false takes the others")
-    state = contents.get("state_dict_ema" if use_ema else "state_dict", contents)
-    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
-        raise ValueError(f"holds no state dict, but {', '.join(map(str, list(contents)[:5])) or 'nothing'}")
-    if all(key.startswith("module.") for key in state):  # DistributedDataParallel's
-        return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    return dict(state)
+    found = [name for name in (AVERAGE_ENTRIES if use_ema else STATE_ENTRIES) if _is_state(contents.get(name))]
+    if use_ema and not found:
+        names = " or ".join(AVERAGE_ENTRIES)
+        raise ValueError(f"use_ema=true: there are no averaged weights ({names}); use_ema=false takes the others")
+    if len(found) > 1:
+        raise ValueError(f"holds several state dicts ({', '.join(found)}); save one of them in a file of its own")
+    state = contents[found[0]] if found else contents
+    if not _is_state(state):
+        entries = (printable(key, 40) if isinstance(key, str) else f"a {type(key).__name__}" for key in contents)
+        raise ValueError(f"holds no state dict, but {', '.join(islice(entries, 5)) or 'nothing'}")
+    _check_tensors(state)
+    # Detached: without gradients, and without attributes that a pickle may have given a tensor.
+    return unwrap({key: Tensor.detach(tensor) for key, tensor in state.items()})
+
+
+def unwrap(state: StateDict) -> StateDict:
+    """Strip what torch's wrappers add to the keys, in any nesting.
+
+    torch.compile adds `_orig_mod.`, also in the middle of a key where it compiled a part of the network;
+    DistributedDataParallel and AveragedModel add `module.` to every key, and AveragedModel a counter, `n_averaged`.
+    """
+    stripped = {re.sub(r"(?<![^.])(_orig_mod\.)+", "", key): tensor for key, tensor in state.items()}
+    if len(stripped) < len(state):  # two tensors of one name: loading names the keys
+        return state
+    while True:
+        wrapped = {key: tensor for key, tensor in stripped.items() if key != "n_averaged" or tensor.numel() != 1}
+        if not wrapped or not all(key.startswith("module.") for key in wrapped):
+            return stripped
+        stripped = {key.removeprefix("module."): tensor for key, tensor in wrapped.items()}
 
 
 def is_official(state: StateDict) -> bool:
@@ -118,6 +150,8 @@ def check_whole(state: StateDict) -> None:
     for key, tensor in state.items():
         if match := BLOCK_KEY.fullmatch(key):
             stage, block = int(match[1]), int(match[2])
+            if max(stage, block) >= len(state):
+                raise ValueError(f"{key}: stages and blocks before it are missing")
             shapes.setdefault((stage, match[3]), []).append(tensor.shape)
             depths[stage] = max(depths.get(stage, 0), block + 1)
         elif not OTHER_KEY.fullmatch(key):
@@ -138,8 +172,37 @@ def check_whole(state: StateDict) -> None:
             raise ValueError(f"stages.{stage}.blocks.*.{rest}: of several shapes in one stage")
 
 
-def _is_entry(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+    )
+
+
+def _check_tensors(state: Mapping[str, Tensor]) -> None:
+    """Refuse what could not be copied into a network as it is, and names that no message can show."""
+    for key, tensor in state.items():
+        if len(key) > LONGEST_KEY or not key.isprintable():
+            raise ValueError(f"{printable(key)}: not a tensor's name: too long, or not printable")
+        kind = _unusual_kind(tensor)
+        if kind is not None:
+            raise ValueError(f"{key}: a {kind} tensor; save a dense tensor of real numbers in its place")
+
+
+def _unusual_kind(tensor: Tensor) -> str | None:
+    """What kind of tensor it is, where that is not the usual one."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return type(tensor).__name__
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout != torch.strided:
+        return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.device.type != "cpu":  # everything is read onto the CPU, but a meta tensor holds no values
+        return tensor.device.type
+    return "complex" if tensor.dtype.is_complex else None
 
 
 def _slot_kind(slot: int, rests: list[str]) -> SlotKind:

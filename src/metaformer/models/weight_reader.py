@@ -1,8 +1,8 @@
 """Reading weight files: safetensors, and torch's pickles without running what they name."""
 
-import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -11,12 +11,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from metaformer.errors import UserError
+from metaformer.errors import UserError, printable
 from metaformer.models.weight_formats import StateDict, extract_state
 
 # What torch files begin with that torch before 1.6 wrote; later ones are zip archives.
 _OLD_TORCH_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _UNNAMED = "an unnamed network"
+# Types of plain values that training programs keep among their options, beside the weights.
+_OPTION_TYPES = (
+    "argparse.Namespace",
+    *(f"pathlib.{path}" for path in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(f"pathlib._local.{path}" for path in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
 
 
 class Weights(NamedTuple):
@@ -30,11 +39,11 @@ def read_weights(path: Path, use_ema: bool = False) -> Weights:
     """Read a state dict, with the keys that it has, onto the CPU.
 
     The file's first bytes tell its format; its name does not matter. A torch file may hold a state dict or a training
-    checkpoint of timm. Code that a torch file names is never run.
+    checkpoint of timm, torchvision's references or DeiT. Code that a torch file names is never run.
 
     Args:
         path: the file.
-        use_ema: take the averaged weights of a training checkpoint of timm.
+        use_ema: take the averaged weights of a training checkpoint.
 
     Raises:
         UserError: the file is missing, damaged, refused, no weights file, or without averaged weights.
@@ -48,14 +57,15 @@ def read_weights(path: Path, use_ema: bool = False) -> Weights:
             if start[8:9] == b"{":
                 return _read_safetensors(path, use_ema)
             if start.startswith(b"PK"):
-                _check_archive(file)
+                check_archive(file)
+                file.seek(0)
             elif start.startswith(b"\x80") and not start.startswith(_OLD_TORCH_START):
                 raise ValueError("a pickle, but not one that torch writes: refused, not executed")
             elif not start.startswith(b"\x80"):
                 raise ValueError("not a weights file: neither safetensors nor torch's format")
             return _read_torch(file, use_ema)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {printable(str(error), 500)}") from error
 
 
 def _read_safetensors(path: Path, use_ema: bool) -> Weights:
@@ -64,35 +74,57 @@ def _read_safetensors(path: Path, use_ema: bool) -> Weights:
     try:
         with safe_open(path, "pt") as file:
             name = (file.metadata() or {}).get("model", _UNNAMED)
-        return Weights(load_file(path), name)
+        tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"not a whole safetensors file ({error})") from error
+        raise ValueError(f"not a whole safetensors file ({printable(str(error), 300)})") from error
+    return Weights(extract_state(tensors, use_ema=False), printable(name))
 
 
-def _check_archive(file: BinaryIO) -> None:
-    """Refuse a zip archive that is cut short or holds no pickled tensors; leaves the file at its start."""
+def check_archive(file: BinaryIO) -> None:
+    """Refuse a zip archive that is cut short, holds no pickled tensors, or would take more memory than disk space.
+
+    Raises:
+        ValueError: it does.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = {name.rpartition("/")[2] for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+            entries = archive.infolist()
+    except Exception as error:  # damage to the directory can raise any
         raise ValueError(f"not a whole torch file ({error})") from error
-    if "data.pkl" not in entries or "constants.pkl" in entries:  # the latter: TorchScript
+    names = {entry.filename.rpartition("/")[2] for entry in entries}
+    if "data.pkl" not in names or "constants.pkl" in names:  # the latter: TorchScript
         raise ValueError("not a weights file: a zip archive, but without a state dict of torch")
-    file.seek(0)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("a compressed zip archive, which torch does not write: load it with torch, and save it again")
+    if sum(entry.file_size for entry in entries) > file.seek(0, 2):  # entries that share their bytes
+        raise ValueError("not a whole torch file (its entries are larger than the file)")
+
+
+class _Unread:
+    """Takes the place of an object among a file's options: nothing of what would make the object is run or kept."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
 def _read_torch(file: BinaryIO, use_ema: bool) -> Weights:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints keep their options in one
+        with torch.serialization.safe_globals([(_Unread, name) for name in _OPTION_TYPES]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
             # Not by the path: torch takes a name that ends with .safetensors for the format.
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damage to a pickle can raise any
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
-                f"refused, and not executed: it would call {refused[1]}; only tensors and plain values are read"
+                f"refused, and not executed: it would call {printable(refused[1])}; only tensors and plain values are "
+                "read: if you trust the file, save its state dict alone"
             ) from error
-        reason = str(error).partition("WeightsUnpickler error:")[2] or str(error) or type(error).__name__
-        raise ValueError(f"not a whole torch file ({reason.strip().splitlines()[0]})") from error
+        reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        line = next(iter(reason.strip().splitlines()), type(error).__name__)
+        raise ValueError(f"not a whole torch file ({printable(line, 300)})") from error
     name = contents.get("arch") if isinstance(contents, dict) else None
-    return Weights(extract_state(contents, use_ema), name if isinstance(name, str) else _UNNAMED)
+    return Weights(extract_state(contents, use_ema), printable(name) if isinstance(name, str) else _UNNAMED)

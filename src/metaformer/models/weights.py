@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
-from metaformer.errors import UserError
+from metaformer.errors import UserError, printable
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.models.metaformer import MetaFormer
 from metaformer.models.weight_formats import StateDict, is_official, official_to_metaformer
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) ->
         model: a network of this project, into which files of the paper's program go too, or any other network whose
             keys are the file's.
         source: a file that `read_weights` reads, or a name that `download_weights` knows.
-        use_ema: take the averaged weights of a training checkpoint of timm.
+        use_ema: take the averaged weights of a training checkpoint.
 
     Raises:
         UserError: the file is missing, damaged, refused, or of another network; the model is then as it was.
@@ -61,10 +61,10 @@ def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) ->
         try:
             state = official_to_metaformer(state)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {printable(str(error), 500)}") from error
     misfit = _describe_misfit(model.state_dict(), state, name)
     if misfit:
-        raise UserError(f"{path}: {misfit}")
+        raise UserError(f"{path}: {printable(misfit, 500)}")
     model.load_state_dict(state)
 
 
@@ -76,13 +76,19 @@ def _describe_misfit(expected: StateDict, found: StateDict, name: str) -> str:
         for key in expected
         if key in found and found[key].shape != expected[key].shape
     }
-    mend = "" if missing or extra else _same_network(shapes)
+    types = [
+        f"{key} is {_dtype(found[key])}, not {_dtype(expected[key])}"
+        for key in expected
+        if key in found and expected[key].is_floating_point() and not found[key].is_floating_point()
+    ]
+    mend = "" if missing or extra or types else _same_network(shapes)
     if mend:
         return mend
     parts = [f"missing {_some(missing)}"] if missing else []
     parts += [f"unexpected {_some(extra)}"] if extra else []
     if shapes:
         parts.append(_some([f"{key} is {list(file)}, not {list(model)}" for key, (file, model) in shapes.items()]))
+    parts += [_some(types)] if types else []
     return (
         f"holds the weights of {name}, which do not fit this model: {', '.join(parts)}; check model=" if parts else ""
     )
@@ -92,10 +98,15 @@ def _some(keys: list[str]) -> str:
     return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
 
 
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _same_network(shapes: dict[str, tuple[Size, Size]]) -> str:
     """What to change where only the number of classes or the size of the images differ; empty where more does."""
-    classes = [key for key, (file, model) in shapes.items() if file[1:] == model[1:]]
-    positions = [key for key in shapes if key not in classes and POSITION_KEY.fullmatch(key)]
+    sizes = {key: (file, model) for key, (file, model) in shapes.items() if len(file) == len(model)}
+    classes = [key for key, (file, model) in sizes.items() if file[1:] == model[1:]]
+    positions = [key for key in sizes if key not in classes and POSITION_KEY.fullmatch(key)]
     if len(classes) + len(positions) < len(shapes) or len({key.rpartition(".")[0] for key in classes}) > 1:
         return ""
     parts = []

@@ -6,12 +6,11 @@ A full disk does not stop training: rows wait until they can be written (`LineFi
 import csv
 import io
 import json
-import math
 import sys
 from pathlib import Path
 
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
+from metaformer.files import null_where_not_finite, to_json, write_text_whole
 from metaformer.tracking.line_file import LineFile
 from metaformer.tracking.tracker import NullTracker, Row
 
@@ -36,8 +35,8 @@ class JsonlTracker(NullTracker):
         self._file = LineFile(self._path)
 
     def metrics(self, row: Row) -> None:
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._file.write(json.dumps(row))
+        row = null_where_not_finite(row)
+        self._file.write(to_json(row))
         if row["kind"] == "validation":
             self._validations.append(row)
             try:
@@ -64,7 +63,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    write_text_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text_whole(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def _csv(rows: list[Row]) -> str:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
+from metaformer.files import to_json, write_text_whole
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import describe_environment
 from metaformer.tracking.lock import LOCK_FILE
@@ -85,7 +85,7 @@ def open_run_folder(run_dir: Path, config: str, step: int) -> list[str]:
     contents = {
         "config.yaml": config,
         "overrides.yaml": "".join(f"- {json.dumps(override)}\n" for override in sys.argv[1:]),
-        "environment.json": json.dumps(describe_environment(), indent=2) + "\n",
+        "environment.json": to_json(describe_environment(), indent=2) + "\n",
     }
     changes: dict[str, tuple[Any, Any]] = {}
     try:
@@ -123,7 +123,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any], parent: str = "") -> I
 def _record(path: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
     entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
     earlier = path.read_text() if path.exists() else ""
-    write_text_whole(path, earlier + json.dumps(entry) + "\n")
+    write_text_whole(path, earlier + to_json(entry) + "\n")
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
+from metaformer.files import to_json, write_text_whole
 from metaformer.goodput import Goodput, TimeSpent
 from metaformer.tracking.tracker import NullTracker, Row
 
@@ -117,7 +117,7 @@ class StatusFile(NullTracker):
         for file in (self._copy, self._file):
             try:
                 if file is not None:
-                    write_text_whole(file, json.dumps(content, indent=2) + "\n")
+                    write_text_whole(file, to_json(content, indent=2) + "\n")
             except OSError as error:
                 failures.append(f"{file}: cannot be written ({error.strerror or error})")
         return failures

@@ -137,7 +137,8 @@ class CheckpointFolder:
         """Restore training from a checkpoint that `find` or `verify` found whole (one rank's work, not every rank's).
 
         Raises:
-            UserError: a file is missing or damaged, or it belongs to another network, data set or batch size.
+            UserError: a file is missing or damaged, or it belongs to another network, data set or batch size; it has an
+                average and this run keeps none, or the other way round.
         """
         manifest = read_manifest(folder)
         for name, value in state.identity.items():
@@ -147,6 +148,13 @@ class CheckpointFolder:
                     f"{folder}: cannot resume: it was trained with {name}={saved}, this run has {value}; "
                     "give the same, or another run_dir"
                 )
+        averaged = EMA_FILE in manifest["files"]
+        if averaged != (state.ema is not None):
+            has, mend = ("an", "ema=enabled") if averaged else ("no", "ema=disabled")
+            raise UserError(
+                f"{folder}: cannot resume: it has {has} average of the weights; give {mend}, or start another run "
+                f"with init_weights={folder} and another run_dir"
+            )
         self._weight_files.load(state.model, folder / MODEL_FILE)
         if state.ema is not None:
             self._weight_files.load(state.ema.module, folder / EMA_FILE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.errors import UserError
+from metaformer.files import null_where_not_finite, to_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
@@ -25,9 +26,11 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """
     files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    manifest = {"format": FORMAT, "saved_at": time.time(), **facts, "versions": versions, "files": files}
+    manifest: dict[str, Any] = null_where_not_finite(
+        {"format": FORMAT, "saved_at": time.time(), **facts, "versions": versions, "files": files}
+    )
     manifest["digest"] = _digest(manifest)
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / MANIFEST_FILE).write_text(to_json(manifest, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
