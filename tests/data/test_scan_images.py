@@ -92,14 +92,14 @@ BROKEN: dict[str, tuple[Write, str]] = {
     "progressive, cut at its end": (cut(0.98, progressive=True), "truncated"),
     "header alone": (cut(0.01), "Truncated File Read"),
     "empty": (Path.touch, "empty file"),
-    "text": (lambda path: path.write_text("<html>404</html>"), "not an image"),
+    "text": (lambda path: path.write_text("<html>404</html>"), "not an image of a kind that is read"),
     "folder": (Path.mkdir, "Is a directory"),
     "gone": (lambda path: None, "No such file or directory"),
     "huge": (
         lambda path: path.write_bytes(
             b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6)
         ),
-        "decompression bomb",
+        "60,000 x 60,000 pixels, more than loader.max_pixels=100000000",
     ),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What both programs are built of: data, network, weights."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +143,7 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
     if config.name is LoaderName.dali:
         return DaliLoader(index, plan, config, device, max(1, workers))
     read = read_with_torch if config.name is LoaderName.torch else read_with_pil
+    read = partial(read, max_pixels=config.max_pixels)
     return WorkerLoader(read, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
 
 

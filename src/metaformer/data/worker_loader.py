@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metaformer.data.bad_file import BAD_FILE, describe_bad_file
-from metaformer.data.image_bytes import Encoded, ImageBytes
+from metaformer.data.image_bytes import ImageBytes
+from metaformer.data.image_file import Encoded
 from metaformer.data.index import ImageIndex
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.data.shared_index import SharedIndex
