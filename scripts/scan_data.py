@@ -19,7 +19,7 @@ from metaformer.data.index import load_index
 from metaformer.data.progress import progress_bars
 from metaformer.data.quarantine import write_quarantine
 from metaformer.data.scan_images import ScannedImage, scan_images
-from metaformer.errors import UserError
+from metaformer.errors import UserError, printable
 from metaformer.files import write_whole
 
 NOTES = {
@@ -98,6 +98,8 @@ def _check_writable(arguments: argparse.Namespace) -> None:
 
 def _scan(arguments: argparse.Namespace, splits: list[str]) -> Iterator[ScannedImage]:
     indices = {split: load_index(arguments.root, split) for split in splits}
+    for note in (note for index in indices.values() for note in index.notes):
+        print(note, file=sys.stderr)
     with progress_bars() as report:
         for split, index in indices.items():
             yield from scan_images(index, split, arguments.workers, report, arguments.max_pixels)
@@ -128,7 +130,7 @@ def _print(summary: Summary, data_set: str) -> None:
     for what, count in summary.unusual.most_common():
         print(f"  {count:>9,}  {what}{NOTES.get(what.split()[0], '')}")
     for image in summary.broken:
-        print(f"broken: {os.fsencode(image.path).decode(errors='replace')}: {image.reason}")
+        print(f"broken: {printable(image.path)}: {image.reason}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,26 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What the user gave cannot work. The message is one line: the field or file, what is wrong, the mend."""
+    """What the user gave cannot work. The message is one line: the field or file, what is wrong, the mend.
+
+    What cannot be printed in it, such as a line break in a file's name, is escaped.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
     """Training was asked to stop and has saved where it stands. The message is one line; the same command goes on."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def printable(text: str) -> str:
+    """A text as one line that every terminal and file takes: what cannot be printed is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:

@@ -2,6 +2,8 @@
 
 from PIL import Image, UnidentifiedImageError
 
+from metaformer.errors import printable
+
 # What PIL and torchvision raise for files that they cannot read.
 BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 
@@ -20,4 +22,4 @@ def reason(error: BaseException) -> str:
         return "not an image of a kind that is read: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
