@@ -145,6 +145,11 @@ def rewrite(file: Path, change: Callable[[bytes], bytes]) -> None:
     file.write_bytes(change(file.read_bytes()))
 
 
+def replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tar": (lambda train: (train / "shard-000001.tar").unlink(), "shard-000001.tar: missing; shards.json lists"),
     "last tar gone": (lambda train: max(train.glob("*.tar")).unlink(), ".tar: missing; shards.json lists"),
@@ -155,11 +160,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "list of no counts": (lambda train: (train / "shards.json").write_text('{"shards": [[1e999, 1]]}'), "damaged"),
     "list of signs": (lambda train: (train / "shards.json").write_text('{"shards": [[-1, 9]]}'), "damaged"),
     "a FIFO for an index": (
-        lambda train: ((train / "shard-000001.idx").unlink(), os.mkfifo(train / "shard-000001.idx")),
+        lambda train: replace_by_fifo(train / "shard-000001.idx"),
         "shard-000001.tar: it or its index is no file",
     ),
     "a FIFO for the list": (
-        lambda train: ((train / "shards.json").unlink(), os.mkfifo(train / "shards.json")),
+        lambda train: replace_by_fifo(train / "shards.json"),
         "shards.json: damaged",
     ),
     "a negative size": (

@@ -159,7 +159,7 @@ def _as_dali_reads(encoded: Encoded, whole: bool, max_pixels: int) -> Encoded:
     part = central_part(*size) if whole else None
     if plain and part is None:
         return encoded
-    image = decode_rgb(encoded, max_pixels)
+    pixels = decode_rgb(encoded, max_pixels)
     if part is not None:
-        image = image.crop((part.left, part.top, part.left + part.width, part.top + part.height))
-    return as_ppm(image)
+        pixels = pixels.crop((part.left, part.top, part.left + part.width, part.top + part.height))
+    return as_ppm(pixels)

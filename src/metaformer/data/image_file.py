@@ -42,7 +42,7 @@ def open_image(encoded: Encoded | bytes, max_pixels: int = MAX_PIXELS) -> Iterat
     """
     Image.MAX_IMAGE_PIXELS = None  # the limit is checked below, at one number for all loaders
     try:
-        with Image.open(BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(BytesIO(encoded if isinstance(encoded, bytes) else encoded.data), formats=FORMATS) as image:
             check_pixels(*image.size, max_pixels)
             yield image
     except BAD_FILE:

@@ -98,7 +98,7 @@ def _is_whole(kind: type[Kept], known: dict[str, Any], place: Path) -> bool:
 def _digest(kind: type[Kept], description: dict[str, Any], arrays: Path) -> str:
     digest = hashlib.sha256(json.dumps({**description, "digest": None}, sort_keys=True).encode())
     for name in kind.ARRAYS:
-        digest.update(np.memmap(arrays / f"{name}.npy", np.uint8, "r"))
+        digest.update(np.memmap(arrays / f"{name}.npy", np.uint8, "r").data)
     return digest.hexdigest()
 
 
