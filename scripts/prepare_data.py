@@ -44,6 +44,8 @@ def main() -> None:
     indices = {split: load_index(out, split) for split in SPLITS if (out / split).is_dir()}
     if len(indices) == len(SPLITS):
         check_same_classes(*indices.values())
+    for note in (note for index in indices.values() for note in index.notes):
+        print(note)
     for split, cost in costs.items():
         _print_cost(split, cost)
     counts = " and ".join(

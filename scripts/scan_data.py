@@ -14,16 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from metaformer.data.image_file import MAX_PIXELS
 from metaformer.data.index import load_index
 from metaformer.data.progress import progress_bars
 from metaformer.data.quarantine import write_quarantine
 from metaformer.data.scan_images import ScannedImage, scan_images
-from metaformer.errors import UserError
+from metaformer.errors import UserError, printable
 from metaformer.files import write_whole
 
 NOTES = {
-    "GIF": " (read by loader=torch and loader=pil, not by loader=dali)",
-    "16-bit": " (gray ones: PIL and loader=torch clip them to white, loader=dali scales them)",
+    "GIF": " (the first picture is read)",
+    "16-bit": " (gray ones: clipped at 255, as PIL does, mostly to white)",
 }
 
 
@@ -76,9 +77,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
     )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, help="of an image that is read, as loader.max_pixels; %(default)s"
+    )
     arguments = parser.parse_args()
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: must be at least 1")
+    for option in ("workers", "max_pixels"):
+        if getattr(arguments, option) < 1:
+            given = f"--{option.replace('_', '-')} {getattr(arguments, option)}"
+            raise UserError(f"{given}: must be at least 1")
     return arguments
 
 
@@ -92,9 +98,11 @@ def _check_writable(arguments: argparse.Namespace) -> None:
 
 def _scan(arguments: argparse.Namespace, splits: list[str]) -> Iterator[ScannedImage]:
     indices = {split: load_index(arguments.root, split) for split in splits}
+    for note in (note for index in indices.values() for note in index.notes):
+        print(note, file=sys.stderr)
     with progress_bars() as report:
         for split, index in indices.items():
-            yield from scan_images(index, split, arguments.workers, report)
+            yield from scan_images(index, split, arguments.workers, report, arguments.max_pixels)
 
 
 def _write_manifest(file: Path, images: Iterator[ScannedImage], summary: Summary) -> None:
@@ -122,7 +130,7 @@ def _print(summary: Summary, data_set: str) -> None:
     for what, count in summary.unusual.most_common():
         print(f"  {count:>9,}  {what}{NOTES.get(what.split()[0], '')}")
     for image in summary.broken:
-        print(f"broken: {os.fsencode(image.path).decode(errors='replace')}: {image.reason}")
+        print(f"broken: {printable(image.path)}: {image.reason}")
 
 
 if __name__ == "__main__":

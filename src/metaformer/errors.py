@@ -5,15 +5,31 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What the user gave cannot work. The message is one line: the field or file, what is wrong, the mend."""
+    """What the user gave cannot work. The message is one line: the field or file, what is wrong, the mend.
+
+    What cannot be printed in it, such as a line break in a file's name, is escaped.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
     """Training was asked to stop and has saved where it stands. The message is one line; the same command goes on."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """A text as one line that every terminal and file takes: what cannot be printed is escaped.
+
+    Args:
+        most: characters of the text that are shown, where it comes from a file or a server.
+    """
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
+    return shown + ("..." if most is not None and len(text) > most else "")
 
 
 def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
@@ -23,10 +39,3 @@ def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
     offer = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:20])}"
     more = f" and {len(names) - 20} more" if not near and len(names) > 20 else ""
     return UserError(f"{field}={name}: unknown; {offer}{more}")
-
-
-def printable(text: str, most: int = 100) -> str:
-    """Text from a file or a server as part of a message: one line of at most about `most` characters, control
-    characters escaped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
-    return shown + ("..." if len(text) > most else "")

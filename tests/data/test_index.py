@@ -2,14 +2,24 @@
 
 import json
 import os
+import random
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from metaformer.data.index import IndexCheck, check_same_classes, load_index
+from metaformer.data.index import (
+    DataConfig,
+    IndexCheck,
+    Labels,
+    check_same_classes,
+    check_several_classes,
+    load_index,
+)
 from metaformer.errors import UserError
 
 
@@ -54,7 +64,7 @@ def test_hidden_files_are_left_out_and_folders_below_a_class_are_read(own_root: 
 
 
 def test_cache_is_used_while_nothing_changed(own_root: Path) -> None:
-    """The second index is the first, from memory-mapped files without a scan: labels written into them show."""
+    """The second index is the first, from the memory-mapped files of then, without a scan."""
     first = load_index(own_root, "train")
     assert isinstance(first.labels, np.memmap)
     second = load_index(own_root, "train")
@@ -62,9 +72,8 @@ def test_cache_is_used_while_nothing_changed(own_root: Path) -> None:
     for name in ("paths", "labels", "sizes"):
         assert np.array_equal(getattr(second, name), getattr(first, name))
         assert getattr(second, name).dtype == getattr(first, name).dtype
-    (stored,) = own_root.glob(".metaformer/train-*/labels.npy")
-    np.save(stored, first.labels + 7)
-    assert load_index(own_root, "train").labels[0] == 7
+    assert isinstance(second.labels, np.memmap)
+    assert second.labels.filename == first.labels.filename
 
 
 @pytest.mark.parametrize("check", IndexCheck)
@@ -123,17 +132,50 @@ def test_files_added_below_a_class_are_seen(own_root: Path) -> None:
     assert len(load_index(own_root, "train")) == before + 1
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no archive"])
-def test_damaged_cache_is_replaced(own_root: Path, content: bytes) -> None:
-    """A cache that cannot be read costs a scan and nothing else."""
+def flip(content: bytes) -> bytes:
+    """The last byte another one."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "no archive": lambda content: b"no archive",
+    "deep": lambda content: b"[" * 100_000,
+    "a list": lambda content: b"[1]",
+    "a flipped bit": flip,
+    "cut short": lambda content: content[:-8],
+    "an absurd header": lambda content: content.replace(b"(13,)", b"(9**9**9,)"),
+}
+
+
+@pytest.mark.parametrize("name", ["train.json", "train-*/paths.npy", "train-*/labels.npy", "train-*/changed.npy"])
+def test_damaged_cache_is_replaced(own_root: Path, name: str) -> None:
+    """A cache that is not as it was written, by a single bit, is said to be damaged, once, and made anew."""
     first = load_index(own_root, "train")
-    for pattern in ("train.json", "train-*/labels.npy"):
-        (file,) = (own_root / ".metaformer").glob(pattern)
+    for kind, damage in DAMAGE.items():
+        (file,) = (own_root / ".metaformer").glob(name)
+        content = file.read_bytes()
+        if damage(content) == content:
+            continue
+        file.unlink()  # the index of before maps it
+        file.write_bytes(damage(content))
+        again, later = load_index(own_root, "train"), load_index(own_root, "train")
+        assert (again.fingerprint, again.labels.tolist()) == (first.fingerprint, first.labels.tolist()), kind
+        (note,) = again.notes
+        assert note.endswith("train.json: the index's cache was damaged; the data set is scanned anew"), kind
+        assert later.notes == (), kind
+
+
+def test_damaged_descriptions_never_escape(own_root: Path) -> None:
+    """Whatever 100 random changes make of the cache's description, the index is the data's."""
+    first, rng = load_index(own_root, "train"), random.Random(0)
+    file = own_root / ".metaformer" / "train.json"
+    for _ in range(100):
+        content = bytearray(file.read_bytes())
+        for _ in range(rng.choice((1, 1, 3))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
         file.write_bytes(content)
-        for _ in range(2):
-            index = load_index(own_root, "train")
-            assert index.fingerprint == first.fingerprint
-            assert np.array_equal(index.labels, first.labels)
+        assert load_index(own_root, "train").fingerprint == first.fingerprint
 
 
 def test_splits_have_caches_of_their_own(own_root: Path) -> None:
@@ -156,16 +198,21 @@ def test_cache_moves_to_the_user_where_the_data_is_read_only(own_root: Path, tmp
 
 @pytest.mark.parametrize("change", [{"format": 3}, {"kind": "ShardScan"}])
 def test_a_scan_of_something_else_is_not_used(own_root: Path, change: dict[str, object]) -> None:
-    """What was kept in another format or of another kind, or of a folder of another name, is scanned anew."""
-    index = load_index(own_root, "train")
-    file = own_root / ".metaformer" / "train.json"
+    """What was kept in another format or of another kind, or of a folder of another name, is scanned anew, silently."""
+
+    def stored(root: Path) -> Path:
+        (arrays,) = root.glob(".metaformer/train-*")
+        return arrays
+
+    load_index(own_root, "train")
+    file, before = own_root / ".metaformer" / "train.json", stored(own_root)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    (stored,) = own_root.glob(".metaformer/train-*/labels.npy")
-    np.save(stored, index.labels + 7)
-    assert load_index(own_root, "train").labels[0] == 0
-    (stored,) = own_root.glob(".metaformer/train-*/labels.npy")
-    np.save(stored, index.labels + 7)
-    assert load_index(own_root.rename(own_root.with_name("moved")), "train").labels[0] == 0
+    assert load_index(own_root, "train").notes == ()
+    assert stored(own_root) != before
+    before = stored(own_root)
+    moved = own_root.rename(own_root.with_name("moved"))
+    assert load_index(moved, "train").notes == ()
+    assert stored(moved).name != before.name
 
 
 def test_a_cache_that_fills_the_disk_leaves_nothing(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,3 +286,70 @@ def test_splits_must_have_the_same_classes(own_root: Path) -> None:
     shutil.rmtree(own_root / "train" / "b")
     with pytest.raises(UserError, match=r"class folders z are in .*/val but not in .*/train$"):
         check_same_classes(load_index(own_root, "train"), changed)
+
+
+def test_what_is_no_data_is_passed_over(own_root: Path) -> None:
+    """Thumbnails of a NAS and of macOS are no images; files of other kinds are counted and said, at each start."""
+    before = load_index(own_root, "train")
+    assert before.notes == ()
+    train = own_root / "train"
+    for folder in (train / "@eaDir", train / "a" / "@eaDir" / "0.JPEG", train / "a" / "__MACOSX", train / "#recycle"):
+        folder.mkdir(parents=True)
+        shutil.copy(train / "a" / "0.JPEG", folder / "SYNOPHOTO_THUMB_S.jpg")
+    for name in ("x.jfif", "y.JPE", "z.jpe", "noted", ".hidden.gif"):
+        shutil.copy(train / "a" / "0.JPEG", train / "b" / name)
+    for _ in range(2):
+        index = load_index(own_root, "train")
+        assert index.fingerprint == before.fingerprint
+        assert index.notes == (
+            f"{train}: passed over 4 files that are not named as images: 2 .jpe, 1 without suffix, 1 .jfif",
+        )
+    for file in (train / "a").glob("*.JPEG"):
+        if file.is_file():
+            file.rename(file.with_suffix(".avif"))
+    assert "holds no image, but 8 .avif; images are .jpg .jpeg " in refusal(own_root, "train")
+
+
+def test_a_fifo_is_refused_by_its_name(own_root: Path) -> None:
+    """What would make a reader wait for ever is named when the folders are scanned."""
+    os.mkfifo(own_root / "train" / "a" / "x.JPEG")
+    assert f"{own_root}/train/a/x.JPEG is named as an image but is a FIFO" in refusal(own_root, "train")
+
+
+def test_one_class_is_refused(tmp_path: Path, own_root: Path) -> None:
+    """A folder too many makes one class; the split that was meant is named."""
+    (tmp_path / "x" / "train").mkdir(parents=True)
+    (own_root / "train").rename(tmp_path / "x" / "train" / "images")
+    root = tmp_path / "x"
+    index, config = load_index(root, "train"), DataConfig(root=str(root))
+    with pytest.raises(UserError, match=r"one class folder, images; .*: give data\.train_split=train/images$"):
+        check_several_classes(index, config, "train")
+    check_several_classes(load_index(root, "train/images"), config, "train/images")
+    check_several_classes(index, replace(config, labels=Labels.wnids), "train")
+    shutil.rmtree(root / "train" / "images" / "b")
+    shutil.rmtree(root / "train" / "images" / "c")
+    with pytest.raises(UserError, match=r"one class folder, a; give the folder that holds the class folders$"):
+        check_several_classes(load_index(root, "train/images"), config, "train/images")
+
+
+def test_names_that_look_alike_are_told_apart(own_root: Path) -> None:
+    """Classes that differ in Unicode normalisation alone are shown in escapes."""
+    for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        (own_root / split / "a").rename(own_root / split / name)
+    train, val = load_index(own_root, "train"), load_index(own_root, "val")
+    with pytest.raises(UserError, match=r"is 'caf\\xe9' in .*/train and 'cafe\\u0301' in .*/val \(Unicode"):
+        check_same_classes(train, val)
+
+
+def test_names_are_printed_in_one_line(own_root: Path) -> None:
+    """Line breaks, escape sequences and bytes that are no text are escaped in messages."""
+    name = os.fsdecode(b"b\n\x1b[31m\xff")
+    (own_root / "train" / name).mkdir()
+    assert "/train/b\\n\\x1b[31m\\udcff holds no image" in refusal(own_root, "train")
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` in data.root and data.quarantine is the user's home folder."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = DataConfig(root="~/imagenet", quarantine="~/list.txt")
+    assert (config.root, config.quarantine) == ("/home/me/imagenet", "/home/me/list.txt")

@@ -4,7 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -15,19 +15,23 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision import transforms
+from torchvision.transforms import CenterCrop, InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 
+from metaformer.assembly import make_loader
 from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
 from metaformer.data.dali_loader import DaliLoader
 from metaformer.data.device_transform import EvaluationTransform, TrainingTransform, normalize
 from metaformer.data.feed import Feed, Target
+from metaformer.data.geometry import Resize, resize_and_center_crop
 from metaformer.data.index import ImageIndex, load_index
-from metaformer.data.loader import Loader, LoaderConfig
+from metaformer.data.loader import Loader, LoaderConfig, LoaderName
 from metaformer.data.pil_reader import read_with_pil
 from metaformer.data.plan import EvaluationPlan, Plan, TrainingPlan
+from metaformer.data.scan_images import examine
 from metaformer.data.torch_reader import read_with_torch
-from metaformer.data.worker_loader import WorkerLoader
+from metaformer.data.worker_loader import ReadImage, WorkerLoader
 from metaformer.errors import UserError
 from tests.data.conftest import picture
 
@@ -137,7 +141,7 @@ def test_pil_loader_equals_torchvisions_evaluation(index: ImageIndex) -> None:
     images = torch.cat(read_epoch("pil", index, evaluation_plan()))
     for sample in range(IMAGES):
         with Image.open(index.path(sample)) as file:
-            image = CenterCrop(48)(Resize(53, InterpolationMode.BICUBIC)(file.convert("RGB")))
+            image = CenterCrop(48)(transforms.Resize(53, InterpolationMode.BICUBIC)(file.convert("RGB")))
         assert torch.equal(images[sample], pil_to_tensor(image)), index.path(sample)
 
 
@@ -268,24 +272,105 @@ def test_a_bad_file_is_named(own_root: Path, name: str, plan: Plan, kind: str) -
     assert len(str(error.value).splitlines()) == 1
 
 
+def save_cmyk_without_marker(path: Path) -> None:
+    """Without Adobe's marker PIL takes CMYK as it stands, and DALI would invert it."""
+    picture(40, 40, seed=0).convert("CMYK").save(path, "JPEG")
+    content = path.read_bytes()
+    start = content.index(b"\xff\xee")
+    length = int.from_bytes(content[start + 2 : start + 4])
+    path.write_bytes(content[:start] + content[start + 2 + length :])
+
+
+UNUSUAL: dict[str, Callable[[Path], None]] = {
+    "GIF": lambda path: picture(40, 40, seed=0).save(path, "GIF"),
+    "16-bit": lambda path: Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(path, "PNG"),
+    "palette": lambda path: picture(40, 40, seed=0).convert("P").save(path, "PNG", transparency=3),
+    "alpha": lambda path: picture(40, 40, seed=0).convert("RGBA").save(path, "PNG"),
+    "WebP": lambda path: picture(40, 40, seed=0).save(path, "WEBP"),
+    "CMYK TIFF": lambda path: picture(40, 40, seed=0).convert("CMYK").save(path, "TIFF"),
+    "RGB JPEG": lambda path: picture(40, 40, seed=0).save(path, "JPEG", keep_rgb=True),
+    "CMYK without marker": save_cmyk_without_marker,
+    "1x1": lambda path: picture(40, 40, seed=0).resize((1, 1)).save(path, "JPEG"),
+    "very wide": lambda path: picture(9000, 3, seed=0).save(path, "JPEG"),
+    "very high": lambda path: picture(2, 8001, seed=0).save(path, "PNG"),
+}
+
+
 @pytest.mark.parametrize("plan", [training_plan(batch=13), evaluation_plan(batch=13)], ids=["training", "evaluation"])
-@pytest.mark.parametrize("kind", ["GIF", "16-bit", "1x1"])
-@every_loader
-def test_unusual_files_are_read_or_named(own_root: Path, name: str, plan: Plan, kind: str) -> None:
-    """A GIF, a 16-bit PNG and a single pixel under a JPEG's name are read; a GIF by DALI is refused by its path."""
-    path = own_root / "train" / "a" / "3.JPEG"
-    if kind == "GIF":
-        picture(40, 40, seed=0).save(path, "GIF")
-    elif kind == "16-bit":
-        Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(path, "PNG")
-    else:
-        picture(40, 40, seed=0).resize((1, 1)).save(path, "JPEG")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_files_are_pils_in_every_loader(own_root: Path, plan: Plan, kind: str) -> None:
+    """Whatever is read at all under a JPEG's name has PIL's pixels in each loader."""
+    UNUSUAL[kind](own_root / "train" / "a" / "3.JPEG")
     index = load_index(own_root, "train")
-    if (name, kind) == ("dali", "GIF"):
-        with pytest.raises(UserError, match=rf"^{path}: loader=dali cannot read a GIF; convert the file[^\n]*$"):
-            read_epoch(name, index, plan)
-    else:
-        assert read_epoch(name, index, plan)[0].shape == (13, 3, 48, 48)
+    reference = read_epoch("pil", index, plan)
+    row = plan.batch(0, 0).samples.tolist().index(3)
+    for name, bound in (("torch", 0.5), ("dali", 1.0)):
+        assert difference(read_epoch(name, index, plan), reference)[row] < bound, name
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A small JPEG whose header gives another size."""
+    buffer = BytesIO()
+    picture(40, 40, seed=0).save(buffer, "JPEG")
+    content = bytearray(buffer.getvalue())
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+NOT_READ = {
+    "QOI": (b"qoif" + bytes(30), "not an image of a kind that is read"),
+    "PSD": (b"8BPS\0\1" + b"\xff" * 60, "not an image of a kind that is read"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image of a kind that is read"),
+    "huge JPEG": (header_of(65_500, 65_500), "65,500 x 65,500 pixels, more than loader.max_pixels=100000000"),
+    "large": (header_of(20_000, 5_001), "20,000 x 5,001 pixels, more than loader.max_pixels=100000000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_what_is_not_meant_is_refused_by_every_loader_and_the_scan(own_root: Path, kind: str) -> None:
+    """Other kinds and images of too many pixels are named alike, from their headers."""
+    path, (content, reason) = own_root / "train" / "a" / "3.JPEG", NOT_READ[kind]
+    path.write_bytes(content)
+    index = load_index(own_root, "train")
+    for name in LOADERS:
+        with pytest.raises(UserError) as error:
+            read_epoch(name, index, evaluation_plan())
+        assert str(error.value).startswith(f"{path}: cannot be read as an image ({reason}"), name
+    assert examine("x", lambda: np.fromfile(path, np.uint8)).reason.startswith(reason)
+
+
+def test_pixel_limit_is_configured(index: ImageIndex) -> None:
+    """`loader.max_pixels` reaches each loader, and each names the same file."""
+    for name in LoaderName:
+        if name is not LoaderName.auto:
+            config = LoaderConfig(name, max_pixels=97 * 64 - 1)
+            with (
+                closing(make_loader(config, index, evaluation_plan(), CPU, 0)) as loader,
+                pytest.raises(UserError, match=r"a/0\.JPEG: .*97 x 64 pixels, more than loader\.max_pixels=6207"),
+            ):
+                next(iter(loader.epoch(0)))
+    with pytest.raises(UserError, match=r"^loader\.max_pixels=0: must be at least 1$"):
+        LoaderConfig(max_pixels=0)
+
+
+@pytest.mark.parametrize("read", [read_with_pil, read_with_torch])
+def test_a_thin_image_takes_little_memory(read: ReadImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20,000 x 1 pixels the part around the crop is resized: 12 MB in place of 4 GB."""
+    buffer, sizes = BytesIO(), list[int]()
+    picture(20_000, 1, seed=0).save(buffer, "JPEG")
+    module = sys.modules[read.__module__]
+
+    def count(*sides: int) -> Resize:
+        found = resize_and_center_crop(*sides)
+        sizes.append(found.width * found.height)
+        return found
+
+    monkeypatch.setattr(module, "resize_and_center_crop", count)
+    plan = EvaluationPlan(1, 1, 0, 1, 224, 0.9).batch(0, 0)
+    image = read(np.frombuffer(bytearray(buffer.getvalue()), np.uint8), plan, 0)
+    assert image.shape == (3, 224, 224)
+    assert sizes[0] <= 248 * 248 * 64
 
 
 @every_loader

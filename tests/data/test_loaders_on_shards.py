@@ -113,13 +113,3 @@ def test_a_shard_that_vanishes_is_named(own_shards: Path, name: str) -> None:
             assert all(torch.equal(next(batches), good[position]) for position in range(first))
             with pytest.raises(UserError, match=rf"^{tar}: {index.name(first)}: cannot be read .*\({reason}"):
                 next(batches)
-
-
-def test_dali_refuses_a_gif_by_its_name(own_root: Path, tmp_path: Path) -> None:
-    """What DALI does not read is named with its shard."""
-    from tests.data.conftest import picture
-
-    picture(40, 40, seed=0).save(own_root / "train" / "a" / "3.JPEG", "GIF")
-    index = load_index(pack(own_root, tmp_path / "shards"), "train")
-    with pytest.raises(UserError, match=r"shard-000000\.tar: a/3\.JPEG: loader=dali cannot read a GIF; convert"):
-        read_epoch("dali", index, evaluation_plan())

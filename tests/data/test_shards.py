@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +92,15 @@ def test_scan_is_kept_until_a_shard_changes(own_shards: Path) -> None:
     """A second start maps the kept arrays; a tar or an index with another time is read again."""
     first = load_index(own_shards, "train")
     assert isinstance(first.labels, np.memmap)
-    (stored,) = own_shards.glob(".metaformer/train-*/labels.npy")
-    np.save(stored, first.labels + 7)
-    assert load_index(own_shards, "train").labels[0] == 7
+    (stored,) = own_shards.glob(".metaformer/train-*")
     for file in ("shard-000001.tar", "shard-000001.idx"):
+        assert load_index(own_shards, "train").fingerprint == first.fingerprint
+        assert list(own_shards.glob(".metaformer/train-*")) == [stored]
         os.utime(own_shards / "train" / file, ns=(10**18, 10**18))
-        assert load_index(own_shards, "train").labels[0] == 0
-        (stored,) = own_shards.glob(".metaformer/train-*/labels.npy")
-        np.save(stored, first.labels + 7)
+        assert load_index(own_shards, "train").notes == ()
+        former = stored
+        (stored,) = own_shards.glob(".metaformer/train-*")
+        assert stored != former
 
 
 def test_a_folder_that_becomes_shards_is_seen(own_root: Path, own_shards: Path) -> None:
@@ -142,12 +145,32 @@ def rewrite(file: Path, change: Callable[[bytes], bytes]) -> None:
     file.write_bytes(change(file.read_bytes()))
 
 
+def replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tar": (lambda train: (train / "shard-000001.tar").unlink(), "shard-000001.tar: missing; shards.json lists"),
     "last tar gone": (lambda train: max(train.glob("*.tar")).unlink(), ".tar: missing; shards.json lists"),
     "no index": (lambda train: (train / "shard-000001.idx").unlink(), "shard-000001.idx: missing; shards.json lists"),
     "no list": (lambda train: (train / "shards.json").unlink(), "shards.json: missing, so shards beside it may be"),
     "damaged list": (lambda train: (train / "shards.json").write_text("[1"), "shards.json: damaged"),
+    "deep list": (lambda train: (train / "shards.json").write_text("[" * 10**5), "shards.json: damaged"),
+    "list of no counts": (lambda train: (train / "shards.json").write_text('{"shards": [[1e999, 1]]}'), "damaged"),
+    "list of signs": (lambda train: (train / "shards.json").write_text('{"shards": [[-1, 9]]}'), "damaged"),
+    "a FIFO for an index": (
+        lambda train: replace_by_fifo(train / "shard-000001.idx"),
+        "shard-000001.tar: it or its index is no file",
+    ),
+    "a FIFO for the list": (
+        lambda train: replace_by_fifo(train / "shards.json"),
+        "shards.json: damaged",
+    ),
+    "a negative size": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 512 -", 1)),
+        "is not an image and its label",
+    ),
     "cut tar": (
         lambda train: rewrite(train / "shard-000001.tar", lambda content: content[:-5000]),
         "shard-000001.tar: cut short or changed: ",
@@ -220,6 +243,32 @@ def test_shards_that_are_not_whole_are_refused(own_shards: Path, kind: str) -> N
     spoil, message = REFUSED[kind]
     spoil(own_shards / "train")
     assert message in refusal(own_shards)
+
+
+@pytest.mark.parametrize("name", ["shards.json", "shard-000000.idx", "shard-000001.tar"])
+def test_damaged_shards_end_in_one_line(own_shards: Path, name: str) -> None:
+    """Whatever 100 random changes make of a file, the shards are read or refused in one printable line."""
+    file, rng = own_shards / "train" / name, random.Random(0)
+    whole = file.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 3))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        file.write_bytes(content)
+        with suppress(UserError):  # always one printable line: tests/test_errors.py
+            find_images(own_shards / "train")
+
+
+def test_shards_without_an_image(own_shards: Path) -> None:
+    """Shards of no image at all are refused."""
+    train = own_shards / "train"
+    listed = json.loads((train / "shards.json").read_text())["shards"]
+    (train / "shards.json").write_text(json.dumps({"shards": [[0, size] for _, size in listed]}))
+    for idx in train.glob("*.idx"):
+        idx.write_bytes(b"v1.2 0\n")
+    assert "its shards hold no image; pack the data again" in refusal(own_shards)
 
 
 def test_full_check_compares_every_image(own_shards: Path) -> None:

@@ -1,6 +1,7 @@
 """Workers come from a process without threads, and no signal to the process group ends them before the trainer."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,3 +194,25 @@ assert forkserver._forkserver._forkserver_pid is None
     )
     _, stderr = program.communicate(timeout=120)
     assert (program.returncode, stderr) == (0, "")
+
+
+def test_a_worker_that_is_killed_is_one_line(image_root: Path) -> None:
+    """A worker that the system kills, as for lack of memory, ends the program by its name and with exit code 1."""
+    program = start(
+        """
+from metaformer.runtime import run_program
+def read():
+    loader = make_loader(workers=1)
+    for _ in loader.epoch(0):
+        os.kill(loader._loader._iterator._workers[0].pid, signal.SIGKILL)
+run_program(read)
+""",
+        image_root,
+    )
+    stdout, stderr = program.communicate(timeout=120)
+    assert stdout == ""
+    how = r"\d+ \(killed by SIGKILL, probably out of memory\)"
+    assert re.fullmatch(
+        rf"error: workers=1: a worker process of the loader has ended: {how}; give fewer workers\n", stderr
+    )
+    assert program.returncode == 1

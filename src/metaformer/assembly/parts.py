@@ -1,6 +1,7 @@
 """What both programs are built of: data, network, weights."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from metaformer.config import CommonConfig
 from metaformer.data.dali_loader import DaliLoader, dali_is_installed
 from metaformer.data.device_transform import ColourStatistics, EvaluationTransform
 from metaformer.data.feed import Feed, Target, Transform
-from metaformer.data.index import ImageIndex, Source, load_index
+from metaformer.data.index import ImageIndex, Source, check_several_classes, load_index
 from metaformer.data.label_schemes import relabel
 from metaformer.data.loader import Loader, LoaderConfig, LoaderName, RegionDecode
 from metaformer.data.pil_reader import read_with_pil
@@ -65,7 +66,9 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
         runtime.main_only(lambda: None if root.exists() else build_sample(root), None)
 
     def load() -> ImageIndex:
-        return relabel(leave_out(load_index(root, split, config.data.check), config.data, split), config.data)
+        found = load_index(root, split, config.data.check)
+        check_several_classes(found, config.data, split)
+        return relabel(leave_out(found, config.data, split), config.data)
 
     index = runtime.main_first(load)
     runtime.check_agreement(f"the data set in {root}", index.fingerprint)
@@ -142,6 +145,7 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
     if config.name is LoaderName.dali:
         return DaliLoader(index, plan, config, device, max(1, workers))
     read = read_with_torch if config.name is LoaderName.torch else read_with_pil
+    read = partial(read, max_pixels=config.max_pixels)
     return WorkerLoader(read, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
 
 

@@ -314,6 +314,7 @@ def _describe(
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
     out = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are left out by {config.data.quarantine}"
     yield f"data         {root}: {train:,} training, {val:,} validation images{out if config.data.quarantine else ''}"
+    yield from (f"data         {note}" for note in (*splits.train.notes, *splits.val.notes))
     loader = loader_name(config, runtime).value
     yield f"loader       {loader}, augmentation {config.augmentation.name}"
     yield f"images       {images}"

@@ -124,6 +124,9 @@ def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
     if config.data.quarantine is not None:
         left_out = f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images left out"
         runtime.main_only(lambda: print(left_out, file=sys.stderr, flush=True), None)
+    runtime.main_only(
+        lambda: print("".join(f"data         {note}\n" for note in index.notes), end="", file=sys.stderr), None
+    )
     warning = incompleteness(index, config.data)
     if warning is not None:
         runtime.main_only(lambda: print(f"warning: {warning}", file=sys.stderr, flush=True), None)

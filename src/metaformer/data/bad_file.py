@@ -2,6 +2,8 @@
 
 from PIL import Image, UnidentifiedImageError
 
+from metaformer.errors import printable
+
 # What PIL and torchvision raise for files that they cannot read.
 BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 
@@ -17,7 +19,7 @@ def describe_bad_file(place: str, error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """Why an image cannot be read, in one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image"
+        return "not an image of a kind that is read: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

@@ -1,27 +1,34 @@
 """The loader on NVIDIA DALI: decodes on the GPU where there is one, with CPU pipelines otherwise.
 
-DALI's own readers shuffle badly and cannot resume exactly, so none is used: the plan's draws, and its file names or the
-bytes that lie in shards, go in through `external_source` into the graphs of `dali_pipeline`. RandAugment follows on the
-device: DALI has neither PIL's equalize nor bicubic warps.
+DALI's own readers shuffle badly and cannot resume exactly, so none is used: the plan's draws and the files' bytes go in
+through `external_source` into the graphs of `dali_pipeline`. RandAugment follows on the device: DALI has neither PIL's
+equalize nor bicubic warps. Files that DALI decodes unlike PIL, or not at all, go in as PIL's pixels.
 """
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from metaformer.data.bad_file import BAD_FILE, describe_bad_file
-from metaformer.data.image_bytes import Encoded, ImageBytes
+from metaformer.data.geometry import central_part
+from metaformer.data.image_bytes import ImageBytes
+from metaformer.data.image_file import (
+    Encoded,
+    as_ppm,
+    check_pixels,
+    decode_rgb,
+    has_plain_pixels,
+    jpeg_header,
+    open_image,
+)
 from metaformer.data.index import ImageIndex
 from metaformer.data.loader import LoaderConfig
 from metaformer.data.pil_reader import read_with_pil
@@ -29,9 +36,7 @@ from metaformer.data.plan import BatchPlan, Plan
 from metaformer.data.tensor_randaugment import apply_to_batch
 from metaformer.errors import UserError
 
-# What DALI 2.4 reads, by PIL's names; MPO is a JPEG with pictures behind the first.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
-READERS = 16  # threads that read from shards, beside the pipeline's: on slow storage they mostly wait
+READERS = 16  # threads that read files, beside the pipeline's: on slow storage they mostly wait
 
 
 def dali_is_installed() -> bool:
@@ -51,8 +56,8 @@ class DaliLoader:
 
     def __init__(self, index: ImageIndex, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> None:
         self._index, self._plan, self._stored = index, plan, ImageBytes(index)
+        self._max_pixels = config.max_pixels
         self._readers = ThreadPoolExecutor(READERS)
-        self._prefix = np.frombuffer(os.fsencode(f"{index.folder.absolute()}/"), np.uint8)
         # The stream that DALI's images are for: it then orders its work before torch's without waiting for the GPU.
         self._streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         self._pending: Iterator[tuple[BatchPlan, Any]] = iter(())
@@ -61,14 +66,13 @@ class DaliLoader:
             from metaformer.data.dali_pipeline import build_pipeline
         except ImportError as error:
             raise UserError("loader=dali: DALI is not installed; `uv pip install nvidia-dali-cuda130`") from error
-        self._pipeline = build_pipeline(self._feed, plan, config, device, threads, index.shards is None)
+        self._pipeline = build_pipeline(self._feed, plan, config, device, threads)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         self._drain()
         positions = range(first, self._plan.batches_per_epoch)
         plans = (self._plan.to_read(epoch, position) for position in positions)
-        by_name = self._index.shards is None
-        self._pending = ((plan, self._names(plan)) for plan in plans) if by_name else self._read_ahead(plans)
+        self._pending = self._read_ahead(plans)
         self._pipeline.reset()
         for _ in positions:
             try:
@@ -103,38 +107,59 @@ class DaliLoader:
         left, top = (np.ascontiguousarray(share) for share in crop.position.T)
         return images, widths, heights, left, top, crop.flip.astype(np.int32), crop.bicubic.astype(np.int32)
 
-    def _names(self, plan: BatchPlan) -> NDArray[np.uint8]:
-        prefix = np.broadcast_to(self._prefix, (len(plan), len(self._prefix)))
-        return np.concatenate([prefix, self._index.paths[plan.samples]], axis=1)
-
     def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, list[Encoded]]]:
         """Each plan with its images' bytes; those of the next one are read meanwhile."""
         reading: list[tuple[BatchPlan, list[Future[Encoded]]]] = []
         for plan in plans:
-            reading.append((plan, [self._readers.submit(self._read, sample) for sample in plan.samples.tolist()]))
+            whole = plan.crop is None
+            samples = plan.samples.tolist()
+            reading.append((plan, [self._readers.submit(self._read, sample, whole) for sample in samples]))
             if len(reading) > 1:
                 earlier, images = reading.pop(0)
                 yield earlier, [image.result() for image in images]
         for last, images in reading:
             yield last, [image.result() for image in images]
 
-    def _read(self, sample: int) -> Encoded:
+    def _read(self, sample: int, whole: bool) -> Encoded:
         try:
-            return self._stored.read(sample)
-        except OSError:  # raised again where the batch is decoded, after those before it
+            return _as_dali_reads(self._stored.read(sample), whole, self._max_pixels)
+        except BAD_FILE:  # raised again where the batch is decoded, after those before it
             return np.zeros(1, np.uint8)
 
     def _name_bad_file(self, plan: BatchPlan, error: RuntimeError) -> str:
         """DALI names no file when decoding fails: try the batch's files with PIL."""
         for row, sample in enumerate(plan.samples.tolist()):
             try:
-                encoded = self._stored.read(sample)
-                read_with_pil(encoded, plan, row)
+                read_with_pil(self._stored.read(sample), plan, row, self._max_pixels)
             except BAD_FILE as reason:
                 return describe_bad_file(self._index.place(sample), reason)
-            with Image.open(BytesIO(encoded.data)) as file:
-                if file.format not in FORMATS:
-                    place = self._index.place(sample)
-                    return f"{place}: loader=dali cannot read a {file.format}; convert the file, or give loader=torch"
         message = " ".join(str(error).split("encountered:")[-1].split())
         return f"loader=dali: the pipeline failed, though PIL reads every file of the batch ({message[:300]})"
+
+
+def _as_dali_reads(encoded: Encoded, whole: bool, max_pixels: int) -> Encoded:
+    """A file's bytes, or PIL's pixels of a file that DALI decodes unlike PIL, or not at all.
+
+    DALI gets JPEGs of one or three components and PNGs of 8 bits; not CMYK, whose sense it takes from Adobe's marker
+    alone, nor palettes, 16 bits and other formats.
+
+    Args:
+        whole: the image is resized whole; of a very long one, DALI then gets the central part.
+
+    Raises:
+        OSError, ValueError, ...: one of BAD_FILE: it cannot be decoded, or has more than `max_pixels`.
+    """
+    header = jpeg_header(encoded)
+    if header is not None and header.components in (1, 3):
+        check_pixels(header.width, header.height, max_pixels)
+        plain, size = True, (header.width, header.height)
+    else:
+        with open_image(encoded, max_pixels) as image:
+            plain, size = image.format == "PNG" and has_plain_pixels(image), image.size
+    part = central_part(*size) if whole else None
+    if plain and part is None:
+        return encoded
+    pixels = decode_rgb(encoded, max_pixels)
+    if part is not None:
+        pixels = pixels.crop((part.left, part.top, part.left + part.width, part.top + part.height))
+    return as_ppm(pixels)

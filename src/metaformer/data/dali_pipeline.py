@@ -1,4 +1,4 @@
-"""The DALI graphs: from file names and draws to images, the crops of `geometry` computed in float64.
+"""The DALI graphs: from encoded files and draws to images, the crops of `geometry` computed in float64.
 
 Importing this file needs DALI. Arguments and results typed `Node` are DALI's nodes: one value for each image.
 """
@@ -16,17 +16,13 @@ from metaformer.data.plan import TRIES, BatchPlan, Plan
 Node = Any
 
 
-def build_pipeline(
-    feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int, by_name: bool
-) -> Any:
+def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> Any:
     """A built pipeline whose one output is uint8 [H, W, 3] images.
 
     Args:
-        feed: gives each batch's arrays: NUL-padded file names uint8 [B, L], or B files' bytes uint8 [bytes]; and, for a
-            plan that crops at random, widths and heights of the tries float64 [B, T], left and top float64 [B], flip
-            and bicubic int32 [B].
+        feed: gives each batch's arrays: B files' bytes uint8 [bytes]; and, for a plan that crops at random, widths and
+            heights of the tries float64 [B, T], left and top float64 [B], flip and bicubic int32 [B].
         threads: CPU threads.
-        by_name: the feed gives names.
     """
     first = plan.batch(0, 0)
     size, gpu = first.image_size, device.type == "cuda"
@@ -42,8 +38,8 @@ def build_pipeline(
     )
     def pipeline() -> Node:
         if first.crop is None:
-            return _evaluation_graph(feed, by_name, first, decoder)
-        return _training_graph(feed, by_name, first.crop.aspects, size, decoder, regions)
+            return _evaluation_graph(feed, first, decoder)
+        return _training_graph(feed, first.crop.aspects, size, decoder, regions)
 
     built = pipeline()
     built.build()
@@ -71,10 +67,9 @@ def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], re
     return fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
 
 
-def _evaluation_graph(feed: Any, by_name: bool, plan: BatchPlan, decoder: dict[str, Any]) -> Node:
+def _evaluation_graph(feed: Any, plan: BatchPlan, decoder: dict[str, Any]) -> Node:
     resize_to, size = plan.resize_to, plan.image_size
-    (images,) = _source(feed, (types.UINT8, 1))
-    encoded = fn.io.file.read(images, dont_use_mmap=True) if by_name else images
+    (encoded,) = _source(feed, (types.UINT8, 1))
     height, width = _height_and_width(encoded)
     short = dali_math.min(height, width)
     sides = fn.stack(resize_to * height // short, resize_to * width // short)
@@ -90,12 +85,9 @@ def _evaluation_graph(feed: Any, by_name: bool, plan: BatchPlan, decoder: dict[s
     return fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
 
 
-def _training_graph(
-    feed: Any, by_name: bool, aspects: tuple[float, float], size: int, decoder: dict[str, Any], regions: bool
-) -> Node:
+def _training_graph(feed: Any, aspects: tuple[float, float], size: int, decoder: dict[str, Any], regions: bool) -> Node:
     tries, share, flag = (types.FLOAT64, 1), (types.FLOAT64, 0), (types.INT32, 0)
-    images, *crop_draws, flip, bicubic = _source(feed, (types.UINT8, 1), tries, tries, share, share, flag, flag)
-    encoded = fn.io.file.read(images, dont_use_mmap=True) if by_name else images
+    encoded, *crop_draws, flip, bicubic = _source(feed, (types.UINT8, 1), tries, tries, share, share, flag, flag)
     start, shape = _random_resized_crop(encoded, crop_draws, aspects)
     images = cut_out(encoded, start, shape, decoder, regions)
     linear, cubic = int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from metaformer.data.draws import Float64
 
+MOST_ASPECT = 64  # of an image that is resized whole
+
 
 class Box(NamedTuple):
     """A rectangle in pixels."""
@@ -53,6 +55,21 @@ def resize_and_center_crop(width: int, height: int, resize_to: int, image_size: 
     short = min(width, height)
     new_width, new_height = resize_to * width // short, resize_to * height // short
     return Resize(new_width, new_height, round((new_width - image_size) / 2), round((new_height - image_size) / 2))
+
+
+def central_part(width: int, height: int) -> Box | None:
+    """The part of a very long image that evaluation resizes, so that a small file cannot take gigabytes.
+
+    The long side is cut to MOST_ASPECT times the short one, around the centre: far more than a centre crop needs.
+
+    Returns:
+        None for all other images, which are resized whole.
+    """
+    longest = MOST_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return None
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return Box(left, top, width - 2 * left, height - 2 * top)
 
 
 def evaluation_resize(image_size: int, crop_pct: float) -> int:

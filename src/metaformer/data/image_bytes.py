@@ -2,17 +2,17 @@
 
 import os
 import resource
+import stat
 import weakref
 from threading import Lock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from metaformer.data.image_file import Encoded
 from metaformer.data.index import ImageIndex
 from metaformer.errors import UserError
 
-Encoded = NDArray[np.uint8]  # [bytes]
 OTHER_FILES = 256  # that a process has open beside shards
 
 
@@ -27,6 +27,7 @@ class ImageBytes:
 
     def __init__(self, index: ImageIndex) -> None:
         self._index = index
+        self._prefix = os.fsencode(index.folder) + b"/"
         self._lock = Lock()
         self._descriptors: dict[int, int] = {}
         if index.shards is not None:
@@ -44,15 +45,10 @@ class ImageBytes:
         """
         shards = self._index.shards
         if shards is None:
-            return np.fromfile(self._index.path(sample), np.uint8)
+            return _read_file(self._prefix + self._index.paths[sample].tobytes().rstrip(b"\0"))
         encoded = np.empty(int(self._index.sizes[sample]), np.uint8)
-        descriptor, offset, done = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample]), 0
-        while done < len(encoded):
-            count = os.preadv(descriptor, [encoded[done:].data], offset + done)
-            if not count:
-                raise OSError("the shard ends before it")
-            done += count
-        return encoded
+        descriptor, offset = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample])
+        return _read(descriptor, offset, encoded, "the shard ends before it")
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:
@@ -61,6 +57,28 @@ class ImageBytes:
                 file = self._index.folder / self._index.shards.names[shard]
                 self._descriptors[shard] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[shard]
+
+
+def _read_file(path: bytes) -> Encoded:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would wait
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        return _read(descriptor, 0, np.empty(status.st_size, np.uint8), "the file ends before its size")
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, offset: int, content: Encoded, cut_short: str) -> Encoded:
+    """Fill `content` from `offset` on."""
+    done = 0
+    while done < len(content):
+        count = os.preadv(descriptor, [content[done:].data], offset + done)
+        if not count:
+            raise OSError(cut_short)
+        done += count
+    return content
 
 
 def _close(descriptors: dict[int, int]) -> None:

@@ -8,17 +8,18 @@ and reused while no folder, or shard, has changed.
 
 import hashlib
 import os
+import unicodedata
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metaformer.data.index_cache import load_scan, store_scan
-from metaformer.data.scan import EXTENSIONS, Images, Scan, is_current, scan
+from metaformer.data.scan import EXTENSIONS, Images, Scan, describe_passed_over, is_current, is_hidden, scan
 from metaformer.data.shards import Shards, ShardScan, check_members, holds_shards, list_shards, scan_shards
-from metaformer.errors import UserError
+from metaformer.errors import UserError, printable
 
 
 class Source(Enum):
@@ -68,6 +69,9 @@ class DataConfig:
     expected_classes: int | None = None
 
     def __post_init__(self) -> None:
+        self.root = os.path.expanduser(self.root)  # noqa: PTH111
+        if self.quarantine is not None:
+            self.quarantine = os.path.expanduser(self.quarantine)  # noqa: PTH111
         if self.class_subset is not None and self.labels is not Labels.wnids:
             raise UserError(f"data.class_subset={self.class_subset.value}: needs class folders named by wnids; "
                             "give data.labels=wnids")  # fmt: skip
@@ -98,6 +102,7 @@ class ImageIndex:
         label_sets: int64 [S, L], where an image may have several labels; short rows end in -1.
         quarantined: images that were left out of the split by a list.
         shards: where images lie that are no files.
+        notes: what to tell the user about the data set, in lines.
     """
 
     folder: Path
@@ -109,6 +114,7 @@ class ImageIndex:
     label_sets: NDArray[np.int64] | None = None
     quarantined: int = 0
     shards: Shards | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -159,33 +165,35 @@ def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> 
     folder = root / split
     try:
         if holds_shards(folder):
-            return _index(folder, _known_shards(root, split, check))
-        return _index(folder, _known_files(root, split, check))
+            return _index(folder, *_known_shards(root, split, check))
+        return _index(folder, *_known_files(root, split, check))
     except OSError as error:
         raise UserError(
             f"data.root: {error.filename} cannot be read ({error.strerror}); give yourself the right to, or remove it"
         ) from error
 
 
-def _known_files(root: Path, split: str, check: IndexCheck) -> Scan:
+def _known_files(root: Path, split: str, check: IndexCheck) -> tuple[Scan, list[str]]:
     folder, classes = root / split, _class_folders(root, split)
 
     def is_true(kept: Scan) -> bool:
         return is_current(kept, folder, check is IndexCheck.files)
 
-    found = load_scan(Scan, root, split, {"classes": classes}, is_true)
-    return store_scan(scan(folder, classes), root, split) if found is None else found
+    notes: list[str] = []
+    found = load_scan(Scan, root, split, {"classes": classes}, is_true, notes.append)
+    return store_scan(scan(folder, classes), root, split) if found is None else found, notes
 
 
-def _known_shards(root: Path, split: str, check: IndexCheck) -> ShardScan:
+def _known_shards(root: Path, split: str, check: IndexCheck) -> tuple[ShardScan, list[str]]:
     folder = root / split
     tars = list_shards(folder)
-    found = load_scan(ShardScan, root, split, {"tars": tars}, lambda kept: True)
+    notes: list[str] = []
+    found = load_scan(ShardScan, root, split, {"tars": tars}, lambda kept: True, notes.append)
     if found is None:
         found = store_scan(scan_shards(folder, tars), root, split)
     if check is IndexCheck.files:
         check_members(found, folder)
-    return found
+    return found, notes
 
 
 def find_images(folder: Path) -> ImageIndex:
@@ -198,15 +206,48 @@ def find_images(folder: Path) -> ImageIndex:
         raise UserError(f"{folder}: no such folder")
     if holds_shards(folder):
         return _index(folder, scan_shards(folder, list_shards(folder)))
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if classes and any(entry.name.lower().endswith(EXTENSIONS) for entry in folder.iterdir() if entry.is_file()):
         raise UserError(f"{folder}: images lie beside class folders; give a folder of one kind")
     return _index(folder, scan(folder, classes or ["."]))
 
 
-def _index(folder: Path, found: Images) -> ImageIndex:
+def _index(folder: Path, found: Images, notes: list[str] | None = None) -> ImageIndex:
+    notes = [] if notes is None else notes
+    if isinstance(found, Scan) and found.passed_over:
+        counts = describe_passed_over(found.passed_over)
+        notes.append(
+            f"{folder}: passed over {sum(found.passed_over.values()):,} files that are not named as images: {counts}"
+        )
     shards = Shards(tuple(found.tars), found.numbers, found.offsets) if isinstance(found, ShardScan) else None
-    return ImageIndex(folder, found.classes, found.paths, found.labels, found.sizes, found.fingerprint(), shards=shards)
+    return ImageIndex(
+        folder,
+        found.classes,
+        found.paths,
+        found.labels,
+        found.sizes,
+        found.fingerprint,
+        shards=shards,
+        notes=tuple(map(printable, notes)),
+    )
+
+
+def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> None:
+    """Refuse class folders that make one class, of which every guess is right.
+
+    Raises:
+        UserError: names the folder that was probably meant.
+    """
+    if len(index.classes) > 1 or config.labels is not Labels.folders:
+        return
+    (name,) = index.classes
+    below = {PurePosixPath(index.name(sample)).parent for sample in range(len(index))}
+    if all(len(folder.parts) > 1 for folder in below) and len(below) > 1:
+        field = "val_split" if split == config.val_split else "train_split"
+        mend = f"the classes seem to be the folders in it: give data.{field}={PurePosixPath(split, name)}"
+    else:
+        mend = "give the folder that holds the class folders"
+    raise UserError(f"data.root={config.root}: all images of {split} are in one class folder, {name}; {mend}")
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
@@ -218,6 +259,14 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
     for here, there in ((train, val), (val, train)):
         extra = sorted(set(here.classes) - set(there.classes))
         if extra:
+            same = {unicodedata.normalize("NFC", name): name for name in there.classes}
+            for name in extra:
+                other = same.get(unicodedata.normalize("NFC", name))
+                if other is not None:
+                    raise UserError(
+                        f"data.root: class folder {name} looks alike in both splits but is {name!a} in "
+                        f"{here.folder} and {other!a} in {there.folder} (Unicode normalisation); rename one"
+                    )
             names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
             raise UserError(f"data.root: class folders {names} are in {here.folder} but not in {there.folder}")
 
@@ -227,7 +276,7 @@ def _class_folders(root: Path, split: str) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"data.root={root}: no folder {folder.absolute()}; {_expected_layout(split)}")
     with os.scandir(folder) as entries:
-        listing = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+        listing = [(e.name, e.is_dir()) for e in entries if not is_hidden(e.name)]
     classes = sorted(name for name, is_dir in listing if is_dir)
     if not classes:
         what = "images lie in it without class folders" if listing else "it is empty"

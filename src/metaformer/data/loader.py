@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from metaformer.data.image_file import MAX_PIXELS
 from metaformer.errors import UserError
 
 
@@ -32,6 +33,7 @@ class LoaderConfig:
     """How images are read."""
 
     name: LoaderName = LoaderName.auto
+    max_pixels: int = MAX_PIXELS  # larger images are refused, before they are decoded
     prefetch_batches: int = 2  # batches read ahead, by each worker process or by DALI's pipeline
     # Share of JPEGs that DALI gives to the GPU's decoder unit, and sizes it reserves memory for (ImageNet's largest).
     hw_decoder_load: float = 0.65
@@ -41,6 +43,8 @@ class LoaderConfig:
     numa_affinity: bool = True  # where each rank's GPU has CPUs near it, and no launcher chose: keep the rank on them
 
     def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise UserError(f"loader.max_pixels={self.max_pixels}: must be at least 1")
         if self.prefetch_batches < 1:
             raise UserError(f"loader.prefetch_batches={self.prefetch_batches}: must be at least 1")
 

@@ -1,24 +1,28 @@
 """Reading one image with PIL and timm's operations: the reference for the other loaders."""
 
-from io import BytesIO
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
-from metaformer.data.image_bytes import Encoded
+from metaformer.data.geometry import central_part, random_resized_crop, resize_and_center_crop
+from metaformer.data.image_file import MAX_PIXELS, Encoded, decode_rgb
 from metaformer.data.plan import BatchPlan
 from metaformer.data.randaugment import apply_operations
 
 
-def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int) -> Tensor:
-    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S]."""
-    with Image.open(BytesIO(encoded.data)) as file:
-        image = file.convert("RGB")
+def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S].
+
+    Raises:
+        OSError, ValueError, ...: one of BAD_FILE: it cannot be decoded, or has more than `max_pixels`.
+    """
+    image = decode_rgb(encoded, max_pixels)
     size = plan.image_size
     if plan.crop is None:
+        part = central_part(*image.size)
+        if part is not None:
+            image = image.crop((part.left, part.top, part.left + part.width, part.top + part.height))
         resize = resize_and_center_crop(*image.size, plan.resize_to, size)
         image = image.resize((resize.width, resize.height), _filter(plan.bicubic))
         image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from io import BytesIO
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -13,7 +12,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from metaformer.data.bad_file import BAD_FILE, reason
-from metaformer.data.image_bytes import Encoded, ImageBytes
+from metaformer.data.image_bytes import ImageBytes
+from metaformer.data.image_file import MAX_PIXELS, Encoded, open_image
 from metaformer.data.index import ImageIndex
 from metaformer.data.processes import Report, worker_processes
 
@@ -39,12 +39,15 @@ class ScannedImage(NamedTuple):
     reason: str  # why it is not ok
 
 
-def scan_images(index: ImageIndex, split: str, workers: int, report: Report) -> Iterator[ScannedImage]:
+def scan_images(
+    index: ImageIndex, split: str, workers: int, report: Report, max_pixels: int = MAX_PIXELS
+) -> Iterator[ScannedImage]:
     """Decode each image of a split, in the index's order.
 
     Args:
         workers: processes.
         report: called as the work goes on.
+        max_pixels: larger images are not ok, as for the loaders.
 
     Raises:
         UserError: a process died.
@@ -53,18 +56,19 @@ def scan_images(index: ImageIndex, split: str, workers: int, report: Report) -> 
     parts = (np.arange(first, min(first + chunk, len(index))) for first in range(0, len(index), chunk))
     done = 0
     with worker_processes(workers) as pool:
-        for images in pool.map(partial(_examine_all, split), [index.select(part) for part in parts]):
+        for images in pool.map(partial(_examine_all, split, max_pixels), [index.select(part) for part in parts]):
             yield from images
             done += len(images)
             report(f"decoding {split}", done, len(index))
 
 
-def examine(path: str, read: Callable[[], Encoded]) -> ScannedImage:
+def examine(path: str, read: Callable[[], Encoded], max_pixels: int = MAX_PIXELS) -> ScannedImage:
     """Decode one image as the reference loader does, at an eighth of its size where it is a JPEG.
 
     Args:
         path: what the row calls it.
         read: gives its bytes.
+        max_pixels: as for `scan_images`.
     """
     size, shape, mode, format_, unusual = 0, (0, 0), "", "", ""
     try:
@@ -72,7 +76,7 @@ def examine(path: str, read: Callable[[], Encoded]) -> ScannedImage:
         size = len(encoded)
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(BytesIO(encoded.data)) as image,
+            open_image(encoded, max_pixels) as image,
         ):  # bad EXIF, large images
             shape, mode, format_ = image.size, image.mode, str(image.format)
             unusual = ", ".join(_unusual(image, PurePosixPath(path).suffix.lower()))
@@ -108,7 +112,7 @@ def _orientation(image: Image.Image) -> int | None:
     return orientation
 
 
-def _examine_all(split: str, images: ImageIndex) -> list[ScannedImage]:
+def _examine_all(split: str, max_pixels: int, images: ImageIndex) -> list[ScannedImage]:
     with closing(ImageBytes(images)) as stored:
         names = [str(PurePosixPath(split, images.name(sample))) for sample in range(len(images))]
-        return [examine(name, partial(stored.read, sample)) for sample, name in enumerate(names)]
+        return [examine(name, partial(stored.read, sample), max_pixels) for sample, name in enumerate(names)]

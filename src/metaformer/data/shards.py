@@ -8,6 +8,7 @@ shards.json lists the shards, so that a missing one is missed.
 import json
 import os
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaformer.data.scan import THREADS, Images, pad
+from metaformer.data.scan import THREADS, Images, fingerprint, pad
 from metaformer.errors import UserError
 
 MANIFEST = "shards.json"
@@ -95,6 +96,8 @@ def list_shards(folder: Path) -> dict[str, list[int]]:
             if file not in there:
                 raise UserError(f"{folder / file}: missing; {MANIFEST} lists {len(listed)} shards, copy them again")
         tar, idx = there[name].stat(), there[_idx(name)].stat()
+        if not stat.S_ISREG(tar.st_mode) or not stat.S_ISREG(idx.st_mode):
+            raise UserError(f"{folder / name}: it or its index is no file (a FIFO, socket or device); copy both again")
         if tar.st_size != size:
             raise UserError(f"{folder / name}: cut short or changed: {tar.st_size:,} bytes, not the {size:,} that "
                             f"{MANIFEST} lists; copy it again")  # fmt: skip
@@ -114,6 +117,8 @@ def scan_shards(folder: Path, tars: dict[str, list[int]]) -> ShardScan:
     members: list[_Member] = []
     for number, (name, (images, size, *_)) in enumerate(tars.items()):
         members += _read_idx(folder / name, images, size, number)
+    if not members:
+        raise UserError(f"{folder}: its shards hold no image; pack the data again")
     members.sort(key=lambda member: (member.name.split("/")[0], os.path.split(member.name)))
     classes = sorted({member.name.split("/")[0] for member in members})
     place = {name: label for label, name in enumerate(classes)}
@@ -124,7 +129,8 @@ def scan_shards(folder: Path, tars: dict[str, list[int]]) -> ShardScan:
     (twice,) = np.nonzero((paths[1:] == paths[:-1]).all(1))
     if len(twice):
         raise UserError(f"{folder}: {members[twice[0]].name!r} is in it twice; make the shards again")
-    found = ShardScan(tuple(classes), paths, labels, sizes, tars, numbers, offsets)
+    digest = fingerprint(tuple(classes), paths, sizes)
+    found = ShardScan(tuple(classes), paths, labels, sizes, digest, tars, numbers, offsets)
     order = np.lexsort((offsets, numbers))
     ends = np.flatnonzero(np.diff(numbers[order], prepend=-1, append=len(tars)))
     check_members(found, folder, np.union1d(order[ends[:-1]], order[ends[1:] - 1]))
@@ -169,10 +175,15 @@ def _name_and_size(header: bytes) -> tuple[bytes, int] | None:
 def _read_manifest(file: Path) -> list[tuple[int, int]]:
     """Images and bytes of each shard."""
     try:
-        return [(int(images), int(size)) for images, size in json.loads(file.read_text())["shards"]]
+        if file.exists() and not file.is_file():
+            raise ValueError("a FIFO, socket or device")
+        listed = json.loads(file.read_text())["shards"]
+        if not all(type(number) is int and number >= 0 for shard in listed for number in shard):
+            raise ValueError("not counts")
+        return [(images, size) for images, size in listed]
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing, so shards beside it may be; copy it too, or pack the data again") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged; copy it again, or pack the data again") from error
 
 
@@ -192,6 +203,8 @@ def _read_idx(tar: Path, images: int, size: int, shard: int) -> list[_Member]:
 def _parse_line(line: bytes, end: int, shard: int) -> _Member:
     try:
         extension, start, length, encoded, cls, _, _, _ = line.split(b" ")
+        if not (start.isdigit() and length.isdigit()):  # int() takes signs and underscores too
+            raise ValueError("no number")
         offset, size, name = int(start), int(length), os.fsdecode(encoded)
     except ValueError as error:
         raise ValueError(f"{line[:80]!r} is not an image and its label") from error
@@ -205,7 +218,7 @@ def _parse_line(line: bytes, end: int, shard: int) -> _Member:
 def is_member_name(name: str) -> bool:
     """Whether a name is that of a file below a class folder, in it or in folders below it."""
     folders = name.split("/")
-    return len(folders) > 1 and not any(part in ("", ".", "..") for part in folders)
+    return len(folders) > 1 and "\0" not in name and not any(part in ("", ".", "..") for part in folders)
 
 
 def _idx(tar: str) -> str:

@@ -1,7 +1,6 @@
 """Reading one image with torchvision on uint8 tensors: the fast path on a CPU, nearly pixel-equal to PIL."""
 
 from contextlib import suppress
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -10,20 +9,26 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 
-from metaformer.data.geometry import random_resized_crop, resize_and_center_crop
-from metaformer.data.image_bytes import Encoded
+from metaformer.data.geometry import central_part, random_resized_crop, resize_and_center_crop
+from metaformer.data.image_file import MAX_PIXELS, Encoded, check_pixels, decode_rgb, jpeg_header
 from metaformer.data.plan import BatchPlan
 from metaformer.data.randaugment import apply_operations
 
-JPEG_START = [0xFF, 0xD8]
 
+def read_with_torch(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S].
 
-def read_with_torch(encoded: Encoded, plan: BatchPlan, row: int) -> Tensor:
-    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S]."""
-    image = _decode(encoded)
+    Raises:
+        OSError, ValueError, ...: one of BAD_FILE: it cannot be decoded, or has more than `max_pixels`.
+    """
+    image = _decode(encoded, max_pixels)
     height, width = image.shape[-2:]
     size = plan.image_size
     if plan.crop is None:
+        part = central_part(width, height)
+        if part is not None:
+            image = image[:, part.top : part.top + part.height, part.left : part.left + part.width]
+            height, width = part.height, part.width
         resize = resize_and_center_crop(width, height, plan.resize_to, size)
         image = _resize(image, resize.height, resize.width, plan.bicubic)
         image = image[:, resize.top : resize.top + size, resize.left : resize.left + size]
@@ -48,14 +53,16 @@ def _resize(image: Tensor, height: int, width: int, bicubic: bool) -> Tensor:
     return interpolate(batch, (height, width), mode="bicubic" if bicubic else "bilinear", antialias=True)[0]
 
 
-def _decode(encoded: Encoded) -> Tensor:
+def _decode(encoded: Encoded, max_pixels: int) -> Tensor:
     """An RGB image, uint8 [3, H, W]; EXIF orientation is ignored, as by PIL and timm."""
-    if encoded[:2].tolist() == JPEG_START:  # broken PNGs crash torchvision's decoder, palettes it takes for gray
+    header = jpeg_header(encoded)  # broken PNGs crash torchvision's decoder, palettes it takes for gray
+    if header is not None and header.components in (1, 3):
+        check_pixels(header.width, header.height, max_pixels)
         with suppress(RuntimeError):  # of a broken file, PIL's error below says more
             image: Tensor = decode_image(torch.from_numpy(encoded), ImageReadMode.UNCHANGED)
             if image.shape[0] == 3:
                 return image
             if image.shape[0] == 1:
                 return image.expand(3, -1, -1)
-    with Image.open(BytesIO(encoded.data)) as file:  # not a JPEG, or CMYK: PIL's conversion is the one that counts
-        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    pixels = np.array(decode_rgb(encoded, max_pixels))  # not a JPEG, or CMYK: PIL's conversion is the one that counts
+    return torch.from_numpy(pixels).permute(2, 0, 1)

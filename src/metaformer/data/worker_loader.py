@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metaformer.data.bad_file import BAD_FILE, describe_bad_file
-from metaformer.data.image_bytes import Encoded, ImageBytes
+from metaformer.data.image_bytes import ImageBytes
+from metaformer.data.image_file import Encoded
 from metaformer.data.index import ImageIndex
 from metaformer.data.plan import BatchPlan, Plan
 from metaformer.data.shared_index import SharedIndex
@@ -22,6 +23,12 @@ from metaformer.death_signal import send_at_parents_death
 from metaformer.errors import UserError
 
 ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
+
+
+class WorkerLost(UserError):
+    """A worker process ended by itself: the run can be repeated, so this is no mistake of the user's."""
+
+    exit_code = 1
 
 
 class WorkerLoader:
@@ -59,10 +66,27 @@ class WorkerLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         self._positions.epoch, self._positions.first = epoch, first
-        for images in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                images = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise WorkerLost(self._describe_loss()) from error
             if isinstance(images, str):
                 raise UserError(images)
             yield images
+
+    def _describe_loss(self) -> str:
+        workers = getattr(self._loader._iterator, "_workers", ())  # DataLoader names them in words only
+        ended = [worker for worker in workers if worker.exitcode not in (None, 0)]
+        how = ", ".join(f"{worker.pid} ({_how_ended(worker.exitcode)})" for worker in ended) or "one"
+        return (
+            f"workers={self._loader.num_workers}: a worker process of the loader has ended: {how}; give fewer workers"
+        )
 
     def close(self) -> None:
         self._stop_workers()
@@ -101,6 +125,13 @@ class _Batches(Dataset[Tensor | str]):
             except BAD_FILE as error:
                 return describe_bad_file(self._index.index.place(sample), error)
         return images
+
+
+def _how_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"killed by {name}, probably out of memory" if name == "SIGKILL" else f"killed by {name}"
 
 
 def _stop_workers(loader: DataLoader[Tensor | str]) -> None:

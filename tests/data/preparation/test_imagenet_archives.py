@@ -163,3 +163,11 @@ def test_members_know_their_bytes(nested: Path) -> None:
     with nested.open("rb") as file:
         file.seek(member.offset)
         assert file.read(BYTES) == bytes([7, 3]) * (BYTES // 2)
+
+
+def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """tar would take the later one, and the count of images would be wrong."""
+    twice = tar({"a.JPEG": b"1"})[:1024] + tar({"b.JPEG": b"2", "a.JPEG": b"3"})
+    (tmp_path / "n1.tar").write_bytes(twice)
+    with pytest.raises(UserError, match=r"n1\.tar: refused: 'a\.JPEG' is in it twice; get it again$"):
+        read_members(tmp_path / "n1.tar")

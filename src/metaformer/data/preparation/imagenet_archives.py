@@ -99,7 +99,7 @@ def unpack_imagenet(
 
 def _check_hashes(archives: Archives, known: Path, pool: ProcessPoolExecutor, report: Report) -> None:
     """MD5 of each archive; one that was right before and is unchanged since is not read again."""
-    found: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
+    found = _read_hashes(known)
     states = {}
     for name, archive in archives._asdict().items():
         stat = archive.stat()
@@ -114,6 +114,15 @@ def _check_hashes(archives: Archives, known: Path, pool: ProcessPoolExecutor, re
         found[states[name]] = MD5[name]
         write_text_whole(known, json.dumps(found))
         report("checking the archives' hashes", done, len(pending))
+
+
+def _read_hashes(known: Path) -> dict[str, str]:
+    """The archives that were right before; none where the file is damaged, so that they are read again."""
+    try:
+        found = json.loads(known.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _md5(archive: Path) -> str:
@@ -166,7 +175,8 @@ def read_members(archive: Path, within: Member | None = None) -> list[Member]:
     start = within.offset if within else 0
     where = f"{archive}: {within.name}" if within else str(archive)
     end = start + within.size if within else archive.stat().st_size
-    members = []
+    members: list[Member] = []
+    names: set[str] = set()
     try:
         with archive.open("rb") as file:
             file.seek(start)
@@ -174,6 +184,9 @@ def read_members(archive: Path, within: Member | None = None) -> list[Member]:
                 for entry in tar:
                     if not entry.isreg() or Path(entry.name).name != entry.name or entry.name.startswith("."):
                         raise UserError(f"{where}: refused: {entry.name!r} is not a plain file without a folder")
+                    if entry.name in names:
+                        raise UserError(f"{where}: refused: {entry.name!r} is in it twice; get it again")
+                    names.add(entry.name)
                     members.append(Member(entry.name, entry.offset_data, entry.size))
     except tarfile.TarError as error:
         raise UserError(f"{where}: not a whole tar ({error}); get it again") from error

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from metaformer.data.bad_file import BAD_FILE, describe_bad_file
+from metaformer.data.image_file import open_image
 from metaformer.data.preparation.pieces import Piece, read_pieces
 from metaformer.errors import UserError
 
@@ -44,7 +45,7 @@ def reduce_image(encoded: bytes, max_side: int, quality: int) -> bytes:
     Raises:
         OSError, ValueError, ...: one of BAD_FILE, it is no image.
     """
-    with Image.open(BytesIO(encoded)) as file:
+    with open_image(encoded) as file:
         if max(file.size) <= max_side:
             return encoded
         image = file if file.mode == "L" else file.convert("RGB")

@@ -181,7 +181,7 @@ def _check_same_plan(folder: Path, pieces: list[Piece], packing: Packing) -> Non
     for piece in pieces:
         digest.update(b"%b %d\n" % (os.fsencode(piece.name), piece.size))
     plan = _plan(folder)
-    if plan.exists() and plan.read_text() != digest.hexdigest():
+    if plan.exists() and plan.read_bytes() != digest.hexdigest().encode():
         raise UserError(f"{folder.parent}: was begun from other images or with other options; repeat that command, or "
                         "remove it")  # fmt: skip
     write_text_whole(plan, digest.hexdigest())
