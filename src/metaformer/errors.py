@@ -26,7 +26,6 @@ def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def printable(text: str, most: int = 100) -> str:
-    """Text from a file or a server as part of a message: one line of at most about `most` characters, control
-    characters escaped."""
+    """Return text from a file or a server for a message: cut after `most` characters, control characters escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
     return shown + ("..." if len(text) > most else "")
