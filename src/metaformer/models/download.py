@@ -138,7 +138,7 @@ def _check_whole(file: Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise OSError(f"a damaged zip archive: {printable(damaged)}")
+                raise OSError(f"a damaged zip archive: {printable(damaged, 100)}")
         else:
             read_weights(file)
     except (zipfile.BadZipFile, ValueError, UserError) as error:

@@ -184,7 +184,7 @@ def _check_tensors(state: Mapping[str, Tensor]) -> None:
     """Refuse what could not be copied into a network as it is, and names that no message can show."""
     for key, tensor in state.items():
         if len(key) > LONGEST_KEY or not key.isprintable():
-            raise ValueError(f"{printable(key)}: not a tensor's name: too long, or not printable")
+            raise ValueError(f"{printable(key, 100)}: not a tensor's name: too long, or not printable")
         kind = _unusual_kind(tensor)
         if kind is not None:
             raise ValueError(f"{key}: a {kind} tensor; save a dense tensor of real numbers in its place")

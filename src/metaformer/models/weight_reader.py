@@ -77,7 +77,7 @@ def _read_safetensors(path: Path, use_ema: bool) -> Weights:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"not a whole safetensors file ({printable(str(error), 300)})") from error
-    return Weights(extract_state(tensors, use_ema=False), printable(name))
+    return Weights(extract_state(tensors, use_ema=False), printable(name, 100))
 
 
 def check_archive(file: BinaryIO) -> None:
@@ -120,11 +120,11 @@ def _read_torch(file: BinaryIO, use_ema: bool) -> Weights:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
-                f"refused, and not executed: it would call {printable(refused[1])}; only tensors and plain values are "
+                f"refused, and not executed: it would call {printable(refused[1], 100)}; only tensors and plain values are "
                 "read: if you trust the file, save its state dict alone"
             ) from error
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         line = next(iter(reason.strip().splitlines()), type(error).__name__)
         raise ValueError(f"not a whole torch file ({printable(line, 300)})") from error
     name = contents.get("arch") if isinstance(contents, dict) else None
-    return Weights(extract_state(contents, use_ema), printable(name) if isinstance(name, str) else _UNNAMED)
+    return Weights(extract_state(contents, use_ema), printable(name, 100) if isinstance(name, str) else _UNNAMED)
