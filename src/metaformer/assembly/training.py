@@ -50,6 +50,7 @@ from metaformer.training.ema import make_ema
 from metaformer.training.loop import Trainer
 from metaformer.training.manifest import verify
 from metaformer.training.optimizer import make_optimizer
+from metaformer.training.pointers import follow
 from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
@@ -94,6 +95,8 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
         checkpoints = _checkpoints(config, runtime)
         found = _resume(config, runtime, checkpoints, state)
         settings = _loop_settings(config, plan)
+        if state.progress.epochs_completed < settings.epochs:
+            runtime.main_only(lambda: checkpoints.probe(state.size()), None)
         # Before there are worker processes: it talks to the other ranks.
         example = example_images(config, images, runtime)
         network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
@@ -246,7 +249,7 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
         if config.resume == "never":
             check_empty(run_dir)
             return Found(None)
-        given = None if config.resume == "auto" else Path(config.resume).resolve()
+        given = None if config.resume == "auto" else follow(Path(config.resume)).resolve()
         found = Found(None) if given and given.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
         if given is not None and found.folder is None:
             verify(given)

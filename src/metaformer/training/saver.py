@@ -1,5 +1,6 @@
 """Writing checkpoints while training goes on: from a copy in host memory, in a thread, one at a time."""
 
+import errno
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -9,6 +10,8 @@ from metaformer.errors import UserError
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
 from metaformer.training.guards import Diverged
 from metaformer.training.state import Snapshot, TrainState
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointSaver:
@@ -80,9 +83,11 @@ class CheckpointSaver:
         failed, limit = self._failed_in_a_row, self._config.max_failed_saves
         before = f", nor could {failed - 1} before it" if failed > 1 else ""
         if must_succeed or failed >= limit:
+            full = error.errno in (None, *_NO_ROOM) or not error.filename
+            mend = "make room or mend the disk" if full else f"look at {error.filename2 or error.filename}"
             raise UserError(
-                f"checkpoint {name}: cannot be written ({reason}){before}; "
-                "make room or mend the disk: the same command goes on from the last checkpoint"
+                f"checkpoint {name}: cannot be written ({reason}){before}; {mend}: the same command goes on from the "
+                "last checkpoint"
             ) from error
         self._alarm(f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} of {limit} "
                     "in a row, then training stops")  # fmt: skip
