@@ -1,10 +1,11 @@
 """Files that appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from metaformer.files import write_whole
+from metaformer.files import write_text_whole, write_whole
 
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
@@ -34,4 +35,19 @@ def test_failure_leaves_the_old(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, fail)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two machines that share a folder, process numbers may be equal: each writes to a file of its own."""
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("first")
+        write_text_whole(path, "second")
+        assert temporary.read_text() == "first"
+
+    write_whole(path, write)
+    assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
