@@ -90,7 +90,7 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     state = _new_state(config, images, runtime, splits, precision, model)
     with ExitStack() as parts:
-        runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
+        lock = runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
         checkpoints = _checkpoints(config, runtime)
         found = _resume(config, runtime, checkpoints, state)
@@ -114,7 +114,9 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
             tracker.message(line)
         if found.folder is not None:
             tracker.message(f"resuming     {found.folder}, step {state.progress.step}")
-        saver = parts.enter_context(closing(CheckpointSaver(checkpoints, config.checkpoint, tracker.message)))
+        check_lock = (lambda: None) if lock is None else lock.check
+        saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
+        parts.enter_context(closing(saver))
         processes = runtime.processes()
         trainer = Trainer(
             state=state,

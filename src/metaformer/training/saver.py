@@ -22,10 +22,19 @@ class CheckpointSaver:
 
     Args:
         alarm: gets a line for each save that failed.
+        check_lock: called before each save; returns a line to report, or raises a UserError if the run no longer has
+            its folder for itself.
     """
 
-    def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, alarm: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        config: CheckpointConfig,
+        alarm: Callable[[str], None],
+        check_lock: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.folder = folder
+        self._check_lock = check_lock
         self._config, self._alarm = config, alarm
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[str, Future[Path]] | None = None
@@ -35,10 +44,13 @@ class CheckpointSaver:
         """Take a copy of the state and start writing it; waits for the save before.
 
         Raises:
-            UserError: too many saves in a row have failed, the one before included.
+            UserError: too many saves in a row have failed, the one before included; or another run is in the folder.
             Diverged: the weights of the one before were not finite: it was not written.
         """
         self.wait()
+        warning = self._check_lock()
+        if warning is not None:
+            self._alarm(warning)
         writing = self._thread.submit(self._write, state.snapshot(), name, is_best)
         self._writing = (name, writing)
         if not self._config.background:
