@@ -47,6 +47,7 @@ from metaformer.tracking.tracker import Tracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, Found, WeightFiles
 from metaformer.training.ema import make_ema
+from metaformer.training.interruption import interruptible_start
 from metaformer.training.loop import Trainer
 from metaformer.training.manifest import verify
 from metaformer.training.optimizer import make_optimizer
@@ -108,6 +109,8 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
         )
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
+        starting = parts.enter_context(ExitStack())  # from where a start counts until training listens to signals
+        starting.enter_context(interruptible_start())
         tracker = parts.enter_context(tracking(config, runtime, settings, state, fused))
         described = _describe(config, images, runtime, splits, settings, state)
         for line in [*found.skipped, *described, f"fused        {fused}"]:
@@ -136,6 +139,7 @@ def training(config: TrainConfig, runtime: Runtime) -> Iterator[Callable[[], dic
             bottleneck=Bottleneck(_advice(config, runtime)),
             inspect=partial(_picture, config, images, runtime, tracker),
         )
+        starting.close()
         yield lambda: _result(config, trainer.run(), state.progress.best) | {"fused": fused}
 
 
