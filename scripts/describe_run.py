@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metaformer.errors import UserError
 from metaformer.runtime import run_program
+from metaformer.training.pointers import follow
 
 
 def main() -> None:
@@ -13,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args().run_dir
-    manifest = run_dir / "checkpoints" / "last" / "manifest.json"
+    manifest = follow(run_dir / "checkpoints" / "last") / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{run_dir}: not a run folder with a checkpoint")
     try:
@@ -29,7 +30,7 @@ def main() -> None:
     if best["top1"] is not None:
         print(f"best         {best['top1']:.2f} %, after epoch {best['epoch']}")
     print(f"run folder   {run_dir}: metrics.jsonl, summary.csv, config.yaml, log.txt, mixed_images.png")
-    weights = run_dir / "checkpoints" / ("last" if best["top1"] is None else "best")
+    weights = follow(run_dir / "checkpoints" / ("last" if best["top1"] is None else "best"))
     print(f"weights      {weights / (best['weights'] or 'model')}.safetensors")
     if offline:
         print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")

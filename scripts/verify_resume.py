@@ -38,6 +38,7 @@ from torch import Tensor
 
 from metaformer.errors import UserError
 from metaformer.runtime import run_program
+from metaformer.training.pointers import follow, read_pointer
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 MARK = "METAFORMER_FAILURES"  # an environment variable, by which the processes of a start are found
@@ -135,8 +136,8 @@ def _train_and_kill(arguments: argparse.Namespace, run_dir: Path) -> None:
 
 
 def _last_checkpoint(run_dir: Path) -> str:
-    last = run_dir / "checkpoints" / "last"
-    return last.readlink().name if last.is_symlink() else "no checkpoint"
+    last = read_pointer(run_dir / "checkpoints" / "last")
+    return "no checkpoint" if last is None else last.name
 
 
 @dataclass
@@ -274,7 +275,7 @@ def _kind(command: str) -> str:
 
 def hash_run(run_dir: Path) -> dict[str, str]:
     """SHA-256 of each part of what a run leaves; of values, not of files, which may hold the time."""
-    last = (run_dir / "checkpoints" / "last").resolve()
+    last = follow(run_dir / "checkpoints" / "last")
     hashes = {file.stem: _hash(load_file(file)) for file in sorted(last.glob("*.safetensors"))}
     trainer = torch.load(last / "trainer.pt", weights_only=True)
     hashes |= {name: _hash(trainer[name]) for name in ("optimizer", "scaler", "progress", "loss_sum", "skips")}

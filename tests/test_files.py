@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
-from metaformer.files import to_json, write_whole
+from metaformer.files import to_json, write_text_whole, write_whole
 
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
@@ -45,3 +46,18 @@ def test_json_has_no_nan() -> None:
     assert json.loads(to_json(plain)) == plain
     figures = {"loss": math.nan, "rows": [{"top1": math.inf}, (-math.inf, 2.0)]}
     assert to_json(figures) == '{"loss": null, "rows": [{"top1": null}, [null, 2.0]]}'
+
+
+def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two machines that share a folder, process numbers may be equal: each writes to a file of its own."""
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("first")
+        write_text_whole(path, "second")
+        assert temporary.read_text() == "first"
+
+    write_whole(path, write)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,8 +1,11 @@
 """Files that appear whole or not at all, also when the machine dies while they are written, and JSON."""
 
+import glob
 import json
 import math
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,27 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process uses, on this machine or another."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what `temporary_beside` has named for `path`, in killed processes too, once `path` is there."""
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it there in one step, replacing what was there.
 
     Raises:
         OSError: the folder cannot be written; `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         write(temporary)
         fsync(temporary)

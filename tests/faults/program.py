@@ -47,6 +47,8 @@ def main() -> None:
     _strike_in_validation(planned)
     _strike_in_saves(planned)
     _strike_in_tracking(planned.get(0, ""))
+    if planned.get(0) == "term-in-start":
+        vars(sys.modules["metaformer.assembly.training"])["_describe"] = _stop_start
     if planned.get(0) == "other-seed":
         sys.argv.append("seed=7")
     if planned.get(0) == "other-code":
@@ -155,6 +157,12 @@ def _poison(batch: SoftBatch) -> SoftBatch:
 
 def _delay(*arguments: Any) -> None:
     time.sleep(0.3)
+
+
+def _stop_start(*arguments: Any) -> Iterator[str]:
+    for _ in range(3):  # SLURM and torchrun may both send it
+        os.kill(os.getpid(), signal.SIGTERM)
+    yield "never"
 
 
 def _terminate(gradient: torch.Tensor) -> None:

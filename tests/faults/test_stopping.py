@@ -161,3 +161,13 @@ def test_waiting_for_a_second_keystroke(start: Start, tmp_path: Path) -> None:
     time.sleep(2.2)
     job.signal(0, signal.SIGINT)
     assert job.wait(10) == [128 + signal.SIGINT]
+
+
+def test_stopped_before_the_first_step(start: Start, tmp_path: Path) -> None:
+    """SIGTERM, several times, while a start opens its trackers: an orderly stop, and no crash that counts."""
+    for _ in range(2):
+        job = start(tmp_path / "run", "guards.max_starts_without_progress=1", faults="0:0:term-in-start")
+        assert job.wait() == [INTERRUPTED], job.stderr
+        assert job.errors == ["interrupted: SIGTERM: before the first step; the same command starts again"]
+        assert status(tmp_path / "run")["state"] == "interrupted"
+        assert status(tmp_path / "run")["starts_without_progress"] == 0

@@ -167,3 +167,24 @@ def test_a_folder_that_takes_no_files() -> None:
     """A folder that cannot be written is refused before anything is trained, whoever is asking, root too."""
     with pytest.raises(UserError, match=r"^run_dir=/proc/self: cannot be written \("), held(Path("/proc/self")):
         pass
+
+
+def test_a_lock_file_removed_during_a_run(tmp_path: Path) -> None:
+    """Removed: the run takes it again, once, with a line. Replaced: another run has been there, and this one ends."""
+    run_dir = tmp_path / "run"
+    with held(run_dir) as lock:
+        assert lock.check() is None
+        (run_dir / LOCK_FILE).unlink()
+        assert (
+            lock.check() == f"warning      {run_dir / LOCK_FILE} was removed during the run; it has been locked again"
+        )
+        assert lock.check() is None
+        assert refused(run_dir)
+        (run_dir / LOCK_FILE).unlink()
+        with (
+            holder(run_dir) as process,
+            pytest.raises(UserError, match=rf"lock: was replaced .* process {process.pid}"),
+        ):
+            lock.check()
+        shutil.rmtree(run_dir)
+        assert lock.check() is None, "whoever writes there says so"

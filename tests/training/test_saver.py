@@ -170,6 +170,29 @@ def test_full_disk(tmp_path: Path) -> None:
         saver.close()
 
 
+def test_a_run_that_lost_its_folder(tmp_path: Path) -> None:
+    """The lock is looked at before each save: a line is passed on, and nothing is written once another run is there."""
+    lines: list[str] = []
+    answers = iter([None, "taken again", UserError("another run")])
+
+    def check_lock() -> str | None:
+        answer = next(answers)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    folder, state = make_saver(tmp_path / "run", []).folder, tiny_state(ema=False)
+    saver = CheckpointSaver(folder, CheckpointConfig(), lines.append, check_lock)
+    for step in (1, 2):
+        saver.save(state, f"step-{step:08d}", is_best=False)
+    with pytest.raises(UserError, match="another run"):
+        saver.save(state, "step-00000003", is_best=False)
+    saver.close()
+    assert lines == ["taken again"]
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["last", "step-00000001", "step-00000002"]
+
+
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     """They are not written, the error names the tensor, and the checkpoint before stays the last."""
     saver, state = make_saver(tmp_path / "run", []), tiny_state(ema=False)

@@ -46,8 +46,11 @@ def _open(
     status.start(state.progress.step, config.guards.max_starts_without_progress, fused)
     try:
         return _open_trackers(config, settings, state, status, goodput, parts)
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error = UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})")
+        _record_end(status, state, type(error), error, None)
+        raise error
 
 
 def _open_trackers(

@@ -49,9 +49,11 @@ from metaformer.tracking.tracker import Tracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, Found, WeightFiles
 from metaformer.training.ema import make_ema
+from metaformer.training.interruption import interruptible_start
 from metaformer.training.loop import Trainer
 from metaformer.training.manifest import verify
 from metaformer.training.optimizer import make_optimizer
+from metaformer.training.pointers import follow
 from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
@@ -95,11 +97,13 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     state = _new_state(config, images, runtime, splits, precision, model)
     with ExitStack() as parts:
-        runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
+        lock = runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
         checkpoints = _checkpoints(config, runtime)
         found = _resume(config, runtime, checkpoints, state)
         settings = _loop_settings(config, plan)
+        if state.progress.epochs_completed < settings.epochs:
+            runtime.main_only(lambda: checkpoints.probe(state.size()), None)
         # Before there are worker processes: it talks to the other ranks.
         example = example_images(config, images, runtime)
         network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
@@ -111,6 +115,8 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
         )
         train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
         val_feed = parts.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
+        starting = parts.enter_context(ExitStack())  # from where a start counts until training listens to signals
+        starting.enter_context(interruptible_start())
         goodput = Goodput()
         tracker = parts.enter_context(tracking(config, runtime, settings, state, fused, goodput))
         described = _describe(config, images, runtime, splits, settings, state)
@@ -118,7 +124,9 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
             tracker.message(line)
         if found.folder is not None:
             tracker.message(f"resuming     {found.folder}, step {state.progress.step}")
-        saver = parts.enter_context(closing(CheckpointSaver(checkpoints, config.checkpoint, tracker.message)))
+        check_lock = (lambda: None) if lock is None else lock.check
+        saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
+        parts.enter_context(closing(saver))
         processes = runtime.processes()
         trainer = Trainer(
             state=state,
@@ -141,6 +149,7 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
         )
         peers = [process.pid for process in processes if process.node == runtime.node]
         watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.is_asked_to_stop)
+        starting.close()
         yield lambda: _result(config, trainer.run(), state.progress.best) | {"fused": fused}
 
 
@@ -269,7 +278,7 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
         if config.resume == "never":
             check_empty(run_dir)
             return Found(None)
-        given = None if config.resume == "auto" else Path(config.resume).resolve()
+        given = None if config.resume == "auto" else follow(Path(config.resume)).resolve()
         found = Found(None) if given and given.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
         if given is not None and found.folder is None:
             verify(given)

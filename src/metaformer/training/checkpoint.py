@@ -3,11 +3,10 @@
 RUN/checkpoints/
     epoch-003/            after the third epoch: model.safetensors, ema.safetensors, trainer.pt, manifest.json
     step-00001500/        in the middle of an epoch
-    last, best            links to two of them
+    last, best            name two of them (`pointers`)
 """
 
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from metaformer.errors import UserError
 from metaformer.files import fsync
 from metaformer.training.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
+from metaformer.training.pointers import BEST, LAST, NAME, follow, read_pointer, write_pointer
+from metaformer.training.probe import check_room, try_out
 from metaformer.training.state import Snapshot, TrainState
 
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
-NAME = re.compile(r"epoch-(\d+)|step-\d+")
 
 
 class WeightFiles(NamedTuple):
@@ -55,7 +55,7 @@ class Found(NamedTuple):
     """The checkpoint to go on from, and what was passed over on the way to it."""
 
     folder: Path | None
-    skipped: tuple[str, ...] = ()  # a line for each newer one that is damaged: file, reason
+    skipped: tuple[str, ...] = ()  # a line for each newer one, or pointer, that is damaged: file, reason
 
 
 class CheckpointFolder:
@@ -74,14 +74,32 @@ class CheckpointFolder:
         self._folder, self._config = folder, config
         self._facts, self._weight_files = facts, weight_files
 
+    def probe(self, size: int) -> None:
+        """Do once, in the run folder, what a save does, before anything is trained.
+
+        Args:
+            size: bytes of a checkpoint. There must be room for two, or for one where the run has some already.
+
+        Raises:
+            UserError: the file system cannot do it, or has no room.
+        """
+        place = self._folder if self._folder.is_dir() else self._folder.parent
+        try_out(place)
+        check_room(place, 1 if self._folder.is_dir() and self._named() else 2, size)
+
     def find(self) -> Found:
-        """The newest checkpoint that is whole: what `last` points to, else what was saved before it.
+        """The newest checkpoint that is whole: what `last` names, else the one before it.
 
         Raises:
             UserError: there are checkpoints, and none of them is whole.
         """
         skipped = []
-        for folder in self._candidates():
+        last = None
+        try:
+            last = read_pointer(self._folder / LAST)
+        except UserError as error:
+            skipped.append(f"{error}; it is replaced at the next save")
+        for folder in self._candidates(last):
             try:
                 verify(folder)
             except UserError as error:
@@ -98,9 +116,13 @@ class CheckpointFolder:
     def pointed(self) -> dict[Path, list[str]]:
         """The last and the best checkpoint, each with what it is: "latest", "best" or both."""
         names: dict[Path, list[str]] = {}
-        for link, alias in (("last", "latest"), ("best", "best")):
-            if (self._folder / link).exists():
-                names.setdefault((self._folder / link).resolve(), []).append(alias)
+        for pointer, alias in ((LAST, "latest"), (BEST, "best")):
+            try:
+                checkpoint = read_pointer(self._folder / pointer)
+            except UserError:  # damaged: said at the start, and replaced by the next save
+                continue
+            if checkpoint is not None and checkpoint.exists():
+                names.setdefault(checkpoint.absolute(), []).append(alias)
         return names
 
     def save(self, snapshot: Snapshot, name: str, is_best: bool) -> Path:
@@ -128,8 +150,8 @@ class CheckpointFolder:
             raise
         _remove(replaced)
         if is_best:  # first: a run killed here does this epoch again
-            self._point("best", target)
-        self._point("last", target)
+            write_pointer(self._folder / BEST, name)
+        write_pointer(self._folder / LAST, name)
         self._remove_old()
         return target
 
@@ -165,14 +187,11 @@ class CheckpointFolder:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"{folder / TRAINER_FILE}: missing, damaged or of another optimizer ({reason})") from error
 
-    def _candidates(self) -> Iterator[Path]:
-        """What `last` points to, then all others, those saved last first: after going back, steps are no order."""
-        link = self._folder / "last"
-        last = self._folder / link.readlink() if link.is_symlink() else None
+    def _candidates(self, last: Path | None) -> Iterator[Path]:
+        """What `last` names, then all others, the newest first."""
         if last is not None:
             yield last
-        others = (folder for folder in self._named() if folder != last)
-        yield from sorted(others, key=_saved_at, reverse=True)
+        yield from (folder for folder in self._newest_first() if folder != last)
 
     def _write(self, snapshot: Snapshot, folder: Path) -> None:
         self._weight_files.save(snapshot.weights, folder / MODEL_FILE)
@@ -184,25 +203,29 @@ class CheckpointFolder:
             raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
         for file in folder.iterdir():
             fsync(file)
-        write_manifest(folder, {**self._facts, "identity": snapshot.identity, "progress": snapshot.progress})
+        facts = {**self._facts, "identity": snapshot.identity, "progress": snapshot.progress}
+        write_manifest(folder, {**facts, "attempt": self._attempt(snapshot.progress)})
         fsync(folder / MANIFEST_FILE)
         fsync(folder)
 
-    def _point(self, name: str, target: Path) -> None:
-        write_link = self._folder / f".{name}.tmp"
-        write_link.unlink(missing_ok=True)
-        write_link.symlink_to(target.name)
-        write_link.replace(self._folder / name)
-        fsync(self._folder)
+    def _attempt(self, progress: dict[str, Any]) -> int:
+        """Of the checkpoint to be written: 1 more than of the newest one if training has gone back before that."""
+        for newest in self._newest_first():
+            order = _order(newest)
+            return max(0, order.attempt + (_position(progress) < (order.epochs, order.step)))
+        return 0
 
     def _named(self) -> list[Path]:
         """All checkpoints: a folder was renamed to such a name when it was whole."""
         return [f for f in self._folder.glob("*-*") if NAME.fullmatch(f.name) and f.is_dir()]
 
+    def _newest_first(self) -> list[Path]:
+        return sorted(self._named(), key=_order, reverse=True)
+
     def _remove_old(self) -> None:
         pointed = self.pointed()
-        for folder in sorted(self._named(), key=_saved_at, reverse=True)[self._config.keep :]:
-            if folder.resolve() not in pointed and not self._is_kept_for_good(folder):
+        for folder in self._newest_first()[self._config.keep :]:
+            if folder.absolute() not in pointed and not self._is_kept_for_good(folder):
                 _discard(folder)
 
     def _is_kept_for_good(self, folder: Path) -> bool:
@@ -225,12 +248,27 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _saved_at(checkpoint: Path) -> float:
-    """Seconds; what has no readable manifest comes before all others."""
+class _Order(NamedTuple):
+    """Sorts checkpoints by progress; those of an attempt that went back come after all of the attempt before."""
+
+    attempt: int
+    epochs: int
+    step: int
+    saved_at: float  # decides only where the progress is the same: a clock may be set back
+
+
+def _order(checkpoint: Path) -> _Order:
+    """What has no readable manifest comes before all others."""
     try:
-        return float(read_manifest(checkpoint)["saved_at"])
-    except UserError:
-        return 0.0
+        manifest = read_manifest(checkpoint)
+        attempt = manifest.get("attempt", 0)  # earlier versions wrote none
+        return _Order(int(attempt), *_position(manifest["progress"]), float(manifest["saved_at"]))
+    except (UserError, KeyError, TypeError, ValueError):
+        return _Order(-1, 0, 0, 0.0)
+
+
+def _position(progress: dict[str, Any]) -> tuple[int, int]:
+    return int(progress["epochs_completed"]), int(progress["step"])
 
 
 def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
@@ -240,12 +278,13 @@ def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
         field: what the user gave it as, for the error.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or `best` or `last` is damaged.
     """
+    given, checkpoint = checkpoint, follow(checkpoint)
     if checkpoint.is_file():
         return checkpoint
     name = EMA_FILE if use_ema else MODEL_FILE
-    for folder in (checkpoint, checkpoint / "checkpoints" / "best", checkpoint / "checkpoints" / "last"):
+    for folder in (checkpoint, *(follow(checkpoint / "checkpoints" / pointer) for pointer in (BEST, LAST))):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{field}={checkpoint}: no file, and no checkpoint or run folder with {name}")
+    raise UserError(f"{field}={given}: no file, and no checkpoint or run folder with {name}")

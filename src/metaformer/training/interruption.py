@@ -20,6 +20,33 @@ class StopWaitingError(Exception):
     """A signal arrived during a wait."""
 
 
+@contextmanager
+def interruptible_start() -> Iterator[None]:
+    """While a stop signal raises `Interrupted` wherever the main thread is, once: there is nothing to save yet.
+
+    As in `Interruption.listening`, later signals change nothing, to the end of an interrupted process.
+    """
+    since: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if since:
+            _end_at_second_ctrl_c(number, since[0])
+            return
+        since.append(time.monotonic())
+        raise Interrupted(f"{signal.Signals(number).name}: before the first step; the same command starts again")
+
+    former = {number: signal.signal(number, handle) for number in _signals_to_handle()}
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException:
+        _restore(former)
+        raise
+    else:
+        _restore(former)
+
+
 class Interruption:
     """Whether a rank has been asked to stop. Nothing is saved in a handler: it may run anywhere in a step."""
 
@@ -52,9 +79,7 @@ class Interruption:
 
         For torchrun sends SIGTERM to those that are left when the first rank has gone.
         """
-        # A SIGHUP that nohup has had ignored stays ignored.
-        numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
-        former = {number: signal.signal(number, self._handle) for number in numbers}
+        former = {number: signal.signal(number, self._handle) for number in _signals_to_handle()}
         try:
             yield
         except Interrupted:
@@ -99,14 +124,23 @@ class Interruption:
             self._vote = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self._signal is None:
-            self._signal, self._since = number, now
-        elif number == signal.SIGINT and now - self._since > SECONDS_OF_ONE_KEYSTROKE:
-            os._exit(128 + number)  # a second Ctrl-C: at once; checkpoints are whole at any moment
+            self._signal, self._since = number, time.monotonic()
+        else:
+            _end_at_second_ctrl_c(number, self._since)
         if self._may_raise:
             self._may_raise = False
             raise StopWaitingError
+
+
+def _signals_to_handle() -> list[signal.Signals]:
+    """The stop signals, but a SIGHUP that nohup has had ignored: that stays ignored."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
+def _end_at_second_ctrl_c(number: int, since: float) -> None:
+    if number == signal.SIGINT and time.monotonic() - since > SECONDS_OF_ONE_KEYSTROKE:
+        os._exit(128 + number)  # at once; checkpoints are whole at any moment
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:

@@ -1,5 +1,6 @@
 """Writing checkpoints while training goes on: from a copy in host memory, in a thread, one at a time."""
 
+import errno
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -10,6 +11,8 @@ from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
 from metaformer.training.guards import Diverged
 from metaformer.training.state import Snapshot, TrainState
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class CheckpointSaver:
     """Saves rank 0's state.
@@ -19,10 +22,19 @@ class CheckpointSaver:
 
     Args:
         alarm: gets a line for each save that failed.
+        check_lock: called before each save; returns a line to report, or raises a UserError if the run no longer has
+            its folder for itself.
     """
 
-    def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, alarm: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        config: CheckpointConfig,
+        alarm: Callable[[str], None],
+        check_lock: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.folder = folder
+        self._check_lock = check_lock
         self._config, self._alarm = config, alarm
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[str, Future[Path]] | None = None
@@ -32,10 +44,13 @@ class CheckpointSaver:
         """Take a copy of the state and start writing it; waits for the save before.
 
         Raises:
-            UserError: too many saves in a row have failed, the one before included.
+            UserError: too many saves in a row have failed, the one before included; or another run is in the folder.
             Diverged: the weights of the one before were not finite: it was not written.
         """
         self.wait()
+        warning = self._check_lock()
+        if warning is not None:
+            self._alarm(warning)
         writing = self._thread.submit(self._write, state.snapshot(), name, is_best)
         self._writing = (name, writing)
         if not self._config.background:
@@ -80,9 +95,11 @@ class CheckpointSaver:
         failed, limit = self._failed_in_a_row, self._config.max_failed_saves
         before = f", nor could {failed - 1} before it" if failed > 1 else ""
         if must_succeed or failed >= limit:
+            full = error.errno in (None, *_NO_ROOM) or not error.filename
+            mend = "make room or mend the disk" if full else f"look at {error.filename2 or error.filename}"
             raise UserError(
-                f"checkpoint {name}: cannot be written ({reason}){before}; "
-                "make room or mend the disk: the same command goes on from the last checkpoint"
+                f"checkpoint {name}: cannot be written ({reason}){before}; {mend}: the same command goes on from the "
+                "last checkpoint"
             ) from error
         self._alarm(f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} of {limit} "
                     "in a row, then training stops")  # fmt: skip

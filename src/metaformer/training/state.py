@@ -108,6 +108,15 @@ class TrainState:
             "progress": asdict(self.progress),
         }
 
+    def size(self) -> int:
+        """About the bytes of a checkpoint; before the first step, with two moments for each parameter, as of AdamW."""
+        weights: int = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        average: int = 0 if self.ema is None else sum(tensor.nbytes for tensor in self.ema.module.state_dict().values())
+        states = [value for each in self.optimizer.state.values() for value in each.values()]
+        moments: int = sum(value.nbytes for value in states if isinstance(value, Tensor))
+        parameters: int = sum(p.nbytes for group in self.optimizer.param_groups for p in group["params"])
+        return weights + average + (moments if states else 2 * parameters)
+
     def snapshot(self) -> Snapshot:
         """A copy of everything in host memory."""
         return Snapshot(

@@ -65,3 +65,18 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^data\.root={tmp_path}/file/sample: cannot write [^\n]*$"):
         build_sample(tmp_path / "file" / "sample")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_builds_at_once(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two first starts with data=sample: the one that is done later finds the other's, and nothing temporary stays."""
+    rename = Path.rename
+
+    def finish_second(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        build_sample(tmp_path / "sample")  # begins and ends while the first one is about to end
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", finish_second)
+    build_sample(tmp_path / "sample")
+    assert hashes(tmp_path / "sample") == hashes(sample)
+    assert [path.name for path in tmp_path.iterdir()] == ["sample"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metaformer.data.preparation.pieces import Piece, read_pieces
 from metaformer.errors import UserError
+from metaformer.files import remove_temporaries, temporary_beside
 
 
 def write_class_folder(folder: Path, pieces: list[Piece]) -> int:
@@ -17,9 +18,8 @@ def write_class_folder(folder: Path, pieces: list[Piece]) -> int:
     files = {piece.name.partition("/")[2]: piece.size for piece in pieces}
     if _sizes(folder) == files:
         return len(pieces)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = temporary_beside(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         for name in {os.path.dirname(name) for name in files}:  # noqa: PTH120
             (temporary / name).mkdir(parents=True, exist_ok=True)
@@ -27,10 +27,12 @@ def write_class_folder(folder: Path, pieces: list[Piece]) -> int:
             (temporary / piece.name.partition("/")[2]).write_bytes(content)
         temporary.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); the same command goes on from "
-                        "here") from error  # fmt: skip
+        if _sizes(folder) != files:  # else another process has just written the same
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error}); the same command goes on from "
+                            "here") from error  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    remove_temporaries(folder)
     return len(pieces)
 
 

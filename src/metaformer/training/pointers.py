@@ -1,0 +1,119 @@
+"""RUN/checkpoints/last and best: each names a checkpoint beside it.
+
+A pointer is a symbolic link. Where the file system has none (SMB, exFAT, some FUSE), it is a file with the checkpoint's
+name. In a run folder copied with `cp -rL` or `scp -r`, it is a folder: a copy of the checkpoint.
+"""
+
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from metaformer.errors import UserError
+from metaformer.files import fsync, write_text_whole
+from metaformer.training.manifest import read_manifest, verify
+
+LAST, BEST = "last", "best"
+NAME = re.compile(r"epoch-(\d+)|step-\d+")  # of a checkpoint
+_MOST_BYTES = 64  # of a pointer file
+
+
+def read_pointer(pointer: Path) -> Path | None:
+    """Return the checkpoint that a pointer names, whatever its form; None if there is no pointer.
+
+    The checkpoint need not exist.
+
+    Raises:
+        UserError: the pointer is damaged, or leads out of its folder.
+    """
+    try:
+        if pointer.is_symlink():
+            return _named_by_link(pointer)
+        if pointer.is_dir():
+            return pointer
+        if not pointer.exists():
+            return None
+        name = pointer.read_text().strip() if pointer.is_file() and pointer.stat().st_size <= _MOST_BYTES else ""
+    except OSError as error:
+        raise UserError(f"{pointer}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError:
+        name = ""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{pointer}: damaged: it does not name a checkpoint")
+    return pointer.with_name(name)
+
+
+def follow(path: Path) -> Path:
+    """Return a path with a pointer file, at its end or above its last part, replaced by the checkpoint it names.
+
+    The system follows the other forms.
+
+    Raises:
+        UserError: as `read_pointer`.
+    """
+    if path.parent.name in (LAST, BEST):
+        return follow(path.parent) / path.name
+    if path.name in (LAST, BEST) and path.parent.name == "checkpoints" and path.is_file():
+        return read_pointer(path) or path
+    return path
+
+
+def write_pointer(pointer: Path, name: str) -> None:
+    """Let a pointer name a checkpoint, in one step, whatever is in its place.
+
+    A folder there goes if it is the copy of a whole checkpoint beside it; any other is kept under another name.
+
+    Raises:
+        OSError: neither a link nor a file can be written there.
+    """
+    if pointer.is_dir() and not pointer.is_symlink():
+        _make_way(pointer)
+    temporary = pointer.with_name(f".{pointer.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name)
+        temporary.replace(pointer)
+        fsync(pointer.parent)
+    except OSError:  # which error says that there are no links differs between file systems
+        temporary.unlink(missing_ok=True)
+        write_text_whole(pointer, f"{name}\n")
+
+
+def _named_by_link(pointer: Path) -> Path:
+    target = pointer.parent / pointer.readlink()
+    inside = os.path.realpath(target.parent) == os.path.realpath(pointer.parent)
+    if not inside or not NAME.fullmatch(target.name):
+        raise UserError(
+            f"{pointer}: damaged: it leads to {pointer.readlink()}, not to a checkpoint beside it; to start from "
+            "another run's checkpoint, give resume=FOLDER and another run_dir"
+        )
+    return pointer.with_name(target.name)
+
+
+def _make_way(copy: Path) -> None:
+    """Remove a folder in a pointer's place if a whole checkpoint beside it is the same, else give it another name."""
+    own = None
+    try:
+        manifest = read_manifest(copy)
+        if any(_is_same(beside, manifest) for beside in copy.parent.glob("*-*") if NAME.fullmatch(beside.name)):
+            gone = copy.with_name(f".{copy.name}.old.tmp")
+            copy.rename(gone)  # what is half removed is no pointer
+            shutil.rmtree(gone)
+            return
+        progress = manifest["progress"]
+        within = progress["steps_in_epoch"]
+        own = f"step-{progress['step']:08d}" if within else f"epoch-{progress['epochs_completed']:03d}"
+    except (UserError, KeyError, TypeError, ValueError):
+        pass  # no checkpoint
+    spare = f"{copy.name}.replaced"
+    names = itertools.chain([own] if own else [], [spare], (f"{spare}-{number}" for number in itertools.count(2)))
+    copy.rename(next(free for name in names if not (free := copy.with_name(name)).exists()))
+
+
+def _is_same(checkpoint: Path, manifest: dict[str, Any]) -> bool:
+    try:
+        return read_manifest(checkpoint) == manifest and verify(checkpoint) == manifest
+    except UserError:
+        return False

@@ -1,0 +1,59 @@
+"""Whether a folder can hold a run's checkpoints, found out before anything is trained."""
+
+import errno
+import secrets
+import shutil
+from pathlib import Path
+
+from metaformer.errors import UserError
+from metaformer.files import fsync
+from metaformer.training.pointers import LAST, write_pointer
+
+
+def try_out(place: Path) -> None:
+    """Do once in a folder what a save does; nothing is left of it.
+
+    Raises:
+        UserError: names what fails.
+    """
+    folder = place / f".probe-{secrets.token_hex(4)}.tmp"
+    written, renamed = folder / "new", folder / "old"
+    step = "making a folder"
+    try:
+        (folder / "checkpoint").mkdir(parents=True)
+        step = "writing a file"
+        for file in (written, renamed):
+            file.write_text(file.name)
+        step = "fsync"
+        fsync(written)
+        fsync(folder)
+        step = "renaming a file over another"
+        written.replace(renamed)
+        if renamed.read_text() != "new":
+            raise OSError(errno.EIO, "the old one is still there")
+        step = "renaming a folder"
+        (folder / "checkpoint").rename(folder / "epoch-001")
+        step = "making a symbolic link, or a file in its place,"
+        write_pointer(folder / LAST, "epoch-001")
+    except OSError as error:
+        raise UserError(
+            f"run_dir: {step} fails in {place} ({error.strerror or error}), which saving needs; give a run_dir on "
+            "another file system"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_room(place: Path, count: int, size: int) -> None:
+    """Refuse a file system that has no room for so many checkpoints of `size` bytes.
+
+    Raises:
+        UserError: says how much is free.
+    """
+    usage = shutil.disk_usage(place)
+    if usage.total and usage.free < count * size:  # some file systems do not say
+        free, each = (f"{number / 2**20:,.0f} MiB" for number in (usage.free, size))
+        checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of about {each}"
+        raise UserError(
+            f"run_dir: {free} are free in {place}, and {checkpoints} must fit; make room, or give another run_dir"
+        )
