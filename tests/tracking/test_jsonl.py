@@ -15,9 +15,9 @@ def row(step: int, kind: str = "train", **figures: Any) -> dict[str, Any]:
     return {"kind": kind, "epoch": 1 + step // 10, "step": step, "samples": 8 * step, **figures}
 
 
-def write(run_dir: Path, resumed_at: int, *new: dict[str, Any]) -> None:
+def write(run_dir: Path, resumed_at: int, *new: dict[str, Any], validated: bool = True) -> None:
     """What a process adds that starts at a step."""
-    tracker = JsonlTracker(run_dir, resumed_at)
+    tracker = JsonlTracker(run_dir, resumed_at, validated)
     for each in new:
         tracker.metrics(each)
     tracker.close(failed=False)
@@ -36,6 +36,19 @@ def test_rows_after_the_resume_point_are_set_aside(tmp_path: Path) -> None:
     assert kept == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 3.0)]
     aside = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.superseded.jsonl")]
     assert aside == [(5, 1.0), (6, 1.0), (7, 2.0)]
+
+
+def test_a_validation_that_is_done_again(tmp_path: Path) -> None:
+    """A checkpoint from before its step's validation: that row and the end's are set aside, in summary.csv too."""
+    old = [row(5, top1=0.0), row(5, "validation", top1=1.0), row(5, "final", top1=1.0)]
+    write(tmp_path, 0, *old)
+    write(tmp_path, 5, validated=False)
+    assert read(tmp_path / "metrics.jsonl") == old[:1]
+    assert read(tmp_path / "metrics.superseded.jsonl") == old[1:]
+    assert (tmp_path / "summary.csv").read_text().strip() == ""
+    write(tmp_path, 5, *old[1:], validated=False)
+    write(tmp_path, 5, validated=True)
+    assert read(tmp_path / "metrics.jsonl") == old
 
 
 def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
