@@ -54,7 +54,9 @@ def _open_trackers(
     run_dir, kept = config.resolved_run_dir, recorded(config)
     changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step)
     steps = settings.epochs * settings.steps_per_epoch
-    console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")
+    console = ConsoleTracker(
+        settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt", status.console_failed
+    )
     for change in changed:
         console.message(f"changed      {change}")
     tracker: Tracker = console

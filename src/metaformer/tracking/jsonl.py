@@ -30,7 +30,8 @@ class JsonlTracker(NullTracker):
     def __init__(self, run_dir: Path, resumed_at: int, validated: bool = False) -> None:
         self._path, self._summary = run_dir / "metrics.jsonl", run_dir / "summary.csv"
         rows = _read(self._path)
-        kept, again = [], []
+        kept: list[Row] = []
+        again: list[Row] = []
         for row in rows:
             done = row["step"] < resumed_at or (row["step"] == resumed_at and (validated or row["kind"] == "train"))
             (kept if done else again).append(row)

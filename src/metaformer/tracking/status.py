@@ -25,6 +25,7 @@ class Status:
         starts_without_progress: starts in a row before this one that began at the same step and crashed.
         started_at_step: the step that this start began at.
         fused: which fused parts this start uses, or why it does not.
+        console: which of stdout and stderr cannot be written any more, and why; empty where both can.
     """
 
     state: str
@@ -33,6 +34,7 @@ class Status:
     starts_without_progress: int
     started_at_step: int
     fused: str = ""
+    console: str = ""
 
 
 class StatusFile:
@@ -66,6 +68,11 @@ class StatusFile:
         failures = self._write()
         if failures:
             raise UserError(failures[0])
+
+    def console_failed(self, what: str) -> None:
+        """Training continues without stdout or stderr."""
+        self._status.console = what
+        self._write()
 
     def end(self, state: str, step: int, reason: str) -> None:
         """The run ends; a disk that refuses the file is no reason to end otherwise."""
