@@ -27,6 +27,7 @@ from metaformer.tracking.tracker import NullTracker, Row, Tracker
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.manifest import read_manifest
 from metaformer.training.saver import CheckpointSaver
+from metaformer.training.state import TrainState
 from metaformer.training.watchdog import Watchdog
 from tests.training.conftest import checkpoint_folder, tiny_network, tiny_state
 from tests.training.test_loop import CPU, Numbers, trainer
@@ -105,9 +106,9 @@ def start(config: TrainConfig, run_dir: Path, fault: Fault, settings: dict[str, 
     saver = CheckpointSaver(checkpoints, CheckpointConfig(background=False), print)
     save = saver.save
 
-    def watched_save(*arguments: Any) -> None:
+    def watched_save(state: TrainState, name: str, is_best: bool) -> None:
         events.pass_by("save")
-        save(*arguments)
+        save(state, name, is_best)
 
     def validate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, Any]:
         events.pass_by("validate")
