@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    runtime.run_program(main, must_print=False)  # the run folder has the result, too

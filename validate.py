@@ -13,10 +13,10 @@ from metaformer.config import ValidateConfig, compose
 
 
 def main() -> None:
-    """Compose, build, evaluate; the last line on stdout is the result as JSON."""
+    """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
     config = compose("validate", ValidateConfig)
     with runtime.start() as ranks, assembly.validation(config, ranks) as evaluate:
-        ranks.print_result(evaluate())
+        evaluate()
 
 
 if __name__ == "__main__":

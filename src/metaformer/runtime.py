@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from metaformer import streams
 from metaformer.errors import Interrupted, UserError
 from metaformer.files import to_json
 
@@ -269,10 +270,19 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def run_program(program: Callable[[], None]) -> None:
-    """Run a program's main function and exit: errors of the user's making end in one line, once, on stderr."""
+def run_program(program: Callable[[], None], must_print: bool = True) -> None:
+    """Run a program's main function and exit: errors of the user's making end in one line, once, on stderr.
+
+    Nothing that is printed meanwhile raises an error (`streams.guard`).
+
+    Args:
+        must_print: what the program prints is its result, and where that cannot be written it has failed; else a
+            warning says so.
+    """
+    streams.guard()
     try:
         program()
+        _check_printed(must_print)
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
     except Interrupted as error:
@@ -283,6 +293,22 @@ def run_program(program: Callable[[], None]) -> None:
         os._exit(1)  # as in _fail
     except KeyboardInterrupt:
         _fail("error: interrupted", 128 + signal.SIGINT)
+
+
+def _check_printed(must_print: bool) -> None:
+    """Say that stdout could not be written.
+
+    Raises:
+        UserError: it must be.
+    """
+    sys.stdout.flush()
+    reason = streams.failures().get(streams.STDOUT)
+    if reason is None:
+        return
+    text = f"stdout: cannot be written ({reason}), and what was printed is not complete"
+    if must_print:
+        raise UserError(f"{text}; files that were asked for are; print to a place with room and a reader")
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:

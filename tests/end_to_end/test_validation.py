@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import validate
 from metaformer.errors import UserError
 from metaformer.evaluation.results import HEADER
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, VAL_IMAGES, launch
+from tests.conftest import QUICK, REPOSITORY, VAL_IMAGES, launch
 
 Run = Callable[..., dict[str, Any]]
 
@@ -89,6 +91,37 @@ def test_outputs_that_are_no_numbers(
     result = json.loads(line)
     assert (result["top1"], result["top5"], result["loss"], result["images"]) == (None, None, None, VAL_IMAGES)
     assert not table.exists()
+
+
+def test_a_results_file_is_checked_first(
+    images: Path, weights: Path, tmp_path: Path, run_program: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another header ends validate.py before the evaluation; a disk that is full after it takes only the file away."""
+    command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", "workers=0")
+    (tmp_path / "other.csv").write_text("model,top1\n")
+    with pytest.raises(UserError, match=r"results_csv=\S+other\.csv: another header"):
+        run_program("validate", *command, f"results_csv={tmp_path / 'other.csv'}")
+    printed = capsys.readouterr()
+    assert (printed.out, "weights  " in printed.err) == ("", False), "nothing has been loaded"
+    with pytest.raises(UserError, match=r"results_csv=/dev/full: cannot be written \(No space left on device\)"):
+        run_program("validate", *command, "results_csv=/dev/full")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == VAL_IMAGES
+
+
+def test_a_result_that_cannot_be_printed(images: Path, weights: Path, tmp_path: Path) -> None:
+    """stdout on a full disk: the result is in its file, one line says what is missing, and so does the exit code."""
+    command = [f"checkpoint={weights}", f"data.root={images}", "image_size=32", "workers=0"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "validate.py"), *command, f"results_csv={tmp_path / 'table.csv'}"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: stdout: cannot be written (No space left on device)")
+    assert "Traceback" not in done.stderr
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert [row["images"] for row in csv.DictReader(file)] == [str(VAL_IMAGES)]
 
 
 def test_finds_the_weights_of_a_run(images: Path, tmp_path: Path, run_program: Run) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.evaluation.results import HEADER, TIMMS_HEADER, append_result
+from metaformer.evaluation.results import HEADER, TIMMS_HEADER, append_result, check_results
 
 ROW: dict[str, str | int | float] = {
     "model": "poolformer_s12", "img_size": 224, "top1": 77.2284, "top5": 93.5, "param_count": 11_915_176,
@@ -51,9 +51,10 @@ def test_another_header_is_refused(tmp_path: Path, header: str) -> None:
     """A CSV of something else, or without our columns, is named in one line and left as it is."""
     path = tmp_path / "table.csv"
     path.write_text(f"{header}\nx,1\n")
-    with pytest.raises(UserError, match=rf"results_csv=\S+table\.csv: another header \({header[:80]}\)") as caught:
-        append_result(path, ROW)
-    assert "\n" not in str(caught.value)
+    for refuse in (check_results, lambda path: append_result(path, ROW)):
+        with pytest.raises(UserError, match=rf"results_csv=\S+table\.csv: another header \({header[:80]}\)") as caught:
+            refuse(path)
+        assert "\n" not in str(caught.value)
     assert path.read_text() == f"{header}\nx,1\n"
 
 
@@ -61,5 +62,23 @@ def test_unwritable(tmp_path: Path) -> None:
     """A folder in the file's place, or a file in its folder's, ends in one line."""
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "table.csv"):
-        with pytest.raises(UserError, match=r"results_csv=\S+: cannot be written \("):
-            append_result(path, ROW)
+        for refuse in (check_results, lambda path: append_result(path, ROW)):
+            with pytest.raises(UserError, match=r"results_csv=\S+: cannot be written \("):
+                refuse(path)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    """Bytes that are no text end in one line, too."""
+    (tmp_path / "weights").write_bytes(b"\x80\xff" * 100_000)
+    with pytest.raises(UserError, match="another header"):
+        check_results(tmp_path / "weights")
+
+
+def test_checking_changes_nothing(tmp_path: Path) -> None:
+    """A file that is not there yet is not made, one that is stays as it is."""
+    check_results(tmp_path / "results" / "table.csv")
+    assert list((tmp_path / "results").iterdir()) == []
+    append_result(tmp_path / "table.csv", ROW)
+    before = (tmp_path / "table.csv").read_bytes()
+    check_results(tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_bytes() == before

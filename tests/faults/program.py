@@ -53,7 +53,7 @@ def main() -> None:
         sys.argv.append("seed=7")
     if planned.get(0) == "other-code":
         vars(sys.modules["metaformer.assembly.training"])["code_fingerprint"] = lambda: "another"
-    runtime.run_program(train.main)
+    runtime.run_program(train.main, must_print=False)
 
 
 def _strike_in_steps(planned: dict[int, str]) -> None:

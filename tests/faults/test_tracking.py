@@ -14,6 +14,22 @@ from tests.faults.conftest import EPOCHS, INTERRUPTED, STEPS, Start, status
 Undisturbed = Callable[[int], Path]
 
 
+def test_nowhere_to_print(start: Start, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Row 21c: stdout on a full disk: said once in log.txt and status.json; every row is there, the run ends as ever.
+
+    Readers that are gone, stderr, closed descriptors: tests/test_streams.py.
+    """
+    (tmp_path / "job0-0.out").symlink_to("/dev/full")
+    job = start(tmp_path / "run")
+    assert job.wait(60) == [0], job.stderr
+    for kind in ("train", "validation", "final"):
+        assert rows(tmp_path / "run", kind) == rows(undisturbed(1), kind)
+    assert (tmp_path / "run" / "log.txt").read_text().count("ALARM        stdout cannot be written (No space") == 1
+    assert status(tmp_path / "run")["console"] == "stdout cannot be written (No space left on device)"
+    assert job.stderr.startswith("warning: stdout: cannot be written (No space left on device)")
+    assert len(job.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("fault", ["tracker-raises", "tracker-blocks", "tracker-blocks-at-start"])
 def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: Path, fault: str) -> None:
     """Row 21: wandb raises at each row, or never comes back: every row is in metrics.jsonl, the run ends as ever."""

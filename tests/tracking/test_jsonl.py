@@ -16,9 +16,9 @@ def row(step: int, kind: str = "train", **figures: Any) -> dict[str, Any]:
     return {"kind": kind, "epoch": 1 + step // 10, "step": step, "samples": 8 * step, **figures}
 
 
-def write(run_dir: Path, resumed_at: int, *new: dict[str, Any]) -> None:
+def write(run_dir: Path, resumed_at: int, *new: dict[str, Any], validated: bool = True) -> None:
     """What a process adds that starts at a step."""
-    tracker = JsonlTracker(run_dir, resumed_at)
+    tracker = JsonlTracker(run_dir, resumed_at, validated)
     for each in new:
         tracker.metrics(each)
     tracker.close(failed=False)
@@ -49,6 +49,19 @@ def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
     first, second = read(tmp_path / "metrics.jsonl")
     assert (first["loss"], first["ranks"], second["loss"]) == (None, [None, {"wait": None}], None)
     assert (tmp_path / "summary.csv").read_text() == "epoch,step,samples,loss\n1,2,16,\n"
+
+
+def test_a_validation_that_is_done_again(tmp_path: Path) -> None:
+    """A checkpoint from before its step's validation: that row and the end's are set aside, in summary.csv too."""
+    old = [row(5, top1=0.0), row(5, "validation", top1=1.0), row(5, "final", top1=1.0)]
+    write(tmp_path, 0, *old)
+    write(tmp_path, 5, validated=False)
+    assert read(tmp_path / "metrics.jsonl") == old[:1]
+    assert read(tmp_path / "metrics.superseded.jsonl") == old[1:]
+    assert (tmp_path / "summary.csv").read_text().strip() == ""
+    write(tmp_path, 5, *old[1:], validated=False)
+    write(tmp_path, 5, validated=True)
+    assert read(tmp_path / "metrics.jsonl") == old
 
 
 def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:

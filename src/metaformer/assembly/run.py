@@ -13,11 +13,12 @@ from metaformer.errors import Interrupted, UserError
 from metaformer.goodput import Goodput
 from metaformer.runtime import Runtime, status_file_of_launcher
 from metaformer.tracking.console import ConsoleTracker
+from metaformer.tracking.jsonl import ends_with_final
 from metaformer.tracking.make import make_tracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
 from metaformer.tracking.tracker import FanOut, NullTracker, Tracker
-from metaformer.training.state import TrainState
+from metaformer.training.state import Progress, TrainState
 from metaformer.training.surroundings import LoopSettings
 
 
@@ -64,19 +65,33 @@ def _open_trackers(
     run_dir, kept = config.resolved_run_dir, recorded(config)
     changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step)
     steps = settings.epochs * settings.steps_per_epoch
-    console = ConsoleTracker(settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt")
+    console = ConsoleTracker(
+        settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt", status.console_failed
+    )
     for change in changed:
         console.message(f"changed      {change}")
     tracker: Tracker = console
-    if state.progress.epochs_completed >= settings.epochs:
-        console.message(f"complete     {run_dir} has all its {settings.epochs} epochs; nothing is left to train")
+    progress = state.progress
+    complete = _complete(settings, progress)
+    if complete and ends_with_final(run_dir, progress.step):
+        console.message(f"complete     {run_dir} has all its {complete}; nothing is left to train")
     else:
         values: Any = OmegaConf.to_container(kept)
-        tracker = FanOut([make_tracker(config.tracking, run_dir, console, state.progress.step, values), status])
+        tracked = make_tracker(config.tracking, run_dir, console, progress.step, values, progress.validated)
+        tracker = FanOut([tracked, status])
     parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
     parts.push(partial(_record_end, status, state))  # before that, which may take its time
     parts.callback(lambda: console.message(f"time         {goodput.spent()}"))
     return tracker
+
+
+def _complete(settings: LoopSettings, progress: Progress) -> str:
+    """What a run that has been trained and validated to its end has all of; empty for any other."""
+    if not progress.validated:
+        return ""
+    if progress.epochs_completed >= settings.epochs:
+        return f"{settings.epochs} epochs"
+    return f"{settings.max_steps} steps" if settings.max_steps and progress.step >= settings.max_steps else ""
 
 
 def _record_end(

@@ -26,7 +26,7 @@ from metaformer.data.index import ImageIndex, Labels, check_same_classes
 from metaformer.data.label_schemes import class_counts, incompleteness, subset_mask
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
-from metaformer.evaluation.results import append_result
+from metaformer.evaluation.results import append_result, check_results
 from metaformer.evaluation.scoring import Scoring
 from metaformer.models import load_weights
 from metaformer.numa import keep_near_gpu
@@ -38,10 +38,10 @@ from metaformer.training.precision import Precision
 
 @contextmanager
 def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A function that evaluates, writes the results file, and returns what validate.py prints last.
+    """A function that evaluates, prints the result as validate.py's last line, then writes the results file.
 
     Raises:
-        UserError: something that the user gave cannot work.
+        UserError: something that the user gave cannot work, the results file included: nothing is evaluated then.
         Diverged: the network's outputs are not numbers. The result is printed all the same, with null for what could
             not be measured, and has no row in the results file.
     """
@@ -51,6 +51,9 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     notes = [] if trained is None else list(differences(config, trained))
     config, images = resolve(config if trained is None else adopt(config, trained), checkpoint, evaluation=True)
     runtime.check_agreement("the configuration", fingerprint(config))
+    results = None if config.results_csv is None else Path(config.results_csv)
+    if results is not None:
+        runtime.main_only(partial(check_results, results), None)
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
@@ -64,10 +67,21 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     scoring = _scoring(config, index, runtime.device)
 
     def run(feed: Feed) -> dict[str, Any]:
-        """Evaluate, append to the results file if there is one, and return what is printed."""
+        """Evaluate, print, append to the results file if there is one, and return what is printed."""
         accuracy = evaluate(model, feed, precision, runtime, scoring)
-        measured = math.isfinite(accuracy.loss)
-        if config.results_csv is not None and measured:
+        scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
+        if config.data.quarantine is not None:
+            scored["quarantined"] = index.quarantined
+        settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
+        names = {"model": config.model.name, "data": config.data.name}
+        result = {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
+        if not math.isfinite(accuracy.loss):
+            runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
+            raise Diverged(
+                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model, precision)}"
+            )
+        runtime.print_result(result)  # first: a disk that refuses the file takes no result away
+        if results is not None:
             row: dict[str, str | int | float] = {
                 "model": config.model.name,
                 "img_size": images.image_size,
@@ -82,19 +96,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
                 "data": config.data.name,
                 "checkpoint": weights.name,
             }
-            path = Path(config.results_csv)
-            runtime.main_only(lambda: append_result(path, row), None)
-        scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
-        if config.data.quarantine is not None:
-            scored["quarantined"] = index.quarantined
-        settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
-        names = {"model": config.model.name, "data": config.data.name}
-        result = {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
-        if not measured:
-            runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
-            raise Diverged(
-                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model, precision)}"
-            )
+            runtime.main_only(partial(append_result, results, row), None)
         return result
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:

@@ -120,8 +120,8 @@ def _read_torch(file: BinaryIO, use_ema: bool) -> Weights:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
-                f"refused, and not executed: it would call {printable(refused[1], 100)}; only tensors and plain values are "
-                "read: if you trust the file, save its state dict alone"
+                f"refused, and not executed: it would call {printable(refused[1], 100)}; only tensors and plain values "
+                "are read: if you trust the file, save its state dict alone"
             ) from error
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         line = next(iter(reason.strip().splitlines()), type(error).__name__)

@@ -1,11 +1,13 @@
 """Progress for people: a bar where stdout is a terminal, else a plain line at each log row; both also in log.txt."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from metaformer import streams
 from metaformer.tracking.line_file import LineFile
 from metaformer.tracking.tracker import NullTracker, Row
 
@@ -16,11 +18,20 @@ class ConsoleTracker(NullTracker):
     Args:
         epochs, steps: of the whole run, for the progress and the time left.
         log_file: gets every line with its time.
+        alarm: gets a line when stdout or stderr cannot be written any more; so does the log file.
     """
 
-    def __init__(self, epochs: int, steps: int, samples_per_step: int, log_file: Path) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        samples_per_step: int,
+        log_file: Path,
+        alarm: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._epochs, self._steps, self._samples_per_step = epochs, steps, samples_per_step
-        self._log = LineFile(log_file)
+        self._log, self._alarm = LineFile(log_file), alarm
+        self._failures: dict[str, str] = {}
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -32,6 +43,7 @@ class ConsoleTracker(NullTracker):
     def message(self, text: str) -> None:
         self._console.print(text, markup=False)
         self._write(text)
+        self._note_failures()
 
     def metrics(self, row: Row) -> None:
         if row["kind"] == "train":
@@ -43,10 +55,12 @@ class ConsoleTracker(NullTracker):
                 self._bar.update(self._task, completed=row["step"], description=line)
         elif row["kind"] == "validation":
             self.message(_validation_line(row))
+        self._note_failures()
 
     def close(self, failed: bool) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._note_failures()
         self._log.close()
 
     def _train_line(self, row: Row) -> str:
@@ -58,6 +72,15 @@ class ConsoleTracker(NullTracker):
             f"{row['images_per_second']:.0f} images/s  wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}{skipped}{memory}"
         )
+
+    def _note_failures(self) -> None:
+        """Say once of stdout and of stderr that it cannot be written any more."""
+        failures = streams.failures()
+        if failures != self._failures:
+            said = "; ".join(f"{name} cannot be written ({reason})" for name, reason in failures.items())
+            self._write(f"ALARM        {said}; training continues, this file has all lines of the run")
+            self._alarm(said)
+            self._failures = failures
 
     def _write(self, line: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")

@@ -18,20 +18,29 @@ from metaformer.tracking.tracker import NullTracker, Row
 class JsonlTracker(NullTracker):
     """Appends to RUN/metrics.jsonl and rewrites RUN/summary.csv after each validation.
 
-    Rows after step `resumed_at`, left by a run that died after its last checkpoint, go to metrics.superseded.jsonl:
-    their steps are done again.
+    Rows that training writes again, left by a run that died after its last checkpoint, go to metrics.superseded.jsonl:
+    those after step `resumed_at`, and the validation and final rows of that step unless the checkpoint is `validated`.
+
+    Args:
+        resumed_at: the checkpoint's step; 0 at the beginning.
+        validated: the checkpoint was saved after the validation of its step.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+    def __init__(self, run_dir: Path, resumed_at: int, validated: bool = False) -> None:
         self._path, self._summary = run_dir / "metrics.jsonl", run_dir / "summary.csv"
         rows = _read(self._path)
-        kept = [row for row in rows if row["step"] <= resumed_at]
-        if len(kept) < len(rows):
-            superseded = _read(run_dir / "metrics.superseded.jsonl") + [r for r in rows if r["step"] > resumed_at]
-            _write(run_dir / "metrics.superseded.jsonl", superseded)
+        kept: list[Row] = []
+        again: list[Row] = []
+        for row in rows:
+            done = row["step"] < resumed_at or (row["step"] == resumed_at and (validated or row["kind"] == "train"))
+            (kept if done else again).append(row)
+        if again:
+            _write(run_dir / "metrics.superseded.jsonl", _read(run_dir / "metrics.superseded.jsonl") + again)
         if self._path.exists():  # also without a last line that was half written
             _write(self._path, kept)
         self._validations = [row for row in kept if row["kind"] == "validation"]
+        if self._summary.exists():
+            write_text_whole(self._summary, _csv(self._validations))
         self._file = LineFile(self._path)
 
     def metrics(self, row: Row) -> None:
@@ -46,6 +55,12 @@ class JsonlTracker(NullTracker):
 
     def close(self, failed: bool) -> None:
         self._file.close()
+
+
+def ends_with_final(run_dir: Path, step: int) -> bool:
+    """Whether the last row of RUN/metrics.jsonl is the final one of a run that ended at this step."""
+    rows = _read(run_dir / "metrics.jsonl")
+    return bool(rows) and (rows[-1]["kind"], rows[-1]["step"]) == ("final", step)
 
 
 def _read(path: Path) -> list[Row]:

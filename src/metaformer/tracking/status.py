@@ -33,6 +33,7 @@ class Status:
         starts: of the run.
         seconds: where its time went, over all starts.
         unsaved: of these seconds, what no checkpoint holds.
+        console: which of stdout and stderr cannot be written any more, and why; empty where both can.
     """
 
     state: str
@@ -45,6 +46,7 @@ class Status:
     starts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     unsaved: dict[str, float] = field(default_factory=dict)
+    console: str = ""
 
 
 class StatusFile(NullTracker):
@@ -89,6 +91,11 @@ class StatusFile(NullTracker):
             self._updated = time.monotonic()
             self._status.step = row["step"]
             self._write()
+
+    def console_failed(self, what: str) -> None:
+        """Training continues without stdout or stderr."""
+        self._status.console = what
+        self._write()
 
     def end(self, state: str, step: int, reason: str) -> None:
         """The run ends; a disk that refuses the file is no reason to end otherwise."""

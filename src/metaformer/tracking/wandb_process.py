@@ -6,8 +6,10 @@ Started by `BackgroundTracker` with the number of the file descriptor on which c
 import sys
 from multiprocessing.connection import Connection
 
+from metaformer import streams
 from metaformer.tracking.service import Server
 from metaformer.tracking.wandb import WandbTracker
 
 if __name__ == "__main__":
+    streams.guard()
     Server(Connection(int(sys.argv[1])), WandbTracker()).run()

@@ -95,21 +95,20 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         progress, settings = self.state.progress, self.settings
-        started_at = progress.step
         self.goodput.enter(TRAINING)
         while progress.epochs_completed < settings.epochs and not self._stopped():
             self._train_epoch()
             if progress.steps_in_epoch == settings.steps_per_epoch:
                 self._complete_epoch()
-        if progress.last_validation.get("step") != progress.step:  # stopped in the middle of an epoch
+        if not progress.validated:  # stopped in the middle of an epoch
             progress.last_validation = self._validation_row("final")
             self._save(f"step-{progress.step:08d}")
         self._finish_saving()
         self._interruption.settle()
-        if progress.step > started_at:  # not for a run that was complete before
-            self.tracker.metrics(progress.last_validation | {"kind": "final"})
-            for folder, aliases in self.saver.folder.pointed().items():
-                self.tracker.checkpoint(folder, aliases)
+        for folder, aliases in self.saver.folder.pointed().items():
+            self.tracker.checkpoint(folder, aliases)
+        # Last: a run whose rows end without it is not complete, and does all of this again when it is resumed.
+        self.tracker.metrics(progress.last_validation | {"kind": "final"})
         return progress.last_validation
 
     def _stopped(self) -> bool:

@@ -34,6 +34,11 @@ class Progress:
     best: Best = field(default_factory=Best)
     last_validation: dict[str, Any] = field(default_factory=dict)  # the row that was logged
 
+    @property
+    def validated(self) -> bool:
+        """Whether the weights as they are have been validated."""
+        return self.last_validation.get("step") == self.step
+
 
 @dataclass(frozen=True)
 class Snapshot:
