@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import pwd
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from metaformer.files import to_json, write_text_whole, write_whole
+from metaformer.errors import UserError
+from metaformer.files import cache_folder, check_output, to_json, write_text_whole, write_whole
 
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
@@ -61,3 +65,53 @@ def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_whole(path, write)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
+    """A folder, a device, a folder that is not there or is none: one line each. What can be written stays as it is."""
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new"):
+        check_output("--json", tmp_path / name)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("old", "old")]
+    for file, reason in {
+        tmp_path: "not a file", Path("/dev/null"): "not a file", tmp_path / "gone" / "x": "cannot be written (No such",
+        tmp_path / "old" / "x": "cannot be written (Not a directory", tmp_path / ("x" * 300): "cannot be written (File",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            check_output("--json", file)
+        assert str(caught.value).startswith(f"--json={file}: {reason}")
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user whom this machine does not know, as in a container; returns the folder for temporary files."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_cache_without_a_home(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is this user's alone, the same at each start, and none that another user has made or linked there."""
+    folder = cache_folder()
+    assert folder == cache_folder() == homeless / f"metaformer-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(homeless)
+    with pytest.raises(UserError, match=r"belongs to another user, .*; set XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(homeless / "given"))
+    assert cache_folder() == homeless / "given" / "metaformer"
+
+
+def test_no_other_place_asks_for_the_home_folder() -> None:
+    """Path.home() raises an error where there is none: only `cache_folder` calls it."""
+    sources = Path(__file__).parents[1]
+    command = ["grep", "-rlE", r"Path\.home\(|\.expanduser\(\)", "--include=*.py", "src", "scripts"]
+    found = subprocess.run(command, cwd=sources, capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["src/metaformer/files.py"]

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.errors import UserError
-from metaformer.runtime import Process, Runtime, keep_freed_memory, start
+from metaformer.runtime import Process, Runtime, keep_freed_memory, run_program, start
 from tests.ranks import on_ranks
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
@@ -146,6 +147,51 @@ def test_a_launcher_that_dies(tmp_path: Path, launcher_said: bool) -> None:
             os.kill(rank, signal.SIGKILL)
     if launcher_said:
         assert (tmp_path / "ended").read_text() == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: not a whole number"),
+        ({"RANK": "1.5"}, "RANK=1.5: not a whole number"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE=two: not a whole number"),
+        ({"GROUP_RANK": "a"}, "GROUP_RANK=a: not a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2: ranks count from 0"),
+        ({"WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0: ranks count from 0"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2: .* MASTER_ADDR expected"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "WORLD_SIZE=2: .*'x'"),
+    ],
+)
+def test_variables_that_no_launcher_sets(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str) -> None:
+    """One line that names the variable, its value, and what to do."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said) as caught, start():
+        pass
+    assert "start with torchrun" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def report_bad_rank(folder: Path) -> None:
+    """A program of a rank that is no number."""
+    sys.stderr = (folder / "stderr").open("w")
+    os.environ["RANK"] = "x"
+
+    def program() -> None:
+        with start():
+            pass
+
+    run_program(program)
+
+
+def test_an_error_about_the_rank_itself(tmp_path: Path) -> None:
+    """It is reported like any other, though a report begins with asking for the rank."""
+    process = FORK.Process(target=report_bad_rank, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 2
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.startswith("error: RANK=x: not a whole number; start with torchrun")
 
 
 def average_gradients(runtime: Runtime) -> dict[bool, Tensor]:

@@ -6,9 +6,12 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from metaformer.errors import UserError
 
 
 def fsync(path: Path) -> None:
@@ -77,3 +80,49 @@ def null_where_not_finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [null_where_not_finite(item) for item in value]
     return value
+
+
+def check_output(option: str, file: Path) -> None:
+    """Find out before long work whether `write_whole` will be able to put a file there; nothing is changed.
+
+    Args:
+        option: what the user gave it as, for the error.
+
+    Raises:
+        UserError: its folder is not there or cannot be written, or something that is no file has its name.
+    """
+    probe = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        if file.exists() and not file.is_file():
+            raise UserError(f"{option}={file}: not a file; give another name")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option}={file}: cannot be written ({error.strerror or error}); give another place"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/metaformer or ~/.cache/metaformer: for what can be downloaded or computed again.
+
+    A user without a home, as an unknown number in a container is, has one in the folder for temporary files.
+
+    Raises:
+        UserError: there, another user has taken its name.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given) / "metaformer"
+    try:
+        return Path.home() / ".cache" / "metaformer"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"metaformer-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owned = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+    except OSError:  # whoever writes there gets the error
+        return folder
+    if not owned:
+        raise UserError(f"{folder}: belongs to another user, and this one has no home folder; set XDG_CACHE_HOME")
+    return folder

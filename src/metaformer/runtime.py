@@ -27,6 +27,7 @@ from metaformer.files import to_json
 T = TypeVar("T")
 
 _GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
+START_RANKS = "start with torchrun, which sets it, or unset it"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -229,9 +230,11 @@ def start(
         patience: see `Runtime`.
 
     Raises:
-        UserError: more ranks on this node than GPUs.
+        UserError: more ranks on this node than GPUs, or the launcher's variables are not what torchrun sets.
     """
     world_size, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}: ranks count from 0 to WORLD_SIZE - 1; {START_RANKS}")
     local_rank, local_world_size = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
@@ -286,7 +289,7 @@ def run_program(program: Callable[[], None], must_print: bool = True) -> None:
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
     except Interrupted as error:
-        _leave(f"interrupted: {error}" if _variable("RANK", 0) == 0 else "", error.exit_code)  # said once
+        _leave(f"interrupted: {error}" if _rank() == 0 else "", error.exit_code)  # said once
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
@@ -327,7 +330,12 @@ def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> No
 
 
 def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    except ValueError as error:  # rank 0's address is missing, or is none
+        raise UserError(
+            f"WORLD_SIZE={_variable('WORLD_SIZE', 1)}: {' '.join(str(error).split())}; {START_RANKS}"
+        ) from error
     if single_node:
         # What torchrun starts again would find the addresses of its dead predecessors: all starts share one store. Not
         # over several nodes: there each torchrun counts its own restarts.
@@ -351,7 +359,7 @@ def status_file_of_launcher() -> Path | None:
 
 def _fail(message: str, exit_code: int) -> None:
     """Report and exit. Most errors are every rank's: the others wait for rank 0 to say it and be ended by torchrun."""
-    rank = _variable("RANK", 0)
+    rank = _rank()
     if rank > 0:
         time.sleep(_GRACE_FOR_RANK_0)
         kind, _, rest = message.partition(": ")
@@ -367,5 +375,17 @@ def _leave(message: str, exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+def _rank() -> int:
+    """For whoever reports an error, which may be that this is no number."""
+    try:
+        return _variable("RANK", 0)
+    except UserError:
+        return 0
+
+
 def _variable(name: str, default: int) -> int:
-    return int(os.environ.get(name) or default)  # some launchers set all of them, and leave some empty
+    given = os.environ.get(name) or default  # some launchers set all of them, and leave some empty
+    try:
+        return int(given)
+    except ValueError as error:
+        raise UserError(f"{name}={given}: not a whole number; {START_RANKS}") from error

@@ -15,7 +15,7 @@ STDOUT, STDERR = "stdout", "stderr"
 
 
 class FailSafeFile(io.FileIO):
-    """A file descriptor that is written until that fails; everything after that is dropped.
+    """The file descriptor of a stream, written until that fails; everything after that is dropped.
 
     Nothing is left in the buffers above it: Python's own flush at exit would turn the exit code into 120.
 
@@ -23,7 +23,10 @@ class FailSafeFile(io.FileIO):
         failure: why it cannot be written; None as long as it can.
     """
 
-    failure: str | None = None
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self.failure: str | None = None
+        self._stream = stream  # which would close the descriptor when nobody has it any more
 
     def write(self, content: Any, /) -> int:
         if self.failure is None:
@@ -63,7 +66,7 @@ def _guarded(name: str, stream: TextIO | None) -> TextIO:
         return Path(os.devnull).open("w", encoding="utf-8", errors="replace")
     with suppress(OSError):
         stream.flush()
-    _files[name] = FailSafeFile(stream.fileno(), "w", closefd=False)
+    _files[name] = FailSafeFile(stream)
     errors = "backslashreplace" if stream.errors == "strict" else stream.errors
     # Unbuffered where Python was asked for that (python -u) means at each line here.
     by_line = stream.line_buffering or getattr(stream, "write_through", False)

@@ -7,7 +7,6 @@ user's cache folder where the data is read-only.
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from numpy.lib.format import open_memmap
 
 from metaformer.data.scan import Scan
 from metaformer.data.shards import ShardScan
-from metaformer.files import write_text_whole
+from metaformer.files import cache_folder, write_text_whole
 
 FORMAT = 5
 
@@ -118,8 +117,7 @@ def _map(kind: type[Kept], known: dict[str, Any], arrays: Path) -> Kept:
 
 
 def _places(root: Path) -> list[Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaformer"
-    return [root / ".metaformer", home / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]]
+    return [root / ".metaformer", cache_folder() / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]]
 
 
 def _name(split: str) -> str:

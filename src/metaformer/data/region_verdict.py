@@ -1,14 +1,13 @@
 """Whether a GPU decodes regions of JPEGs, found out once for a GPU and the installed DALI, and remembered."""
 
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaformer.files import write_text_whole
+from metaformer.files import cache_folder, write_text_whole
 
 WORKS = "works"
 TIMEOUT = 120.0  # seconds; the check takes a few
@@ -54,5 +53,4 @@ def _file(name: str) -> Path:
     """Of the user's cache folder, named by the GPU's model and the versions of what decodes."""
     installed = [(str(package.metadata["Name"]), package.version) for package in importlib.metadata.distributions()]
     versions = sorted({f"{package} {version}" for package, version in installed if PACKAGES.match(package.lower())})
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "metaformer" / f"region-decode {re.sub(r'[^A-Za-z0-9.]+', '-', ' '.join([name, *versions]))}.txt"
+    return cache_folder() / f"region-decode {re.sub(r'[^A-Za-z0-9.]+', '-', ' '.join([name, *versions]))}.txt"

@@ -11,7 +11,6 @@ What is in a cache is used without asking the network.
 """
 
 import hashlib
-import os
 import re
 import sys
 import zipfile
@@ -33,7 +32,7 @@ from huggingface_hub.errors import (
 )
 
 from metaformer.errors import UserError, printable, unknown_name
-from metaformer.files import write_text_whole, write_whole
+from metaformer.files import cache_folder, write_text_whole, write_whole
 from metaformer.models.weight_reader import check_archive, read_weights
 
 OFFICIAL, HUB = "official:", "hf:"
@@ -82,7 +81,7 @@ def download_weights(name: str, field: str = "weights") -> Path:
 
 def weights_cache() -> Path:
     """The folder of the authors' files: $XDG_CACHE_HOME/metaformer/weights, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaformer" / "weights"
+    return cache_folder() / "weights"
 
 
 def _official_file(stem: str) -> Path:
