@@ -1,9 +1,8 @@
-"""Ranks that agree, over gloo between real processes, and what becomes of one whose launcher dies."""
+"""Ranks that agree, over gloo between real processes."""
 
 import multiprocessing
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -98,55 +97,6 @@ def test_ranks_that_differ_are_refused() -> None:
     for error in on_ranks(disagree):
         assert isinstance(error, UserError)
         assert str(error).startswith("rank 1: the configuration differs from rank 0's;")
-
-
-def rank_of(launcher_said: bool, folder: Path) -> None:
-    """A rank: it says that it has begun, and what ends it."""
-    os.environ.pop("TORCHELASTIC_RUN_ID", None)
-    if launcher_said:
-        os.environ["TORCHELASTIC_RUN_ID"] = "run"
-
-    def end(number: int, frame: Any) -> None:
-        (folder / "ended").write_text(signal.Signals(number).name)
-        os._exit(0)
-
-    signal.signal(signal.SIGTERM, end)
-    with start():
-        (folder / "pid").write_text(str(os.getpid()))
-        (folder / "pid").rename(folder / "begun")
-        time.sleep(20)
-
-
-def launcher(launcher_said: bool, folder: Path) -> None:
-    """A launcher, which does nothing but start a rank."""
-    rank = FORK.Process(target=rank_of, args=(launcher_said, folder))
-    rank.start()
-    rank.join()
-
-
-def appears(file: Path, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return file.exists()
-
-
-@pytest.mark.parametrize("launcher_said", [True, False])
-def test_a_launcher_that_dies(tmp_path: Path, launcher_said: bool) -> None:
-    """Killed by SIGKILL, torchrun's ranks get SIGTERM; what no torchrun has started goes on."""
-    process = FORK.Process(target=launcher, args=(launcher_said, tmp_path))
-    process.start()
-    assert appears(tmp_path / "begun", 20)
-    rank = int((tmp_path / "begun").read_text())
-    try:
-        process.kill()
-        process.join()
-        assert appears(tmp_path / "ended", 10 if launcher_said else 0.5) == launcher_said
-    finally:
-        if not launcher_said:
-            os.kill(rank, signal.SIGKILL)
-    if launcher_said:
-        assert (tmp_path / "ended").read_text() == "SIGTERM"
 
 
 @pytest.mark.parametrize(
