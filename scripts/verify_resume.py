@@ -231,7 +231,7 @@ def _steps(metrics: Path) -> int:
 
 
 def _saved_step(run_dir: Path) -> int:
-    last = run_dir / "checkpoints" / "last"
+    last = follow(run_dir / "checkpoints" / "last")
     if not last.exists():
         return 0
     step: int = torch.load(last / "trainer.pt", weights_only=True)["progress"]["step"]
