@@ -10,9 +10,8 @@ import math
 import sys
 from pathlib import Path
 
-from metaformer.errors import UserError
 from metaformer.files import write_text_whole
-from metaformer.tracking.line_file import LineFile
+from metaformer.tracking.line_file import LineFile, read_objects
 from metaformer.tracking.tracker import NullTracker, Row
 
 
@@ -50,17 +49,7 @@ class JsonlTracker(NullTracker):
 
 
 def _read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):  # a last line may be half written; any other is not ours
-                raise UserError(f"{path}: line {number} is not JSON; move the file away") from error
-    return rows
+    return read_objects(path, {"kind": str, "epoch": int, "step": int, "samples": int}, may_end_within=True)
 
 
 def _write(path: Path, rows: list[Row]) -> None:

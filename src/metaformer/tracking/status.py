@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,11 @@ class StatusFile:
         in_vain = 0
         if before is not None and before.state in (RUNNING, FAILED) and before.started_at_step == step:
             in_vain = before.starts_without_progress + 1
-        if in_vain >= most_in_vain:
+        if before is not None and in_vain >= most_in_vain:
+            reason = " ".join(before.reason.split()) or "killed"
             raise UserError(
                 f"{self._file}: {in_vain} starts in a row have ended without a checkpoint after step {step} (the last: "
-                f"{before.reason or 'killed' if before else ''}); mend the cause, then remove this file to start again"
+                f"{reason}); mend the cause, then remove this file to start again"
             )
         self._status = Status(RUNNING, step, "", in_vain, step, fused)
         failures = self._write()
@@ -76,11 +77,17 @@ class StatusFile:
     def _read(self) -> Status | None:
         try:
             content: dict[str, Any] = json.loads(self._file.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("not an object")
             content.pop("time")
-            return Status(**content)
+            status = Status(**content)
+            for field in fields(status):
+                if type(getattr(status, field.name)) is not field.type:
+                    raise ValueError(f"{field.name} is of another type")
+            return status
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self._file}: damaged ({reason}); remove it to start again") from error
 
