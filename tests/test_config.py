@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from metaformer.config import TrainConfig, compose, fingerprint, recorded
+from metaformer.config import TrainConfig, compose, fingerprint, freeze, recorded
+from metaformer.errors import UserError
 
 SECRET = "canary-7f3a"
 Compose = Callable[..., TrainConfig]
@@ -78,3 +79,41 @@ def test_ranks_compare_the_values(composed: Compose, monkeypatch: pytest.MonkeyP
     other = composed("tracking.entity='${oc.env:CANARY}'")
     assert recorded(one) == recorded(other)
     assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.mark.parametrize("literal", ["${x}", "a\\${x}b", "\\\\${oc.env:HOME}", "${", "a\\b"])
+def test_a_literal_interpolation(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, literal: str
+) -> None:
+    """A text with `${` in it, escaped on the command line or a variable's value, comes back from all that is kept."""
+    monkeypatch.setenv("IMAGENET_DIR", f"/{literal}")
+    escaped = literal if "${" not in literal else literal.replace("\\", "\\\\").replace("${", "\\${")
+    config = composed("model.crop_pct=0.9", f"run_dir='{tmp_path}/{escaped}'")
+    assert config.resolved_run_dir == tmp_path / literal
+    config.tracking.name = literal  # as what code sets
+    assert OmegaConf.create(OmegaConf.to_yaml(recorded(config))).run_dir == f"{tmp_path}/{literal}"
+
+    (tmp_path / "frozen.yaml").write_text(freeze(config))
+    frozen = composed(f"--config-dir={tmp_path}", "--config-name=frozen")
+    assert frozen.data.root == config.data.root == f"/{literal}"
+    assert frozen.tracking.name == literal
+    assert frozen.run_dir == config.run_dir
+    assert fingerprint(frozen) == fingerprint(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (f"seed={10**30}", f"seed={10**30}: too large; must be less than 2^63"),
+        (f"workers={2**63}", f"workers={2**63}: too large; must be less than 2^63"),
+        ("run_dir='a\nb'", r"run_dir: has the control character '\n'; leave it out"),
+        ("run_dir='a\0b'", r"run_dir: has the control character '\x00'; leave it out"),
+        ("data.root='a\0b'", r"data.root: has the control character '\x00'; leave it out"),
+        ("tracking.tags=[a,'\x1b[2J']", r"tracking.tags.1: has the control character '\x1b'; leave it out"),
+    ],
+)
+def test_values_of_no_use(composed: Compose, override: str, expected: str) -> None:
+    """A number that no program takes, and a text that is no path and no line, are refused by the field's name."""
+    with pytest.raises(UserError) as caught:
+        composed(override)
+    assert str(caught.value) == expected

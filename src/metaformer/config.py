@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import PrecisionConfig
 from metaformer.training.schedule import ScheduleConfig
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 CONF_FOLDER = Path(__file__).parents[2] / "conf"
 
 
@@ -213,6 +216,7 @@ def freeze(config: TrainConfig) -> str:
 def _typed(values: DictConfig) -> Any:
     """The dataclasses that composed values mean, checked."""
     config: Any = OmegaConf.to_object(values)
+    _refuse_values_of_no_use(config)
     _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
     config.from_environment = dict(_from_environment(values))
     return config
@@ -226,6 +230,19 @@ def _refuse_added_fields(config: Any, values: Any, parent: str = "") -> None:
             raise UserError(f"{parent}{name}: no such field; known: {', '.join(known)}")
         if dataclasses.is_dataclass(getattr(config, name)):
             _refuse_added_fields(getattr(config, name), value, f"{parent}{name}.")
+
+
+def _refuse_values_of_no_use(value: Any, name: str = "") -> None:
+    """No number needs more than 64 bits, and no text a control character: neither torch nor a path takes them."""
+    if dataclasses.is_dataclass(value):
+        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_values_of_no_use(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, str) and (found := _CONTROL.search(value)):
+        raise UserError(f"{name}: has the control character {found[0]!r}; leave it out")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{name}={value}: too large; must be less than 2^63")
 
 
 def _store_schemas() -> None:
@@ -269,7 +286,7 @@ def _explain_value(error: OmegaConfBaseException) -> str:
 
 def recorded(config: CommonConfig) -> DictConfig:
     """The whole configuration as it may be kept: what came out of the environment stands there as `${oc.env:NAME}`."""
-    values = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    values = OmegaConf.create(_plain(config))
     assert isinstance(values, DictConfig)
     for key, given in config.from_environment.items():
         OmegaConf.update(values, key, given)
@@ -278,7 +295,21 @@ def recorded(config: CommonConfig) -> DictConfig:
 
 def fingerprint(config: CommonConfig) -> str:
     """Equal for equal configurations, values from the environment included."""
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode()).hexdigest()
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(_plain(config))).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as nested dicts and lists that OmegaConf reads as these very values: no text interpolates."""
+    if dataclasses.is_dataclass(value):
+        kept = (field.name for field in dataclasses.fields(value) if not field.metadata.get("omegaconf_ignore"))
+        return {name: _plain(getattr(value, name)) for name in kept}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value.name if isinstance(value, Enum) else value
 
 
 def _from_environment(values: DictConfig) -> Iterator[tuple[str, str]]:

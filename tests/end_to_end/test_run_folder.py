@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from metaformer.errors import UserError
+from metaformer.training.checkpoint import CheckpointFolder
+from metaformer.training.state import Snapshot
 from tests.conftest import QUICK, rows
 
 Run = Callable[..., dict[str, Any]]
@@ -40,3 +43,23 @@ def test_without_links_and_copied(
     assert [row["step"] for row in rows(copy.parent)] == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in copy.iterdir()) == ["best", "epoch-001", "last", "step-00000005"]
     assert (copy / "last").readlink() == Path("epoch-001")
+
+
+def test_the_lock_file_goes(images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed between two saves, it is there again, and the log says so; replaced, training ends without saving."""
+    run_dir = tmp_path / "run"
+    lock, save = run_dir / "lock", CheckpointFolder.save
+
+    def remove_after(self: CheckpointFolder, snapshot: Snapshot, name: str, is_best: bool) -> Path:
+        saved = save(self, snapshot, name, is_best)
+        lock.unlink()
+        if name == "step-00000003":
+            lock.touch()
+        return saved
+
+    monkeypatch.setattr(CheckpointFolder, "save", remove_after)
+    options = ("epochs=1", "checkpoint.every_steps=1", "checkpoint.background=false")
+    with pytest.raises(UserError, match=rf"^{lock}: was replaced during the run: another run has started"):
+        run_program("train", f"data.root={images}", *SMALL, *options, f"run_dir={run_dir}")
+    assert (run_dir / "log.txt").read_text().count(f"{lock} was removed during the run; it has been locked again") == 2
+    assert (run_dir / "checkpoints" / "last").readlink() == Path("step-00000003")

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from metaformer.config import CommonConfig, ValidateConfig
 from metaformer.errors import UserError
 from metaformer.models.config import CropMode, Library, ModelConfig
 from metaformer.models.preprocessing import Preprocessing, resolve_preprocessing
+from metaformer.tracking.run_folder import parse_config
 
 C = TypeVar("C", bound=CommonConfig)
 FIELDS = ("crop_pct", "interpolation", "crop_mode", "mean", "std")  # of ModelConfig
@@ -64,10 +64,13 @@ def find_run(checkpoint: str) -> TrainedRun | None:
         if not ((folder / "checkpoints").is_dir() and file.is_file()):
             continue
         try:
-            values: Any = OmegaConf.load(file)
+            values: Any = OmegaConf.create(parse_config(file.read_bytes()))
             model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values.model))
-            return TrainedRun(folder, model, values.image_size)
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
+            image_size = values.image_size
+            if image_size is not None and type(image_size) is not int:
+                raise ValueError(f"image_size: {image_size!r} is no number of pixels")
+            return TrainedRun(folder, model, image_size)
+        except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{file}: not the configuration of a run ({reason}); give a file of weights") from error
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metaformer.errors import UserError
@@ -20,6 +21,11 @@ FREE = (
     "resume", "eval_batch_size", "accumulation_steps", "channels_last", "compile", "log_every_steps", "max_steps",
 )  # fmt: skip
 Settings = dict[str, Any]  # dotted names to values
+# What a damaged file of a run folder raises.
+_DAMAGE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, YAMLError,
+    OmegaConfBaseException,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> Outcome:
         return Outcome()
     try:
         return _read_run(folder, flatten(recipe))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+    except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Outcome(source=folder, note=f"damaged: {reason}")
 

@@ -5,13 +5,11 @@ A full disk does not stop training: rows wait until they can be written (`LineFi
 
 import csv
 import io
-import json
 import sys
 from pathlib import Path
 
-from metaformer.errors import UserError
 from metaformer.files import null_where_not_finite, to_json, write_text_whole
-from metaformer.tracking.line_file import LineFile
+from metaformer.tracking.line_file import LineFile, read_objects
 from metaformer.tracking.tracker import NullTracker, Row
 
 
@@ -64,17 +62,7 @@ def ends_with_final(run_dir: Path, step: int) -> bool:
 
 
 def _read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):  # a last line may be half written; any other is not ours
-                raise UserError(f"{path}: line {number} is not JSON; move the file away") from error
-    return rows
+    return read_objects(path, {"kind": str, "epoch": int, "step": int, "samples": int}, may_end_within=True)
 
 
 def _write(path: Path, rows: list[Row]) -> None:

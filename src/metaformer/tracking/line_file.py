@@ -1,8 +1,12 @@
-"""A text file that grows by whole lines, and that a full disk does not stop."""
+"""A text file that grows by whole lines, and that a full disk does not stop; and reading such files of JSON."""
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from metaformer.errors import UserError
 
 
 class LineFile:
@@ -41,6 +45,35 @@ class LineFile:
     def _warn(self, reason: str) -> None:
         if len(self._pending) == 1:
             _print(f"{self._path}: cannot be written ({reason}); training goes on, lines are kept until it can")
+
+
+def read_objects(path: Path, types: dict[str, type], may_end_within: bool = False) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, one a line; none if there is no file.
+
+    Args:
+        types: what each object must have.
+        may_end_within: leave out a last line that is no JSON: a machine died while it was written.
+
+    Raises:
+        UserError: a line is damaged.
+        OSError: the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    objects = []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            if may_end_within and number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is not JSON; move the file away") from error
+        if not isinstance(found, dict) or not all(type(found.get(name)) is kind for name, kind in types.items()):
+            expected = ", ".join(types)
+            raise UserError(f"{path}: line {number} is damaged: not an object with {expected}; move the file away")
+        objects.append(found)
+    return objects
 
 
 def _print(warning: str) -> None:

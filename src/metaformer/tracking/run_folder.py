@@ -18,9 +18,14 @@ from metaformer.errors import UserError
 from metaformer.files import to_json, write_text_whole
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import describe_environment
+from metaformer.tracking.line_file import read_objects
 from metaformer.tracking.lock import LOCK_FILE
 
 CHANGES_FILE = "changes.jsonl"
+# What OmegaConf raises on what is not YAML, not a configuration, or nested too deeply.
+_DAMAGE = (
+    YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, RecursionError
+)  # fmt: skip
 
 
 def check_empty(run_dir: Path) -> None:
@@ -80,7 +85,7 @@ def open_run_folder(run_dir: Path, config: str, step: int) -> list[str]:
         A text for each field that differs: its name, before and now.
 
     Raises:
-        UserError: the folder cannot be written, or its config.yaml is not YAML.
+        UserError: the folder cannot be written, or its config.yaml or CHANGES_FILE is damaged.
     """
     contents = {
         "config.yaml": config,
@@ -91,10 +96,10 @@ def open_run_folder(run_dir: Path, config: str, step: int) -> list[str]:
     try:
         for name, content in contents.items():
             path = run_dir / name
-            earlier = path.read_text() if path.exists() else content
-            if earlier != content:
+            earlier = path.read_bytes() if path.exists() else content.encode()
+            if earlier != content.encode():
                 if name == "config.yaml":
-                    changes = dict(_changes(_parse(path, earlier), _parse(path, content)))
+                    changes = dict(_changes(_parse(path, earlier), _parse(path, content.encode())))
                     _record(run_dir / CHANGES_FILE, step, changes)
                 path.rename(_name_for_earlier(path))
             write_text_whole(path, content)
@@ -103,11 +108,26 @@ def open_run_folder(run_dir: Path, config: str, step: int) -> list[str]:
     return [f"{name}: {_text(before)} -> {_text(now)}" for name, (before, now) in changes.items()]
 
 
-def _parse(path: Path, text: str) -> Any:
+def parse_config(content: bytes) -> dict[str, Any]:
+    """Return a configuration that a run folder keeps, nested, interpolations as they are written.
+
+    Raises:
+        ValueError: it is damaged; says how, in one line.
+    """
     try:
-        return OmegaConf.to_container(OmegaConf.create(text))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); move it away") from error
+        parsed: Any = OmegaConf.to_container(OmegaConf.create(content.decode()))
+        if not isinstance(parsed, dict) or not all(isinstance(name, str) for name in parsed):
+            raise ValueError("not fields by name")
+        return parsed
+    except _DAMAGE as error:
+        raise ValueError(" ".join(str(error).split()) or "not YAML that a run writes") from error
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        return parse_config(content)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); move it away") from error
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], parent: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -117,12 +137,12 @@ def _changes(before: dict[str, Any], now: dict[str, Any], parent: str = "") -> I
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{parent}{name}.")
         elif old != new:
-            yield parent + name, (old, new)
+            yield f"{parent}{name}", (old, new)
 
 
 def _record(path: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
     entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
-    earlier = path.read_text() if path.exists() else ""
+    earlier = path.read_text().rstrip("\n") + "\n" if read_objects(path, {"step": int, "changes": dict}) else ""
     write_text_whole(path, earlier + to_json(entry) + "\n")
 
 

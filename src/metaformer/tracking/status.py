@@ -3,10 +3,10 @@
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from metaformer.errors import UserError
 from metaformer.files import to_json, write_text_whole
@@ -73,10 +73,11 @@ class StatusFile(NullTracker):
         in_vain = 0
         if before is not None and before.state in (RUNNING, FAILED) and before.started_at_step == step:
             in_vain = before.starts_without_progress + 1
-        if in_vain >= most_in_vain:
+        if before is not None and in_vain >= most_in_vain:
+            reason = " ".join(before.reason.split()) or "killed"
             raise UserError(
                 f"{self._file}: {in_vain} starts in a row have ended without a checkpoint after step {step} (the last: "
-                f"{before.reason or 'killed' if before else ''}); mend the cause, then remove this file to start again"
+                f"{reason}); mend the cause, then remove this file to start again"
             )
         if before is not None:
             self._goodput.continue_from(TimeSpent(before.starts, before.seconds, before.unsaved))
@@ -106,11 +107,19 @@ class StatusFile(NullTracker):
     def _read(self) -> Status | None:
         try:
             content: dict[str, Any] = json.loads(self._file.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("not an object")
             content.pop("time")
-            return Status(**content)
+            status = Status(**content)
+            for known in fields(status):
+                value, expected = getattr(status, known.name), get_origin(known.type) or known.type
+                items = value.values() if expected is dict and isinstance(value, dict) else ()
+                if type(value) is not expected or any(type(item) is not float for item in items):
+                    raise ValueError(f"{known.name} is of another type")
+            return status
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self._file}: damaged ({reason}); remove it to start again") from error
 
