@@ -43,7 +43,7 @@ from metaformer.data.dali_loader import dali_is_installed
 from metaformer.data.image_bytes import ImageBytes
 from metaformer.data.index import ImageIndex, find_images
 from metaformer.errors import UserError, unknown_name
-from metaformer.files import write_text_whole
+from metaformer.files import check_output, write_text_whole
 from metaformer.runtime import run_program
 
 COUNTS = ("images", "batch", "workers", "repeats")
@@ -102,8 +102,8 @@ def _parse() -> argparse.Namespace:
         raise UserError(f"--open-latency-ms={arguments.open_latency_ms:g}: must not be negative")
     if arguments.images % arguments.batch:
         raise UserError(f"--images={arguments.images}: must be a multiple of --batch={arguments.batch}")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json={arguments.json}: no such folder; make it first")
+    if arguments.json is not None:
+        check_output(f"--json={arguments.json}", arguments.json)
     return arguments
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaformer.errors import UserError
+from metaformer.files import check_output, write_text_whole
 from metaformer.models import create_model
 from metaformer.reporting.scaling import JPEG_BYTES, LR_PER_IMAGE, Links, Work, predict
 from metaformer.runtime import run_program
@@ -37,7 +38,7 @@ def main() -> None:
     found = [_measure(ranks, arguments) for ranks in arguments.ranks]
     _print(found)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_text_whole(arguments.json, json.dumps(found, indent=2) + "\n")
 
 
 def _parse() -> argparse.Namespace:
@@ -62,6 +63,8 @@ def _parse() -> argparse.Namespace:
         parser.error("--project needs --step-seconds, of one GPU")
     if min(*arguments.ranks, arguments.batch, arguments.steps, arguments.rounds) < 1:
         parser.error("--ranks, --batch, --steps and --rounds must be at least 1")
+    if arguments.json is not None:
+        check_output(f"--json={arguments.json}", arguments.json)
     return arguments
 
 

@@ -14,6 +14,7 @@ time to move the bytes of the fused operators (docs/performance.md) at the rate 
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import shlex
@@ -34,7 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaformer.errors import UserError, unknown_name
-from metaformer.files import write_text_whole
+from metaformer.files import check_output, write_text_whole
 from metaformer.models import create_model
 from metaformer.models.metaformer import MetaFormerBlock
 from metaformer.runtime import run_program
@@ -89,6 +90,12 @@ def _parse() -> argparse.Namespace:
         raise UserError(f"--batch={arguments.batch}: mixing needs an even size")
     if not timm.is_model(arguments.model):
         raise unknown_name("--model", arguments.model, timm.list_models("poolformer_*"))
+    for option in ("json", "plot"):
+        file: Path | None = getattr(arguments, option)
+        if file is not None:
+            check_output(f"--{option}={file}", file)
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot: matplotlib is not installed; `uv pip install matplotlib`")
     return arguments
 
 

@@ -15,7 +15,7 @@ import torch
 
 from metaformer.assembly import locate_weights
 from metaformer.errors import UserError, printable
-from metaformer.files import write_whole
+from metaformer.files import check_output, write_whole
 from metaformer.models.weight_formats import (
     StateDict,
     check_whole,
@@ -39,6 +39,7 @@ def main() -> None:
     out: Path = arguments.out
     if out.exists():
         raise UserError(f"{out}: exists already; give another name, or remove it")
+    check_output(f"{out}", out)
     located = locate_weights("IN", arguments.source, arguments.use_ema)
     weights = read_weights(located.path, located.use_ema)
     try:

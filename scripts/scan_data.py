@@ -20,7 +20,7 @@ from metaformer.data.progress import progress_bars
 from metaformer.data.quarantine import write_quarantine
 from metaformer.data.scan_images import ScannedImage, scan_images
 from metaformer.errors import UserError, printable
-from metaformer.files import write_whole
+from metaformer.files import check_output, write_whole
 
 NOTES = {
     "GIF": " (the first picture is read)",
@@ -61,9 +61,9 @@ def main() -> None:
             write_whole(arguments.out, lambda temporary: _write_manifest(temporary, _scan(arguments, splits), summary))
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror or error})") from error
+    _print(summary, f"{arguments.root} ({', '.join(splits)})")  # first: a full disk takes no result away
     if arguments.quarantine is not None:
         _write_quarantine(arguments.quarantine, summary.broken)
-    _print(summary, f"{arguments.root} ({', '.join(splits)})")
     if summary.broken:
         sys.exit(1)
 
@@ -92,8 +92,8 @@ def _check_writable(arguments: argparse.Namespace) -> None:
     """Before the scan, which may take an hour."""
     for option in ("out", "quarantine"):
         file: Path | None = getattr(arguments, option)
-        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise UserError(f"--{option} {file}: cannot be written; give a file in a folder that exists")
+        if file is not None:
+            check_output(f"--{option} {file}", file)
 
 
 def _scan(arguments: argparse.Namespace, splits: list[str]) -> Iterator[ScannedImage]:

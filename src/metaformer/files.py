@@ -82,11 +82,11 @@ def null_where_not_finite(value: Any) -> Any:
     return value
 
 
-def check_output(option: str, file: Path) -> None:
+def check_output(given: str, file: Path) -> None:
     """Find out before long work whether `write_whole` will be able to put a file there; nothing is changed.
 
     Args:
-        option: what the user gave it as, for the error.
+        given: how the user gave it, as in "--json=FILE", for the error.
 
     Raises:
         UserError: its folder is not there or cannot be written, or something that is no file has its name.
@@ -94,13 +94,11 @@ def check_output(option: str, file: Path) -> None:
     probe = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         if file.exists() and not file.is_file():
-            raise UserError(f"{option}={file}: not a file; give another name")
+            raise UserError(f"{given}: cannot be written (not a file); give another name")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{option}={file}: cannot be written ({error.strerror or error}); give another place"
-        ) from error
+        raise UserError(f"{given}: cannot be written ({error.strerror or error}); give another place") from error
 
 
 def cache_folder() -> Path:

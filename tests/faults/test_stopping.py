@@ -150,6 +150,7 @@ def test_another_number_of_ranks(start: Start, run: Run, tmp_path: Path, before:
     assert len(found) == STEPS
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
     assert [row["images"] for row in rows(tmp_path / "run", "validation")] == [403] * 3
+    assert f"changed      ranks: {before} -> {after}\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_waiting_for_a_second_keystroke(start: Start, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_what_cannot_be_measured_is_refused(images: Path, tmp_path: Path, monkey
         ((folder, "--only", "torc"), "--only=torc: unknown; did you mean torch"),
         ((folder, "--images=40", "--batch=16"), "multiple of --batch=16"),
         ((folder, "--workers=0"), "--workers=0: must be at least 1"),
-        ((folder, f"--json={tmp_path / 'none' / 'found.json'}"), "no such folder"),
+        ((folder, f"--json={tmp_path / 'none' / 'found.json'}"), "cannot be written (No such file or directory)"),
         ((str(broken.parent), "--only", "torch", "--images=1", "--batch=1"), "0.JPEG: cannot be read as an image"),
         ((folder, "--open-latency-ms=1"), "needs a C compiler"),
     ):

@@ -3,11 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from metaformer.errors import UserError
-from scripts import benchmark_scaling
+from scripts import benchmark_loader, benchmark_scaling, benchmark_train
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
@@ -33,6 +34,25 @@ def test_a_measurement_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^1 ranks: .*unknown") as caught:
         run(monkeypatch, "--ranks", "1", "--model=poolformer_s13")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (benchmark_scaling, ["--ranks=1", "--json"]),
+        (benchmark_train, ["--json"]),
+        (benchmark_train, ["--plot"]),
+        (benchmark_loader, [".", "--json"]),
+    ],
+)
+def test_outputs_are_checked_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: ModuleType, options: list[str]
+) -> None:
+    """A file that could not be written in the end is refused before anything is measured."""
+    monkeypatch.setattr(script, "_measure", lambda *arguments: pytest.fail("it has been measured"))
+    monkeypatch.setattr(sys, "argv", ["", *options, str(tmp_path)])
+    with pytest.raises(UserError, match=rf"^{options[-1]}={tmp_path}: cannot be written \(not a file\)"):
+        script.main()
 
 
 def test_projection(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,21 @@ def test_changes_are_json(tmp_path: Path) -> None:
     assert '"changes": {"clip": [null, 1.0], "lr": [[null], [null]]}' in (tmp_path / "run/changes.jsonl").read_text()
 
 
+def test_a_resume_on_other_ranks_is_a_change(tmp_path: Path) -> None:
+    """What follows from the number of ranks is compared, too; not with a folder of a version that did not keep it."""
+    ranks = {"ranks": 1, "images that share one mixing": 8}
+    assert open_run_folder(tmp_path, "a: 1\n", 0) == []
+    assert open_run_folder(tmp_path, "a: 1\n", 0, ranks) == []
+    assert open_run_folder(tmp_path, "a: 1\n", 0, ranks) == []
+    now = {"ranks": 2, "images that share one mixing": 4}
+    assert open_run_folder(tmp_path, "a: 2\n", 6, now) == [
+        "a: 1 -> 2", "ranks: 1 -> 2", "images that share one mixing: 8 -> 4",
+    ]  # fmt: skip
+    (entry,) = map(json.loads, (tmp_path / "changes.jsonl").read_text().splitlines())
+    assert entry["step"] == 6
+    assert entry["changes"] == {"a": [1, 2], "ranks": [1, 2], "images that share one mixing": [8, 4]}
+
+
 def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
     """Changes follow each other within a second, and none is lost."""
     (tmp_path / "run").mkdir()

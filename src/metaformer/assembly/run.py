@@ -36,17 +36,33 @@ def tracking(
     """
     with ExitStack() as parts:
         silent: Tracker = NullTracker()
-        yield runtime.main_only(lambda: _open(config, settings, state, fused, goodput, parts), otherwise=silent)
+        derived = derive(config, runtime.world_size)
+        yield runtime.main_only(
+            lambda: _open(config, settings, state, fused, goodput, derived, parts), otherwise=silent
+        )
+
+
+def derive(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """What a resume on another number of ranks changes, by the names that people read."""
+    rank_batch = config.global_batch_size // world_size // config.accumulation_steps
+    group = (config.augmentation.mix_group_size or rank_batch) if config.augmentation.mixes else None
+    return {"ranks": world_size, "images that share one mixing": group}
 
 
 def _open(
-    config: TrainConfig, settings: LoopSettings, state: TrainState, fused: str, goodput: Goodput, parts: ExitStack
+    config: TrainConfig,
+    settings: LoopSettings,
+    state: TrainState,
+    fused: str,
+    goodput: Goodput,
+    derived: dict[str, Any],
+    parts: ExitStack,
 ) -> Tracker:
     run_dir = config.resolved_run_dir
     status = StatusFile(run_dir, status_file_of_launcher(), goodput)
     status.start(state.progress.step, config.guards.max_starts_without_progress, fused)
     try:
-        return _open_trackers(config, settings, state, status, goodput, parts)
+        return _open_trackers(config, settings, state, status, goodput, derived, parts)
     except BaseException as error:
         if isinstance(error, OSError):
             error = UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})")
@@ -60,10 +76,11 @@ def _open_trackers(
     state: TrainState,
     status: StatusFile,
     goodput: Goodput,
+    derived: dict[str, Any],
     parts: ExitStack,
 ) -> Tracker:
     run_dir, kept = config.resolved_run_dir, recorded(config)
-    changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step)
+    changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step, derived)
     steps = settings.epochs * settings.steps_per_epoch
     console = ConsoleTracker(
         settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt", status.console_failed

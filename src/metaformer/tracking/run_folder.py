@@ -71,41 +71,58 @@ def _write(file: Path) -> None:
         raise UserError(f"run_dir={file.parent}: cannot be written ({error.strerror or error})") from error
 
 
-def open_run_folder(run_dir: Path, config: str, step: int) -> list[str]:
+def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, Any] | None = None) -> list[str]:
     """Write config.yaml, overrides.yaml and environment.json into the folder; earlier ones are kept under a date.
 
-    Where the configuration differs from the folder's earlier one, CHANGES_FILE gets a line: an object with `step`,
-    `time` and `changes`, an object of [before, now] by the fields' names.
+    Where the configuration, or what is derived, differs from the folder's earlier one, CHANGES_FILE gets a line: an
+    object with `step`, `time` and `changes`, an object of [before, now] by the fields' names.
 
     Args:
         config: as YAML.
         step: where training continues.
+        derived: what follows from the configuration and the number of ranks; environment.json keeps it.
 
     Returns:
         A text for each field that differs: its name, before and now.
 
     Raises:
-        UserError: the folder cannot be written, or its config.yaml or CHANGES_FILE is damaged.
+        UserError: the folder cannot be written, or its config.yaml, CHANGES_FILE or environment.json is damaged.
     """
+    environment = describe_environment() | {"derived": derived or {}}
     contents = {
         "config.yaml": config,
         "overrides.yaml": "".join(f"- {json.dumps(override)}\n" for override in sys.argv[1:]),
-        "environment.json": to_json(describe_environment(), indent=2) + "\n",
+        "environment.json": to_json(environment, indent=2) + "\n",
     }
-    changes: dict[str, tuple[Any, Any]] = {}
     try:
+        changes = dict(_all_changes(run_dir, contents))
+        if changes:
+            _record(run_dir / CHANGES_FILE, step, changes)
         for name, content in contents.items():
             path = run_dir / name
             earlier = path.read_bytes() if path.exists() else content.encode()
             if earlier != content.encode():
-                if name == "config.yaml":
-                    changes = dict(_changes(_parse(path, earlier), _parse(path, content.encode())))
-                    _record(run_dir / CHANGES_FILE, step, changes)
                 path.rename(_name_for_earlier(path))
             write_text_whole(path, content)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
     return [f"{name}: {_text(before)} -> {_text(now)}" for name, (before, now) in changes.items()]
+
+
+def _all_changes(run_dir: Path, contents: dict[str, str]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Fields of the configuration that differ, then what is derived, which folders of earlier versions do not have."""
+    path = run_dir / "config.yaml"
+    content = contents[path.name].encode()
+    if path.exists() and path.read_bytes() != content:
+        yield from _changes(_parse(path, path.read_bytes()), _parse(path, content))
+    path = run_dir / "environment.json"
+    if path.exists():
+        now = json.loads(contents[path.name])["derived"]
+        try:
+            before = json.loads(path.read_bytes()).get("derived") or now
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); move it away") from error
+        yield from _changes(before, now)
 
 
 def parse_config(content: bytes) -> dict[str, Any]:
