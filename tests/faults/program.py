@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "kill-once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "term" | "usr1" | "int" | "hup" | "stop":
-                os.kill(os.getpid(), getattr(signal, f"SIG{fault.upper()}"))
+            case "term" | "usr1" | "int" | "hup" | "stop":  # once the data is there
+                batches = map(partial(_signal, getattr(signal, f"SIG{fault.upper()}")), batches)
             case "hang":
                 time.sleep(1000)
             case "slow":
@@ -152,6 +153,11 @@ def _strike_in_tracking(fault: str) -> None:
 
 def _poison(batch: SoftBatch) -> SoftBatch:
     batch.images.fill_(math.nan)
+    return batch
+
+
+def _signal(number: signal.Signals, batch: SoftBatch) -> SoftBatch:
+    os.kill(os.getpid(), number)
     return batch
 
 
