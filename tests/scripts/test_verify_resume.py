@@ -29,6 +29,18 @@ def test_a_killed_run_ends_as_the_undisturbed_one(images: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_failures_at_random(images: Path, tmp_path: Path) -> None:
+    """Four kills of random processes at random moments: the runs end as the undisturbed one, and their cost is said."""
+    options = ("--steps=100", "--failures=4", "--mean-seconds=6", f"--folder={tmp_path}", "--", f"data.root={images}")
+    done = launch("scripts/verify_resume", *options, *TINY, "workers=1", "epochs=9", "ema=enabled")
+    assert done.code == 0, done.stdout + done.stderr
+    assert re.search(r"^run 1: equal bit for bit; goodput [0-9.]+ %, starts: \d+", done.stdout, re.MULTILINE)
+    assert re.search(r"^4 failures \(", done.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ runs, 0 of them different", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_each_run_is_hashed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
