@@ -481,7 +481,7 @@ def test_messages_are_one_printable_line(tmp_path: Path, ugly: str) -> None:
     for contents in ({ugly: 3}, {f"{ugly}{number}": state for number in range(9)}, {(ugly,): state}, {3: ugly}):
         torch.save(contents, path)
         assert "holds no state dict, but " in message(small(), path)
-    name = ugly.replace("\n", "\v")
+    name = ugly[:1000].replace("\n", "\v")  # of megabytes, torch's own message takes minutes
     call = b"\x80\x02c" + name.encode() + b"\n" + name.encode() + b"\n."
     path.write_bytes(archive_of({"x/data.pkl": call, "x/version": b"3\n"}))
     assert "refused, and not executed" in message(small(), path)
