@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "metaformer"
 COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting", "diagnosis")
-FOUNDATION = {"errors", "files", "kernel_check", "runtime", "signals", "streams"}
+FOUNDATION = {"death_signal", "errors", "files", "goodput", "kernel_check", "runtime", "signals", "streams"}
 
 
 def imports(file: Path) -> set[str]:

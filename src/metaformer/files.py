@@ -13,6 +13,8 @@ from typing import Any
 
 from metaformer.errors import UserError
 
+LONGEST_TEMPORARY_FOLDER = 107 - len("/pymp-XXXXXXXX/listener-XXXXXXXX")  # bytes
+
 
 def fsync(path: Path) -> None:
     """Force a file, or the entries of a folder, to disk."""
@@ -124,3 +126,19 @@ def cache_folder() -> Path:
     if not owned:
         raise UserError(f"{folder}: belongs to another user, and this one has no home folder; set XDG_CACHE_HOME")
     return folder
+
+
+def check_temporary_folder() -> None:
+    """Refuse a folder for temporary files in which processes cannot reach each other.
+
+    A Unix socket's path has at most 107 bytes; Python's are FOLDER/pymp-XXXXXXXX/listener-XXXXXXXX.
+
+    Raises:
+        UserError: its name is too long.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_TEMPORARY_FOLDER:
+        raise UserError(
+            f"TMPDIR={folder}: {len(os.fsencode(folder))} bytes long, and worker processes need a path of at most "
+            f"{LONGEST_TEMPORARY_FOLDER}; export TMPDIR=/tmp, or use workers=0"
+        )

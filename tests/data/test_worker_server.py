@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.data.index import load_index
-from metaformer.data.worker_server import LONGEST_TEMPORARY_FOLDER
+from metaformer.files import LONGEST_TEMPORARY_FOLDER
 from tests.conftest import BIN, QUICK, REPOSITORY
 
 # Imported by every Python process at its start. Notes at each fork: the process, and its threads of any kind.

@@ -1,17 +1,15 @@
 """The process that worker processes are forked from."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 
-from metaformer.errors import UserError
+from metaformer.files import check_temporary_folder
 from metaformer.signals import blocked_in_children
 
 ALWAYS = "metaformer.data.server_end"  # first
-LONGEST_TEMPORARY_FOLDER = 107 - len("/pymp-XXXXXXXX/listener-XXXXXXXX")  # bytes
 READERS = ("metaformer.data.pil_reader", "metaformer.data.torch_reader", "metaformer.data.worker_loader")
 
 
@@ -42,22 +40,6 @@ def start_worker_server(preload: Sequence[str] = READERS) -> None:
     with _environment("OPENBLAS_NUM_THREADS", "1"), blocked_in_children():
         forkserver.set_forkserver_preload([ALWAYS, *preload])
         forkserver.ensure_running()
-
-
-def check_temporary_folder() -> None:
-    """Refuse a folder for temporary files in which processes cannot reach each other.
-
-    A Unix socket's path has at most 107 bytes; Python's are FOLDER/pymp-XXXXXXXX/listener-XXXXXXXX.
-
-    Raises:
-        UserError: its name is too long.
-    """
-    folder = tempfile.gettempdir()
-    if len(os.fsencode(folder)) > LONGEST_TEMPORARY_FOLDER:
-        raise UserError(
-            f"TMPDIR={folder}: {len(os.fsencode(folder))} bytes long, and worker processes need a path of at most "
-            f"{LONGEST_TEMPORARY_FOLDER}; export TMPDIR=/tmp, or use workers=0"
-        )
 
 
 @contextmanager

@@ -10,10 +10,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from metaformer.data.worker_server import check_temporary_folder
 from metaformer.diagnosis.finding import Finding, fail, ok, warn
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
+from metaformer.files import check_temporary_folder, write_text_whole
 
 GIB = 2**30
 LEAST_FILES = 4096
