@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from PIL import Image
 
 import train
 import validate
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may be started under nohup, which has it ignored
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
