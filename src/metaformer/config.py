@@ -92,6 +92,10 @@ class TrainConfig(CommonConfig):
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise UserError(f"clip_grad_norm={self.clip_grad_norm}: must be positive, or null for none")
 
+    def rank_batch_size(self, world_size: int) -> int:
+        """Images of a rank in one forward pass."""
+        return self.global_batch_size // world_size // self.accumulation_steps
+
     def check_batches(self, world_size: int) -> None:
         """The batch must divide among the ranks, and mix in pairs.
 

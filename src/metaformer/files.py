@@ -93,7 +93,7 @@ def check_output(given: str, file: Path) -> None:
     Raises:
         UserError: its folder is not there or cannot be written, or something that is no file has its name.
     """
-    probe = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    probe = temporary_beside(file)
     try:
         if file.exists() and not file.is_file():
             raise UserError(f"{given}: cannot be written (not a file); give another name")

@@ -59,10 +59,7 @@ def test_a_killed_launcher_leaves_no_orphan(images: Path, tmp_path: Path, undist
     wait_for_steps(run_dir, 3)
     agent.kill()
     agent.wait()
-    deadline = time.monotonic() + 30
-    while processes_of(run_dir):
-        assert time.monotonic() < deadline, processes_of(run_dir)
-        time.sleep(0.1)
+    assert_all_end(run_dir, 30)
     assert status(run_dir)["state"] == "interrupted"
     assert launch_torchrun(images, run_dir).wait(120) == 0
     assert_same_run(run_dir, undisturbed(2))
@@ -78,7 +75,12 @@ def test_a_launcher_killed_while_its_ranks_start(images: Path, tmp_path: Path, s
     time.sleep(seconds)
     agent.kill()
     agent.wait()
-    deadline = time.monotonic() + 60
+    assert_all_end(run_dir, 60)
+
+
+def assert_all_end(run_dir: Path, seconds: float) -> None:
+    """No process of the run is left after so long."""
+    deadline = time.monotonic() + seconds
     while processes_of(run_dir):
         assert time.monotonic() < deadline, processes_of(run_dir)
         time.sleep(0.1)

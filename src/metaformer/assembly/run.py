@@ -44,8 +44,11 @@ def tracking(
 
 def derive(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """What a resume on another number of ranks changes, by the names that people read."""
-    rank_batch = config.global_batch_size // world_size // config.accumulation_steps
-    group = (config.augmentation.mix_group_size or rank_batch) if config.augmentation.mixes else None
+    group = (
+        (config.augmentation.mix_group_size or config.rank_batch_size(world_size))
+        if config.augmentation.mixes
+        else None
+    )
     return {"ranks": world_size, "images that share one mixing": group}
 
 

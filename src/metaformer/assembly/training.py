@@ -217,14 +217,9 @@ def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime,
     )
 
 
-def _rank_batch_size(config: TrainConfig, runtime: Runtime) -> int:
-    """Images of a rank in one forward pass."""
-    return config.global_batch_size // runtime.world_size // config.accumulation_steps
-
-
 def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:
     """BatchNorm needs more than one value per channel: one image a pass may be too few."""
-    if _rank_batch_size(config, runtime) > 1:
+    if config.rank_batch_size(runtime.world_size) > 1:
         return
     norm = find_norm_over_images(model, example_images(config, images, runtime))
     if norm is not None:
@@ -316,7 +311,7 @@ def _describe(
 ) -> Iterator[str]:
     """The numbers that were derived from the configuration, for people to check."""
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    rank_batch = _rank_batch_size(config, runtime)
+    rank_batch = config.rank_batch_size(runtime.world_size)
     lr = config.optimizer.learning_rate(config.global_batch_size)
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
     yield f"model        {config.model.name}, {parameters:,} parameters, {splits.num_classes} classes"

@@ -161,5 +161,5 @@ def _as_dali_reads(encoded: Encoded, whole: bool, max_pixels: int) -> Encoded:
         return encoded
     pixels = decode_rgb(encoded, max_pixels)
     if part is not None:
-        pixels = pixels.crop((part.left, part.top, part.left + part.width, part.top + part.height))
+        pixels = pixels.crop(part.corners)
     return as_ppm(pixels)

@@ -19,6 +19,11 @@ class Box(NamedTuple):
     width: int
     height: int
 
+    @property
+    def corners(self) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom: what PIL crops by."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
+
 
 class Resize(NamedTuple):
     """A size to resize a whole image to, and where the crop then starts; pixels."""

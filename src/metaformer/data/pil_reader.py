@@ -22,14 +22,14 @@ def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int =
     if plan.crop is None:
         part = central_part(*image.size)
         if part is not None:
-            image = image.crop((part.left, part.top, part.left + part.width, part.top + part.height))
+            image = image.crop(part.corners)
         resize = resize_and_center_crop(*image.size, plan.resize_to, size)
         image = image.resize((resize.width, resize.height), _filter(plan.bicubic))
         image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))
     else:
         crop = plan.crop
         box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, *image.size)
-        image = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+        image = image.crop(box.corners)
         image = image.resize((size, size), _filter(bool(crop.bicubic[row])))
         if crop.flip[row]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -42,10 +42,9 @@ class JsonlTracker(NullTracker):
         self._file = LineFile(self._path)
 
     def metrics(self, row: Row) -> None:
-        row = null_where_not_finite(row)
         self._file.write(to_json(row))
         if row["kind"] == "validation":
-            self._validations.append(row)
+            self._validations.append(null_where_not_finite(row))
             try:
                 write_text_whole(self._summary, _csv(self._validations))
             except OSError as error:

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -35,16 +35,8 @@ def interruptible_start() -> Iterator[None]:
         since.append(time.monotonic())
         raise Interrupted(f"{signal.Signals(number).name}: before the first step; the same command starts again")
 
-    former = {number: signal.signal(number, handle) for number in _signals_to_handle()}
-    try:
+    with _handling(handle):
         yield
-    except Interrupted:
-        raise
-    except BaseException:
-        _restore(former)
-        raise
-    else:
-        _restore(former)
 
 
 class Interruption:
@@ -79,16 +71,8 @@ class Interruption:
 
         For torchrun sends SIGTERM to those that are left when the first rank has gone.
         """
-        former = {number: signal.signal(number, self._handle) for number in _signals_to_handle()}
-        try:
+        with _handling(self._handle):
             yield
-        except Interrupted:
-            raise
-        except BaseException:
-            _restore(former)
-            raise
-        else:
-            _restore(former)
 
     def agreed(self) -> bool:
         """At each boundary of a step or a validation batch: whether the ranks stop here; the same answer on all.
@@ -133,16 +117,26 @@ class Interruption:
             raise StopWaitingError
 
 
-def _signals_to_handle() -> list[signal.Signals]:
-    """The stop signals, but a SIGHUP that nohup has had ignored: that stays ignored."""
-    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+@contextmanager
+def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle stop signals inside the block, and after it where an interruption leaves it.
+
+    A SIGHUP that nohup has had ignored stays ignored.
+    """
+    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    former: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in numbers}
+    interrupted = False
+    try:
+        yield
+    except Interrupted:
+        interrupted = True
+        raise
+    finally:
+        if not interrupted:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
 
 def _end_at_second_ctrl_c(number: int, since: float) -> None:
     if number == signal.SIGINT and time.monotonic() - since > SECONDS_OF_ONE_KEYSTROKE:
         os._exit(128 + number)  # at once; checkpoints are whole at any moment
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
