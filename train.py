@@ -4,6 +4,7 @@ Options: conf/ and src/metaformer/config.py, or `python train.py --help`. The sa
 """
 
 from metaformer.death_signal import end_with_launcher
+from metaformer.program import launched_rank, run_program
 
 if __name__ == "__main__":
     end_with_launcher()  # now: the imports below take seconds
@@ -16,7 +17,7 @@ from metaformer.training.watchdog import Watchdog
 def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
-    watchdog = Watchdog(runtime.launched_rank(), config.guards.stall_seconds)
+    watchdog = Watchdog(launched_rank(), config.guards.stall_seconds)
     with watchdog.watching(), runtime.start(patience=watchdog.pause) as ranks:
         with assembly.training(config, ranks, watchdog) as train:
             result = train()
@@ -24,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main, must_print=False)  # the run folder has the result, too
+    run_program(main, must_print=False)  # the run folder has the result, too

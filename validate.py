@@ -4,6 +4,7 @@ Options: conf/ and src/metaformer/config.py, or `python validate.py --help`.
 """
 
 from metaformer.death_signal import end_with_launcher
+from metaformer.program import run_program
 
 if __name__ == "__main__":
     end_with_launcher()  # now: the imports below take seconds
@@ -20,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    run_program(main)

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from metaformer import runtime
 from metaformer.models import create_model, load_weights, save_state
+from metaformer.program import run_program
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
 from metaformer.training.ema import EmaConfig, make_ema
@@ -202,4 +203,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    run_program(main)

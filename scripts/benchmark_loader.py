@@ -39,12 +39,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from metaformer.data.dali_loader import dali_is_installed
-from metaformer.data.image_bytes import ImageBytes
-from metaformer.data.index import ImageIndex, find_images
+from metaformer.data.index.image_index import ImageIndex, find_images
+from metaformer.data.load.dali_loader import dali_is_installed
+from metaformer.data.load.image_bytes import ImageBytes
 from metaformer.errors import UserError, unknown_name
-from metaformer.files import check_output, write_text_whole
-from metaformer.runtime import run_program
+from metaformer.files import check_output, write_text_atomically
+from metaformer.program import run_program
 
 COUNTS = ("images", "batch", "workers", "repeats")
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "pillow")
@@ -80,7 +80,7 @@ def main() -> None:
     _print(jobs)
     if arguments.json is not None:
         settings = {name: getattr(arguments, name) for name in (*COUNTS, "open_latency_ms")}
-        write_text_whole(arguments.json, json.dumps({**circumstances, **settings, "jobs": jobs}, indent=2) + "\n")
+        write_text_atomically(arguments.json, json.dumps({**circumstances, **settings, "jobs": jobs}, indent=2) + "\n")
 
 
 def _parse() -> argparse.Namespace:

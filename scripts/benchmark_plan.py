@@ -7,8 +7,8 @@
 
 import time
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.plan import TrainingPlan
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.plan import TrainingPlan
 
 IMAGES, BATCHES, REPEATS = 1_281_167, 20, 15
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from metaformer.errors import UserError
-from metaformer.files import check_output, write_text_whole
+from metaformer.files import check_output, write_text_atomically
 from metaformer.models import create_model
+from metaformer.program import run_program
 from metaformer.reporting.scaling import JPEG_BYTES, LR_PER_IMAGE, Links, Work, predict
-from metaformer.runtime import run_program
 
 ALONE, ALL_REDUCE = "no exchange", "all-reduce alone"
 PROJECTED = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -38,7 +38,7 @@ def main() -> None:
     found = [_measure(ranks, arguments) for ranks in arguments.ranks]
     _print(found)
     if arguments.json is not None:
-        write_text_whole(arguments.json, json.dumps(found, indent=2) + "\n")
+        write_text_atomically(arguments.json, json.dumps(found, indent=2) + "\n")
 
 
 def _parse() -> argparse.Namespace:

@@ -35,10 +35,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaformer.errors import UserError, unknown_name
-from metaformer.files import check_output, write_text_whole
+from metaformer.files import check_output, write_text_atomically
 from metaformer.models import create_model
 from metaformer.models.metaformer import MetaFormerBlock
-from metaformer.runtime import run_program
+from metaformer.program import run_program
 
 VARIANTS = ("fused", "fused-compiled", "eager", "compiled", "timm-eager", "timm-compiled")
 NUMBERS = ("size", "batch", "steps", "uncounted", "repeats")
@@ -61,7 +61,7 @@ def main() -> None:
     if arguments.json is not None:
         settings = {name: getattr(arguments, name) for name in ("model", "precision", "inference", *NUMBERS)}
         outcome = {**_circumstances(), **settings, "roofline": roof, "variants": rows}
-        write_text_whole(arguments.json, json.dumps(outcome, indent=2) + "\n")
+        write_text_atomically(arguments.json, json.dumps(outcome, indent=2) + "\n")
     if arguments.plot is not None:
         _plot(rows, roof, arguments)
 

@@ -15,7 +15,7 @@ import torch
 
 from metaformer.assembly import locate_weights
 from metaformer.errors import UserError, printable
-from metaformer.files import check_output, write_whole
+from metaformer.files import check_output, write_atomically
 from metaformer.models.weight_formats import (
     StateDict,
     check_whole,
@@ -25,7 +25,7 @@ from metaformer.models.weight_formats import (
 )
 from metaformer.models.weight_reader import read_weights
 from metaformer.models.weights import save_state
-from metaformer.runtime import run_program
+from metaformer.program import run_program
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def write(state: StateDict, out: Path, target: str, name: str) -> None:
             torch.save(metaformer_to_official(state), temporary)
 
     try:
-        write_whole(out, write_file)
+        write_atomically(out, write_file)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from error
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from metaformer.errors import UserError
-from metaformer.runtime import run_program
+from metaformer.program import run_program
 from metaformer.training.pointers import follow
 
 

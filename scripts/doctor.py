@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from metaformer import runtime
-from metaformer.data.index import load_index
+from metaformer.data.index.image_index import load_index
 from metaformer.diagnosis import machine, network, software, storage
 from metaformer.diagnosis.finding import Check, Finding, Verdict, fail, ok, run_check, warn
 from metaformer.diagnosis.storage import ByteRange
 from metaformer.errors import UserError
+from metaformer.program import run_program
 from metaformer.runtime import Runtime
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}
@@ -134,4 +135,4 @@ def _print(findings: list[Finding], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    run_program(main)

@@ -70,7 +70,7 @@ if [[ -n $device ]]; then
   sizes=(--size 224 --batch 512 --precision bf16 --repeats 1)
   variants=(--only fused eager timm-eager timm-compiled)
   loading=(--repeats 1)
-  part kernels 80 "${tests[@]}" tests/models/test_kernels_gpu.py tests/data/test_triton_transform_gpu.py
+  part kernels 80 "${tests[@]}" tests/models/test_kernels_gpu.py tests/data/device/test_triton_kernel_gpu.py
 else
   sizes=(--size 32 --batch 2 --precision fp32 --repeats 1 --steps 2 --uncounted 1)
   variants=(--only fused eager timm-eager)

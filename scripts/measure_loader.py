@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from metaformer.assembly import make_loader
-from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
-from metaformer.data.geometry import evaluation_resize
-from metaformer.data.index import ImageIndex
-from metaformer.data.loader import LoaderConfig, LoaderName
-from metaformer.data.plan import EvaluationPlan, Plan, TrainingPlan
-from metaformer.runtime import run_program
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.load.config import LoaderConfig, LoaderName
+from metaformer.data.plan.augmentation import AugmentationConfig, RandAugmentConfig
+from metaformer.data.plan.geometry import evaluation_resize
+from metaformer.data.plan.plan import EvaluationPlan, Plan, TrainingPlan
+from metaformer.program import run_program
 
 SIZE, CROP_PCT = 224, 0.9
 TICKS = os.sysconf("SC_CLK_TCK")  # a second, the unit of time in /proc

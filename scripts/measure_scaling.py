@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metaformer import runtime
 from metaformer.models import create_model
+from metaformer.program import run_program
 from metaformer.runtime import Runtime
 
 Wrap = Callable[[nn.Module], nn.Module]
 ALONE, ALL_REDUCE = "no exchange", "all-reduce alone"
 
 
-def ways(ranks: Runtime) -> dict[str, Wrap]:
+def strategies(ranks: Runtime) -> dict[str, Wrap]:
     """How the gradients are exchanged."""
     if ranks.world_size == 1:
         return {ALONE: lambda model: model}
@@ -53,9 +54,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
     with runtime.start() as ranks:
-        seconds: dict[str, list[float]] = {name: [] for name in (*ways(ranks), ALL_REDUCE)}
+        seconds: dict[str, list[float]] = {name: [] for name in (*strategies(ranks), ALL_REDUCE)}
         for _ in range(arguments.rounds):
-            for name, wrap in ways(ranks).items():
+            for name, wrap in strategies(ranks).items():
                 torch.manual_seed(0)
                 model = create_model(arguments.model, 1000).to(ranks.device)
                 network = wrap(model)
@@ -99,4 +100,4 @@ def _now(ranks: Runtime) -> float:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    run_program(main)

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metaformer.assembly import automatic_loader, make_loader
-from metaformer.data import fused_transform
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.device_transform import TrainingTransform, transform_plainly
-from metaformer.data.feed import Feed, Target
-from metaformer.data.fused_transform import transform_by_triton
-from metaformer.data.index import find_images
-from metaformer.data.loader import LoaderConfig
-from metaformer.data.plan import TrainingPlan
+from metaformer.data.device import choice
+from metaformer.data.device.choice import transform_by_triton
+from metaformer.data.device.transform import TrainingTransform, transform_plainly
+from metaformer.data.feed import Feed, Placement
+from metaformer.data.index.image_index import find_images
+from metaformer.data.load.config import LoaderConfig
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.plan import TrainingPlan
 from metaformer.models import create_model
 from metaformer.models.fused import find_fault, fuse
 from metaformer.models.variants import VARIANTS
-from metaformer.runtime import keep_freed_memory, run_program
+from metaformer.program import keep_freed_memory, run_program
 from metaformer.training.optimizer import OptimizerConfig, make_optimizer
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
 
@@ -138,7 +138,7 @@ def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
     """The recipe's batches from JPEGs, or one batch of noise that is mixed and erased anew for each step."""
     transform_images = transform_plainly
     if device.type == "cuda":
-        _refuse(fused_transform.find_fault(device, options.size))
+        _refuse(choice.find_fault(device, options.size))
         transform_images = transform_by_triton
     transform = TrainingTransform(CLASSES, 0.1, transform_images=transform_images)
     if options.data is None:
@@ -151,7 +151,7 @@ def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
     index = find_images(options.data.absolute())
     plan = _plan(len(index), options)
     loader = make_loader(LoaderConfig(automatic_loader(device)), index, plan, device, options.workers)
-    feed = Feed(index, plan, loader, transform, Target(device, torch.channels_last))
+    feed = Feed(index, plan, loader, transform, Placement(device, torch.channels_last))
     for epoch in itertools.count():
         yield from ((batch.images, batch.targets) for batch in feed.epoch(epoch))
 

@@ -20,16 +20,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from metaformer.assembly import make_loader
-from metaformer.data.augmentation import AugmentationConfig, RandAugmentConfig
-from metaformer.data.dali_loader import dali_is_installed
-from metaformer.data.device_transform import normalize
-from metaformer.data.index import ImageIndex, find_images
-from metaformer.data.loader import LoaderConfig, LoaderName
-from metaformer.data.plan import EvaluationPlan, Plan, TrainingPlan
+from metaformer.data.device.transform import normalize
+from metaformer.data.index.image_index import ImageIndex, find_images
+from metaformer.data.load.config import LoaderConfig, LoaderName
+from metaformer.data.load.dali_loader import dali_is_installed
+from metaformer.data.plan.augmentation import AugmentationConfig, RandAugmentConfig
+from metaformer.data.plan.plan import EvaluationPlan, Plan, TrainingPlan
 from metaformer.errors import UserError
 from metaformer.models import create_model, list_models, load_weights
 from metaformer.models.preprocessing import paper_preprocessing
-from metaformer.runtime import run_program
+from metaformer.program import run_program
 
 BATCH = 16
 

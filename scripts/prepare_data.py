@@ -18,16 +18,17 @@ import os
 from functools import partial
 from pathlib import Path
 
-from metaformer.data.index import check_same_classes, load_index
-from metaformer.data.preparation.conversion import SPLITS, convert, convert_built
-from metaformer.data.preparation.imagenet_archives import Archives, unpack_imagenet
-from metaformer.data.preparation.imagenette import SIZES, unpack_imagenette
-from metaformer.data.preparation.reencoding import Cost
-from metaformer.data.preparation.sample import build_sample
-from metaformer.data.preparation.shard_writer import Packing
-from metaformer.data.processes import Report
-from metaformer.data.progress import progress_bars
+from metaformer.data.index.image_index import check_same_classes, load_index
+from metaformer.data.prepare.conversion import SPLITS, convert, convert_built
+from metaformer.data.prepare.imagenet_archives import Archives, unpack_imagenet
+from metaformer.data.prepare.imagenette import SIZES, unpack_imagenette
+from metaformer.data.prepare.processes import Report
+from metaformer.data.prepare.progress import progress_bars
+from metaformer.data.prepare.reencoding import Cost
+from metaformer.data.prepare.sample import build_sample
+from metaformer.data.prepare.shard_writer import Packing
 from metaformer.errors import UserError
+from metaformer.program import run_program
 
 QUALITY, SHARD_MB = 90, 256
 
@@ -124,6 +125,4 @@ def _print_cost(split: str, cost: Cost) -> None:
 
 
 if __name__ == "__main__":
-    from metaformer.runtime import run_program  # it imports torch, which the worker processes do without
-
     run_program(main)

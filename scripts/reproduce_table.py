@@ -26,14 +26,14 @@ from rich.table import Table
 from metaformer.assembly import resolve
 from metaformer.config import compose_recipe
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole, write_whole
+from metaformer.files import write_atomically, write_text_atomically
 from metaformer.models.config import Library, ModelConfig
 from metaformer.models.preprocessing import resolve_preprocessing
+from metaformer.program import run_program
 from metaformer.reporting.commands import submit_command, train_command, validate_command
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
 from metaformer.reporting.paper import PAPER_IMAGE_SIZE, ROWS, Row, find_rows
 from metaformer.reporting.table import Comparison, to_csv, to_markdown
-from metaformer.runtime import run_program
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -154,9 +154,9 @@ def _report(runs: Path) -> None:
     comparisons = [_compare(row, runs) for row in ROWS]
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        write_text_whole(runs / "table.md", to_markdown(comparisons))
-        write_text_whole(runs / "table.csv", to_csv(comparisons))
-        write_whole(runs / "table.png", lambda file: save_plot(comparisons, file))
+        write_text_atomically(runs / "table.md", to_markdown(comparisons))
+        write_text_atomically(runs / "table.csv", to_csv(comparisons))
+        write_atomically(runs / "table.png", lambda file: save_plot(comparisons, file))
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot be written ({error.strerror or error})") from error
     trained = sum(comparison.ours.top1 is not None for comparison in comparisons)

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from metaformer.data.image_file import MAX_PIXELS
-from metaformer.data.index import load_index
-from metaformer.data.progress import progress_bars
-from metaformer.data.quarantine import write_quarantine
-from metaformer.data.scan_images import ScannedImage, scan_images
+from metaformer.data.index.image_index import load_index
+from metaformer.data.index.quarantine import write_quarantine
+from metaformer.data.load.image_file import MAX_PIXELS
+from metaformer.data.prepare.progress import progress_bars
+from metaformer.data.prepare.scan_images import ScannedImage, scan_images
 from metaformer.errors import UserError, printable
-from metaformer.files import check_output, write_whole
+from metaformer.files import check_output, write_atomically
+from metaformer.program import run_program
 
 NOTES = {
     "GIF": " (the first picture is read)",
@@ -58,7 +59,9 @@ def main() -> None:
             summary.add(image)
     else:
         try:
-            write_whole(arguments.out, lambda temporary: _write_manifest(temporary, _scan(arguments, splits), summary))
+            write_atomically(
+                arguments.out, lambda temporary: _write_manifest(temporary, _scan(arguments, splits), summary)
+            )
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror or error})") from error
     _print(summary, f"{arguments.root} ({', '.join(splits)})")  # first: a full disk takes no result away
@@ -134,6 +137,4 @@ def _print(summary: Summary, data_set: str) -> None:
 
 
 if __name__ == "__main__":
-    from metaformer.runtime import run_program  # it imports torch, which the worker processes do without
-
     run_program(main)

@@ -25,8 +25,8 @@ from hydra.errors import HydraException
 
 from metaformer.config import TrainConfig, compose_training, freeze
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
-from metaformer.runtime import run_program
+from metaformer.files import write_text_atomically
+from metaformer.program import run_program
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "slurm" / "train.sbatch"
@@ -63,7 +63,7 @@ def main() -> None:
         return
     submit = _submitter(folder, options)
     for training in trainings:
-        write_text_whole(folder / f"{training.name}.yaml", freeze(training.config))
+        write_text_atomically(folder / f"{training.name}.yaml", freeze(training.config))
         number = submit([f"--config-dir={folder}", f"--config-name={training.name}"])
         print(f"job {number}: {training.config.run_dir}; log: {folder / f'{number}_0_log.out'}", flush=True)
 

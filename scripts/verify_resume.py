@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from metaformer.errors import UserError
-from metaformer.runtime import run_program
+from metaformer.program import run_program
 from metaformer.training.pointers import follow, read_pointer
 
 TRAIN = Path(__file__).parents[1] / "train.py"

@@ -9,7 +9,18 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "metaformer"
 COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting", "diagnosis")
-FOUNDATION = {"death_signal", "errors", "files", "goodput", "kernel_check", "runtime", "signals", "streams"}
+FOUNDATION = {
+    "death_signal",
+    "errors",
+    "files",
+    "goodput",
+    "interfaces",
+    "kernel_check",
+    "program",
+    "runtime",
+    "signals",
+    "streams",
+}
 
 
 def imports(file: Path) -> set[str]:
@@ -42,10 +53,10 @@ def test_config_knows_no_builder_and_entry_points_are_short() -> None:
         assert len((REPOSITORY / name).read_text().splitlines()) <= 40
 
 
-def test_only_the_runtime_reads_the_launchers_variables() -> None:
+def test_only_two_files_read_the_launchers_variables() -> None:
     """No other file asks torchrun or SLURM who it is."""
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "runtime.py":
+        if file.name not in ("program.py", "runtime.py"):
             text = file.read_text()
             assert not any(f'"{name}"' in text for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), file
             assert "SLURM_" not in text, file

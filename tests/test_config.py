@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from metaformer.config import TrainConfig, compose, fingerprint, freeze, recorded
+from metaformer.config import TrainConfig, compose, fingerprint, freeze, redacted
 from metaformer.errors import UserError
 
 SECRET = "canary-7f3a"
@@ -40,7 +40,7 @@ def test_a_value_from_the_environment(composed: Compose, override: str, kept: st
     """The run has the value; what is kept has what was given, in a field, in a part of it and in a list."""
     config = composed(override)
     assert SECRET in str(config)
-    text = OmegaConf.to_yaml(recorded(config))
+    text = OmegaConf.to_yaml(redacted(config))
     assert SECRET not in text
     assert kept in text
 
@@ -49,7 +49,7 @@ def test_a_value_by_way_of_another_field(composed: Compose) -> None:
     """A field that interpolates a field that interpolates the variable is kept as given, too."""
     config = composed("tracking.entity='${oc.env:CANARY}'", "tracking.name='of-${tracking.entity}'")
     assert config.tracking.name == f"of-{SECRET}"
-    text = OmegaConf.to_yaml(recorded(config))
+    text = OmegaConf.to_yaml(redacted(config))
     assert SECRET not in text
     assert "name: of-${tracking.entity}" in text
 
@@ -58,13 +58,13 @@ def test_the_place_of_the_data_is_resolved(composed: Compose, tmp_path: Path, mo
     """data.root, which conf/ reads from the environment, is kept as the folder that was read."""
     monkeypatch.setenv("IMAGENET_DIR", str(tmp_path))
     config = composed()
-    assert OmegaConf.to_container(recorded(config))["data"]["root"] == str(tmp_path)  # type: ignore[index,call-overload]
+    assert OmegaConf.to_container(redacted(config))["data"]["root"] == str(tmp_path)  # type: ignore[index,call-overload]
 
 
 def test_all_else_is_kept_as_it_is(composed: Compose) -> None:
     """Without variables, it is the whole configuration, values and enums by name, and says nothing of how it came."""
     config = composed("epochs=7", "tracking.tags=[a,b]")
-    kept = OmegaConf.to_container(recorded(config))
+    kept = OmegaConf.to_container(redacted(config))
     whole = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert kept == whole
     assert isinstance(kept, dict)
@@ -77,7 +77,7 @@ def test_ranks_compare_the_values(composed: Compose, monkeypatch: pytest.MonkeyP
     one = composed("tracking.entity='${oc.env:CANARY}'")
     monkeypatch.setenv("CANARY", "other")
     other = composed("tracking.entity='${oc.env:CANARY}'")
-    assert recorded(one) == recorded(other)
+    assert redacted(one) == redacted(other)
     assert fingerprint(one) != fingerprint(other)
 
 
@@ -91,7 +91,7 @@ def test_a_literal_interpolation(
     config = composed("model.crop_pct=0.9", f"run_dir='{tmp_path}/{escaped}'")
     assert config.resolved_run_dir == tmp_path / literal
     config.tracking.name = literal  # as what code sets
-    assert OmegaConf.create(OmegaConf.to_yaml(recorded(config))).run_dir == f"{tmp_path}/{literal}"
+    assert OmegaConf.create(OmegaConf.to_yaml(redacted(config))).run_dir == f"{tmp_path}/{literal}"
 
     (tmp_path / "frozen.yaml").write_text(freeze(config))
     frozen = composed(f"--config-dir={tmp_path}", "--config-name=frozen")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.files import cache_folder, check_output, to_json, write_text_whole, write_whole
+from metaformer.files import cache_folder, check_output, to_json, write_atomically, write_text_atomically
 
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_replaces_in_one_step(tmp_path: Path) -> None:
             assert temporary.parent == path.parent, "else the rename would copy"
             assert not path.exists() or path.read_text() == "old"
 
-        write_whole(path, write)
+        write_atomically(path, write)
         assert path.read_text() == content
     assert list(tmp_path.iterdir()) == [path]
 
@@ -39,7 +39,7 @@ def test_failure_leaves_the_old(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -59,10 +59,10 @@ def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def write(temporary: Path) -> None:
         temporary.write_text("first")
-        write_text_whole(path, "second")
+        write_text_atomically(path, "second")
         assert temporary.read_text() == "first"
 
-    write_whole(path, write)
+    write_atomically(path, write)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 

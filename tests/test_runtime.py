@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.errors import UserError
-from metaformer.runtime import Process, Runtime, keep_freed_memory, run_program, start
+from metaformer.program import keep_freed_memory, run_program
+from metaformer.runtime import Process, Runtime, start
 from tests.ranks import on_ranks
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))

@@ -19,15 +19,15 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.index import DataConfig
-from metaformer.data.loader import LoaderConfig
-from metaformer.errors import UserError, unknown_name
+from metaformer.data.index.config import DataConfig
+from metaformer.data.load.config import LoaderConfig
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.errors import UserError, one_line, unknown_name
 from metaformer.models.config import ModelConfig
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.checkpoint import CheckpointConfig
+from metaformer.training.config import GuardConfig
 from metaformer.training.ema import EmaConfig
-from metaformer.training.guards import GuardConfig
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import PrecisionConfig
 from metaformer.training.schedule import ScheduleConfig
@@ -214,7 +214,7 @@ def freeze(config: TrainConfig) -> str:
     assert isinstance(frozen, DictConfig)
     quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
     frozen.defaults = ["train_schema", "_self_", *quiet]
-    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, recorded(config)))
+    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, redacted(config)))
 
 
 def _typed(values: DictConfig) -> Any:
@@ -273,7 +273,7 @@ def _explain(error: HydraException) -> str:
         return str(unknown_name(group, name, known))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _explain_value(error: OmegaConfBaseException) -> str:
@@ -288,7 +288,7 @@ def _explain_value(error: OmegaConfBaseException) -> str:
     return f"{key}: {str(error).splitlines()[0]}"
 
 
-def recorded(config: CommonConfig) -> DictConfig:
+def redacted(config: CommonConfig) -> DictConfig:
     """The whole configuration as it may be kept: what came out of the environment stands there as `${oc.env:NAME}`."""
     values = OmegaConf.create(_plain(config))
     assert isinstance(values, DictConfig)

@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line that says what is wrong, where, and what to do."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -14,6 +15,12 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class Diverged(UserError):
+    """Training cannot continue: the weights, the loss or the gradients are not finite, or ranks no longer agree."""
+
+    exit_code = 3
 
 
 class Interrupted(Exception):
@@ -30,6 +37,16 @@ def printable(text: str, most: int | None = None) -> str:
     """
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
     return shown + ("..." if most is not None and len(text) > most else "")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message with all white space folded into single spaces."""
+    return " ".join(str(error).split())
+
+
+def warn(text: str) -> None:
+    """Print a warning of one line on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:

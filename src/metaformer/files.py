@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, also when the machine dies while they are written, and JSON."""
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,12 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def temporary_beside(path: Path) -> Path:
     """Return a hidden name beside `path` that no other process uses, on this machine or another."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -39,7 +46,7 @@ def remove_temporaries(path: Path) -> None:
             left_over.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it there in one step, replacing what was there.
 
     Raises:
@@ -55,8 +62,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     fsync(path.parent)
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """`write_whole` of a text.
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` of a text.
 
     Raises:
         OSError: as there.
@@ -65,7 +72,7 @@ def write_text_whole(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text)
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -85,7 +92,7 @@ def null_where_not_finite(value: Any) -> Any:
 
 
 def check_output(given: str, file: Path) -> None:
-    """Find out before long work whether `write_whole` will be able to put a file there; nothing is changed.
+    """Find out before long work whether `write_atomically` will be able to put a file there; nothing is changed.
 
     Args:
         given: how the user gave it, as in "--json=FILE", for the error.

@@ -1,18 +1,12 @@
-"""Processes and devices: the only file that reads the launcher's variables, and where ranks agree or fail together."""
+"""The process group: this rank, its device, and how the ranks exchange values, agree, or fail together."""
 
-import ctypes
 import os
-import signal
 import socket
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,15 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from metaformer import streams
-from metaformer.errors import Interrupted, UserError
+from metaformer.errors import UserError
 from metaformer.files import to_json
+from metaformer.program import START_RANKS, keep_freed_memory, launcher_variable
 
 T = TypeVar("T")
-
-_GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks leave rank 0 to report an error that all ranks have
-START_RANKS = "start with torchrun, which sets it, or unset it"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class Process(NamedTuple):
@@ -232,10 +222,10 @@ def start(
     Raises:
         UserError: more ranks on this node than GPUs, or the launcher's variables are not what torchrun sets.
     """
-    world_size, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
+    world_size, rank = launcher_variable("WORLD_SIZE", 1), launcher_variable("RANK", 0)
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}: ranks count from 0 to WORLD_SIZE - 1; {START_RANKS}")
-    local_rank, local_world_size = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
+    local_rank, local_world_size = launcher_variable("LOCAL_RANK", 0), launcher_variable("LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         raise UserError(f"rank {rank}: {local_world_size} processes on {socket.gethostname()}, which has {gpus} GPUs; "
@@ -249,69 +239,10 @@ def start(
     if world_size > 1:
         _join(device, timeout, single_node=world_size == local_world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
-    node = _variable("GROUP_RANK", rank // local_world_size)
+    node = launcher_variable("GROUP_RANK", rank // local_world_size)
     yield Runtime(rank, world_size, local_rank, local_world_size, device, control, node=node, patience=patience)
     if world_size > 1:  # not after an error: a group that lost a rank may wait for it
         dist.destroy_process_group()
-
-
-def launched_rank() -> int:
-    """This process's rank, known before it has joined the others."""
-    return _variable("RANK", 0)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for tensors to come: for training on a CPU.
-
-    glibc gives a large block back when it is freed; the next tensor is then new pages, each of which the kernel must
-    find and clear when it is first written (docs/performance.md). What is held grows for a while, until glibc finds a
-    place in it for each tensor. Without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def run_program(program: Callable[[], None], must_print: bool = True) -> None:
-    """Run a program's main function and exit: errors of the user's making end in one line, once, on stderr.
-
-    Nothing that is printed meanwhile raises an error (`streams.guard`).
-
-    Args:
-        must_print: what the program prints is its result, and where that cannot be written it has failed; else a
-            warning says so.
-    """
-    streams.guard()
-    try:
-        program()
-        _check_printed(must_print)
-    except UserError as error:
-        _fail(f"error: {error}", error.exit_code)
-    except Interrupted as error:
-        _leave(f"interrupted: {error}" if _rank() == 0 else "", error.exit_code)  # said once
-    except Exception:
-        traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)  # as in _fail
-    except KeyboardInterrupt:
-        _fail("error: interrupted", 128 + signal.SIGINT)
-
-
-def _check_printed(must_print: bool) -> None:
-    """Say that stdout could not be written.
-
-    Raises:
-        UserError: it must be.
-    """
-    sys.stdout.flush()
-    reason = streams.failures().get(streams.STDOUT)
-    if reason is None:
-        return
-    text = f"stdout: cannot be written ({reason}), and what was printed is not complete"
-    if must_print:
-        raise UserError(f"{text}; files that were asked for are; print to a place with room and a reader")
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:
@@ -334,12 +265,12 @@ def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     except ValueError as error:  # rank 0's address is missing, or is none
         raise UserError(
-            f"WORLD_SIZE={_variable('WORLD_SIZE', 1)}: {' '.join(str(error).split())}; {START_RANKS}"
+            f"WORLD_SIZE={launcher_variable('WORLD_SIZE', 1)}: {' '.join(str(error).split())}; {START_RANKS}"
         ) from error
     if single_node:
         # What torchrun starts again would find the addresses of its dead predecessors: all starts share one store. Not
         # over several nodes: there each torchrun counts its own restarts.
-        store = dist.PrefixStore(f"start-{_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"start-{launcher_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -349,43 +280,3 @@ def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
         timeout=timeout,
         device_id=device if on_gpu else None,  # NCCL connects now: what is wrong with it shows here, not in a step
     )
-
-
-def status_file_of_launcher() -> Path | None:
-    """A file in which the program that started this one wants to read how it ended, as slurm/train.sbatch does."""
-    named = os.environ.get("METAFORMER_STATUS_FILE")
-    return Path(named) if named else None
-
-
-def _fail(message: str, exit_code: int) -> None:
-    """Report and exit. Most errors are every rank's: the others wait for rank 0 to say it and be ended by torchrun."""
-    rank = _rank()
-    if rank > 0:
-        time.sleep(_GRACE_FOR_RANK_0)
-        kind, _, rest = message.partition(": ")
-        message = f"{kind}: rank {rank}: {rest}"
-    _leave(message, exit_code)
-
-
-def _leave(message: str, exit_code: int) -> NoReturn:
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # Not sys.exit: a broken process group may wait for the other ranks on its way out.
-    os._exit(exit_code)
-
-
-def _rank() -> int:
-    """For whoever reports an error, which may be that this is no number."""
-    try:
-        return _variable("RANK", 0)
-    except UserError:
-        return 0
-
-
-def _variable(name: str, default: int) -> int:
-    given = os.environ.get(name) or default  # some launchers set all of them, and leave some empty
-    try:
-        return int(given)
-    except ValueError as error:
-        raise UserError(f"{name}={given}: not a whole number; {START_RANKS}") from error

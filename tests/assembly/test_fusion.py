@@ -7,9 +7,9 @@ import torch
 
 from metaformer.assembly.fusion import choose_transform, fuse_blocks
 from metaformer.config import compose_training
-from metaformer.data import fused_transform
-from metaformer.data.device_transform import transform_plainly
-from metaformer.data.fused_transform import transform_by_triton
+from metaformer.data.device import choice
+from metaformer.data.device.choice import transform_by_triton
+from metaformer.data.device.transform import transform_plainly
 from metaformer.models import create_model, create_timm_model, fused
 from metaformer.models.config import ResizeFilter
 from metaformer.models.metaformer import MetaFormer, Stage, run_plainly
@@ -45,13 +45,13 @@ def test_which_transform_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's on a GPU, for channels_last, where nothing is wrong with it for images of this size."""
     config = compose_training(["data.root=."])
     sizes = []
-    monkeypatch.setattr(fused_transform, "find_fault", lambda device, size: sizes.append(size))
+    monkeypatch.setattr(choice, "find_fault", lambda device, size: sizes.append(size))
     assert choose_transform(config, IMAGES, ON_GPU) == (transform_by_triton, "on (Triton)")
     assert sizes == [32]
     assert choose_transform(config, IMAGES, ALONE) == (transform_plainly, "off (a CPU)")
     contiguous = compose_training(["data.root=.", "channels_last=false"])
     assert choose_transform(contiguous, IMAGES, ON_GPU) == (transform_plainly, "off (channels_last=false)")
-    monkeypatch.setattr(fused_transform, "find_fault", lambda device, size: FAULT)
+    monkeypatch.setattr(choice, "find_fault", lambda device, size: FAULT)
     assert choose_transform(config, IMAGES, ON_GPU) == (transform_plainly, f"off ({FAULT})")
 
 
@@ -59,7 +59,7 @@ def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
     """What a rank says and does about blocks and transform; the transform's check is asked as on a GPU."""
     fault = FAULT if runtime.rank == 1 else None
     vars(fused)["find_fault"] = lambda *_: fault
-    vars(fused_transform)["find_fault"] = lambda *_: fault
+    vars(choice)["find_fault"] = lambda *_: fault
     config = compose_training(["data.root=.", "image_size=32"])
     model = create_model("poolformer_s12", 2, image_size=32)
     blocks = fuse_blocks(config, IMAGES, runtime, model, None)

@@ -21,9 +21,10 @@ from metaformer.assembly import run as assembly_run
 from metaformer.assembly.run import tracking
 from metaformer.config import TrainConfig, compose_training
 from metaformer.errors import Interrupted
+from metaformer.interfaces import Row, Tracker
 from metaformer.signals import STOP_SIGNALS
 from metaformer.tracking import run_folder
-from metaformer.tracking.tracker import NullTracker, Row, Tracker
+from metaformer.tracking.tracker import NullTracker
 from metaformer.training.checkpoint import CheckpointConfig
 from metaformer.training.manifest import read_manifest
 from metaformer.training.saver import CheckpointSaver
@@ -72,7 +73,7 @@ class Watched(NullTracker):
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Handlers of signals as they were, and starts that take milliseconds: no processes, no large configuration."""
     monkeypatch.setattr(run_folder, "describe_environment", dict)
-    monkeypatch.setattr(assembly_run, "recorded", lambda config: OmegaConf.create({}))
+    monkeypatch.setattr(assembly_run, "redacted", lambda config: OmegaConf.create({}))
     monkeypatch.setattr(Watchdog, "watching", lambda self: nullcontext())
     monkeypatch.setattr(Watchdog, "beat", lambda self: None)
     monkeypatch.setattr("sys.argv", ["train.py"])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaformer.data.index import load_index
-from metaformer.data.preparation.pieces import pieces_of
-from metaformer.data.preparation.shard_writer import Packing, write_shards
+from metaformer.data.index.image_index import load_index
+from metaformer.data.prepare.pieces import pieces_of
+from metaformer.data.prepare.shard_writer import Packing, write_shards
 
 # (width, height) of the images of class "a"; odd, extreme and tiny ones among them
 SIZES = ((97, 64), (64, 97), (120, 90), (75, 75), (33, 200), (260, 21), (47, 61), (19, 23))

@@ -94,9 +94,9 @@ def test_two_ranks_download_once(few: Path, server: Server, tmp_path: Path) -> N
     program = tmp_path / "validate_here.py"
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import validate\nfrom metaformer import runtime\nfrom metaformer.models import download\n"
+        "import validate\nfrom metaformer.program import run_program\nfrom metaformer.models import download\n"
         f"download.OFFICIAL_RELEASE = {server.url!r}\n"
-        "if __name__ == '__main__':  # workers import this file too\n    runtime.run_program(validate.main)\n"
+        "if __name__ == '__main__':  # workers import this file too\n    run_program(validate.main)\n"
     )
     done = launch(str(program.with_suffix("")), *options(few), f"checkpoint={NAME}", ranks=2)
     assert done.code == 0, done.stderr

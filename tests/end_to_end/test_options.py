@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from metaformer.data.dali_loader import dali_is_installed
+from metaformer.data.load.dali_loader import dali_is_installed
 from metaformer.models.variants import VARIANTS
 from tests.conftest import rows
 from tests.faults.program import SMALL

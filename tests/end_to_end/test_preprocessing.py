@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 
 import train
 import validate
-from metaformer.data.plan import TrainingPlan
+from metaformer.data.plan.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.models import create_model, save_weights
 from tests.conftest import QUICK, launch

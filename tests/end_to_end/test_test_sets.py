@@ -13,8 +13,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from torch import nn
 
-from metaformer.data.index import ClassSubset
-from metaformer.data.label_schemes import subset_mask
+from metaformer.data.index.config import ClassSubset
+from metaformer.data.index.labels import subset_mask
 from metaformer.models import create_model, save_weights
 from tests.conftest import launch
 from tests.end_to_end.test_bad_input import error_of

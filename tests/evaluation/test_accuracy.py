@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from metaformer.errors import Interrupted
 from metaformer.evaluation.accuracy import Accuracy, evaluate
+from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
 from metaformer.training.interruption import Interruption
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
@@ -22,14 +23,6 @@ from tests.ranks import on_ranks
 CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))
 FP32 = Precision(PrecisionConfig(PrecisionName.fp32), CPU.device)
 IMAGES = 23
-
-
-@dataclass
-class Batch:
-    """In memory."""
-
-    images: Tensor
-    targets: Tensor
 
 
 @dataclass

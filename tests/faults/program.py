@@ -6,6 +6,7 @@ replaced by something simpler.
 """
 
 from metaformer.death_signal import end_with_launcher
+from metaformer.program import run_program
 
 if __name__ == "__main__":
     end_with_launcher()  # as in train.py
@@ -23,14 +24,13 @@ from typing import Any
 import torch
 
 import train
-from metaformer import runtime
-from metaformer.data.worker_loader import WorkerLoader
+from metaformer.data.load.worker_loader import WorkerLoader
+from metaformer.interfaces import Batch
 from metaformer.models.metaformer import Architecture
 from metaformer.models.variants import POOLING, VARIANTS
 from metaformer.training.checkpoint import CheckpointFolder
 from metaformer.training.loop import Trainer
 from metaformer.training.state import Snapshot
-from metaformer.training.surroundings import SoftBatch
 
 SMALL = Architecture((1, 1, 1, 1), (8, 16, 24, 32), POOLING, drop_path_rate=0.1)
 
@@ -54,13 +54,13 @@ def main() -> None:
         sys.argv.append("seed=7")
     if planned.get(0) == "other-code":
         vars(sys.modules["metaformer.assembly.training"])["code_fingerprint"] = lambda: "another"
-    runtime.run_program(train.main, must_print=False)
+    run_program(train.main, must_print=False)
 
 
 def _strike_in_steps(planned: dict[int, str]) -> None:
     take_step = Trainer._step
 
-    def step(self: Trainer, batches: Iterator[SoftBatch], logs: bool) -> Any:
+    def step(self: Trainer, batches: Iterator[Batch], logs: bool) -> Any:
         number = self.state.progress.step + 1
         fault = planned.get(number, planned.get(0, ""))
         match fault:
@@ -151,12 +151,12 @@ def _strike_in_tracking(fault: str) -> None:
         vars(sys.modules["metaformer.tracking.make"])["WANDB_PROCESS"] = [sys.executable, str(program), fault]
 
 
-def _poison(batch: SoftBatch) -> SoftBatch:
+def _poison(batch: Batch) -> Batch:
     batch.images.fill_(math.nan)
     return batch
 
 
-def _signal(number: signal.Signals, batch: SoftBatch) -> SoftBatch:
+def _signal(number: signal.Signals, batch: Batch) -> Batch:
     os.kill(os.getpid(), number)
     return batch
 

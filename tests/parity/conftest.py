@@ -10,7 +10,7 @@ import torch
 from timm.data import Mixup, mixup
 from timm.data import transforms as timm_transforms
 
-from metaformer.data.draws import Float64
+from metaformer.data.plan.draws import Float64
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right, as timm has it
 

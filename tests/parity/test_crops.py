@@ -15,12 +15,12 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.geometry import Box, evaluation_resize, random_resized_crop, resize_and_center_crop
-from metaformer.data.index import load_index
-from metaformer.data.pil_reader import read_with_pil
-from metaformer.data.plan import CropDraws, EvaluationPlan, TrainingPlan
-from metaformer.data.worker_loader import WorkerLoader
+from metaformer.data.index.image_index import load_index
+from metaformer.data.load.pil_reader import read_with_pil
+from metaformer.data.load.worker_loader import WorkerLoader
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.geometry import Box, evaluation_resize, random_resized_crop, resize_and_center_crop
+from metaformer.data.plan.plan import CropDraws, EvaluationPlan, TrainingPlan
 from tests.data.conftest import picture
 from tests.parity.conftest import crop_drawn_from
 

@@ -10,9 +10,9 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.device_transform import erase, normalize
-from metaformer.data.plan import EraseDraws, TrainingPlan
+from metaformer.data.device.transform import erase, normalize
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.plan import EraseDraws, TrainingPlan
 
 IMAGES, SIZE = 12_000, 224
 LEAST_P = 1e-3  # of the statistics, whose draws are fixed

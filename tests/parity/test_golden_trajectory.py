@@ -26,10 +26,10 @@ from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwar
 from torch import Tensor
 from torchvision.transforms.functional import hflip, pil_to_tensor
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.device_transform import counter_normal
-from metaformer.data.draws import generator
-from metaformer.data.plan import _MIX_STREAM, BatchPlan, TrainingPlan
+from metaformer.data.device.transform import counter_normal
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.draws import generator
+from metaformer.data.plan.plan import _MIX_STREAM, BatchPlan, TrainingPlan
 from metaformer.models import create_model
 from tests.conftest import launch, rows
 from tests.data.conftest import picture

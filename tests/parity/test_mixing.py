@@ -10,10 +10,10 @@ from timm.data import mixup
 from timm.data.mixup import FastCollateMixup
 from torch import Tensor
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.device_transform import mix, mix_targets, normalize, smooth_one_hot
-from metaformer.data.draws import generator
-from metaformer.data.plan import _MIX_STREAM, MixDraws, TrainingPlan
+from metaformer.data.device.transform import mix, mix_targets, normalize, smooth_one_hot
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.draws import generator
+from metaformer.data.plan.plan import _MIX_STREAM, MixDraws, TrainingPlan
 from tests.parity.conftest import Box, papers_mixup
 
 CLASSES, SEED, EPOCH = 1000, 11, 4

@@ -12,9 +12,9 @@ from scipy import stats
 from timm.data import auto_augment
 from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, rand_augment_transform
 
-from metaformer.data.augmentation import AugmentationConfig
-from metaformer.data.plan import TrainingPlan
-from metaformer.data.randaugment import (
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.plan import TrainingPlan
+from metaformer.data.plan.randaugment import (
     ARGUMENTS,
     IMAGENET_COLOUR,
     MAX_MAGNITUDE,

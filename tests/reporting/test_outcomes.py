@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from metaformer.config import TrainConfig, compose_recipe, recorded
+from metaformer.config import TrainConfig, compose_recipe, redacted
 from metaformer.errors import UserError
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
 from metaformer.reporting.paper import find_rows
@@ -28,7 +28,7 @@ def values(config: TrainConfig) -> Any:
 def write_run(folder: Path, config: TrainConfig, top1: dict[int, float], images: int = 50_000) -> Path:
     """A run folder with a validation for each epoch given."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(recorded(config)))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(redacted(config)))
     lines = [{"kind": "train", "epoch": 1, "loss": 7.0}]
     lines += [{"kind": "validation", "epoch": epoch, "top1": value, "images": images} for epoch, value in top1.items()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from metaformer.data.index import load_index
-from metaformer.data.preparation.pieces import pieces_of
-from metaformer.data.preparation.shard_writer import Packing, write_shards
+from metaformer.data.index.image_index import load_index
+from metaformer.data.prepare.pieces import pieces_of
+from metaformer.data.prepare.shard_writer import Packing, write_shards
 from metaformer.errors import UserError
 from scripts import benchmark_loader
 from scripts.benchmark_loader import main

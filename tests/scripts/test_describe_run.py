@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from metaformer.errors import UserError
-from metaformer.training.guards import Diverged
+from metaformer.errors import Diverged, UserError
 from scripts import describe_run
 from tests.conftest import QUICK
 

@@ -15,9 +15,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from metaformer.data.image_bytes import ImageBytes
-from metaformer.data.index import load_index
-from metaformer.data.preparation import imagenet_archives, imagenette
+from metaformer.data.index.image_index import load_index
+from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.data.prepare import imagenet_archives, imagenette
 from metaformer.errors import UserError
 from scripts import prepare_data
 from tests.local_server import Reply, serve

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from metaformer.data.scan_images import ScannedImage
+from metaformer.data.prepare.scan_images import ScannedImage
 from metaformer.errors import UserError
 from scripts import scan_data
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.files import write_text_whole
+from metaformer.files import write_text_atomically
 from metaformer.goodput import Goodput
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
-from metaformer.tracking.lock import LOCK_FILE, RunLock, held
+from metaformer.tracking.lock import LOCK_FILE, RunLock, lock_run_folder
 from metaformer.tracking.run_folder import check_empty, open_run_folder
 from metaformer.tracking.status import DONE, StatusFile
 
@@ -28,7 +28,7 @@ FORK = multiprocessing.get_context("fork")
 
 def hold(run_dir: Path, ready: Any, leave_child: bool) -> None:
     """Hold the folder until killed; perhaps with a child, as data workers are."""
-    with held(run_dir):
+    with lock_run_folder(run_dir):
         if leave_child and os.fork() == 0:
             time.sleep(30)
             os._exit(0)
@@ -68,7 +68,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
     """While one holds it, another ends in one line that says which process, and on which machine."""
     with holder(tmp_path / "run") as process:
         expected = rf"^run_dir=\S+: process {process.pid} on {socket.gethostname()} trains in it; wait"
-        with pytest.raises(UserError, match=expected), held(tmp_path / "run"):
+        with pytest.raises(UserError, match=expected), lock_run_folder(tmp_path / "run"):
             pass
     assert (tmp_path / "run" / LOCK_FILE).exists(), "a refused run removes nothing"
 
@@ -85,7 +85,7 @@ def test_a_dead_run_holds_nothing(tmp_path: Path, leave_child: bool) -> None:
 
 def test_a_childs_end_does_not_let_go(tmp_path: Path) -> None:
     """A forked data worker that ends, or closes all its files, leaves the lock to its parent."""
-    with held(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         worker = FORK.Process(target=os.closerange, args=(3, 256))
         worker.start()
         worker.join()
@@ -96,7 +96,7 @@ def test_a_childs_end_does_not_let_go(tmp_path: Path) -> None:
 def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
     """All that this process opens and closes in its folder; closing the lock file itself would give up the lock."""
     run_dir = tmp_path / "run"
-    with held(run_dir):
+    with lock_run_folder(run_dir):
         check_empty(run_dir)
         for config in ("a: 1\n", "a: 2\n"):
             open_run_folder(run_dir, config, 0)
@@ -107,7 +107,7 @@ def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
             tracker.message("a line")
             tracker.close(failed=False)
         status.end(DONE, 1, "")
-        write_text_whole(run_dir / "other", "text")
+        write_text_atomically(run_dir / "other", "text")
         assert refused(run_dir)
         descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
         os.close(descriptor)
@@ -116,14 +116,14 @@ def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
 
 def test_folders_that_stay_empty_go_again(tmp_path: Path) -> None:
     """A run that fails before anything is written leaves no folder; one that was there, or has a file, stays."""
-    with pytest.raises(KeyError), held(tmp_path / "a" / "b"):
+    with pytest.raises(KeyError), lock_run_folder(tmp_path / "a" / "b"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with held(tmp_path / "a" / "b"):
+    with lock_run_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "file").touch()
     assert sorted(entry.name for entry in (tmp_path / "a" / "b").iterdir()) == ["file", LOCK_FILE]
     (tmp_path / "there").mkdir()
-    with held(tmp_path / "there"):
+    with lock_run_folder(tmp_path / "there"):
         pass
     assert (tmp_path / "there").exists()
 
@@ -132,7 +132,7 @@ def test_a_folder_that_is_gone_hides_no_error(tmp_path: Path) -> None:
     """Somebody removes the run folder: the error that training ends with comes through, not one about the lock."""
 
     def fail() -> None:
-        with held(tmp_path / "run"):
+        with lock_run_folder(tmp_path / "run"):
             shutil.rmtree(tmp_path / "run")
             raise UserError("the cause")
 
@@ -158,21 +158,24 @@ def test_a_lock_file_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_that_cannot_be(tmp_path: Path, below: str) -> None:
     """In place of the folder, or above it, there is a file: one line."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^run_dir=\S+: cannot be made \("), held(tmp_path / "file" / below):
+    with pytest.raises(UserError, match=r"^run_dir=\S+: cannot be made \("), lock_run_folder(tmp_path / "file" / below):
         pass
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
 def test_a_folder_that_takes_no_files() -> None:
     """A folder that cannot be written is refused before anything is trained, whoever is asking, root too."""
-    with pytest.raises(UserError, match=r"^run_dir=/proc/self: cannot be written \("), held(Path("/proc/self")):
+    with (
+        pytest.raises(UserError, match=r"^run_dir=/proc/self: cannot be written \("),
+        lock_run_folder(Path("/proc/self")),
+    ):
         pass
 
 
 def test_a_lock_file_removed_during_a_run(tmp_path: Path) -> None:
     """Removed: the run takes it again, once, with a line. Replaced: another run has been there, and this one ends."""
     run_dir = tmp_path / "run"
-    with held(run_dir) as lock:
+    with lock_run_folder(run_dir) as lock:
         assert lock.check() is None
         (run_dir / LOCK_FILE).unlink()
         assert (

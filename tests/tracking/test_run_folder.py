@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metaformer.errors import UserError
-from metaformer.tracking.lock import held
+from metaformer.tracking.lock import lock_run_folder
 from metaformer.tracking.run_folder import check_empty, open_run_folder
 from tests.conftest import QUICK, REPOSITORY
 
@@ -110,7 +110,7 @@ def test_environment(tmp_path: Path) -> None:
 
 def test_only_an_empty_folder_is_new(tmp_path: Path) -> None:
     """resume=never: an empty folder will do, though this run holds it; one with a file will not."""
-    with held(tmp_path / "empty"):
+    with lock_run_folder(tmp_path / "empty"):
         check_empty(tmp_path / "empty")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="not empty, and resume=never"):

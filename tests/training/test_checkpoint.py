@@ -80,7 +80,7 @@ def test_keeps_the_newest_the_best_and_the_last(tmp_path: Path, checkpoints: Che
     assert names(folder) == ["best", "last", "step-00000002", "step-00000010", "step-00000011"]
     assert (folder / "last").readlink() == Path("step-00000011")
     assert (folder / "best").readlink() == Path("step-00000002")
-    pointed = {path.name: aliases for path, aliases in checkpoints().pointed().items()}
+    pointed = {path.name: aliases for path, aliases in checkpoints().aliases().items()}
     assert pointed == {"step-00000011": ["latest"], "step-00000002": ["best"]}
 
 

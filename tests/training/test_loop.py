@@ -10,22 +10,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metaformer.errors import Diverged
 from metaformer.goodput import Goodput
+from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig
-from metaformer.training.guards import Diverged, GuardConfig
+from metaformer.training.config import GuardConfig, LoopSettings
 from metaformer.training.loop import Trainer
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule, ScheduleConfig
 from metaformer.training.state import TrainState
-from metaformer.training.surroundings import LoopSettings
 from metaformer.training.watchdog import Watchdog
 from tests.conftest import QUICK, TRAIN_IMAGES, rows
 from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
@@ -34,15 +35,6 @@ Run = Callable[..., dict[str, Any]]
 SMALL = (*QUICK, "workers=0", "model=timm", "model.name=test_resnet", "model.drop_path_rate=null")
 STEPS_PER_EPOCH = TRAIN_IMAGES // 8
 CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))
-
-
-@dataclass
-class Batch:
-    """In memory."""
-
-    images: Tensor
-    targets: Tensor
-    waited: float = 0.0
 
 
 @dataclass
@@ -61,6 +53,10 @@ class Numbers:
         for start in range(first * self.batch_size, 96, self.batch_size):
             part = slice(start, start + self.batch_size)
             yield Batch(images[part], targets[part])
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        return 96 // self.batch_size
 
 
 @dataclass

@@ -62,7 +62,7 @@ def test_every_form_is_read_and_replaced(
     assert (found.folder / "model.safetensors").read_bytes() == weights[3]
     for given, step in ((run, 2), (folder / "last", 3), (folder / "last" / "model.safetensors", 3)):
         assert find_weights("checkpoint", given, use_ema=False).read_bytes() == weights[step]
-    assert [aliases for _, aliases in sorted(checkpoints().pointed().items())] in ([["best"], ["latest"]],
+    assert [aliases for _, aliases in sorted(checkpoints().aliases().items())] in ([["best"], ["latest"]],
                                                                                    [["latest"], ["best"]])  # fmt: skip
 
     for step in (4, 5):
@@ -82,7 +82,7 @@ def test_a_file_system_without_links(tmp_path: Path, checkpoints: Checkpoints, m
     assert (folder / "last").read_text() == "step-00000004\n"
     assert checkpoints().find().folder == folder / "step-00000004" == read_pointer(folder / "last")
     assert follow(folder / "best" / "model.safetensors") == folder / "step-00000001" / "model.safetensors"
-    pointed = {path.name: aliases for path, aliases in checkpoints().pointed().items()}
+    pointed = {path.name: aliases for path, aliases in checkpoints().aliases().items()}
     assert pointed == {"step-00000004": ["latest"], "step-00000001": ["best"]}
 
 
@@ -124,7 +124,7 @@ def test_a_damaged_pointer(tmp_path: Path, checkpoints: Checkpoints, damage: Cal
     (line,) = found.skipped
     assert line.startswith(f"{folder / 'last'}: damaged: it ")
     assert line.endswith("; it is replaced at the next save")
-    assert checkpoints().pointed() == {}
+    assert checkpoints().aliases() == {}
     advance(state, 1)
     checkpoints().save(state.snapshot(), "step-00000003", is_best=False)
     assert names(folder) == ["last", "step-00000002", "step-00000003"]

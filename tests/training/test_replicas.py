@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from metaformer.errors import Diverged
 from metaformer.runtime import Runtime
-from metaformer.training.guards import Diverged
 from metaformer.training.replicas import check_replicas, checksum
 from tests.ranks import on_ranks
 from tests.training.conftest import tiny_network

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaformer.errors import UserError
+from metaformer.errors import Diverged, UserError
 from metaformer.models import load_weights, save_state
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
-from metaformer.training.guards import Diverged
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.state import TrainState
 from tests.ranks import fill, small_disk
@@ -202,7 +201,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     saver.save(state, "step-00000002", is_best=True)
     with pytest.raises(Diverged, match=r"^checkpoint step-00000002: not written: 0\.bias is not finite; "):
         saver.wait()
-    assert [path.name for path in saver.folder.pointed()] == ["step-00000001"]
+    assert [path.name for path in saver.folder.aliases()] == ["step-00000001"]
     saver.close()
 
 

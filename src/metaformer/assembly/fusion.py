@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from metaformer.config import CommonConfig
-from metaformer.data import fused_transform
-from metaformer.data.device_transform import ImageTransform, transform_plainly
+from metaformer.data.device import choice
+from metaformer.data.device.transform import ImageTransform, transform_plainly
 from metaformer.models import fused
 from metaformer.models.metaformer import MetaFormer
 from metaformer.models.preprocessing import Preprocessing
@@ -53,5 +53,5 @@ def choose_transform(config: CommonConfig, images: Preprocessing, runtime: Runti
         return transform_plainly, "off (a CPU)"
     if not config.channels_last:
         return transform_plainly, "off (channels_last=false)"
-    fault = runtime.first_fault(fused_transform.find_fault(runtime.device, images.image_size))
-    return (transform_plainly, f"off ({fault})") if fault else (fused_transform.transform_by_triton, "on (Triton)")
+    fault = runtime.first_fault(choice.find_fault(runtime.device, images.image_size))
+    return (transform_plainly, f"off ({fault})") if fault else (choice.transform_by_triton, "on (Triton)")

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from metaformer.assembly.fusion import fuse_blocks
 from metaformer.config import CommonConfig
-from metaformer.data.dali_loader import DaliLoader, dali_is_installed
-from metaformer.data.device_transform import ColourStatistics, EvaluationTransform
-from metaformer.data.feed import Feed, Target, Transform
-from metaformer.data.index import ImageIndex, Source, check_several_classes, load_index
-from metaformer.data.label_schemes import relabel
-from metaformer.data.loader import Loader, LoaderConfig, LoaderName, RegionDecode
-from metaformer.data.pil_reader import read_with_pil
-from metaformer.data.plan import EvaluationPlan, Plan
-from metaformer.data.preparation.sample import build_sample
-from metaformer.data.quarantine import leave_out
-from metaformer.data.region_verdict import gpu_decodes_regions
-from metaformer.data.torch_reader import read_with_torch
-from metaformer.data.worker_loader import WorkerLoader
-from metaformer.data.worker_server import start_worker_server
+from metaformer.data.device.transform import ColourStatistics, EvaluationTransform
+from metaformer.data.feed import Feed, Placement, Transform
+from metaformer.data.index.config import Source
+from metaformer.data.index.image_index import ImageIndex, check_several_classes, load_index
+from metaformer.data.index.labels import relabel
+from metaformer.data.index.quarantine import drop_quarantined
+from metaformer.data.load.config import Loader, LoaderConfig, LoaderName
+from metaformer.data.load.dali_loader import DaliLoader, dali_is_installed
+from metaformer.data.load.pil_reader import read_with_pil
+from metaformer.data.load.torch_reader import read_with_torch
+from metaformer.data.load.worker_loader import WorkerLoader
+from metaformer.data.load.worker_server import start_worker_server
+from metaformer.data.plan.plan import EvaluationPlan, Plan
+from metaformer.data.prepare.sample import build_sample
 from metaformer.models import create_model, create_timm_model
 from metaformer.models.config import Library, ResizeFilter
 from metaformer.models.download import download_weights, is_weights_name
@@ -68,7 +68,7 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
     def load() -> ImageIndex:
         found = load_index(root, split, config.data.check)
         check_several_classes(found, config.data, split)
-        return relabel(leave_out(found, config.data, split), config.data)
+        return relabel(drop_quarantined(found, config.data, split), config.data)
 
     index = runtime.main_first(load)
     runtime.check_agreement(f"the data set in {root}", index.fingerprint)
@@ -128,11 +128,9 @@ def prepare_workers(config: CommonConfig, runtime: Runtime) -> None:
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
     """A plan's batches, read by the configured loader."""
-    settings = dataclasses.replace(
-        config.loader, name=loader_name(config, runtime), region_decode=region_decode(config, runtime)
-    )
+    settings = dataclasses.replace(config.loader, name=loader_name(config, runtime))
     loader = make_loader(settings, index, plan, runtime.device, worker_count(config, runtime))
-    return Feed(index, plan, loader, transform, Target(runtime.device, memory_format(config)))
+    return Feed(index, plan, loader, transform, Placement(runtime.device, memory_format(config)))
 
 
 def worker_count(config: CommonConfig, runtime: Runtime) -> int:
@@ -157,18 +155,6 @@ def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
 def automatic_loader(device: torch.device) -> LoaderName:
     """What `auto` means where the training runs on this device."""
     return LoaderName.dali if device.type == "cuda" and dali_is_installed() else LoaderName.torch
-
-
-def region_decode(config: CommonConfig, runtime: Runtime) -> RegionDecode:
-    """Whether regions are decoded, `auto` resolved: the same on all ranks, which call this together."""
-    given, device = config.loader.region_decode, runtime.device
-    on_gpu = device.type == "cuda" and loader_name(config, runtime) is LoaderName.dali
-    if given is not RegionDecode.auto or not on_gpu:
-        return given
-    name = torch.cuda.get_device_name(device)
-    works = runtime.main_first(lambda: gpu_decodes_regions(device.index, name))
-    agreed = runtime.sum(torch.tensor(float(works), device=device))
-    return RegionDecode.on if agreed.item() == runtime.world_size else RegionDecode.off
 
 
 def evaluation_feed(config: CommonConfig, images: Preprocessing, runtime: Runtime, index: ImageIndex) -> Feed:

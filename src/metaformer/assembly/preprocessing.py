@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metaformer.config import CommonConfig, ValidateConfig
-from metaformer.errors import UserError
+from metaformer.errors import UserError, one_line
 from metaformer.models.config import CropMode, Library, ModelConfig
 from metaformer.models.preprocessing import Preprocessing, resolve_preprocessing
 from metaformer.tracking.run_folder import parse_config
@@ -71,7 +71,7 @@ def find_run(checkpoint: str) -> TrainedRun | None:
                 raise ValueError(f"image_size: {image_size!r} is no number of pixels")
             return TrainedRun(folder, model, image_size)
         except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{file}: not the configuration of a run ({reason}); give a file of weights") from error
     return None
 

@@ -8,18 +8,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from metaformer.config import TrainConfig, recorded
+from metaformer.config import TrainConfig, redacted
 from metaformer.errors import Interrupted, UserError
 from metaformer.goodput import Goodput
-from metaformer.runtime import Runtime, status_file_of_launcher
+from metaformer.interfaces import Tracker
+from metaformer.program import status_file_of_launcher
+from metaformer.runtime import Runtime
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import ends_with_final
 from metaformer.tracking.make import make_tracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
-from metaformer.tracking.tracker import FanOut, NullTracker, Tracker
+from metaformer.tracking.tracker import FanOut, NullTracker
+from metaformer.training.config import LoopSettings
 from metaformer.training.state import Progress, TrainState
-from metaformer.training.surroundings import LoopSettings
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def _open_trackers(
     derived: dict[str, Any],
     parts: ExitStack,
 ) -> Tracker:
-    run_dir, kept = config.resolved_run_dir, recorded(config)
+    run_dir, kept = config.resolved_run_dir, redacted(config)
     changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step, derived)
     steps = settings.epochs * settings.steps_per_epoch
     console = ConsoleTracker(

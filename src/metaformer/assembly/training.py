@@ -28,14 +28,15 @@ from metaformer.assembly.parts import (
 )
 from metaformer.assembly.preprocessing import resolve
 from metaformer.assembly.run import tracking
-from metaformer.config import TrainConfig, fingerprint, recorded
-from metaformer.data.device_transform import TrainingTransform, denormalize
-from metaformer.data.index import ImageIndex, check_same_classes
-from metaformer.data.loader import LoaderName
-from metaformer.data.plan import TrainingPlan
+from metaformer.config import TrainConfig, fingerprint, redacted
+from metaformer.data.device.transform import TrainingTransform, denormalize
+from metaformer.data.index.image_index import ImageIndex, check_same_classes
+from metaformer.data.load.config import LoaderName
+from metaformer.data.plan.plan import TrainingPlan
 from metaformer.errors import UserError
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
+from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import ResizeFilter
 from metaformer.models.norms import find_norm_over_images
@@ -43,11 +44,11 @@ from metaformer.models.preprocessing import Preprocessing
 from metaformer.numa import describe_cpus, keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import code_fingerprint
-from metaformer.tracking.lock import held
+from metaformer.tracking.lock import lock_run_folder
 from metaformer.tracking.run_folder import check_empty, check_shared
-from metaformer.tracking.tracker import Tracker
 from metaformer.training.bottleneck import Bottleneck
-from metaformer.training.checkpoint import CheckpointFolder, Found, WeightFiles
+from metaformer.training.checkpoint import CheckpointFolder, ResumePoint, WeightFiles
+from metaformer.training.config import LoopSettings
 from metaformer.training.ema import make_ema
 from metaformer.training.interruption import interruptible_start
 from metaformer.training.loop import Trainer
@@ -58,7 +59,6 @@ from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import Best, TrainState
-from metaformer.training.surroundings import LoopSettings, SoftBatch
 from metaformer.training.watchdog import Watchdog
 
 PICTURE_IMAGES = 16
@@ -97,7 +97,7 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     state = _new_state(config, images, runtime, splits, precision, model)
     with ExitStack() as parts:
-        lock = runtime.main_only(lambda: parts.enter_context(held(config.resolved_run_dir)), None)
+        lock = runtime.main_only(lambda: parts.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
         checkpoints = _checkpoints(config, runtime)
         found = _resume(config, runtime, checkpoints, state)
@@ -186,7 +186,7 @@ def _left_out(config: TrainConfig, splits: Splits) -> dict[str, int]:
 
 
 def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
-    kept = OmegaConf.to_yaml(recorded(config)).encode()
+    kept = OmegaConf.to_yaml(redacted(config)).encode()
     facts = {
         "model": config.model.name,
         "world_size": runtime.world_size,
@@ -261,7 +261,7 @@ def _new_state(
     )
 
 
-def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> Found:
+def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> ResumePoint:
     """Load the checkpoint that training goes on from, if there is one.
 
     `resume=FOLDER` with a checkpoint of this very run goes back to it. Any other folder is where a new run starts:
@@ -269,15 +269,17 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
     """
     run_dir = config.resolved_run_dir
 
-    def find() -> Found:
+    def find() -> ResumePoint:
         if config.resume == "never":
             check_empty(run_dir)
-            return Found(None)
+            return ResumePoint(None)
         given = None if config.resume == "auto" else follow(Path(config.resume)).resolve()
-        found = Found(None) if given and given.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
+        found = (
+            ResumePoint(None) if given and given.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
+        )
         if given is not None and found.folder is None:
             verify(given)
-            found = Found(given)
+            found = ResumePoint(given)
         return found
 
     found = runtime.from_main(find)
@@ -350,7 +352,7 @@ def _advice(config: TrainConfig, runtime: Runtime) -> str:
     return f"raise workers (now {workers}, {runtime.cpus_per_rank()} CPU cores){other}"
 
 
-def _picture(config: TrainConfig, images: Preprocessing, runtime: Runtime, tracker: Tracker, batch: SoftBatch) -> None:
+def _picture(config: TrainConfig, images: Preprocessing, runtime: Runtime, tracker: Tracker, batch: Batch) -> None:
     """A grid of the first training images as the network gets them."""
     if runtime.is_main:
         file = config.resolved_run_dir / "mixed_images.png"

@@ -22,9 +22,10 @@ from metaformer.assembly.parts import (
 from metaformer.assembly.preprocessing import adopt, differences, find_run, resolve
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
-from metaformer.data.index import ImageIndex, Labels, check_same_classes
-from metaformer.data.label_schemes import class_counts, incompleteness, subset_mask
-from metaformer.errors import UserError
+from metaformer.data.index.config import Labels
+from metaformer.data.index.image_index import ImageIndex, check_same_classes
+from metaformer.data.index.labels import class_counts, incompleteness, subset_mask
+from metaformer.errors import Diverged, UserError, warn
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.evaluation.results import append_result, check_results
 from metaformer.evaluation.scoring import Scoring
@@ -32,7 +33,6 @@ from metaformer.models import load_weights
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import EMA_FILE, MODEL_FILE
-from metaformer.training.guards import Diverged
 from metaformer.training.precision import Precision
 
 
@@ -131,7 +131,7 @@ def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
     )
     warning = incompleteness(index, config.data)
     if warning is not None:
-        runtime.main_only(lambda: print(f"warning: {warning}", file=sys.stderr, flush=True), None)
+        runtime.main_only(lambda: warn(warning), None)
     return index
 
 

@@ -7,23 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metaformer.data.index import ImageIndex
-from metaformer.data.loader import Loader
-from metaformer.data.plan import BatchPlan, Plan
-from metaformer.data.transfer import to_device
+from metaformer.data.device.transfer import to_device
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.load.config import Loader
+from metaformer.data.plan.plan import BatchPlan, Plan
+from metaformer.interfaces import Batch
 
 Transform = Callable[[Tensor, Tensor, BatchPlan], tuple[Tensor, Tensor]]
 
 
-class Batch(NamedTuple):
-    """One rank's batch, on the device."""
-
-    images: Tensor  # float32 [B, 3, S, S], normalised
-    targets: Tensor  # int64 labels [B], or float32 soft targets [B, classes]
-    waited: float  # seconds that the loop waited for the loader
-
-
-class Target(NamedTuple):
+class Placement(NamedTuple):
     """Where batches go, and how their images lie in memory."""
 
     device: torch.device
@@ -33,7 +26,7 @@ class Target(NamedTuple):
 class Feed:
     """The batches of one plan, read by one loader, transformed on the device."""
 
-    def __init__(self, index: ImageIndex, plan: Plan, loader: Loader, transform: Transform, target: Target) -> None:
+    def __init__(self, index: ImageIndex, plan: Plan, loader: Loader, transform: Transform, target: Placement) -> None:
         self._index, self._plan, self._loader = index, plan, loader
         self._transform, self._device, self._memory_format = transform, target.device, target.memory_format
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import NamedTuple
 
+from metaformer.errors import one_line
+
 
 class Verdict(Enum):
     """ok: as it should be. warn: training works, but slower or with less. fail: it will not work."""
@@ -51,6 +53,6 @@ def run_check(name: str, check: Check) -> list[Finding]:
         for finding in check():
             found.append(finding)
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no message"
+        reason = one_line(error) or "no message"
         found.append(fail(name, f"{type(error).__name__}: {reason}", "the check itself broke; look into this first"))
     return found

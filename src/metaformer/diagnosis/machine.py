@@ -12,7 +12,7 @@ from pathlib import Path
 
 from metaformer.diagnosis.finding import Finding, fail, ok, warn
 from metaformer.errors import UserError
-from metaformer.files import check_temporary_folder, write_text_whole
+from metaformer.files import check_temporary_folder, write_text_atomically
 
 GIB = 2**30
 LEAST_FILES = 4096
@@ -95,7 +95,7 @@ def run_folder(folder: Path) -> Iterator[Finding]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        write_text_whole(probe, "0" * 2**20)
+        write_text_atomically(probe, "0" * 2**20)
         took = time.monotonic() - start
         probe.unlink()
     except OSError as error:

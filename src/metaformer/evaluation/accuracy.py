@@ -1,38 +1,16 @@
 """Top-1, top-5 and loss over a whole split: sums over images, reduced over the ranks once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metaformer.errors import Interrupted
 from metaformer.evaluation.scoring import SINGLE_LABEL, Scoring
+from metaformer.interfaces import BatchSource
 from metaformer.runtime import Runtime
-
-
-class LabelledBatch(Protocol):
-    """One rank's batch, on the device."""
-
-    @property
-    def images(self) -> Tensor:
-        """float32 [B, 3, S, S], normalised."""
-
-    @property
-    def targets(self) -> Tensor:
-        """int64 [B], as the scoring reads them."""
-
-
-class EvaluationData(Protocol):
-    """Where the images come from."""
-
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[LabelledBatch]:
-        """This rank's share of the images, each once."""
-
-    @property
-    def rounds_per_epoch(self) -> int:
-        """Batches of the rank that has the most."""
 
 
 class Autocast(Protocol):
@@ -59,7 +37,7 @@ class Accuracy:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    data: EvaluationData,
+    data: BatchSource,
     precision: Autocast,
     runtime: Runtime,
     scoring: Scoring = SINGLE_LABEL,

@@ -10,7 +10,6 @@ it is for all large files, each use is checked against it.
 What is in a cache is used without asking the network.
 """
 
-import hashlib
 import re
 import sys
 import zipfile
@@ -32,7 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from metaformer.errors import UserError, printable, unknown_name
-from metaformer.files import cache_folder, write_text_whole, write_whole
+from metaformer.files import cache_folder, sha256, write_atomically, write_text_atomically
 from metaformer.models.weight_reader import check_archive, read_weights
 
 OFFICIAL, HUB = "official:", "hf:"
@@ -91,7 +90,7 @@ def _official_file(stem: str) -> Path:
         if not path.is_file():
             print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, partial(_fetch, url))
+            write_atomically(path, partial(_fetch, url))
         _check_official(path)
     except (OSError, HTTPException) as error:
         raise ValueError(f"cannot get {url} ({_reason(error)}); download it by hand and give its path") from error
@@ -147,13 +146,13 @@ def _check_whole(file: Path) -> None:
 def _check_official(path: Path) -> None:
     """Compare a file with the hash that its first use left; a first use leaves it."""
     record = path.with_name(f"{path.name}.sha256")
-    digest = _sha256(path)
+    digest = sha256(path)
     if not record.is_file():
         try:
             _check_whole(path)  # it may have been put here by hand
         except OSError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and run again") from error
-        write_text_whole(record, f"{digest}  {path.name}\n")  # as sha256sum writes
+        write_text_atomically(record, f"{digest}  {path.name}\n")  # as sha256sum writes
     elif record.read_text().split()[:1] != [digest]:
         raise ValueError(f"{path} has changed: its SHA-256 is not that in {record.name}; delete both, and run again")
 
@@ -186,14 +185,9 @@ def _hub_file(repository: str) -> Path:
 def _checked_hub_file(path: Path) -> Path:
     """The file, whose link in the hub's cache points to a name that is its hash."""
     blob = path.readlink().name if path.is_symlink() else ""
-    if re.fullmatch("[0-9a-f]{64}", blob) and _sha256(path) != blob:
+    if re.fullmatch("[0-9a-f]{64}", blob) and sha256(path) != blob:
         raise ValueError(f"{path} has changed: its SHA-256 is not {blob}; delete {path.resolve()}, and run again")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

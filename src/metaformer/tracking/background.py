@@ -15,8 +15,8 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metaformer.interfaces import Row
 from metaformer.tracking.service import Delivered, Failed, Opened, Report, child_processes
-from metaformer.tracking.tracker import Row
 
 # When training was interrupted or failed: less than the other ranks wait for rank 0 to say why.
 CLOSE_SECONDS_OF_FAILED = 4.0

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from metaformer import streams
+from metaformer.interfaces import Row
 from metaformer.tracking.line_file import LineFile
-from metaformer.tracking.tracker import NullTracker, Row
+from metaformer.tracking.tracker import NullTracker
 
 
 class ConsoleTracker(NullTracker):

@@ -8,9 +8,10 @@ import io
 import sys
 from pathlib import Path
 
-from metaformer.files import null_where_not_finite, to_json, write_text_whole
+from metaformer.files import null_where_not_finite, to_json, write_text_atomically
+from metaformer.interfaces import Row
 from metaformer.tracking.line_file import LineFile, read_objects
-from metaformer.tracking.tracker import NullTracker, Row
+from metaformer.tracking.tracker import NullTracker
 
 
 class JsonlTracker(NullTracker):
@@ -38,7 +39,7 @@ class JsonlTracker(NullTracker):
             _write(self._path, kept)
         self._validations = [row for row in kept if row["kind"] == "validation"]
         if self._summary.exists():
-            write_text_whole(self._summary, _csv(self._validations))
+            write_text_atomically(self._summary, _csv(self._validations))
         self._file = LineFile(self._path)
 
     def metrics(self, row: Row) -> None:
@@ -46,7 +47,7 @@ class JsonlTracker(NullTracker):
         if row["kind"] == "validation":
             self._validations.append(null_where_not_finite(row))
             try:
-                write_text_whole(self._summary, _csv(self._validations))
+                write_text_atomically(self._summary, _csv(self._validations))
             except OSError as error:
                 print(f"warning: {self._summary}: cannot be written ({error.strerror or error})", file=sys.stderr)
 
@@ -65,7 +66,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    write_text_whole(path, "".join(to_json(row) + "\n" for row in rows))
+    write_text_atomically(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def _csv(rows: list[Row]) -> str:

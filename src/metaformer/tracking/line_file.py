@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from metaformer.errors import UserError
+from metaformer.errors import UserError, warn
 
 
 class LineFile:
@@ -77,4 +76,4 @@ def read_objects(path: Path, types: dict[str, type], may_end_within: bool = Fals
 
 
 def _print(warning: str) -> None:
-    print(f"warning: {warning}", file=sys.stderr, flush=True)
+    warn(warning)

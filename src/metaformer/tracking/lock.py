@@ -15,7 +15,7 @@ LOCK_FILE = "lock"
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator["RunLock"]:
+def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
     """The run folder, made if need be, for this process alone; removed again if nothing comes into it.
 
     Raises:

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from metaformer.interfaces import Tracker
 from metaformer.tracking.background import BackgroundTracker
 from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
-from metaformer.tracking.tracker import FanOut, Tracker
+from metaformer.tracking.tracker import FanOut
 from metaformer.tracking.wandb import check_wandb, folders
 
 WANDB_PROCESS = (sys.executable, "-m", "metaformer.tracking.wandb_process")

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metaformer.errors import UserError
-from metaformer.files import to_json, write_text_whole
+from metaformer.errors import UserError, one_line
+from metaformer.files import to_json, write_text_atomically
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import describe_environment
 from metaformer.tracking.line_file import read_objects
@@ -66,7 +66,7 @@ def check_shared(run_dir: Path, runtime: Runtime, patience: float = 5.0) -> None
 
 def _write(file: Path) -> None:
     try:
-        write_text_whole(file, "")
+        write_text_atomically(file, "")
     except OSError as error:
         raise UserError(f"run_dir={file.parent}: cannot be written ({error.strerror or error})") from error
 
@@ -103,7 +103,7 @@ def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, An
             earlier = path.read_bytes() if path.exists() else content.encode()
             if earlier != content.encode():
                 path.rename(_name_for_earlier(path))
-            write_text_whole(path, content)
+            write_text_atomically(path, content)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
     return [f"{name}: {_text(before)} -> {_text(now)}" for name, (before, now) in changes.items()]
@@ -137,7 +137,7 @@ def parse_config(content: bytes) -> dict[str, Any]:
             raise ValueError("not fields by name")
         return parsed
     except _DAMAGE as error:
-        raise ValueError(" ".join(str(error).split()) or "not YAML that a run writes") from error
+        raise ValueError(one_line(error) or "not YAML that a run writes") from error
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any], parent: str = "") -> I
 def _record(path: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
     entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
     earlier = path.read_text().rstrip("\n") + "\n" if read_objects(path, {"step": int, "changes": dict}) else ""
-    write_text_whole(path, earlier + to_json(entry) + "\n")
+    write_text_atomically(path, earlier + to_json(entry) + "\n")
 
 
 def _text(value: Any) -> str:

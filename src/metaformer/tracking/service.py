@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from metaformer.interfaces import Tracker
 from metaformer.signals import STOP_SIGNALS
-from metaformer.tracking.tracker import Tracker
 
 WATCH_SECONDS = 0.25  # between two looks at the service
 

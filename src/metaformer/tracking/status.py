@@ -1,17 +1,17 @@
 """RUN/status.json: how a run stands, for batch scripts, and how often it has begun in vain."""
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_origin
 
-from metaformer.errors import UserError
-from metaformer.files import to_json, write_text_whole
+from metaformer.errors import UserError, one_line, warn
+from metaformer.files import to_json, write_text_atomically
 from metaformer.goodput import Goodput, TimeSpent
-from metaformer.tracking.tracker import NullTracker, Row
+from metaformer.interfaces import Row
+from metaformer.tracking.tracker import NullTracker
 
 STATUS_FILE = "status.json"
 SECONDS_BETWEEN_UPDATES = 10.0
@@ -102,7 +102,7 @@ class StatusFile(NullTracker):
         """The run ends; a disk that refuses the file is no reason to end otherwise."""
         self._status.state, self._status.step, self._status.reason = state, step, reason
         for failure in self._write():
-            print(f"warning: {failure}", file=sys.stderr, flush=True)
+            warn(failure)
 
     def _read(self) -> Status | None:
         try:
@@ -120,7 +120,7 @@ class StatusFile(NullTracker):
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{self._file}: damaged ({reason}); remove it to start again") from error
 
     def _write(self) -> list[str]:
@@ -133,7 +133,7 @@ class StatusFile(NullTracker):
         for file in (self._copy, self._file):
             try:
                 if file is not None:
-                    write_text_whole(file, to_json(content, indent=2) + "\n")
+                    write_text_atomically(file, to_json(content, indent=2) + "\n")
             except OSError as error:
                 failures.append(f"{file}: cannot be written ({error.strerror or error})")
         return failures

@@ -1,29 +1,9 @@
-"""What a tracker is, the one that does nothing, and the one that tells several."""
+"""The tracker that does nothing, and the one that passes everything to several others."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
-Row = dict[str, Any]
-
-
-class Tracker(Protocol):
-    """Receives everything that is worth keeping of a run; rank 0's do something, the others' nothing."""
-
-    def metrics(self, row: Row) -> None:
-        """A row with `kind` ("train", "validation", "final"), `epoch`, `step`, `samples` and figures."""
-
-    def message(self, text: str) -> None:
-        """A line for people."""
-
-    def picture(self, name: str, file: Path) -> None:
-        """An image file of the run."""
-
-    def checkpoint(self, folder: Path, aliases: list[str]) -> None:
-        """A checkpoint worth keeping elsewhere too."""
-
-    def close(self, failed: bool) -> None:
-        """The run ends."""
+from metaformer.interfaces import Row, Tracker
 
 
 class NullTracker:

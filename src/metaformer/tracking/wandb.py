@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from metaformer.errors import UserError
-from metaformer.files import write_text_whole
+from metaformer.errors import UserError, one_line, warn
+from metaformer.files import write_text_atomically
+from metaformer.interfaces import Row
 from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.service import Opened, child_processes
-from metaformer.tracking.tracker import NullTracker, Row
+from metaformer.tracking.tracker import NullTracker
 
 CONNECT_SECONDS = 3.0  # to find out whether a server is there
 INIT_SECONDS = 30.0  # for the server to open the run
@@ -133,7 +134,7 @@ class WandbTracker(NullTracker):
     def _start(self, config: TrackingConfig, run_dir: Path, recorded: dict[str, Any]) -> Any:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            write_text_whole(id_file, uuid.uuid4().hex[:8] + "\n")
+            write_text_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
         options = {
             "id": id_file.read_text().strip(),
             "resume": "allow",
@@ -227,8 +228,8 @@ def _answers(server: str) -> bool:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: wandb: {text}", file=sys.stderr, flush=True)
+    warn(f"wandb: {text}")
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return one_line(error)

@@ -51,7 +51,7 @@ class CheckpointConfig:
                 raise UserError(f"checkpoint.{name}={value}: must be at least 1")
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
     """The checkpoint to go on from, and what was passed over on the way to it."""
 
     folder: Path | None
@@ -87,7 +87,7 @@ class CheckpointFolder:
         try_out(place)
         check_room(place, 1 if self._folder.is_dir() and self._named() else 2, size)
 
-    def find(self) -> Found:
+    def find(self) -> ResumePoint:
         """The newest checkpoint that is whole: what `last` names, else the one before it.
 
         Raises:
@@ -105,15 +105,15 @@ class CheckpointFolder:
             except UserError as error:
                 skipped.append(str(error))
                 continue
-            return Found(folder, tuple(skipped))
+            return ResumePoint(folder, tuple(skipped))
         if skipped:
             raise UserError(
                 f"{self._folder}: no checkpoint is whole ({'; '.join(skipped)}); put one back from a copy, or give "
                 "another run_dir to start anew"
             )
-        return Found(None)
+        return ResumePoint(None)
 
-    def pointed(self) -> dict[Path, list[str]]:
+    def aliases(self) -> dict[Path, list[str]]:
         """The last and the best checkpoint, each with what it is: "latest", "best" or both."""
         names: dict[Path, list[str]] = {}
         for pointer, alias in ((LAST, "latest"), (BEST, "best")):
@@ -223,9 +223,9 @@ class CheckpointFolder:
         return sorted(self._named(), key=_order, reverse=True)
 
     def _remove_old(self) -> None:
-        pointed = self.pointed()
+        kept = self.aliases()
         for folder in self._newest_first()[self._config.keep :]:
-            if folder.absolute() not in pointed and not self._is_kept_for_good(folder):
+            if folder.absolute() not in kept and not self._is_kept_for_good(folder):
                 _discard(folder)
 
     def _is_kept_for_good(self, folder: Path) -> bool:

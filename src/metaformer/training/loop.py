@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaformer.errors import Interrupted
+from metaformer.errors import Diverged, Interrupted
 from metaformer.goodput import SAVING, TRAINING, VALIDATING, Goodput
+from metaformer.interfaces import Batch, BatchSource, Tracker
 from metaformer.runtime import Process, Runtime
 from metaformer.training.bottleneck import Bottleneck
-from metaformer.training.guards import Diverged
+from metaformer.training.config import LoopSettings
 from metaformer.training.interruption import Interruption, StopWaitingError
 from metaformer.training.precision import Precision
 from metaformer.training.replicas import check_replicas
@@ -23,11 +24,13 @@ from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import Best, TrainState
 from metaformer.training.stragglers import Stopwatch, describe_straggler
-from metaformer.training.surroundings import LoopSettings, SoftBatch, Tracker, TrainingData, Validate
 from metaformer.training.undo import RunningStatistics
 from metaformer.training.watchdog import Watchdog
 
-MEND = "lower optimizer.lr, set clip_grad_norm, or use precision=bf16 or fp32"
+# Takes a model, and what to ask before each batch whether to stop; returns top1, top5, loss, images and quarantined.
+# Raises Interrupted on all ranks if one has stopped.
+Validate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
+ADVICE = "lower optimizer.lr, set clip_grad_norm, or use precision=bf16 or fp32"
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Trainer:
 
     state: TrainState
     network: nn.Module
-    data: TrainingData
+    data: BatchSource
     schedule: Schedule
     precision: Precision
     validate: Validate
@@ -63,7 +66,7 @@ class Trainer:
     watchdog: Watchdog
     goodput: Goodput
     settings: LoopSettings
-    inspect: Callable[[SoftBatch], None]
+    inspect: Callable[[Batch], None]
     bottleneck: Bottleneck
     _window: Window = field(init=False)
     _saved_step: int = field(init=False)
@@ -105,7 +108,7 @@ class Trainer:
             self._save(f"step-{progress.step:08d}")
         self._finish_saving()
         self._interruption.settle()
-        for folder, aliases in self.saver.folder.pointed().items():
+        for folder, aliases in self.saver.folder.aliases().items():
             self.tracker.checkpoint(folder, aliases)
         # Last: a run whose rows end without it is not complete, and does all of this again when it is resumed.
         self.tracker.metrics(progress.last_validation | {"kind": "final"})
@@ -168,7 +171,7 @@ class Trainer:
         self._finish_saving()
         raise Interrupted(f"{self._interruption.reason}: step {step} is saved; the same command goes on from there")
 
-    def _step(self, batches: Iterator[SoftBatch], logs: bool) -> Tensor | None:
+    def _step(self, batches: Iterator[Batch], logs: bool) -> Tensor | None:
         """One optimizer step; for a log row, returns the gradient's norm before clipping, still on the device."""
         state, settings, scaler = self.state, self.settings, self.state.scaler
         loss = torch.zeros_like(state.loss_sum)
@@ -201,7 +204,7 @@ class Trainer:
             state.ema.update_where(1 - skipped, state.model, step=state.progress.step + 1)
         return norm if logs else None
 
-    def _timed(self, batches: Iterator[SoftBatch]) -> Iterator[SoftBatch]:
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for number in itertools.count():
             with self._interruption.waiting():
                 batch = next(batches)
@@ -209,7 +212,7 @@ class Trainer:
             self._window.started_loader += 0.0 if number else batch.waited
             yield batch
 
-    def _forward_backward(self, batch: SoftBatch) -> Tensor:
+    def _forward_backward(self, batch: Batch) -> Tensor:
         """The batch's share of the step's loss, on the device."""
         self._stopwatch.start()
         with self.precision.autocast():
@@ -274,7 +277,7 @@ class Trainer:
             what = f"the last {skipped_in_a_row} steps had gradients that are not finite, and were left out"
         elif math.isfinite(loss):
             return
-        raise Diverged(f"epoch {row['epoch']}, step {row['step']}: {what}; {MEND}")
+        raise Diverged(f"epoch {row['epoch']}, step {row['step']}: {what}; {ADVICE}")
 
     def _complete_epoch(self) -> None:
         progress = self.state.progress
@@ -285,7 +288,7 @@ class Trainer:
         if skipped and not math.isfinite(row["loss"]):  # the weights are of no use, though they may be finite
             raise Diverged(
                 f"epoch {row['epoch']}, step {row['step']}: the validation loss is {row['loss']} and the last "
-                f"{skipped} steps had gradients that are not finite; {MEND}"
+                f"{skipped} steps had gradients that are not finite; {ADVICE}"
             )
         scores = {name: row[key] for name, key in (("model", "top1"), ("ema", "ema_top1")) if key in row}
         weights = max(scores, key=lambda name: scores[name])

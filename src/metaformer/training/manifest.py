@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metaformer.errors import UserError
-from metaformer.files import null_where_not_finite, to_json
+from metaformer.errors import UserError, one_line
+from metaformer.files import null_where_not_finite, sha256, to_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
@@ -24,7 +24,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     manifest: dict[str, Any] = null_where_not_finite(
         {"format": FORMAT, "saved_at": time.time(), **facts, "versions": versions, "files": files}
@@ -43,7 +43,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{file}: damaged or missing ({reason}); is this a checkpoint?") from error
     known = {"format", "saved_at", "model", "identity", "progress", "files"}
     if not isinstance(manifest, dict) or not known <= manifest.keys() or manifest["format"] != FORMAT:
@@ -66,7 +66,7 @@ def verify(folder: Path) -> dict[str, Any]:
             size = file.stat().st_size
             if size != expected["bytes"]:
                 raise UserError(f"{file}: damaged: {size:,} bytes, not {expected['bytes']:,} as in the manifest")
-            if _sha256(file) != expected["sha256"]:
+            if sha256(file) != expected["sha256"]:
                 raise UserError(f"{file}: damaged: its SHA-256 is not the manifest's")
         except OSError as error:
             raise UserError(f"{file}: missing or not readable ({error.strerror or error})") from error
@@ -77,8 +77,3 @@ def _digest(manifest: dict[str, Any]) -> str:
     """SHA-256 of all that a manifest says besides."""
     said = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

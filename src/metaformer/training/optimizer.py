@@ -8,7 +8,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from metaformer.errors import UserError, unknown_name
+from metaformer.errors import UserError, one_line, unknown_name
 
 
 class Implementation(Enum):
@@ -63,7 +63,7 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torc
             model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
         )
     except (TypeError, ValueError, IndexError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"optimizer.name={config.name}: cannot be made with these options ({reason})") from error
     return optimizer
 

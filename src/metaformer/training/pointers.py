@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.errors import UserError
-from metaformer.files import fsync, write_text_whole
+from metaformer.files import fsync, write_text_atomically
 from metaformer.training.manifest import read_manifest, verify
 
 LAST, BEST = "last", "best"
@@ -78,7 +78,7 @@ def write_pointer(pointer: Path, name: str) -> None:
         fsync(pointer.parent)
     except OSError:  # which error says that there are no links differs between file systems
         temporary.unlink(missing_ok=True)
-        write_text_whole(pointer, f"{name}\n")
+        write_text_atomically(pointer, f"{name}\n")
 
 
 def _named_by_link(pointer: Path) -> Path:

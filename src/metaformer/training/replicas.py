@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from metaformer.errors import Diverged
 from metaformer.runtime import Runtime
-from metaformer.training.guards import Diverged
 
 
 def check_replicas(model: nn.Module, runtime: Runtime, step: int) -> None:

@@ -6,9 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
 
-from metaformer.errors import UserError
+from metaformer.errors import Diverged, UserError, one_line
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
-from metaformer.training.guards import Diverged
 from metaformer.training.state import Snapshot, TrainState
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -91,7 +90,7 @@ class CheckpointSaver:
 
     def _count_failure(self, name: str, error: OSError, must_succeed: bool) -> None:
         self._failed_in_a_row += 1
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         failed, limit = self._failed_in_a_row, self._config.max_failed_saves
         before = f", nor could {failed - 1} before it" if failed > 1 else ""
         if must_succeed or failed >= limit:

@@ -1,0 +1,140 @@
+"""ImageNet-1K's labels for images whose class folders are not its 1000, in order: those of its test sets.
+
+The wnids, the classes of ImageNet-A and -R and ReaL's labels are read from timm's files.
+"""
+
+import hashlib
+import json
+import pkgutil
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from timm.data import ImageNetInfo
+
+from metaformer.data.index.config import ClassSubset, DataConfig, Labels
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.errors import UserError
+
+_VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
+
+
+def relabel(index: ImageIndex, config: DataConfig) -> ImageIndex:
+    """The index with the labels that the configuration asks for; `classes` are then ImageNet-1K's wnids.
+
+    Images for which ReaL has no label are left out.
+
+    Raises:
+        UserError: a class folder or a file has a name that no label is known for.
+    """
+    if config.labels is Labels.folders:
+        return index
+    if config.labels is Labels.real:
+        return _with_real_labels(index)
+    wnids = _wnids()
+    names = [str(label) for label in range(len(wnids))] if config.labels is Labels.numbers else wnids
+    label_of = {name: label for label, name in enumerate(names)}
+    if config.class_subset is not None:
+        label_of = {wnid: label_of[wnid] for wnid in _subset_wnids(config.class_subset)}
+    unknown = [name for name in index.classes if name not in label_of]
+    if unknown:
+        raise UserError(_unknown_folders(unknown, index, config))
+    labels = np.array([label_of[name] for name in index.classes], np.int64)[index.labels]
+    return replace(index, classes=tuple(wnids), labels=labels, fingerprint=_fingerprint(index, labels))
+
+
+def subset_mask(subset: ClassSubset) -> NDArray[np.bool_]:
+    """Which of ImageNet-1K's classes are in the subset: bool [1000]."""
+    return np.isin(_wnids(), _subset_wnids(subset))
+
+
+def incompleteness(index: ImageIndex, config: DataConfig) -> str | None:
+    """What to tell the user where a test set has not the published numbers of images and classes."""
+    images, classes = len(index), index.num_labelled_classes
+    expected = (config.expected_images or images, config.expected_classes or classes)
+    if (images, classes) == expected:
+        return None
+    return (
+        f"data={config.name}: {index.folder} has {images:,} images of {classes:,} classes to score; published are "
+        f"{expected[0]:,} of {expected[1]:,}, so do not compare the result with published ones"
+    )
+
+
+def class_counts(index: ImageIndex, config: DataConfig) -> dict[str, int]:
+    """For the result, beside its count of images: the classes scored, and the published counts of a test set."""
+    published = {"expected_images": config.expected_images, "expected_classes": config.expected_classes}
+    known = {name: count for name, count in published.items() if count is not None}
+    return {"classes": index.num_labelled_classes, **known}
+
+
+def _with_real_labels(index: ImageIndex) -> ImageIndex:
+    of_image: list[list[int]] = json.loads(_timm_file("imagenet_real_labels.json"))  # image 1 first
+    sets = [tuple(sorted(of_image[number - 1])) for number in _validation_numbers(index, len(of_image))]
+    scored = np.flatnonzero([bool(labels) for labels in sets])
+    if not len(scored):
+        raise UserError(
+            f"data.labels=real: no image in {index.folder.absolute()} has a label in ReaL; give all of ImageNet's"
+        )
+    distinct = sorted({sets[sample] for sample in scored})
+    row_of = {labels: row for row, labels in enumerate(distinct)}
+    label_sets = np.full((len(distinct), max(map(len, distinct))), -1, np.int64)
+    for row, labels in enumerate(distinct):
+        label_sets[row, : len(labels)] = labels
+    rows = np.array([row_of[sets[sample]] for sample in scored], np.int64)
+    return replace(
+        index.select(scored),
+        classes=tuple(_wnids()),
+        labels=rows,
+        fingerprint=_fingerprint(index, scored, label_sets[rows]),
+        label_sets=label_sets,
+    )
+
+
+def _validation_numbers(index: ImageIndex, count: int) -> list[int]:
+    """The numbers, from 1, by which the files of ImageNet's validation images are named."""
+    numbers = []
+    for sample in range(len(index)):
+        match = _VALIDATION_IMAGE.fullmatch(PurePosixPath(index.name(sample)).stem)
+        if match is None or not 1 <= int(match[1]) <= count:
+            raise UserError(
+                f"data.labels=real: {index.place(sample)} is not named as ImageNet's validation images are, "
+                f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{count:08}.JPEG; give these under their own names"
+            )
+        numbers.append(int(match[1]))
+    return numbers
+
+
+def _unknown_folders(unknown: Sequence[str], index: ImageIndex, config: DataConfig) -> str:
+    kind = "a number from 0 to 999" if config.labels is Labels.numbers else "a wnid of ImageNet-1K"
+    if config.class_subset is not None:
+        kind = f"one of {config.class_subset.value}'s {len(_subset_wnids(config.class_subset))} wnids"
+    more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    return (
+        f"data.root: class folder {(index.folder / unknown[0]).absolute()}{more} is not named by {kind}, as "
+        f"data={config.name} needs; give the folder that holds the class folders, or remove it"
+    )
+
+
+def _wnids() -> list[str]:
+    wnids: list[str] = ImageNetInfo().label_names()
+    return wnids
+
+
+def _subset_wnids(subset: ClassSubset) -> list[str]:
+    return _timm_file(f"{subset.value}_synsets.txt").split()
+
+
+def _timm_file(name: str) -> str:
+    content = pkgutil.get_data("timm.data", f"_info/{name}")
+    assert content is not None
+    return content.decode()
+
+
+def _fingerprint(index: ImageIndex, *labels: NDArray[np.int64]) -> str:
+    digest = hashlib.sha256(index.fingerprint.encode())
+    for array in labels:
+        digest.update(array.tobytes())
+    return digest.hexdigest()

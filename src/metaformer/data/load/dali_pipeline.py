@@ -1,0 +1,135 @@
+"""The DALI graphs: from encoded files and draws to images, the crops of `geometry` computed in float64.
+
+Importing this file needs DALI. Arguments and results typed `Node` are DALI's nodes: one value for each image.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import math as dali_math
+
+from metaformer.data.load.config import LoaderConfig
+from metaformer.data.plan.plan import TRIES, BatchPlan, Plan
+
+Node = Any
+
+
+def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> Any:
+    """A built pipeline whose one output is uint8 [H, W, 3] images.
+
+    Args:
+        feed: gives each batch's arrays: B files' bytes uint8 [bytes]; and, for a plan that crops at random, widths and
+            heights of the tries float64 [B, T], left and top float64 [B], flip and bicubic int32 [B].
+        threads: CPU threads.
+    """
+    first = plan.batch(0, 0)
+    size, gpu = first.image_size, device.type == "cuda"
+    decoder = decoder_options(config, gpu)
+    regions = not gpu or config.region_decode
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=plan.batch_size,
+        num_threads=threads,
+        device_id=device.index if gpu else None,
+        prefetch_queue_depth=config.prefetch_batches,
+        exec_dynamic=True,
+    )
+    def pipeline() -> Node:
+        if first.crop is None:
+            return _evaluation_graph(feed, first, decoder)
+        return _training_graph(feed, first.crop.aspects, size, decoder, regions)
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def decoder_options(config: LoaderConfig, gpu: bool) -> dict[str, Any]:
+    """Options of DALI's decoders, whole or of regions."""
+    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if gpu:
+        options |= {
+            "device": "mixed",
+            "jpeg_fancy_upsampling": True,  # as libjpeg does
+            "hw_decoder_load": config.hw_decoder_load,
+            "preallocate_width_hint": config.preallocate_width,
+            "preallocate_height_hint": config.preallocate_height,
+        }
+    return options
+
+
+def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], regions: bool) -> Node:
+    """Parts of images, by start and shape, each (vertical, horizontal); `regions`: nothing else is decoded."""
+    if regions:
+        return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+    return fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
+
+
+def _evaluation_graph(feed: Any, plan: BatchPlan, decoder: dict[str, Any]) -> Node:
+    resize_to, size = plan.resize_to, plan.image_size
+    (encoded,) = _source(feed, (types.UINT8, 1))
+    height, width = _height_and_width(encoded)
+    short = dali_math.min(height, width)
+    sides = fn.stack(resize_to * height // short, resize_to * width // short)
+    images = fn.resize(
+        fn.decoders.image(encoded, **decoder),
+        size=fn.cast(sides, dtype=types.FLOAT),
+        interp_type=types.INTERP_CUBIC if plan.bicubic else types.INTERP_LINEAR,
+        antialias=True,
+    )
+    room = sides - size
+    half = room // 2
+    start = half + (half & room & 1)  # rounds halves to even, as Python and torchvision do
+    return fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
+
+
+def _training_graph(feed: Any, aspects: tuple[float, float], size: int, decoder: dict[str, Any], regions: bool) -> Node:
+    tries, share, flag = (types.FLOAT64, 1), (types.FLOAT64, 0), (types.INT32, 0)
+    encoded, *crop_draws, flip, bicubic = _source(feed, (types.UINT8, 1), tries, tries, share, share, flag, flag)
+    start, shape = _random_resized_crop(encoded, crop_draws, aspects)
+    images = cut_out(encoded, start, shape, decoder, regions)
+    linear, cubic = int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)
+    interp_type = fn.cast(bicubic * (cubic - linear) + linear, dtype=types.INTERP_TYPE)
+    images = fn.resize(images, resize_x=size, resize_y=size, interp_type=interp_type, antialias=True)
+    return fn.flip(images, horizontal=flip)
+
+
+def _random_resized_crop(encoded: Node, draws: list[Node], aspects: tuple[float, float]) -> tuple[Node, Node]:
+    """`geometry.random_resized_crop` as a graph: start and shape, each (vertical, horizontal), int32."""
+    width_shares, height_shares, left, top = draws
+    height, width = (fn.cast(side, dtype=types.FLOAT64) for side in _height_and_width(encoded))
+    scale = dali_math.sqrt(width * height)
+    widths, heights = (dali_math.floor(scale * shares + 0.5) for shares in (width_shares, height_shares))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    # The first try that fits has the highest rank; reductions do not take float64, float32 holds these integers.
+    rank = fn.cast(fits, dtype=types.FLOAT) * types.Constant(np.arange(TRIES, 0, -1, dtype=np.float32))
+    best = fn.reductions.max(rank)
+    chosen = fn.cast((rank == best) & fits, dtype=types.FLOAT)
+    none = best == 0
+
+    def side(tried: Node, limit: Node, other: Node, factor: float) -> Node:
+        picked = fn.cast(fn.reductions.sum(chosen * fn.cast(tried, dtype=types.FLOAT)), dtype=types.FLOAT64)
+        centred = dali_math.min(limit, dali_math.floor(other * factor + 0.5))
+        return picked + centred * none
+
+    def offset(share: Node, limit: Node, taken: Node) -> Node:
+        room = limit - taken
+        return dali_math.floor(share * (room + 1)) * (best > 0) + dali_math.floor(room / 2) * none
+
+    crop_width = side(widths, width, height, aspects[1])
+    crop_height = side(heights, height, width, 1 / aspects[0])
+    start = fn.stack(offset(top, height, crop_height), offset(left, width, crop_width))
+    shape = fn.stack(crop_height, crop_width)
+    return fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32)
+
+
+def _height_and_width(encoded: Node) -> tuple[Node, Node]:
+    shape = fn.peek_image_shape(encoded, dtype=types.INT64, adjust_orientation=False)
+    return shape[0], shape[1]
+
+
+def _source(feed: Any, *types_and_dims: tuple[Any, int]) -> list[Node]:
+    dtypes, dims = zip(*types_and_dims, strict=True)
+    return list(fn.external_source(source=feed, num_outputs=len(dims), batch=True, dtype=list(dtypes), ndim=list(dims)))

@@ -1,0 +1,95 @@
+"""The encoded images of an index by random access: each a file, or a range of a shard that stays open."""
+
+import os
+import resource
+import stat
+import weakref
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.load.image_file import Encoded
+from metaformer.errors import UserError
+
+OTHER_FILES = 256  # that a process has open beside shards
+
+
+class ImageBytes:
+    """Reads images of an index, in any number of threads.
+
+    A process opens a shard once, when it first needs it; a pickle of this opens its own.
+
+    Raises:
+        UserError: the process may not have as many files open as there are shards.
+    """
+
+    def __init__(self, index: ImageIndex) -> None:
+        self._index = index
+        self._prefix = os.fsencode(index.folder) + b"/"
+        self._lock = Lock()
+        self._descriptors: dict[int, int] = {}
+        if index.shards is not None:
+            _allow_open_files(len(index.shards.names) + OTHER_FILES)
+        self.close = weakref.finalize(self, _close, self._descriptors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageBytes, (self._index,)
+
+    def read(self, sample: int) -> Encoded:
+        """The bytes of one image's file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        shards = self._index.shards
+        if shards is None:
+            return _read_file(self._prefix + self._index.paths[sample].tobytes().rstrip(b"\0"))
+        encoded = np.empty(int(self._index.sizes[sample]), np.uint8)
+        descriptor, offset = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample])
+        return _read(descriptor, offset, encoded, "the shard ends before it")
+
+    def _descriptor(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._descriptors:
+                assert self._index.shards is not None
+                file = self._index.folder / self._index.shards.names[shard]
+                self._descriptors[shard] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[shard]
+
+
+def _read_file(path: bytes) -> Encoded:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would wait
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        return _read(descriptor, 0, np.empty(status.st_size, np.uint8), "the file ends before its size")
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, offset: int, content: Encoded, cut_short: str) -> Encoded:
+    """Fill `content` from `offset` on."""
+    done = 0
+    while done < len(content):
+        count = os.preadv(descriptor, [content[done:].data], offset + done)
+        if not count:
+            raise OSError(cut_short)
+        done += count
+    return content
+
+
+def _close(descriptors: dict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+def _allow_open_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        if hard < count:
+            raise UserError(f"data.root: its shards need {count} open files, {hard} are allowed; raise `ulimit -n`, or "
+                            "pack larger shards (--shard-size)")  # fmt: skip
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -1,0 +1,71 @@
+"""An index that worker processes share: they map its arrays instead of receiving a copy."""
+
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.index.shards import Shards
+
+NOTHING: Any = np.empty(0, np.int64)
+
+
+class SharedIndex:
+    """Pickles by reference, into processes that are being started; their copy maps the same memory.
+
+    The files of a kept scan stay open here: a later scan may remove them while workers are still to be started.
+    Arrays without a file (of a quarantined index, for instance) are copied into an anonymous one.
+    """
+
+    def __init__(self, index: ImageIndex) -> None:
+        self.index = index
+        self._of_images: tuple[_Array, ...] = ()
+        self._of_shards: tuple[_Array, ...] = ()
+
+    def __reduce__(self) -> tuple[Callable[..., "SharedIndex"], tuple[Any, ...]]:
+        index, shards = self.index, self.index.shards
+        if not self._of_images:
+            self._of_images = tuple(_Array(each) for each in (index.paths, index.labels, index.sizes))
+            self._of_shards = tuple(_Array(each) for each in shards[1:]) if shards else ()
+        if shards is not None:
+            shards = Shards(shards.names, NOTHING, NOTHING)
+        empty = replace(index, paths=NOTHING, labels=NOTHING, sizes=NOTHING, shards=shards)
+        return _restore, (empty, self._of_images, self._of_shards)
+
+
+class _Array:
+    """An array behind a file descriptor; pickles as an array that maps it."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._dtype, self._shape = array.dtype, array.shape
+        self._descriptor: int
+        self._offset = 0
+        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # the whole of it, not a part
+            self._offset = array.offset
+            self._descriptor = os.open(str(array.filename), os.O_RDONLY)
+        else:
+            self._descriptor = os.memfd_create("metaformer-index")
+            with os.fdopen(os.dup(self._descriptor), "wb") as file:
+                file.write(np.ascontiguousarray(array).data)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __reduce__(self) -> tuple[Callable[..., NDArray[Any]], tuple[Any, ...]]:
+        return _map, (DupFd(self._descriptor), self._dtype, self._shape, self._offset)
+
+
+def _restore(empty: ImageIndex, of_images: tuple[Any, ...], of_shards: tuple[Any, ...]) -> SharedIndex:
+    paths, labels, sizes = of_images
+    shards = None if empty.shards is None else Shards(empty.shards.names, *of_shards)
+    return SharedIndex(replace(empty, paths=paths, labels=labels, sizes=sizes, shards=shards))
+
+
+def _map(descriptor: Any, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+    with os.fdopen(descriptor.detach(), "rb") as file:
+        return np.memmap(file, dtype, "r", offset, shape)

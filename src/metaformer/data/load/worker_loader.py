@@ -1,0 +1,156 @@
+"""The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
+
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing import queues
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
+from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.data.load.image_file import Encoded
+from metaformer.data.load.shared_index import SharedIndex
+from metaformer.data.load.worker_server import start_worker_server, worker_context
+from metaformer.data.plan.plan import BatchPlan, Plan
+from metaformer.death_signal import send_at_parents_death
+from metaformer.errors import UserError
+
+ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
+
+
+class WorkerLost(UserError):
+    """A worker process ended by itself: the run can be repeated, so this is no mistake of the user's."""
+
+    exit_code = 1
+
+
+class WorkerLoader:
+    """A `Loader` on torch's DataLoader: each worker makes whole batches, delivered in the plan's order.
+
+    Workers live as long as the loader; which batch to make comes to them as (epoch, position).
+
+    Args:
+        read: makes one image of a batch from its encoded bytes.
+        workers: processes; 0 reads in this process.
+        prefetch_batches: batches that each worker makes ahead.
+        pin_memory: put batches in page-locked memory, for fast copies to a GPU.
+    """
+
+    def __init__(
+        self, read: ReadImage, index: ImageIndex, plan: Plan, workers: int, prefetch_batches: int, pin_memory: bool
+    ) -> None:
+        if workers:
+            start_worker_server()
+        self._positions = _Positions(plan.batches_per_epoch)
+        self._batches = _Batches(read, SharedIndex(index), plan)
+        self._loader: DataLoader[Tensor | str] = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=self._positions,
+            num_workers=workers,
+            prefetch_factor=prefetch_batches if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            multiprocessing_context=worker_context() if workers else None,
+            worker_init_fn=_prepare_worker,
+        )
+        # Workers do not end by SIGTERM: at exit, Python would wait for them forever.
+        self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        self._positions.epoch, self._positions.first = epoch, first
+        batches = iter(self._loader)
+        while True:
+            try:
+                images = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise WorkerLost(self._describe_loss()) from error
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
+
+    def _describe_loss(self) -> str:
+        workers = getattr(self._loader._iterator, "_workers", ())  # DataLoader names them in words only
+        ended = [worker for worker in workers if worker.exitcode not in (None, 0)]
+        how = ", ".join(f"{worker.pid} ({_how_ended(worker.exitcode)})" for worker in ended) or "one"
+        return (
+            f"workers={self._loader.num_workers}: a worker process of the loader has ended: {how}; give fewer workers"
+        )
+
+    def close(self) -> None:
+        self._stop_workers()
+        self._batches.stored.close()
+
+
+class _Positions(Sampler[tuple[int, int]]):
+    def __init__(self, batches_per_epoch: int) -> None:
+        self.epoch, self.first = 0, 0
+        self._batches_per_epoch = batches_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, position) for position in range(self.first, self._batches_per_epoch)])
+
+    def __len__(self) -> int:
+        return self._batches_per_epoch - self.first
+
+
+class _Batches(Dataset[Tensor | str]):
+    def __init__(self, read: ReadImage, index: SharedIndex, plan: Plan) -> None:
+        self._read, self._index, self._plan = read, index, plan
+        self.stored = ImageBytes(index.index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Batches, (self._read, self._index, self._plan)
+
+    def __getitem__(self, place: tuple[int, int]) -> Tensor | str:
+        """A batch, or what is wrong with a file: an exception would lose its type on the way out of a worker."""
+        plan = self._plan.to_read(*place)
+        images = torch.empty(
+            (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
+        )
+        for row, sample in enumerate(plan.samples.tolist()):
+            try:
+                images[row] = self._read(self.stored.read(sample), plan, row)
+            except BAD_FILE as error:
+                return describe_bad_file(self._index.index.place(sample), error)
+        return images
+
+
+def _how_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"killed by {name}, probably out of memory" if name == "SIGKILL" else f"killed by {name}"
+
+
+def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
+    iterator: Any = loader._iterator  # DataLoader has no public way to stop persistent workers
+    if iterator is not None and loader.num_workers:
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
+def _prepare_worker(worker: int) -> None:
+    # The server is killed with the training process, and its workers with the server, those too that are stopped.
+    # DataLoader has a check of its own, which sees only the death of the server, and the server by itself lives as
+    # long as its workers: each would wait for the other.
+    send_at_parents_death(signal.SIGKILL)
+    torch.set_num_threads(1)
+    # The thread that sends batches would drop one that it cannot send, and the training process wait for it forever.
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, batch: object) -> NoReturn:
+    print(f"error: a loader's worker cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,107 @@
+"""RandAugment's operations from drawn numbers, applied by timm's own PIL functions.
+
+`rand-m9-mstd0.5-inc1` in timm's notation. The draws come from the plan, so every loader applies the same operations
+with the same arguments to one sample.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP
+
+from metaformer.data.plan.augmentation import RandAugmentConfig
+from metaformer.data.plan.draws import Float64
+
+MAX_MAGNITUDE = 10.0
+Colour = tuple[int, int, int]
+IMAGENET_COLOUR: Colour = (124, 116, 104)  # ImageNet's mean
+DRAWS_PER_OPERATION = 6
+
+
+def _signed(value: float, negative: bool) -> float:
+    return -value if negative else value
+
+
+def _enhance(level: float, negative: bool) -> float:
+    return max(0.1, 1.0 + _signed(level * 0.9, negative))
+
+
+# Operation -> its argument, from the level (magnitude / 10, in [0, 1]) and the sign.
+ARGUMENTS: dict[str, Callable[[float, bool], tuple[float, ...]]] = {
+    "AutoContrast": lambda level, negative: (),
+    "Equalize": lambda level, negative: (),
+    "Invert": lambda level, negative: (),
+    "Rotate": lambda level, negative: (_signed(level * 30.0, negative),),  # degrees
+    "PosterizeIncreasing": lambda level, negative: (4 - int(level * 4),),  # bits kept
+    "SolarizeIncreasing": lambda level, negative: (256 - min(256, int(level * 256)),),  # threshold
+    "SolarizeAdd": lambda level, negative: (min(128, int(level * 110)),),  # added to pixels under 128
+    "ColorIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "ContrastIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "BrightnessIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "SharpnessIncreasing": lambda level, negative: (_enhance(level, negative),),
+    "ShearX": lambda level, negative: (_signed(level * 0.3, negative),),
+    "ShearY": lambda level, negative: (_signed(level * 0.3, negative),),
+    "TranslateXRel": lambda level, negative: (_signed(level * 0.45, negative),),  # share of the side
+    "TranslateYRel": lambda level, negative: (_signed(level * 0.45, negative),),
+}
+OPERATIONS = tuple(ARGUMENTS)
+
+
+class Operation(NamedTuple):
+    """One operation on one image."""
+
+    name: str
+    magnitude: float  # 0 to 10
+    negative: bool  # sign of geometric operations, direction of the enhancing ones
+    bicubic: bool  # interpolation of geometric operations, else bilinear
+    fill: Colour = IMAGENET_COLOUR  # of pixels that a geometric operation brings in from outside
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the operation's function takes after the image: nothing, or one number."""
+        return ARGUMENTS[self.name](self.magnitude / MAX_MAGNITUDE, self.negative)
+
+
+class RandAugmentDraws(NamedTuple):
+    """The operations of a batch, as arrays [B, num_ops], and the fill of all; see `Operation`."""
+
+    operation: NDArray[np.int64]  # position in OPERATIONS, or -1: not applied
+    magnitude: Float64
+    negative: NDArray[np.bool_]
+    bicubic: NDArray[np.bool_]
+    fill: Colour = IMAGENET_COLOUR
+
+    def of_sample(self, row: int) -> list[Operation]:
+        """The operations that one image gets, in order."""
+        places = (self.at(row, number) for number in range(self.operation.shape[1]))
+        return [operation for operation in places if operation is not None]
+
+    def at(self, row: int, number: int) -> Operation | None:
+        """One image's operation in a place of the order, None where it is not applied."""
+        operation, magnitude, negative, bicubic = (array[row, number].item() for array in self[:4])
+        return None if operation < 0 else Operation(OPERATIONS[operation], magnitude, negative, bicubic, self.fill)
+
+
+def draw_operations(config: RandAugmentConfig, uniform: Float64, fill: Colour = IMAGENET_COLOUR) -> RandAugmentDraws:
+    """Operations from uniform numbers [B, num_ops, DRAWS_PER_OPERATION] in [0, 1)."""
+    which, applied, radius, angle, sign, filter_ = np.moveaxis(uniform, -1, 0)
+    normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller, 1958
+    return RandAugmentDraws(
+        operation=np.where(applied < config.probability, (which * len(OPERATIONS)).astype(np.int64), -1),
+        magnitude=np.clip(config.magnitude + config.magnitude_std * normal, 0.0, MAX_MAGNITUDE),
+        negative=sign < 0.5,
+        bicubic=filter_ < 0.5,
+        fill=fill,
+    )
+
+
+def apply_operations(image: Image.Image, operations: list[Operation]) -> Image.Image:
+    """The augmented RGB image, of the same size."""
+    for operation in operations:
+        resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
+        apply = NAME_TO_OP[operation.name]
+        image = apply(image, *operation.arguments, fillcolor=operation.fill, resample=resample)
+    return image

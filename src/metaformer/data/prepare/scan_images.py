@@ -1,0 +1,118 @@
+"""Decoding every image of a data set once, on all cores, to know beforehand what a loader would stop at."""
+
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+
+from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.load.bad_file import BAD_FILE, reason
+from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.data.load.image_file import MAX_PIXELS, Encoded, open_image
+from metaformer.data.prepare.processes import Report, worker_processes
+
+TINY = 32  # pixels of the shorter side
+CHUNK = 256  # images that a process decodes before it answers
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+GRAY = ("1", "L", "LA")
+ROTATED = range(2, 9)  # EXIF orientations; 1 is upright
+BAD_EXIF = (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error)
+
+
+class ScannedImage(NamedTuple):
+    """A row of the manifest."""
+
+    path: str  # below the data set's root
+    width: int  # as stored, before a rotation that EXIF asks for; 0 where the file is not known as an image
+    height: int
+    mode: str  # PIL's
+    format: str  # PIL's
+    bytes: int
+    ok: int  # 1: it decodes to its end
+    unusual: str  # in what it differs from a plain RGB JPEG: words with ", " between
+    reason: str  # why it is not ok
+
+
+def scan_images(
+    index: ImageIndex, split: str, workers: int, report: Report, max_pixels: int = MAX_PIXELS
+) -> Iterator[ScannedImage]:
+    """Decode each image of a split, in the index's order.
+
+    Args:
+        workers: processes.
+        report: called as the work goes on.
+        max_pixels: larger images are not ok, as for the loaders.
+
+    Raises:
+        UserError: a process died.
+    """
+    chunk = max(1, min(CHUNK, len(index) // (4 * workers)))
+    parts = (np.arange(first, min(first + chunk, len(index))) for first in range(0, len(index), chunk))
+    done = 0
+    with worker_processes(workers) as pool:
+        for images in pool.map(partial(_examine_all, split, max_pixels), [index.select(part) for part in parts]):
+            yield from images
+            done += len(images)
+            report(f"decoding {split}", done, len(index))
+
+
+def examine(path: str, read: Callable[[], Encoded], max_pixels: int = MAX_PIXELS) -> ScannedImage:
+    """Decode one image as the reference loader does, at an eighth of its size where it is a JPEG.
+
+    Args:
+        path: what the row calls it.
+        read: gives its bytes.
+        max_pixels: as for `scan_images`.
+    """
+    size, shape, mode, format_, unusual = 0, (0, 0), "", "", ""
+    try:
+        encoded = read()
+        size = len(encoded)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open_image(encoded, max_pixels) as image,
+        ):  # bad EXIF, large images
+            shape, mode, format_ = image.size, image.mode, str(image.format)
+            unusual = ", ".join(_unusual(image, PurePosixPath(path).suffix.lower()))
+            image.draft(None, (1, 1))  # the whole file is read all the same
+            image.convert("RGB")
+    except BAD_FILE as error:
+        why = reason(error) if size or (isinstance(error, OSError) and error.errno) else "empty file"
+        return ScannedImage(path, *shape, mode, format_, size, 0, unusual, why)
+    return ScannedImage(path, *shape, mode, format_, size, 1, unusual, "")
+
+
+def _unusual(image: ImageFile.ImageFile, suffix: str) -> Iterator[str]:
+    if image.format != "JPEG":
+        yield f"{image.format} named as a JPEG" if suffix in JPEG_SUFFIXES else str(image.format)
+    raw_mode = str(image.tile[0].args) if image.tile else ""  # PNGs of 16 bits open as RGB too
+    if image.mode.startswith(("I", "F")) or ";16" in raw_mode:
+        yield "16-bit"
+    elif image.mode != "RGB":
+        yield "gray" if image.mode in GRAY else image.mode
+    if _orientation(image) in ROTATED:
+        yield "EXIF-rotated"
+    if min(image.size) < TINY:
+        yield "tiny"
+
+
+def _orientation(image: Image.Image) -> int | None:
+    if "exif" not in image.info:
+        return None
+    try:
+        orientation: int | None = image.getexif().get(ExifTags.Base.Orientation)
+    except BAD_EXIF:  # of no concern to a loader
+        return None
+    return orientation
+
+
+def _examine_all(split: str, max_pixels: int, images: ImageIndex) -> list[ScannedImage]:
+    with closing(ImageBytes(images)) as stored:
+        names = [str(PurePosixPath(split, images.name(sample))) for sample in range(len(images))]
+        return [examine(name, partial(stored.read, sample), max_pixels) for sample, name in enumerate(names)]

@@ -1,0 +1,9 @@
+"""Triton's transform of training images, compiled, on a GPU."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from tests.data.device.triton_kernel_cases import *  # noqa: F403

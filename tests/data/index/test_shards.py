@@ -1,0 +1,310 @@
+"""Data sets in shards: the folder's index, what changes, what is refused."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metaformer.data.index.config import DataConfig, IndexCheck, Labels
+from metaformer.data.index.image_index import ImageIndex, find_images, load_index
+from metaformer.data.index.labels import relabel
+from metaformer.data.index.quarantine import drop_quarantined, write_quarantine
+from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.errors import UserError
+from tests.data.conftest import pack
+
+
+def refusal(root: Path, check: IndexCheck = IndexCheck.quick) -> str:
+    with pytest.raises(UserError) as error:
+        load_index(root, "train", check)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def shard_of(root: Path, sample: int) -> tuple[Path, int]:
+    """The tar of an image, and where its bytes begin."""
+    index = load_index(root, "train")
+    assert index.shards is not None
+    return root / "train" / index.shards.names[index.shards.numbers[sample]], int(index.shards.offsets[sample])
+
+
+def test_index_is_the_folders(image_root: Path, shard_root: Path) -> None:
+    """Order, labels, classes, sizes, fingerprint and bytes of images in several shards are those of the folder."""
+    for split in ("train", "val"):
+        files, packed = load_index(image_root, split), load_index(shard_root, split)
+        assert packed.shards is not None
+        assert len(packed.shards.names) > 2
+        assert (packed.classes, packed.fingerprint) == (files.classes, files.fingerprint)
+        for name in ("paths", "labels", "sizes"):
+            assert np.array_equal(getattr(packed, name), getattr(files, name))
+        assert_same_bytes(packed, files)
+
+
+def assert_same_bytes(packed: ImageIndex, files: ImageIndex) -> None:
+    stored = ImageBytes(packed)
+    assert all(stored.read(sample).tobytes() == files.path(sample).read_bytes() for sample in range(len(files)))
+    stored.close()
+
+
+def test_reads_that_end_early_go_on(image_root: Path, shard_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may give less than was asked for: the rest is read, from where it ended."""
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:700]], offset))
+    assert_same_bytes(load_index(shard_root, "train"), load_index(image_root, "train"))
+
+
+def test_order_of_difficult_names(own_root: Path) -> None:
+    """Classes and folders below them whose order is easily got wrong, names beyond ASCII and of 150 bytes, are in the
+    order that the folder's index has, whatever shards they are in."""
+    train = own_root / "train"
+    for name in ("B", "n10", "n2", "é", "a-b", "a.d", "x" * 100, "a/more", "a/B"):
+        shutil.copytree(train / "c", train / name)
+    shutil.copy(train / "a" / "0.JPEG", train / "c" / "\udcff.JPEG")
+    shutil.copy(train / "a" / "0.JPEG", train / "c" / f"{'y' * 80}.JPEG")
+    files, packed = load_index(own_root, "train"), load_index(pack(own_root, own_root.parent / "s"), "train")
+    assert [packed.name(i) for i in range(len(packed))] == [files.name(i) for i in range(len(files))]
+    assert packed.fingerprint == files.fingerprint
+    assert_same_bytes(packed, files)
+
+
+def test_shards_in_another_order(image_root: Path, shard_root: Path, tmp_path: Path) -> None:
+    """Shards under each other's numbers give the same order, labels and bytes."""
+    train, shuffled = shard_root / "train", tmp_path / "train"
+    shuffled.mkdir()
+    listed = json.loads((train / "shards.json").read_text())["shards"]
+    for number in range(len(listed)):
+        for kind in ("tar", "idx"):
+            source = train / f"shard-{len(listed) - 1 - number:06}.{kind}"
+            shutil.copy(source, shuffled / f"shard-{number:06}.{kind}")
+    (shuffled / "shards.json").write_text(json.dumps({"shards": listed[::-1]}))
+    files, packed = load_index(image_root, "train"), find_images(shuffled)
+    assert packed.fingerprint == files.fingerprint
+    assert packed.labels.tolist() == files.labels.tolist()
+    assert_same_bytes(packed, files)
+
+
+def test_scan_is_kept_until_a_shard_changes(own_shards: Path) -> None:
+    """A second start maps the kept arrays; a tar or an index with another time is read again."""
+    first = load_index(own_shards, "train")
+    assert isinstance(first.labels, np.memmap)
+    (stored,) = own_shards.glob(".metaformer/train-*")
+    for file in ("shard-000001.tar", "shard-000001.idx"):
+        assert load_index(own_shards, "train").fingerprint == first.fingerprint
+        assert list(own_shards.glob(".metaformer/train-*")) == [stored]
+        os.utime(own_shards / "train" / file, ns=(10**18, 10**18))
+        assert load_index(own_shards, "train").notes == ()
+        former = stored
+        (stored,) = own_shards.glob(".metaformer/train-*")
+        assert stored != former
+
+
+def test_a_folder_that_becomes_shards_is_seen(own_root: Path, own_shards: Path) -> None:
+    """The kept scan of class folders is not taken for that of the shards in their place, nor the other way round."""
+    train = own_root / "train"
+    for source, has_shards in ((own_shards / "train", True), (own_root / "val", False), (own_shards / "train", True)):
+        load_index(own_root, "train")
+        shutil.rmtree(train)
+        shutil.copytree(source, train)
+        assert (load_index(own_root, "train").shards is not None) == has_shards
+        assert (find_images(train).shards is not None) == has_shards
+
+
+def test_quarantine_selects_from_shards(own_root: Path, own_shards: Path) -> None:
+    """A list of SPLIT/CLASS/IMAGE leaves the same images out of shards as out of the folder, with their bytes."""
+    file = own_root.parent / "broken.txt"
+    write_quarantine(file, ["train/a/0.JPEG", "train/b/gray.JPEG"])
+    left = [
+        drop_quarantined(load_index(root, "train"), DataConfig(root=str(root), quarantine=str(file)), "train")
+        for root in (own_root, own_shards)
+    ]
+    assert left[0].fingerprint == left[1].fingerprint
+    assert left[1].quarantined == 2
+    assert_same_bytes(left[1], left[0])
+
+
+def test_labels_by_file_name(own_root: Path) -> None:
+    """ReaL's labels find ImageNet's validation images in shards by their names; another name is said with its shard."""
+    for number, file in enumerate(sorted((own_root / "val").rglob("*.JPEG")), 1):
+        file.rename(file.with_name(f"ILSVRC2012_val_{number:08}.JPEG"))
+    config = DataConfig(train_split=None, labels=Labels.real)
+    packed = pack(own_root, own_root.parent / "shards")
+    of_files, of_shards = (relabel(load_index(root, "val"), config) for root in (own_root, packed))
+    assert of_files.fingerprint == of_shards.fingerprint
+    assert np.array_equal(of_files.labels, of_shards.labels)
+    assert_same_bytes(of_shards, of_files)
+    with pytest.raises(UserError, match=r"shard-000000\.tar: a/0\.JPEG is not named as ImageNet's validation"):
+        relabel(load_index(packed, "train"), config)
+
+
+def rewrite(file: Path, change: Callable[[bytes], bytes]) -> None:
+    file.write_bytes(change(file.read_bytes()))
+
+
+def replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tar": (lambda train: (train / "shard-000001.tar").unlink(), "shard-000001.tar: missing; shards.json lists"),
+    "last tar gone": (lambda train: max(train.glob("*.tar")).unlink(), ".tar: missing; shards.json lists"),
+    "no index": (lambda train: (train / "shard-000001.idx").unlink(), "shard-000001.idx: missing; shards.json lists"),
+    "no list": (lambda train: (train / "shards.json").unlink(), "shards.json: missing, so shards beside it may be"),
+    "damaged list": (lambda train: (train / "shards.json").write_text("[1"), "shards.json: damaged"),
+    "deep list": (lambda train: (train / "shards.json").write_text("[" * 10**5), "shards.json: damaged"),
+    "list of no counts": (lambda train: (train / "shards.json").write_text('{"shards": [[1e999, 1]]}'), "damaged"),
+    "list of signs": (lambda train: (train / "shards.json").write_text('{"shards": [[-1, 9]]}'), "damaged"),
+    "a FIFO for an index": (
+        lambda train: replace_by_fifo(train / "shard-000001.idx"),
+        "shard-000001.tar: it or its index is no file",
+    ),
+    "a FIFO for the list": (
+        lambda train: replace_by_fifo(train / "shards.json"),
+        "shards.json: damaged",
+    ),
+    "a negative size": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 512 -", 1)),
+        "is not an image and its label",
+    ),
+    "cut tar": (
+        lambda train: rewrite(train / "shard-000001.tar", lambda content: content[:-5000]),
+        "shard-000001.tar: cut short or changed: ",
+    ),
+    "cut index": (
+        lambda train: rewrite(train / "shard-000001.idx", lambda content: content[:-30]),
+        "shard-000001.idx: damaged (",
+    ),
+    "index without its last line": (
+        lambda train: rewrite(train / "shard-000001.idx", lambda content: content[: content[:-1].rindex(b"\n") + 1]),
+        "shard-000001.idx: damaged (not ",
+    ),
+    "empty index": (lambda train: (train / "shard-000001.idx").write_bytes(b""), "shard-000001.idx: damaged (not "),
+    "another version": (
+        lambda train: rewrite(train / "shard-000001.idx", lambda content: content.replace(b"v1.2", b"v1.1")),
+        "shard-000001.idx: damaged (not ",
+    ),
+    "no number": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 5l2 ")),
+        "shard-000000.idx: damaged (b'JPEG 5l2 ",
+    ),
+    "beyond the tar's end": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 51200000 ")),
+        "is not an image and its label",
+    ),
+    "within the header": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 0 ")),
+        "is not an image and its label",
+    ),
+    "between blocks": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 513 ")),
+        "is not an image and its label",
+    ),
+    "another tar's index": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" a/0.", b" a/x.")),
+        "shard-000000.tar: a/x.JPEG is not where shard-000000.idx says",
+    ),
+    "another size": (
+        lambda train: rewrite(train / "shard-000000.idx", another_size),
+        "shard-000000.tar: a/0.JPEG is not where shard-000000.idx says",
+    ),
+    "name with ..": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" a/0.", b" ../0.")),
+        "refused: '../0.JPEG' is not CLASS/IMAGE",
+    ),
+    "name without class": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" a/0.", b" 0.")),
+        "refused: '0.JPEG' is not CLASS/IMAGE",
+    ),
+    "twice": (
+        lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" a/1.", b" a/0.")),
+        "'a/0.JPEG' is in it twice",
+    ),
+    "class folder beside": (lambda train: (train / "d").mkdir(), "d: lies among shards"),
+    "further shard": (lambda train: (train / "shard-000099.tar").touch(), "shard-000099.tar: lies among shards"),
+}  # fmt: skip
+
+
+def another_size(content: bytes) -> bytes:
+    """The first image a byte longer."""
+    header, first, rest = content.split(b"\n", 2)
+    extension, offset, size, *others = first.split(b" ")
+    return b"\n".join([header, b" ".join([extension, offset, b"%d" % (int(size) + 1), *others]), rest])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_shards_that_are_not_whole_are_refused(own_shards: Path, kind: str) -> None:
+    """Each fault is one line that names the file, also where the scan of before is still kept."""
+    load_index(own_shards, "train")
+    spoil, message = REFUSED[kind]
+    spoil(own_shards / "train")
+    assert message in refusal(own_shards)
+
+
+@pytest.mark.parametrize("name", ["shards.json", "shard-000000.idx", "shard-000001.tar"])
+def test_damaged_shards_end_in_one_line(own_shards: Path, name: str) -> None:
+    """Whatever 100 random changes make of a file, the shards are read or refused in one printable line."""
+    file, rng = own_shards / "train" / name, random.Random(0)
+    whole = file.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 3))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        file.write_bytes(content)
+        with suppress(UserError):  # always one printable line: tests/test_errors.py
+            find_images(own_shards / "train")
+
+
+def test_shards_without_an_image(own_shards: Path) -> None:
+    """Shards of no image at all are refused."""
+    train = own_shards / "train"
+    listed = json.loads((train / "shards.json").read_text())["shards"]
+    (train / "shards.json").write_text(json.dumps({"shards": [[0, size] for _, size in listed]}))
+    for idx in train.glob("*.idx"):
+        idx.write_bytes(b"v1.2 0\n")
+    assert "its shards hold no image; pack the data again" in refusal(own_shards)
+
+
+def test_full_check_compares_every_image(own_shards: Path) -> None:
+    """A header in the middle of a tar that names another file is found by data.check=files, not by the quick one."""
+    tar, offset = shard_of(own_shards, 1)
+    times = tar.stat()
+    with tar.open("r+b") as file:
+        file.seek(offset - 512)
+        file.write(b"a/9")
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
+    load_index(own_shards, "train")
+    message = refusal(own_shards, IndexCheck.files)
+    assert message.startswith(f"{tar}: a/1.JPEG is not where {tar.stem}.idx says; copy both again, or make the index")
+
+
+def test_shards_that_cannot_all_be_open(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More shards than the process may open are refused before the first batch; a soft limit is raised."""
+    import resource
+
+    index, limits = load_index(own_shards, "train"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        ImageBytes(index).close()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256 + 3
+        monkeypatch.setattr("resource.getrlimit", lambda which: (200, 250))
+        with pytest.raises(UserError, match=r"^data\.root: its shards need \d+ open files, 250 are allowed; raise"):
+            ImageBytes(index)
+    finally:
+        monkeypatch.undo()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_manifest_counts(shard_root: Path) -> None:
+    """shards.json lists each shard's images and bytes."""
+    train = shard_root / "train"
+    listed = json.loads((train / "shards.json").read_text())["shards"]
+    assert [size for _, size in listed] == [tar.stat().st_size for tar in sorted(train.glob("*.tar"))]
+    assert sum(images for images, _ in listed) == 13

@@ -1,0 +1,115 @@
+"""The three loaders on shards: bit for bit the folder's batches, and what is wrong with an image is said."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from metaformer.data.index.image_index import ImageIndex, load_index
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.plan import Plan
+from metaformer.errors import UserError
+from tests.data.conftest import pack
+from tests.data.load.test_loaders import (
+    damage,
+    evaluation_plan,
+    every_loader,
+    open_loader,
+    read_epoch,
+    same,
+    training_plan,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
+)
+PLANS: dict[str, Plan] = {
+    "evaluation": evaluation_plan(batch=3),
+    "evaluation of a rank": evaluation_plan(batch=3, rank=1, world_size=2),
+    "training": training_plan(batch=3, augmentation=AugmentationConfig()),
+    "training of a rank": replace(training_plan(batch=6), rank=1, world_size=2),
+}
+every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+@pytest.fixture(scope="module")
+def files(image_root: Path) -> ImageIndex:
+    return load_index(image_root, "train")
+
+
+@pytest.fixture(scope="module")
+def shards(shard_root: Path) -> ImageIndex:
+    return load_index(shard_root, "train")
+
+
+@every_plan
+@every_loader
+def test_batches_are_the_folders(files: ImageIndex, shards: ImageIndex, name: str, plan: Plan) -> None:
+    """Two epochs, the second from every resume point, also after one that was left half-way, equal the folder's."""
+    for epoch in (0, 1):
+        expected = read_epoch(name, files, plan, epoch)
+        with open_loader(name, shards, plan) as loader:
+            for first in range(len(expected) if epoch else 1):
+                assert same(list(loader.epoch(epoch, first)), expected[first:]), (epoch, first)
+                next(loader.epoch(0))
+
+
+@pytest.mark.parametrize("name", ["torch", "pil"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_images(files: ImageIndex, shards: ImageIndex, name: str, workers: int) -> None:
+    """Processes that read from the same shards give the folder's batches."""
+    plan = PLANS["training"]
+    expected = read_epoch(name, files, plan)
+    with open_loader(name, shards, plan, workers) as loader:
+        assert same(list(loader.epoch(0)), expected)
+        assert same(list(loader.epoch(0, 2)), expected[2:])
+
+
+@every_loader
+def test_a_shard_is_opened_once_and_closed(shards: ImageIndex, name: str) -> None:
+    """While a loader lives it has each shard open once; when it is closed, none."""
+
+    def open_shards() -> list[str]:
+        links = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+        return sorted(link for link in links if link.startswith(str(shards.folder)))
+
+    assert shards.shards is not None
+    with open_loader(name, shards, evaluation_plan(batch=3)) as loader:
+        for _ in range(2):
+            list(loader.epoch(0))
+            assert open_shards() == [str(shards.folder / tar) for tar in shards.shards.names]
+    assert open_shards() == []
+
+
+@pytest.mark.parametrize("kind", ["truncated", "header only", "text", "empty", "broken PNG", "absurd size"])
+@every_loader
+def test_a_bad_image_is_named(own_root: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """An image that cannot be read is a UserError of one line that starts with its shard and its name in it."""
+    damage(own_root, kind)
+    index = load_index(pack(own_root, tmp_path / "shards"), "train")
+    with pytest.raises(UserError) as error:
+        read_epoch(name, index, training_plan(batch=13))
+    place = f"{tmp_path}/shards/train/shard-000000.tar: a/3.JPEG"
+    assert index.place(3) == place
+    assert str(error.value).startswith(f"{place}: cannot be read as an image (")
+    assert "0x" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@every_loader
+def test_a_shard_that_vanishes_is_named(own_shards: Path, name: str) -> None:
+    """A tar that is cut short or gone since the start stops at its first image, after the batches before it."""
+    index, plan = load_index(own_shards, "train"), evaluation_plan(batch=1)
+    assert index.shards is not None
+    good = read_epoch(name, index, plan)
+    first = int((index.shards.numbers == 1).argmax())
+    tar = own_shards / "train" / "shard-000001.tar"
+    for spoil, reason in ((lambda: os.truncate(tar, 600), "the shard ends before it"), (tar.unlink, "No such file")):
+        spoil()
+        with open_loader(name, index, plan) as loader:
+            batches = loader.epoch(0)
+            assert all(torch.equal(next(batches), good[position]) for position in range(first))
+            with pytest.raises(UserError, match=rf"^{tar}: {index.name(first)}: cannot be read .*\({reason}"):
+                next(batches)

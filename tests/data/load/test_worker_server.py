@@ -1,0 +1,218 @@
+"""Workers come from a process without threads, and no signal to the process group ends them before the trainer."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaformer.data.index.image_index import load_index
+from metaformer.files import LONGEST_TEMPORARY_FOLDER
+from tests.conftest import BIN, QUICK, REPOSITORY
+
+# Imported by every Python process at its start. Notes at each fork: the process, and its threads of any kind.
+AT_EACH_FORK = """
+import os
+
+def note():
+    threads = len(os.listdir("/proc/self/task"))
+    with open(os.environ["FORKS"], "a") as file:
+        file.write(f"{os.getpid()} {threads}\\n")
+
+os.register_at_fork(before=note)
+"""
+
+
+# A loader of single images with two workers, in a program of its own.
+PRELUDE = """
+import os, signal, sys
+from multiprocessing import forkserver
+from pathlib import Path
+from metaformer.data.index.image_index import load_index
+from metaformer.data.load.pil_reader import read_with_pil
+from metaformer.data.plan.plan import EvaluationPlan
+from metaformer.data.load.worker_loader import WorkerLoader
+
+index = load_index(Path(sys.argv[1]), "train")
+
+def make_loader(workers):
+    plan = EvaluationPlan(len(index), 1, 0, 1, 32, 0.9)
+    return WorkerLoader(read_with_pil, index, plan, workers, prefetch_batches=1, pin_memory=False)
+"""
+
+
+def start(script: str, image_root: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Run a program of its own, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + script, str(image_root), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_with_threads_is_forked(images: Path, tmp_path: Path, ranks: int) -> None:
+    """Training with workers and wandb: each fork is of a process with one thread, and none is the trainer's."""
+    (tmp_path / "sitecustomize.py").write_text(AT_EACH_FORK)
+    forks = tmp_path / "forks"
+    launcher = [sys.executable] if ranks == 1 else [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
+    overrides = [*QUICK, f"data.root={images}", f"run_dir={tmp_path / 'run'}", "workers=2", "tracking=offline"]
+    subprocess.run(
+        [*launcher, str(REPOSITORY / "train.py"), *overrides, "max_steps=2"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "FORKS": str(forks), "CUDA_VISIBLE_DEVICES": ""},
+        check=True, capture_output=True, timeout=180,
+    )  # fmt: skip
+    notes = [tuple(map(int, line.split())) for line in forks.read_text().splitlines()]
+    assert len(notes) >= 4 * ranks, "two workers for training and two for validation, on each rank"
+    assert len({pid for pid, _ in notes}) == ranks, "a rank's server forks, and nobody else"
+    assert {threads for _, threads in notes} == {1}
+
+
+def test_stop_signals_do_not_reach_workers(image_root: Path) -> None:
+    """SIGTERM, SIGUSR1, SIGINT and SIGHUP to the server and each worker: the epoch is read to its end."""
+    program = start(
+        """
+loader = make_loader(workers=2)
+batches = loader.epoch(0)
+next(batches)
+
+def descendants(pid):
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+processes = descendants(os.getpid())
+assert len(processes) >= 4, "tracker, server, two workers"
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for pid in processes:
+        os.kill(pid, number)
+print(1 + sum(1 for _ in batches))
+loader.close()
+""",
+        image_root,
+    )
+    stdout, stderr = program.communicate(timeout=120)
+    assert (program.returncode, stdout, stderr) == (0, f"{len(load_index(image_root, 'train'))}\n", "")
+
+
+@pytest.mark.parametrize("read", [1, 12], ids=["busy", "waiting"])
+def test_workers_end_with_a_trainer_that_is_killed(image_root: Path, read: int) -> None:
+    """After SIGKILL to the trainer alone, server, tracker and workers end by themselves, busy or waiting."""
+    program = start(
+        """
+loader = make_loader(workers=2)  # must outlive the kill: a loader that is dropped ends its workers itself
+batches = loader.epoch(0)
+for _ in range(int(sys.argv[2])):
+    next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        image_root, read,
+    )  # fmt: skip
+    # Each process of the group holds the pipes: they close when the last has ended.
+    assert program.communicate(timeout=120) == ("", "")
+    assert program.returncode == -signal.SIGKILL
+
+
+def test_a_stopped_worker_ends_with_its_trainer(image_root: Path) -> None:
+    """Also one that has been stopped, and cannot act itself."""
+    program = start(
+        """
+loader = make_loader(workers=1)
+batches = loader.epoch(0)
+next(batches)
+os.kill(loader._loader._iterator._workers[0].pid, signal.SIGSTOP)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        image_root,
+    )
+    assert program.communicate(timeout=60) == ("", "")
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_worker(image_root: Path, tmp_path: Path) -> None:
+    """Not the batch alone, for which the trainer would wait forever: one line says why."""
+    program = tmp_path / "program.py"  # a file, which workers can import
+    program.write_text(
+        PRELUDE
+        + """
+import torch
+from multiprocessing.reduction import ForkingPickler
+
+def fail(batch):
+    raise OSError("AF_UNIX path too long")
+
+def read_unsendable(encoded, plan, row):
+    ForkingPickler.register(torch.Tensor, fail)
+    return read_with_pil(encoded, plan, row)
+
+if __name__ == "__main__":
+    plan = EvaluationPlan(len(index), 1, 0, 1, 32, 0.9)
+    next(WorkerLoader(read_unsendable, index, plan, 1, prefetch_batches=1, pin_memory=False).epoch(0))
+"""
+    )
+    command = [sys.executable, str(program), str(image_root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "error: a loader's worker cannot send a batch: AF_UNIX path too long\n" in done.stderr
+
+
+def test_a_temporary_folder_with_too_long_a_name(image_root: Path, tmp_path: Path) -> None:
+    """Refused at the start by one line; the longest that is let through works."""
+    base = str(tmp_path)
+    for length, code in ((LONGEST_TEMPORARY_FOLDER, 0), (LONGEST_TEMPORARY_FOLDER + 1, 2)):
+        folder = Path(base + "/" + "x" * (length - len(base) - 1))
+        folder.mkdir()
+        program = start(
+            """
+import tempfile
+from metaformer.program import run_program
+tempfile.tempdir = sys.argv[2]
+
+def main():
+    loader = make_loader(workers=1)
+    assert sum(1 for _ in loader.epoch(0)) == len(index)
+    loader.close()
+
+run_program(main)
+""",
+            image_root, folder,
+        )  # fmt: skip
+        _, stderr = program.communicate(timeout=60)
+        assert program.returncode == code, stderr
+    assert stderr.startswith(f"error: TMPDIR={folder}: 76 bytes long")
+    assert len(stderr.splitlines()) == 1
+
+
+def test_no_server_without_workers(image_root: Path) -> None:
+    """workers=0 reads in the training process, which then needs no other."""
+    program = start(
+        """
+assert sum(1 for _ in make_loader(workers=0).epoch(0)) == len(index)
+assert forkserver._forkserver._forkserver_pid is None
+""",
+        image_root,
+    )
+    _, stderr = program.communicate(timeout=120)
+    assert (program.returncode, stderr) == (0, "")
+
+
+def test_a_worker_that_is_killed_is_one_line(image_root: Path) -> None:
+    """A worker that the system kills, as for lack of memory, ends the program by its name and with exit code 1."""
+    program = start(
+        """
+from metaformer.program import run_program
+def read():
+    loader = make_loader(workers=1)
+    for _ in loader.epoch(0):
+        os.kill(loader._loader._iterator._workers[0].pid, signal.SIGKILL)
+run_program(read)
+""",
+        image_root,
+    )
+    stdout, stderr = program.communicate(timeout=120)
+    assert stdout == ""
+    how = r"\d+ \(killed by SIGKILL, probably out of memory\)"
+    assert re.fullmatch(
+        rf"error: workers=1: a worker process of the loader has ended: {how}; give fewer workers\n", stderr
+    )
+    assert program.returncode == 1

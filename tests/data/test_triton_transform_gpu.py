@@ -1,9 +1,0 @@
-"""Triton's transform of training images, compiled, on a GPU."""
-
-import pytest
-import torch
-
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
-
-from tests.data.triton_transform_cases import *  # noqa: F403
