@@ -145,7 +145,7 @@ def guard_costs(step: Step, ranks: Runtime, folder: Path, step_us: float) -> dic
                 _least(lambda: check_replicas(state.model, ranks, 0), ranks, 5) / COMPARE_EVERY
             ),
         }
-    interruption.settle()
+    interruption.finish_vote()
     return {name: 1e6 * cost for name, cost in costs.items()} | {"a step": step_us}
 
 

@@ -22,15 +22,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from metaformer.data.index.config import DataConfig
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
-from metaformer.errors import UserError, one_line, unknown_name
+from metaformer.errors import UserError, check_at_least, one_line, unknown_name
 from metaformer.models.config import ModelConfig
 from metaformer.tracking.config import TrackingConfig
-from metaformer.training.checkpoint import CheckpointConfig
-from metaformer.training.config import GuardConfig
+from metaformer.training.config import LoopConfig
 from metaformer.training.ema import EmaConfig
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import PrecisionConfig
-from metaformer.training.schedule import ScheduleConfig
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 CONF_FOLDER = Path(__file__).parents[2] / "conf"
@@ -55,46 +53,35 @@ class CommonConfig:
     from_environment: dict[str, str] = field(default_factory=dict, metadata={"omegaconf_ignore": True})
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "image_size", "num_classes", "eval_batch_size")
-        _at_least(0, self, "workers", "seed")
+        check_at_least(1, self, "image_size", "num_classes", "eval_batch_size")
+        check_at_least(0, self, "workers", "seed")
         if self.image_size is not None and self.image_size < 32:
             raise UserError(f"image_size={self.image_size}: the networks reduce an image 32-fold; use 32 or more")
 
 
 @dataclass
-class TrainConfig(CommonConfig):
+class TrainConfig(LoopConfig, CommonConfig):
     """Configuration of train.py; the defaults are the paper's recipe."""
 
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guards: GuardConfig = field(default_factory=GuardConfig)
     run_dir: str | None = None  # None: runs/MODEL-EXPERIMENT
-    epochs: int = 300  # the schedule's cool-down epochs come on top
-    global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
-    accumulation_steps: int = 1
     allow_unused_classes: bool = False  # num_classes may be more than the data set has
     fill_last_batch: bool = False  # of an epoch, with images that it began with; else an incomplete batch is left out
     init_weights: str | None = None  # weights file to start from
     resume: str = "auto"  # auto: go on where the run folder stands; never: only in an empty folder; or a checkpoint
-    clip_grad_norm: float | None = None
-    log_every_steps: int = 50
-    max_steps: int | None = None  # stop after this many steps in all, for trials
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        CommonConfig.__post_init__(self)
+        LoopConfig.__post_init__(self)
         self.data.check_can_train()
-        _at_least(1, self, "epochs", "global_batch_size", "accumulation_steps", "log_every_steps", "max_steps")
-        _at_least(0, self.schedule, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
-        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            raise UserError(f"clip_grad_norm={self.clip_grad_norm}: must be positive, or null for none")
 
-    def rank_batch_size(self, world_size: int) -> int:
-        """Images of a rank in one forward pass."""
-        return self.global_batch_size // world_size // self.accumulation_steps
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return self.optimizer.learning_rate(self.global_batch_size)
 
     def check_batches(self, world_size: int) -> None:
         """The batch must divide among the ranks, and mix in pairs.
@@ -329,10 +316,3 @@ def _from_environment(values: DictConfig) -> Iterator[tuple[str, str]]:
             pending.extend((f"{key}.{name}" if key else str(name), item) for name, item in items)
         elif isinstance(value, str) and "${" in value and key != "data.root":
             yield key, value
-
-
-def _at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"{prefix}{name}={value}: must be at least {least}")

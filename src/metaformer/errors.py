@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -47,6 +48,21 @@ def one_line(error: BaseException) -> str:
 def warn(text: str) -> None:
     """Print a warning of one line on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def check_at_least(minimum: int, config: Any, *names: str, prefix: str = "") -> None:
+    """Refuse fields of a configuration that are less than a minimum; None is allowed.
+
+    Args:
+        prefix: what the user writes before the names, as in "checkpoint.".
+
+    Raises:
+        UserError: names the field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{prefix}{name}={value}: must be at least {minimum}")
 
 
 def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from metaformer.assembly import run as assembly_run
-from metaformer.assembly.run import tracking
+from metaformer.assembly.run import Run, tracking
 from metaformer.config import TrainConfig, compose_training
 from metaformer.errors import Interrupted
 from metaformer.interfaces import Row, Tracker
@@ -120,7 +120,9 @@ def start(config: TrainConfig, run_dir: Path, fault: Fault, settings: dict[str, 
     saver.save = watched_save  # type: ignore[method-assign]
     loop.saver, loop.validate = saver, validate
     try:
-        with tracking(replace(config, run_dir=str(run_dir)), CPU, loop.settings, state, "", loop.goodput) as tracker:
+        limits = {name: getattr(loop.config, name) for name in ("epochs", "schedule", "max_steps", "checkpoint")}
+        run = Run(replace(config, run_dir=str(run_dir), **limits), 1, loop.steps_per_epoch, state, "", loop.goodput)
+        with tracking(run, CPU) as tracker:
             loop.tracker = Watched(tracker, events)
             loop.run()
     except (Killed, Interrupted):

@@ -2,8 +2,10 @@
 
 import pytest
 
-from metaformer.assembly.run import derive
+from metaformer.assembly.run import Run
 from metaformer.config import compose_training
+from metaformer.goodput import Goodput
+from tests.training.conftest import tiny_state
 
 
 @pytest.mark.parametrize(
@@ -19,4 +21,5 @@ def test_what_the_number_of_ranks_changes(overrides: list[str], groups: list[int
     """On one rank and on two: a rank's batch shares one mixing unless the group is given or nothing is mixed."""
     config = compose_training(overrides)
     expected = [{"ranks": ranks, "images that share one mixing": group} for ranks, group in enumerate(groups, 1)]
-    assert [derive(config, ranks) for ranks in (1, 2)] == expected
+    runs = [Run(config, ranks, 4, tiny_state(), "", Goodput()) for ranks in (1, 2)]
+    assert [run.derived for run in runs] == expected

@@ -159,7 +159,7 @@ def uneven_evaluation(runtime: Runtime) -> Any:
         data = Split(data.scores[:0], data.targets[:0])
     with asked.listening():
         found = evaluate(Counted(), data, FP32, runtime, stop=asked.agreed)
-        asked.settle()
+        asked.finish_vote()
     return found
 
 

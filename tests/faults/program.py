@@ -31,6 +31,7 @@ from metaformer.models.variants import POOLING, VARIANTS
 from metaformer.training.checkpoint import CheckpointFolder
 from metaformer.training.loop import Trainer
 from metaformer.training.state import Snapshot
+from metaformer.training.step import Learner, train_step
 
 SMALL = Architecture((1, 1, 1, 1), (8, 16, 24, 32), POOLING, drop_path_rate=0.1)
 
@@ -49,7 +50,7 @@ def main() -> None:
     _strike_in_saves(planned)
     _strike_in_tracking(planned.get(0, ""))
     if planned.get(0) == "term-in-start":
-        vars(sys.modules["metaformer.assembly.training"])["_describe"] = _stop_start
+        vars(sys.modules["metaformer.assembly.training"])["describe"] = _stop_start
     if planned.get(0) == "other-seed":
         sys.argv.append("seed=7")
     if planned.get(0) == "other-code":
@@ -58,10 +59,9 @@ def main() -> None:
 
 
 def _strike_in_steps(planned: dict[int, str]) -> None:
-    take_step = Trainer._step
-
-    def step(self: Trainer, batches: Iterator[Batch], logs: bool) -> Any:
-        number = self.state.progress.step + 1
+    def step(learner: Learner, batches: Iterator[Batch], measure_norm: bool) -> Any:
+        state = learner.state
+        number = state.progress.step + 1
         fault = planned.get(number, planned.get(0, ""))
         match fault:
             case "kill":
@@ -75,20 +75,20 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
             case "slow":
                 time.sleep(0.1)
             case "slow-forward":
-                handle = self.state.model.get_submodule("stem").register_forward_hook(_delay)
+                handle = state.model.get_submodule("stem").register_forward_hook(_delay)
             case "nan":
                 batches = map(_poison, batches)
             case "term-in-backward":
-                self.state.model.get_parameter("stem.conv.bias").register_hook(_terminate)
-        result = take_step(self, batches, logs)
+                state.model.get_parameter("stem.conv.bias").register_hook(_terminate)
+        result = train_step(learner, batches, measure_norm)
         if fault == "slow-forward":
             handle.remove()
         if fault == "perturb":
             with torch.no_grad():
-                self.state.model.get_parameter("stages.2.blocks.0.mlp.fc1.weight")[3, 1] += 1e-6
+                state.model.get_parameter("stages.2.blocks.0.mlp.fc1.weight")[3, 1] += 1e-6
         return result
 
-    Trainer._step = step  # type: ignore[method-assign]
+    vars(sys.modules["metaformer.training.loop"])["train_step"] = step
 
 
 def _strike_in_start(fault: str) -> None:
@@ -118,7 +118,7 @@ def _strike_in_data(planned: dict[int, str]) -> None:
 
 
 def _strike_in_validation(planned: dict[int, str]) -> None:
-    ask = Trainer._stop_validation
+    ask = Trainer._stops_validation
     calls = 0
 
     def stop(self: Trainer) -> bool:
@@ -128,7 +128,7 @@ def _strike_in_validation(planned: dict[int, str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return ask(self)
 
-    Trainer._stop_validation = stop  # type: ignore[method-assign]
+    Trainer._stops_validation = stop  # type: ignore[method-assign]
 
 
 def _strike_in_saves(planned: dict[int, str]) -> None:

@@ -169,6 +169,6 @@ def test_stopped_before_the_first_step(start: Start, tmp_path: Path) -> None:
     for _ in range(2):
         job = start(tmp_path / "run", "guards.max_starts_without_progress=1", faults="0:0:term-in-start")
         assert job.wait() == [INTERRUPTED], job.stderr
-        assert job.errors == ["interrupted: SIGTERM: before the first step; the same command starts again"]
+        assert job.errors == ["interrupted: SIGTERM: before the first step; run the same command again"]
         assert status(tmp_path / "run")["state"] == "interrupted"
         assert status(tmp_path / "run")["starts_without_progress"] == 0

@@ -1,4 +1,4 @@
-"""Whether training waits for its data."""
+"""The line per epoch that tells whether training waits for data."""
 
 import time
 from collections.abc import Iterator
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from metaformer.interfaces import Batch
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
 from tests.training.conftest import tiny_state
-from tests.training.test_loop import Batch, Numbers, trainer
+from tests.training.test_loop import Numbers, trainer
 
 
 def test_verdict_by_the_share_of_waiting() -> None:
-    """From a tenth of the epoch's time on it is input-bound, and says what to turn; each epoch is judged by itself."""
+    """From a tenth of the epoch's time on it is input-bound, and says what would help; each epoch is judged by itself."""
     bottleneck = Bottleneck("raise workers (now 1)")
     bottleneck.add(0.5, 10)
     bottleneck.add(1.5, 10)
@@ -54,7 +55,7 @@ class Slow(Numbers):
     [(0.1, 0.0, "input-bound"), (0.0, 0.0, "compute-bound"), (0.0, 0.5, "compute-bound")],
 )
 def test_each_epoch_gets_a_line(tmp_path: Path, seconds: float, at_start: float, verdict: str) -> None:
-    """The loop says it once an epoch; the start of the workers, before the first batch, does not count."""
+    """The loop reports it once per epoch; the start of the workers, before the first batch, does not count."""
     running = trainer(tiny_state(), tmp_path, Slow(8, seconds=seconds, at_start=at_start))
     tracker = running.tracker = Messages()
     running.run()

@@ -65,7 +65,7 @@ def test_no_checkpoint_is_whole(checkpoints: Checkpoints) -> None:
         last = checkpoints().find().folder
         assert last is not None
         flip(last.with_name(name) / damaged)
-    with pytest.raises(UserError, match=r": no checkpoint is whole \(") as caught:
+    with pytest.raises(UserError, match=r": no checkpoint is complete \(") as caught:
         checkpoints().find()
     assert "step-00000001/model.safetensors: damaged" in str(caught.value)
     assert "step-00000002/manifest.json: damaged" in str(caught.value)

@@ -138,8 +138,8 @@ def settle(runtime: Runtime) -> Any:
     with asked.listening():
         before = asked.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
-        asked.settle()
-        asked.settle()
+        asked.finish_vote()
+        asked.finish_vote()
         return before, asked.agreed(), float(runtime.sum(torch.ones(1)))
 
 

@@ -20,13 +20,15 @@ from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointConfig
-from metaformer.training.config import GuardConfig, LoopSettings
+from metaformer.training.config import GuardConfig, LoopConfig
 from metaformer.training.loop import Trainer
+from metaformer.training.meter import Meter
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule, ScheduleConfig
 from metaformer.training.state import TrainState
+from metaformer.training.step import Learner
 from metaformer.training.watchdog import Watchdog
 from tests.conftest import QUICK, TRAIN_IMAGES, rows
 from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
@@ -69,30 +71,36 @@ class Rows(NullTracker):
         self.rows.append(row)
 
 
-def trainer(state: TrainState, folder: Path, data: Numbers, **settings: Any) -> Trainer:
-    """The real loop over the tiny network, its learning rate constant: three epochs of four steps of eight images."""
-    defaults: dict[str, Any] = {
-        "epochs": 3, "steps_per_epoch": 4, "accumulation_steps": 1, "global_batch_size": 8, "seed": 0,
-        "log_every_steps": 1, "checkpoint": CheckpointConfig(), "guards": GuardConfig(),
-    }  # fmt: skip
+def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int = 4, **settings: Any) -> Trainer:
+    """Return the real loop over the tiny network, at a constant lr: three epochs of four steps of eight images."""
     lr = state.optimizer.param_groups[0]["lr"]
     constant = ScheduleConfig(warmup_epochs=0, min_lr=lr, cooldown_epochs=0)
-    return Trainer(
+    defaults: dict[str, Any] = {"epochs": 3, "global_batch_size": 8, "log_every_steps": 1, "schedule": constant}
+    config = LoopConfig(**(defaults | settings))
+    goodput = Goodput()
+    meter = Meter(state, CPU, ["here"], goodput, Bottleneck("raise workers"))
+    learner = Learner(
         state=state,
         network=state.model,
-        data=data,
-        schedule=Schedule(constant, state.optimizer, 3, 4),
         precision=Precision(PrecisionConfig(PrecisionName.fp32), CPU.device),
+        runtime=CPU,
+        stopwatch=meter.stopwatch,
+        accumulation_steps=config.accumulation_steps,
+        clip_grad_norm=config.clip_grad_norm,
+    )
+    return Trainer(
+        learner=learner,
+        data=data,
+        steps_per_epoch=steps_per_epoch,
+        schedule=Schedule(constant, state.optimizer, 3, 4),
         validate=lambda model, stop: {"top1": 50.0, "top5": 100.0, "loss": 1.0, "images": 2},
         saver=CheckpointSaver(checkpoint_folder(folder), CheckpointConfig(), lambda line: None),
         tracker=Rows(),
-        runtime=CPU,
-        processes=CPU.processes(),
         watchdog=Watchdog(0, 60),
-        goodput=Goodput(),
-        settings=LoopSettings(**(defaults | settings)),
+        goodput=goodput,
+        meter=meter,
+        config=config,
         inspect=lambda batch: None,
-        bottleneck=Bottleneck("raise workers"),
     )
 
 
@@ -244,7 +252,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(tmp_path: Path, name: str) -> N
     assert any(name.endswith("running_var") for name in whole.model.state_dict())
     torch.testing.assert_close(whole.model.state_dict(), cut.model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(whole.ema.module.state_dict(), cut.ema.module.state_dict(), rtol=0, atol=0)
-    found, expected = (state.state_dict()["optimizer"] for state in states)
+    found, expected = (state.trainer_state_dict()["optimizer"] for state in states)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -253,7 +261,7 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) ->
     """Nothing is saved while steps are left out, and the run ends with the good checkpoints as they were."""
     state, checkpoint = sgd_state(), CheckpointConfig(every_steps=1)
     data, guards = Numbers(8, poisoned_from=32), GuardConfig(max_skipped_steps=3)
-    settings = {"steps_per_epoch": 12, "checkpoint": checkpoint, "guards": guards, "log_every_steps": log_every}
+    settings: dict[str, Any] = {"steps_per_epoch": 12, "checkpoint": checkpoint, "guards": guards, "log_every_steps": log_every}
     loop = trainer(state, tmp_path, data, **settings)
     with pytest.raises(Diverged, match=r"^epoch 1, step \d+: the last \d+ steps had gradients that are not finite"):
         loop.run()

@@ -177,7 +177,7 @@ def test_a_pointer_that_cannot_be_replaced(
     with pytest.raises(UserError) as caught:
         saver.wait(must_succeed=True)
     saver.close()
-    expected = f"checkpoint epoch-001: cannot be written (Operation not permitted); look at {last}: the same command"
+    expected = f"checkpoint epoch-001: cannot be written (Operation not permitted); check {last}; the same command"
     assert str(caught.value).startswith(expected)
 
 

@@ -119,7 +119,7 @@ def test_failures_in_a_row(tmp_path: Path, background: bool) -> None:
     assert [line.split(" (")[0] for line in lines] == [
         f"ALARM        checkpoint step-0000000{step} could not be written" for step in (1, 2)
     ]
-    assert lines[1].endswith("(No such file or directory); failure 2 of 3 in a row, then training stops")
+    assert lines[1].endswith("(No such file or directory); failure 2 in a row; training stops after 3")
     with pytest.raises(UserError, match=r"^checkpoint step-00000003: cannot be written \(No such file or directory\)"):
         saver.save(state, "step-00000004", is_best=False)
     assert not (tmp_path / "run").exists()
@@ -161,7 +161,7 @@ def test_full_disk(tmp_path: Path) -> None:
             saver.save(state, "step-00000009", is_best=False)
             saver.wait(must_succeed=True)
         assert [line.split("; ")[1] for line in lines] == [
-            f"failure {number} of 3 in a row, then training stops" for number in (1, 2, 1, 2)
+            f"failure {number} in a row; training stops after 3" for number in (1, 2, 1, 2)
         ]
         assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == [
             "last", "step-00000001", "step-00000009",

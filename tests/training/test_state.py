@@ -75,7 +75,7 @@ def test_restores_counters_and_progress() -> None:
     count(state, 0.0, 1.0)
     state.progress.best = Best(12.5, 2, "model")
     kept = other.loss_sum
-    other.load_state_dict(state.snapshot().trainer)
+    other.load_trainer_state_dict(state.snapshot().trainer)
     assert other.progress == state.progress
     assert isinstance(other.progress.best, Best)
     assert other.loss_sum == state.loss_sum
@@ -91,7 +91,7 @@ def test_options_stay_those_that_were_given() -> None:
         group["initial_lr"] = 0.1
     other = tiny_state(lr=0.3, optimizer=OptimizerConfig(weight_decay=0.2))
     given = [group["weight_decay"] for group in other.optimizer.param_groups]
-    other.load_state_dict(state.snapshot().trainer)
+    other.load_trainer_state_dict(state.snapshot().trainer)
     assert {group["lr"] for group in other.optimizer.param_groups} == {0.3}
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == given
     assert all("initial_lr" not in group for group in other.optimizer.param_groups)
@@ -103,9 +103,9 @@ def test_a_factor_goes_on_where_there_is_one() -> None:
     """From fp32 to fp16 and back: the factor of fp16 is restored, and where none was saved the fresh one stays."""
     state, scaled, again = tiny_state(), tiny_state(), tiny_state()
     scaled.scaler, again.scaler = Scaler("cpu", init_scale=8.0), Scaler("cpu", init_scale=64.0)
-    scaled.load_state_dict(state.snapshot().trainer)
+    scaled.load_trainer_state_dict(state.snapshot().trainer)
     assert scaled.scaler.get_scale() == 8.0
-    again.load_state_dict(scaled.snapshot().trainer)
+    again.load_trainer_state_dict(scaled.snapshot().trainer)
     assert again.scaler.get_scale() == 8.0
-    state.load_state_dict(scaled.snapshot().trainer)
+    state.load_trainer_state_dict(scaled.snapshot().trainer)
     assert state.scaler.get_scale() == 1.0

@@ -120,7 +120,7 @@ def test_a_hang_in_the_start(tmp_path: Path) -> None:
     assert (process.returncode, stdout) == (EXIT_CODE, "paused\n")
     assert "in hangs" in stderr
     assert stderr.splitlines()[-1].startswith("error: rank 0: no step for ")
-    assert "it had not begun to train" in stderr
+    assert "training had not begun" in stderr
 
 
 def test_no_pause_in_training(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_stop_that_is_not_followed(tmp_path: Path, step: float, least: float, 
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == EXIT_CODE
     assert least < float(stdout) < most
-    assert "asked to stop, it waited for data or for another rank" in stderr
+    assert "it was asked to stop, and waited for data or for another rank" in stderr
 
 
 def test_a_stopped_peer_writes_its_stacks(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""A run while it is open: its status file, and everyone who is told how it goes. Rank 0's business."""
+"""Opens the status file and the trackers of a run, on rank 0."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -20,100 +21,89 @@ from metaformer.tracking.make import make_tracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
 from metaformer.tracking.tracker import FanOut, NullTracker
-from metaformer.training.config import LoopSettings
-from metaformer.training.state import Progress, TrainState
+from metaformer.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to be tracked.
+
+    Attributes:
+        world_size: ranks.
+        fused: which fused parts it uses, for the status file.
+    """
+
+    config: TrainConfig
+    world_size: int
+    steps_per_epoch: int
+    state: TrainState
+    fused: str
+    goodput: Goodput
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What changes if the run resumes on another number of ranks, by names for people."""
+        config = self.config
+        group = config.augmentation.mix_group_size or config.rank_batch_size(self.world_size)
+        return {"ranks": self.world_size, "images that share one mixing": group if config.augmentation.mixes else None}
+
+    @property
+    def complete(self) -> str:
+        """What a run that is trained and validated to its end has in full; empty for any other."""
+        progress, max_steps = self.state.progress, self.config.max_steps
+        if not progress.validated:
+            return ""
+        if progress.epochs_completed >= self.config.total_epochs:
+            return f"{self.config.total_epochs} epochs"
+        return f"{max_steps} steps" if max_steps and progress.step >= max_steps else ""
 
 
 @contextmanager
-def tracking(
-    config: TrainConfig, runtime: Runtime, settings: LoopSettings, state: TrainState, fused: str, goodput: Goodput
-) -> Iterator[Tracker]:
-    """What is told of the run, closed at the end, when the status file says how it went.
-
-    Args:
-        fused: what the run uses of the fused parts, for the status file.
+def tracking(run: Run, runtime: Runtime) -> Iterator[Tracker]:
+    """Yield the run's tracker; at the end, close it and write to the status file how the run ended.
 
     Raises:
         UserError: the run folder cannot be written, or too many starts have ended before a new checkpoint.
     """
     with ExitStack() as parts:
         silent: Tracker = NullTracker()
-        derived = derive(config, runtime.world_size)
-        yield runtime.main_only(
-            lambda: _open(config, settings, state, fused, goodput, derived, parts), otherwise=silent
-        )
+        yield runtime.main_only(lambda: _open(run, parts), otherwise=silent)
 
 
-def derive(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """What a resume on another number of ranks changes, by the names that people read."""
-    group = (
-        (config.augmentation.mix_group_size or config.rank_batch_size(world_size))
-        if config.augmentation.mixes
-        else None
-    )
-    return {"ranks": world_size, "images that share one mixing": group}
-
-
-def _open(
-    config: TrainConfig,
-    settings: LoopSettings,
-    state: TrainState,
-    fused: str,
-    goodput: Goodput,
-    derived: dict[str, Any],
-    parts: ExitStack,
-) -> Tracker:
-    run_dir = config.resolved_run_dir
-    status = StatusFile(run_dir, status_file_of_launcher(), goodput)
-    status.start(state.progress.step, config.guards.max_starts_without_progress, fused)
+def _open(run: Run, parts: ExitStack) -> Tracker:
+    run_dir = run.config.resolved_run_dir
+    status = StatusFile(run_dir, status_file_of_launcher(), run.goodput)
+    status.start(run.state.progress.step, run.config.guards.max_starts_without_progress, run.fused)
     try:
-        return _open_trackers(config, settings, state, status, goodput, derived, parts)
+        return _open_trackers(run, status, parts)
     except BaseException as error:
         if isinstance(error, OSError):
             error = UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})")
-        _record_end(status, state, type(error), error, None)
+        _record_end(status, run.state, type(error), error, None)
         raise error
 
 
-def _open_trackers(
-    config: TrainConfig,
-    settings: LoopSettings,
-    state: TrainState,
-    status: StatusFile,
-    goodput: Goodput,
-    derived: dict[str, Any],
-    parts: ExitStack,
-) -> Tracker:
-    run_dir, kept = config.resolved_run_dir, redacted(config)
-    changed = open_run_folder(run_dir, OmegaConf.to_yaml(kept), state.progress.step, derived)
-    steps = settings.epochs * settings.steps_per_epoch
+def _open_trackers(run: Run, status: StatusFile, parts: ExitStack) -> Tracker:
+    config, progress = run.config, run.state.progress
+    run_dir, values = config.resolved_run_dir, redacted(config)
+    changes = open_run_folder(run_dir, OmegaConf.to_yaml(values), progress.step, run.derived)
+    steps = config.total_epochs * run.steps_per_epoch
     console = ConsoleTracker(
-        settings.epochs, steps, settings.global_batch_size, run_dir / "log.txt", status.console_failed
+        config.total_epochs, steps, config.global_batch_size, run_dir / "log.txt", status.console_failed
     )
-    for change in changed:
+    for change in changes:
         console.message(f"changed      {change}")
     tracker: Tracker = console
-    progress = state.progress
-    complete = _complete(settings, progress)
-    if complete and ends_with_final(run_dir, progress.step):
-        console.message(f"complete     {run_dir} has all its {complete}; nothing is left to train")
+    if run.complete and ends_with_final(run_dir, progress.step):
+        console.message(f"complete     {run_dir} has all its {run.complete}; nothing is left to train")
     else:
-        values: Any = OmegaConf.to_container(kept)
-        tracked = make_tracker(config.tracking, run_dir, console, progress.step, values, progress.validated)
+        plain: Any = OmegaConf.to_container(values)
+        tracked = make_tracker(config.tracking, run_dir, console, progress.step, plain, progress.validated)
         tracker = FanOut([tracked, status])
     parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
-    parts.push(partial(_record_end, status, state))  # before that, which may take its time
-    parts.callback(lambda: console.message(f"time         {goodput.spent()}"))
+    parts.push(partial(_record_end, status, run.state))  # before the tracker is closed, which may take long
+    parts.callback(lambda: console.message(f"time         {run.goodput.spent()}"))
     return tracker
-
-
-def _complete(settings: LoopSettings, progress: Progress) -> str:
-    """What a run that has been trained and validated to its end has all of; empty for any other."""
-    if not progress.validated:
-        return ""
-    if progress.epochs_completed >= settings.epochs:
-        return f"{settings.epochs} epochs"
-    return f"{settings.max_steps} steps" if settings.max_steps and progress.step >= settings.max_steps else ""
 
 
 def _record_end(

@@ -1,8 +1,8 @@
 """Kill a process whose own threads cannot run: `python backstop.py PID SECONDS DUMP_SECONDS`.
 
-Each byte on stdin is a beat; the end of stdin is the end of the process. Without a beat for SECONDS it gets SIGUSR2, at
-which faulthandler writes its stacks, and DUMP_SECONDS later SIGKILL. Time during which the process, or this one, is
-stopped (SIGSTOP, a suspended machine) does not count. Uses the standard library only, so that it starts at once.
+Each byte on stdin is a beat; the end of stdin means that the process has ended. Without a beat for SECONDS, the process
+receives SIGUSR2, on which faulthandler writes its stacks, and SIGKILL DUMP_SECONDS later. Time during which either
+process is stopped (SIGSTOP, a suspended machine) does not count. Uses only the standard library, to start quickly.
 """
 
 import os
@@ -36,7 +36,7 @@ def main() -> None:
 def _is_stopped(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:  # it has ended; stdin says so next
+    except OSError:  # it has ended; stdin will say so
         return False
 
 

@@ -1,13 +1,13 @@
-"""Whether training waits for its data: one line an epoch that says what to turn."""
+"""Tells whether training waits for data: one line per epoch, with what would help."""
 
-INPUT_BOUND = 0.1  # share of an epoch's time spent waiting, from which on data is what to make faster
+INPUT_BOUND = 0.1  # share of an epoch's time spent waiting for data, from which training counts as input-bound
 
 
 class Bottleneck:
-    """Adds up an epoch's time, over its log rows.
+    """The waiting time of an epoch, added up over its log rows.
 
     Args:
-        advice: what makes the data come faster, with what is set now.
+        advice: what would make loading faster, with the present settings.
     """
 
     def __init__(self, advice: str) -> None:
@@ -15,12 +15,12 @@ class Bottleneck:
         self._waited = self._elapsed = 0.0
 
     def add(self, waited: float, elapsed: float) -> None:
-        """Seconds that ranks waited for data on average, and that passed."""
+        """Add the seconds that the ranks waited on average, and the seconds that passed."""
         self._waited += waited
         self._elapsed += elapsed
 
     def verdict(self, epoch: int) -> str:
-        """The line for an epoch; the next one begins."""
+        """Return the line for an epoch, and start the next one."""
         share = self._waited / self._elapsed if self._elapsed else 0.0
         self._waited = self._elapsed = 0.0
         if share < INPUT_BOUND:

@@ -1,9 +1,9 @@
-"""Checkpoints: folders that appear whole or not at all, and are believed only if every byte is as it was written.
+"""Checkpoints: folders that appear complete or not at all, and are used only if every byte is as it was written.
 
 RUN/checkpoints/
     epoch-003/            after the third epoch: model.safetensors, ema.safetensors, trainer.pt, manifest.json
     step-00001500/        in the middle of an epoch
-    last, best            name two of them (`pointers`)
+    last, best            pointers to two of them (`pointers`)
 """
 
 import pickle
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaformer.errors import UserError
+from metaformer.errors import UserError, check_at_least
 from metaformer.files import fsync
 from metaformer.training.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from metaformer.training.pointers import BEST, LAST, NAME, follow, read_pointer, write_pointer
@@ -27,7 +27,7 @@ MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "tr
 
 
 class WeightFiles(NamedTuple):
-    """How a state dict is written to a file, and how a file is read into a model."""
+    """Functions that write a state dict to a file and load a file into a model."""
 
     save: Callable[[dict[str, Tensor], Path], None]
     load: Callable[[nn.Module, Path], None]
@@ -35,37 +35,35 @@ class WeightFiles(NamedTuple):
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When to save checkpoints, and which ones to keep."""
 
     every_epochs: int = 1
-    every_steps: int | None = None  # also in the middle of epochs
-    keep: int = 2  # the newest, besides the best and the last
-    keep_every_epochs: int | None = None  # for good: of each so manieth epoch
-    max_failed_saves: int = 3  # in a row, as on a full disk: then training stops
-    background: bool = True  # write while training goes on, from a copy in host memory
+    every_steps: int | None = None  # also save in the middle of epochs
+    keep: int = 2  # newest checkpoints to keep, besides the best and the last one
+    keep_every_epochs: int | None = None  # keep every Nth epoch forever
+    max_failed_saves: int = 3  # consecutive failures, as on a full disk, after which training stops
+    background: bool = True  # write while training continues, from a copy in host memory
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"checkpoint.{name}={value}: must be at least 1")
+        names = ("every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves")
+        check_at_least(1, self, *names, prefix="checkpoint.")
 
 
 class ResumePoint(NamedTuple):
-    """The checkpoint to go on from, and what was passed over on the way to it."""
+    """The checkpoint to resume from, or None, and a line about each newer checkpoint or pointer that is damaged."""
 
     folder: Path | None
-    skipped: tuple[str, ...] = ()  # a line for each newer one, or pointer, that is damaged: file, reason
+    skipped: tuple[str, ...] = ()
 
 
 class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        folder: RUN/checkpoints; made at the first save, RUN must be there.
-        config: what to keep.
-        facts: what each manifest says besides: the network's name, ranks, configuration.
-        weight_files: how weights are written and read.
+        folder: RUN/checkpoints; created at the first save, RUN must exist.
+        config: which checkpoints to keep.
+        facts: additional entries of each manifest: the network's name, ranks, configuration.
+        weight_files: functions that write and load weights.
     """
 
     def __init__(
@@ -75,23 +73,23 @@ class CheckpointFolder:
         self._facts, self._weight_files = facts, weight_files
 
     def probe(self, size: int) -> None:
-        """Do once, in the run folder, what a save does, before anything is trained.
+        """Try everything that a save needs in the run folder, before training starts.
 
         Args:
-            size: bytes of a checkpoint. There must be room for two, or for one where the run has some already.
+            size: bytes of a checkpoint. There must be room for two, or for one if the run has some already.
 
         Raises:
-            UserError: the file system cannot do it, or has no room.
+            UserError: the file system does not support it, or has no room.
         """
         place = self._folder if self._folder.is_dir() else self._folder.parent
         try_out(place)
         check_room(place, 1 if self._folder.is_dir() and self._named() else 2, size)
 
     def find(self) -> ResumePoint:
-        """The newest checkpoint that is whole: what `last` names, else the one before it.
+        """Return the checkpoint that `last` names if it is complete, else the newest complete one.
 
         Raises:
-            UserError: there are checkpoints, and none of them is whole.
+            UserError: there are checkpoints, but none of them is complete.
         """
         skipped = []
         last = None
@@ -108,38 +106,38 @@ class CheckpointFolder:
             return ResumePoint(folder, tuple(skipped))
         if skipped:
             raise UserError(
-                f"{self._folder}: no checkpoint is whole ({'; '.join(skipped)}); put one back from a copy, or give "
-                "another run_dir to start anew"
+                f"{self._folder}: no checkpoint is complete ({'; '.join(skipped)}); restore one from a copy, or give "
+                "another run_dir to start again"
             )
         return ResumePoint(None)
 
     def aliases(self) -> dict[Path, list[str]]:
-        """The last and the best checkpoint, each with what it is: "latest", "best" or both."""
+        """Return the last and the best checkpoint, each with its aliases: "latest", "best" or both."""
         names: dict[Path, list[str]] = {}
         for pointer, alias in ((LAST, "latest"), (BEST, "best")):
             try:
                 checkpoint = read_pointer(self._folder / pointer)
-            except UserError:  # damaged: said at the start, and replaced by the next save
+            except UserError:  # damaged: reported at the start, replaced by the next save
                 continue
             if checkpoint is not None and checkpoint.exists():
                 names.setdefault(checkpoint.absolute(), []).append(alias)
         return names
 
     def save(self, snapshot: Snapshot, name: str, is_best: bool) -> Path:
-        """Write one checkpoint, then point `last` (and `best`) at it, then remove those no longer kept.
+        """Write one checkpoint, point `last` (and `best`) at it, then remove those that are no longer kept.
 
         Raises:
-            OSError: the disk refuses; earlier checkpoints are as they were.
+            OSError: the file system refuses; earlier checkpoints are unchanged.
         """
         target, temporary = self._folder / name, self._folder / f".{name}.tmp"
         replaced = self._folder / f".{name}.old.tmp"
         self._folder.mkdir(exist_ok=True)
-        for left_over in self._folder.glob(".*.tmp"):  # of a run that was killed
+        for left_over in self._folder.glob(".*.tmp"):  # by a run that was killed
             _remove(left_over)
         try:
             temporary.mkdir()
             self._write(snapshot, temporary)
-            if target.exists():  # work was done again from an older checkpoint
+            if target.exists():  # a step was repeated from an older checkpoint
                 target.rename(replaced)
             temporary.rename(target)
             fsync(self._folder)
@@ -149,32 +147,32 @@ class CheckpointFolder:
                 replaced.rename(target)
             raise
         _remove(replaced)
-        if is_best:  # first: a run killed here does this epoch again
+        if is_best:  # first: a run that is killed here repeats this epoch
             write_pointer(self._folder / BEST, name)
         write_pointer(self._folder / LAST, name)
         self._remove_old()
         return target
 
     def load(self, state: TrainState, folder: Path) -> None:
-        """Restore training from a checkpoint that `find` or `verify` found whole (one rank's work, not every rank's).
+        """Restore the state from a checkpoint that `find` or `verify` found complete on one rank.
 
         Raises:
-            UserError: a file is missing or damaged, or it belongs to another network, data set or batch size; it has an
-                average and this run keeps none, or the other way round.
+            UserError: a file is missing or damaged; the checkpoint is of another network, data set or batch size; or
+                only one of the checkpoint and this run has averaged weights.
         """
         manifest = read_manifest(folder)
         for name, value in state.identity.items():
-            saved = manifest["identity"].get(name, value)  # earlier versions wrote fewer names
+            saved = manifest["identity"].get(name, value)  # earlier versions wrote fewer entries
             if saved != value:
                 raise UserError(
                     f"{folder}: cannot resume: it was trained with {name}={saved}, this run has {value}; "
-                    "give the same, or another run_dir"
+                    "give the same value, or another run_dir"
                 )
         averaged = EMA_FILE in manifest["files"]
         if averaged != (state.ema is not None):
-            has, mend = ("an", "ema=enabled") if averaged else ("no", "ema=disabled")
+            has, fix = ("an", "ema=enabled") if averaged else ("no", "ema=disabled")
             raise UserError(
-                f"{folder}: cannot resume: it has {has} average of the weights; give {mend}, or start another run "
+                f"{folder}: cannot resume: it has {has} average of the weights; give {fix}, or start another run "
                 f"with init_weights={folder} and another run_dir"
             )
         self._weight_files.load(state.model, folder / MODEL_FILE)
@@ -182,13 +180,15 @@ class CheckpointFolder:
             self._weight_files.load(state.ema.module, folder / EMA_FILE)
         try:
             trainer: dict[str, Any] = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
-            state.load_state_dict(trainer)
+            state.load_trainer_state_dict(trainer)
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{folder / TRAINER_FILE}: missing, damaged or of another optimizer ({reason})") from error
+            raise UserError(
+                f"{folder / TRAINER_FILE}: missing, damaged, or saved by another optimizer ({reason})"
+            ) from error
 
     def _candidates(self, last: Path | None) -> Iterator[Path]:
-        """What `last` names, then all others, the newest first."""
+        """Yield what `last` names, then all others, newest first."""
         if last is not None:
             yield last
         yield from (folder for folder in self._newest_first() if folder != last)
@@ -199,7 +199,7 @@ class CheckpointFolder:
             self._weight_files.save(snapshot.ema, folder / EMA_FILE)
         try:
             torch.save(snapshot.trainer, folder / TRAINER_FILE)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # what torch raises on a full disk
             raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
         for file in folder.iterdir():
             fsync(file)
@@ -209,14 +209,14 @@ class CheckpointFolder:
         fsync(folder)
 
     def _attempt(self, progress: dict[str, Any]) -> int:
-        """Of the checkpoint to be written: 1 more than of the newest one if training has gone back before that."""
+        """Return the attempt of a new checkpoint: the newest one's, plus 1 if training went back to before it."""
         for newest in self._newest_first():
             order = _order(newest)
             return max(0, order.attempt + (_position(progress) < (order.epochs, order.step)))
         return 0
 
     def _named(self) -> list[Path]:
-        """All checkpoints: a folder was renamed to such a name when it was whole."""
+        """Return all checkpoints: a folder gets such a name only once it is complete."""
         return [f for f in self._folder.glob("*-*") if NAME.fullmatch(f.name) and f.is_dir()]
 
     def _newest_first(self) -> list[Path]:
@@ -225,16 +225,16 @@ class CheckpointFolder:
     def _remove_old(self) -> None:
         kept = self.aliases()
         for folder in self._newest_first()[self._config.keep :]:
-            if folder.absolute() not in kept and not self._is_kept_for_good(folder):
+            if folder.absolute() not in kept and not self._is_kept_forever(folder):
                 _discard(folder)
 
-    def _is_kept_for_good(self, folder: Path) -> bool:
+    def _is_kept_forever(self, folder: Path) -> bool:
         every, match = self._config.keep_every_epochs, NAME.fullmatch(folder.name)
         return every is not None and match is not None and match[1] is not None and int(match[1]) % every == 0
 
 
 def _discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; one that is half removed no longer has a checkpoint's name."""
+    """Remove a checkpoint, under another name: one that is half removed is no longer taken for a checkpoint."""
     gone = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     _remove(gone)
     checkpoint.rename(gone)
@@ -249,19 +249,19 @@ def _remove(path: Path) -> None:
 
 
 class _Order(NamedTuple):
-    """Sorts checkpoints by progress; those of an attempt that went back come after all of the attempt before."""
+    """Sort key: by attempt, then by progress; an attempt begins when training goes back to an older checkpoint."""
 
     attempt: int
     epochs: int
     step: int
-    saved_at: float  # decides only where the progress is the same: a clock may be set back
+    saved_at: float  # matters only for equal progress: a clock may be set back
 
 
 def _order(checkpoint: Path) -> _Order:
-    """What has no readable manifest comes before all others."""
+    """Return the sort key of a checkpoint; one without a readable manifest comes before all others."""
     try:
         manifest = read_manifest(checkpoint)
-        attempt = manifest.get("attempt", 0)  # earlier versions wrote none
+        attempt = manifest.get("attempt", 0)  # earlier versions wrote no attempt
         return _Order(int(attempt), *_position(manifest["progress"]), float(manifest["saved_at"]))
     except (UserError, KeyError, TypeError, ValueError):
         return _Order(-1, 0, 0, 0.0)
@@ -272,10 +272,10 @@ def _position(progress: dict[str, Any]) -> tuple[int, int]:
 
 
 def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
-    """The weights file that a path means: itself, or that of a checkpoint folder, or of a run folder's best.
+    """Return the weights file that a path stands for: itself, or that of a checkpoint, or of a run folder's best.
 
     Args:
-        field: what the user gave it as, for the error.
+        field: the command-line field that holds the path, for the error.
 
     Raises:
         UserError: there is none, or `best` or `last` is damaged.

@@ -15,7 +15,7 @@ class EmaConfig:
 
     enabled: bool = False
     decay: float = 0.9999
-    warmup: bool = False  # let the decay rise to its value, for short runs
+    warmup: bool = False  # let the decay rise to its value gradually, for short runs
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
@@ -23,17 +23,17 @@ class EmaConfig:
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]
-    """timm's average, which keeps still where a step was left out."""
+    """timm's average of the weights, which a skipped step does not change."""
 
     @torch.no_grad()
     def update_where(self, taken: Tensor, model: nn.Module, step: int) -> None:
-        """Move towards the model's weights if `taken`, a float32 scalar on the device, is 1; stay if it is 0.
+        """Move the average towards the weights if `taken`, a float32 scalar on the device, is 1; keep it if 0.
 
         Args:
-            step: of the optimizer, counted from 1.
+            step: optimizer step, counted from 1.
         """
         decay = self.get_decay(step)
-        if decay == 0:  # a copy; where the step was left out, of weights that are as before
+        if decay == 0:  # a copy; the weights are unchanged if the step was skipped
             self.set(model)
             return
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
@@ -42,10 +42,10 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]
         torch._foreach_mul_(differences, taken * (1 - decay))
         torch._foreach_add_(averages, differences)
         for average, current in pairs:
-            if not average.is_floating_point():  # counts: nothing to average
+            if not average.is_floating_point():  # counts cannot be averaged
                 average.copy_(current)
 
 
 def make_ema(config: EmaConfig, model: nn.Module) -> WeightAverage | None:
-    """The average, starting at the model's present weights; None where it is off."""
+    """Return an average that starts at the model's weights; None if it is disabled."""
     return WeightAverage(model, decay=config.decay, use_warmup=config.warmup) if config.enabled else None

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals set a flag, the ranks agree at a step boundary, and all stop after the same step."""
+"""Stopping on a signal: handlers set a flag, the ranks agree at a step boundary, and all stop after the same step."""
 
 import os
 import signal
@@ -12,19 +12,19 @@ from metaformer.errors import Interrupted
 from metaformer.runtime import Runtime, Vote
 from metaformer.signals import STOP_SIGNALS
 
-# One Ctrl-C reaches a process several times: from the terminal and from torchrun. A later one means it.
+# One Ctrl-C reaches a process several times: from the terminal and from torchrun. A later signal is a second Ctrl-C.
 SECONDS_OF_ONE_KEYSTROKE = 2.0
 
 
 class StopWaitingError(Exception):
-    """A signal arrived during a wait."""
+    """Raised when a signal arrives during a wait for data."""
 
 
 @contextmanager
 def interruptible_start() -> Iterator[None]:
-    """While a stop signal raises `Interrupted` wherever the main thread is, once: there is nothing to save yet.
+    """Let a stop signal raise `Interrupted` in the main thread, once, while there is nothing to save yet.
 
-    As in `Interruption.listening`, later signals change nothing, to the end of an interrupted process.
+    Later signals are ignored until an interrupted process ends, as in `Interruption.listening`.
     """
     since: list[float] = []
 
@@ -33,14 +33,14 @@ def interruptible_start() -> Iterator[None]:
             _end_at_second_ctrl_c(number, since[0])
             return
         since.append(time.monotonic())
-        raise Interrupted(f"{signal.Signals(number).name}: before the first step; the same command starts again")
+        raise Interrupted(f"{signal.Signals(number).name}: before the first step; run the same command again")
 
     with _handling(handle):
         yield
 
 
 class Interruption:
-    """Whether a rank has been asked to stop. Nothing is saved in a handler: it may run anywhere in a step."""
+    """A request to stop. The signal handler only sets a flag, because it may run anywhere in a step."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -52,32 +52,32 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank has been asked."""
+        """Whether this rank has been asked to stop."""
         return self._signal is not None
 
     @property
     def pending(self) -> bool:
-        """Whether this rank has been asked, and the ranks have not agreed to stop yet."""
+        """Whether this rank has been asked to stop and the ranks have not agreed to do so yet."""
         return self.requested and not self._answered
 
     @property
     def reason(self) -> str:
-        """For people."""
+        """The signal's name, for people."""
         return signal.Signals(self._signal).name if self._signal is not None else "a signal to another rank"
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While signals set the flag instead of ending the process; after an interruption they do so to its end.
+        """Let signals set the flag instead of ending the process, inside the block and after an interruption.
 
-        For torchrun sends SIGTERM to those that are left when the first rank has gone.
+        torchrun sends SIGTERM to the remaining ranks when the first one has ended.
         """
         with _handling(self._handle):
             yield
 
     def agreed(self) -> bool:
-        """At each boundary of a step or a validation batch: whether the ranks stop here; the same answer on all.
+        """Return whether the ranks stop here, the same answer on all; call it after each step or validation batch.
 
-        What a rank knows at one boundary, all know at the next: the exchange runs beside the step between.
+        A request on one rank is known to all of them one call later: the exchange overlaps with the step between.
         """
         if self._runtime.world_size == 1:
             self._answered = self.requested
@@ -89,9 +89,9 @@ class Interruption:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block that a signal leaves at once, by `StopWaitingError`: for a wait that may never end.
+        """Let a signal raise `StopWaitingError` in the block: for a wait that may never end.
 
-        With several ranks it is not left: a rank by itself cannot save, and the watchdog bounds the wait.
+        With several ranks it does not: a single rank cannot save, and the watchdog limits the wait.
         """
         self._may_raise = self._runtime.world_size == 1
         try:
@@ -101,8 +101,8 @@ class Interruption:
         finally:
             self._may_raise = False
 
-    def settle(self) -> None:
-        """Let the last exchange end, before the ranks part."""
+    def finish_vote(self) -> None:
+        """Wait for the last exchange: before the process group is destroyed."""
         if self._vote is not None:
             self._vote.result()
             self._vote = None
@@ -119,9 +119,9 @@ class Interruption:
 
 @contextmanager
 def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle stop signals inside the block, and after it where an interruption leaves it.
+    """Handle stop signals inside the block, and also after it if `Interrupted` was raised.
 
-    A SIGHUP that nohup has had ignored stays ignored.
+    A SIGHUP that is ignored, as under nohup, stays ignored.
     """
     numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     former: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in numbers}
@@ -139,4 +139,4 @@ def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 def _end_at_second_ctrl_c(number: int, since: float) -> None:
     if number == signal.SIGINT and time.monotonic() - since > SECONDS_OF_ONE_KEYSTROKE:
-        os._exit(128 + number)  # at once; checkpoints are whole at any moment
+        os._exit(128 + number)  # checkpoints are complete at any moment

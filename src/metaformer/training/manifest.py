@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: what its files hold, and what they must hash to."""
+"""The manifest of a checkpoint: what it contains, and the hash of each file."""
 
 import hashlib
 import importlib.metadata
@@ -16,13 +16,10 @@ PACKAGES = ("torch", "timm", "numpy", "safetensors")
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of the files that lie in a folder.
+    """Write the manifest of the files in a folder.
 
     Args:
-        facts: what else it says: network, identity, progress, ranks, configuration.
-
-    Raises:
-        OSError: it cannot be written.
+        facts: further entries: network, identity, progress, ranks, configuration.
     """
     files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -34,10 +31,10 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """Return the manifest of a checkpoint.
 
     Raises:
-        UserError: it is missing or damaged, or of another format.
+        UserError: the manifest is missing, damaged, or of another format.
     """
     file = folder / MANIFEST_FILE
     try:
@@ -47,19 +44,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: damaged or missing ({reason}); is this a checkpoint?") from error
     known = {"format", "saved_at", "model", "identity", "progress", "files"}
     if not isinstance(manifest, dict) or not known <= manifest.keys() or manifest["format"] != FORMAT:
-        raise UserError(f"{file}: not a manifest of format {FORMAT}; the checkpoint is damaged, or of another version")
+        raise UserError(
+            f"{file}: not a manifest of format {FORMAT}; the checkpoint is damaged, or written by another version"
+        )
     return manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read every file of a checkpoint and compare it with the manifest, and that with its own digest; it is returned.
+    """Compare the manifest of a checkpoint with its digest, and every file with the manifest; return the manifest.
 
     Raises:
-        UserError: names the first file that is missing, or differs from what was written.
+        UserError: names the first file that is missing or differs from what was written.
     """
     manifest = read_manifest(folder)
     if manifest.get("digest") != _digest(manifest):
-        raise UserError(f"{folder / MANIFEST_FILE}: damaged: its digest is not that of what it says")
+        raise UserError(f"{folder / MANIFEST_FILE}: damaged: its digest does not match its content")
     for name, expected in manifest["files"].items():
         file = folder / name
         try:
@@ -67,13 +66,13 @@ def verify(folder: Path) -> dict[str, Any]:
             if size != expected["bytes"]:
                 raise UserError(f"{file}: damaged: {size:,} bytes, not {expected['bytes']:,} as in the manifest")
             if sha256(file) != expected["sha256"]:
-                raise UserError(f"{file}: damaged: its SHA-256 is not the manifest's")
+                raise UserError(f"{file}: damaged: its SHA-256 differs from the manifest's")
         except OSError as error:
             raise UserError(f"{file}: missing or not readable ({error.strerror or error})") from error
     return manifest
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that a manifest says besides."""
-    said = {name: value for name, value in manifest.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of all other entries of a manifest."""
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The optimizer: timm's, by name; parameters with one dimension or none are not decayed."""
+"""Optimizers by name, from timm. Parameters with fewer than two dimensions are not decayed."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,7 +12,7 @@ from metaformer.errors import UserError, one_line, unknown_name
 
 
 class Implementation(Enum):
-    """Whose code runs the update."""
+    """The library whose code runs the update."""
 
     torch = "torch"
     apex = "apex"
@@ -29,7 +29,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     betas: list[float] | None = None  # None: the optimizer's own
     eps: float | None = None
-    momentum: float = 0.9  # of optimizers that have one
+    momentum: float = 0.9  # used by optimizers that have one
     implementation: Implementation = Implementation.torch
 
     def __post_init__(self) -> None:
@@ -37,15 +37,15 @@ class OptimizerConfig:
             raise UserError(f"optimizer.betas={self.betas}: must be two numbers, as in [0.9,0.999]")
 
     def learning_rate(self, global_batch_size: int) -> float:
-        """The peak learning rate."""
+        """Return the peak learning rate."""
         return self.base_lr * global_batch_size / self.base_batch_size if self.lr is None else self.lr
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """An optimizer over the model's parameters that need gradients.
+    """Return an optimizer over the model's trainable parameters.
 
     Raises:
-        UserError: the name or an option is unknown, or apex is asked for and not installed.
+        UserError: the name or an option is unknown, or apex is not installed.
     """
     options: dict[str, Any] = {}
     if config.betas is not None:
@@ -64,7 +64,7 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torc
         )
     except (TypeError, ValueError, IndexError, AssertionError) as error:
         reason = one_line(error)
-        raise UserError(f"optimizer.name={config.name}: cannot be made with these options ({reason})") from error
+        raise UserError(f"optimizer.name={config.name}: cannot be created with these options ({reason})") from error
     return optimizer
 
 

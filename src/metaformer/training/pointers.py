@@ -1,7 +1,7 @@
-"""RUN/checkpoints/last and best: each names a checkpoint beside it.
+"""The pointers RUN/checkpoints/last and best: each names a checkpoint in the same folder.
 
-A pointer is a symbolic link. Where the file system has none (SMB, exFAT, some FUSE), it is a file with the checkpoint's
-name. In a run folder copied with `cp -rL` or `scp -r`, it is a folder: a copy of the checkpoint.
+A pointer is a symbolic link, or, on file systems without links (SMB, exFAT, some FUSE), a file that contains the
+checkpoint's name. In a run folder copied with `cp -rL` or `scp -r`, it is a folder: a copy of the checkpoint.
 """
 
 import itertools
@@ -46,12 +46,9 @@ def read_pointer(pointer: Path) -> Path | None:
 
 
 def follow(path: Path) -> Path:
-    """Return a path with a pointer file, at its end or above its last part, replaced by the checkpoint it names.
+    """Return a path in which a pointer file, its last part or the one before, is replaced by the checkpoint it names.
 
-    The system follows the other forms.
-
-    Raises:
-        UserError: as `read_pointer`.
+    The operating system follows links and folders.
     """
     if path.parent.name in (LAST, BEST):
         return follow(path.parent) / path.name
@@ -61,12 +58,12 @@ def follow(path: Path) -> Path:
 
 
 def write_pointer(pointer: Path, name: str) -> None:
-    """Let a pointer name a checkpoint, in one step, whatever is in its place.
+    """Point to a checkpoint, atomically, replacing whatever has the pointer's name.
 
-    A folder there goes if it is the copy of a whole checkpoint beside it; any other is kept under another name.
+    A folder with that name is removed if it is a copy of a complete checkpoint beside it; else it is renamed.
 
     Raises:
-        OSError: neither a link nor a file can be written there.
+        OSError: neither a link nor a file can be written.
     """
     if pointer.is_dir() and not pointer.is_symlink():
         _make_way(pointer)
@@ -76,7 +73,7 @@ def write_pointer(pointer: Path, name: str) -> None:
         temporary.symlink_to(name)
         temporary.replace(pointer)
         fsync(pointer.parent)
-    except OSError:  # which error says that there are no links differs between file systems
+    except OSError:  # file systems without links raise different errors
         temporary.unlink(missing_ok=True)
         write_text_atomically(pointer, f"{name}\n")
 
@@ -86,27 +83,27 @@ def _named_by_link(pointer: Path) -> Path:
     inside = os.path.realpath(target.parent) == os.path.realpath(pointer.parent)
     if not inside or not NAME.fullmatch(target.name):
         raise UserError(
-            f"{pointer}: damaged: it leads to {pointer.readlink()}, not to a checkpoint beside it; to start from "
+            f"{pointer}: damaged: it points to {pointer.readlink()}, not to a checkpoint beside it; to start from "
             "another run's checkpoint, give resume=FOLDER and another run_dir"
         )
     return pointer.with_name(target.name)
 
 
 def _make_way(copy: Path) -> None:
-    """Remove a folder in a pointer's place if a whole checkpoint beside it is the same, else give it another name."""
+    """Remove a folder with a pointer's name if a complete checkpoint beside it is the same, else rename it."""
     own = None
     try:
         manifest = read_manifest(copy)
         if any(_is_same(beside, manifest) for beside in copy.parent.glob("*-*") if NAME.fullmatch(beside.name)):
             gone = copy.with_name(f".{copy.name}.old.tmp")
-            copy.rename(gone)  # what is half removed is no pointer
+            copy.rename(gone)  # half removed, it would be a damaged pointer
             shutil.rmtree(gone)
             return
         progress = manifest["progress"]
         within = progress["steps_in_epoch"]
         own = f"step-{progress['step']:08d}" if within else f"epoch-{progress['epochs_completed']:03d}"
     except (UserError, KeyError, TypeError, ValueError):
-        pass  # no checkpoint
+        pass  # not a checkpoint
     spare = f"{copy.name}.replaced"
     names = itertools.chain([own] if own else [], [spare], (f"{spare}-{number}" for number in itertools.count(2)))
     copy.rename(next(free for name in names if not (free := copy.with_name(name)).exists()))

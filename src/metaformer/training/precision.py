@@ -1,4 +1,4 @@
-"""Number formats of a training step: autocast, gradient scaling for fp16, no step on gradients that are not finite."""
+"""Number formats of a training step: autocast, gradient scaling, skipping of steps with non-finite gradients."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from metaformer.training.undo import UndoableStep
 
 
 class PrecisionName(Enum):
-    """Format of the matrix products; parameters, norms' statistics and the loss stay float32."""
+    """Format of matrix products; parameters, the norms' statistics and the loss stay in float32."""
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -22,44 +22,43 @@ class PrecisionName(Enum):
 
 @dataclass
 class PrecisionConfig:
-    """AMP as in `torch.amp`."""
+    """Configuration of automatic mixed precision."""
 
     name: PrecisionName = PrecisionName.bf16
-    # Let GPUs round the inputs of float32 products to TF32's 10 bits, in matrix products and convolutions alike.
+    # Let GPUs round the inputs of float32 products to TF32's 10 bits, in matrix products and convolutions.
     tf32: bool = False
-    reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16: half the bytes on the network
+    reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16, for half the network traffic
 
 
 class Scaler(torch.amp.GradScaler):
-    """torch's scaler, which leaves out an optimizer step whose gradients are not all finite.
+    """torch's GradScaler, which skips an optimizer step if its gradients are not all finite.
 
-    Gradients are averaged over the ranks before, so that one rank's NaN is every rank's and all leave out the step.
-    The decision is made on the device, by fused optimizers themselves and for others by `UndoableStep`: the host does
-    not wait for it.
+    Gradients are averaged over the ranks first, so one rank's NaN reaches every rank and all of them skip the step.
+    Fused optimizers decide on the device; for others, `UndoableStep` does. The host does not wait for the decision.
     """
 
     def __init__(self, device: str, init_scale: float = 2.0**16) -> None:
         super().__init__(device, init_scale=init_scale)
         self._undoable: dict[int, UndoableStep] = {}
 
-    def settle(self) -> None:
-        """Complete what steps left to do, before the state of their optimizers is read."""
+    def finish_step(self) -> None:
+        """Complete the last step: before the optimizer's state is read."""
         for step in self._undoable.values():
-            step.settle()
+            step.finish()
 
     def _maybe_opt_step(self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *_: Any) -> None:
-        """Called by `step` for optimizers that cannot leave out a step on the device; torch's own waits for it."""
+        """Override torch's method, which waits for the device if an optimizer cannot skip a step there."""
         found: list[Tensor] = list(optimizer_state["found_inf_per_device"].values())
         self._undoable.setdefault(id(optimizer), UndoableStep(optimizer)).take(found[0])
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """1 if the step just taken was left out, else 0: float32 scalar on the device. Before `update`."""
+        """Return 1 if the last step was skipped, else 0: a float32 scalar on the device. Call it before `update`."""
         found: list[Tensor] = list(self._found_inf_per_device(optimizer).values())
         return found[0].clamp(max=1)
 
 
 class UnitScaler(Scaler):
-    """For formats that need no scaling: the factor is always 1."""
+    """A scaler for formats that need no scaling: its factor is always 1."""
 
     def __init__(self, device: str) -> None:
         super().__init__(device, init_scale=1.0)
@@ -71,17 +70,17 @@ class UnitScaler(Scaler):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to load; a run that goes on from fp16 leaves its factor behind."""
+        """Load nothing: a run that switches away from fp16 drops its factor."""
 
 
 class Precision:
-    """One code path for all formats: where a format needs no scaling or casting, that part does nothing.
+    """Autocast and scaler of one format; the part that a format does not need does nothing.
 
-    Also sets, for the whole process, how GPUs multiply float32 and that cuDNN only uses algorithms that repeat their
-    results.
+    The constructor also sets, for the whole process, how GPUs multiply float32, and restricts cuDNN to deterministic
+    algorithms.
 
     Attributes:
-        dtype: of matrix products; None for float32.
+        dtype: the type of matrix products; None for float32.
 
     Raises:
         UserError: the device cannot compute in this format.
@@ -100,5 +99,5 @@ class Precision:
         self.scaler = Scaler(device.type) if name is PrecisionName.fp16 else UnitScaler(device.type)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The context of a forward pass."""
+        """Return the context manager for a forward pass."""
         return torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not None)

@@ -1,4 +1,4 @@
-"""Whether a folder can hold a run's checkpoints, found out before anything is trained."""
+"""Checks, before training starts, that a folder can hold a run's checkpoints."""
 
 import errno
 import secrets
@@ -11,10 +11,10 @@ from metaformer.training.pointers import LAST, write_pointer
 
 
 def try_out(place: Path) -> None:
-    """Do once in a folder what a save does; nothing is left of it.
+    """Try in a folder everything that a save does, and remove it again.
 
     Raises:
-        UserError: names what fails.
+        UserError: names the operation that fails.
     """
     folder = place / f".probe-{secrets.token_hex(4)}.tmp"
     written, renamed = folder / "new", folder / "old"
@@ -45,13 +45,9 @@ def try_out(place: Path) -> None:
 
 
 def check_room(place: Path, count: int, size: int) -> None:
-    """Refuse a file system that has no room for so many checkpoints of `size` bytes.
-
-    Raises:
-        UserError: says how much is free.
-    """
+    """Refuse a file system without room for `count` checkpoints of `size` bytes."""
     usage = shutil.disk_usage(place)
-    if usage.total and usage.free < count * size:  # some file systems do not say
+    if usage.total and usage.free < count * size:  # some file systems do not tell
         free, each = (f"{number / 2**20:,.0f} MiB" for number in (usage.free, size))
         checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of about {each}"
         raise UserError(

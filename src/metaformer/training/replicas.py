@@ -1,4 +1,4 @@
-"""Whether all ranks still have the same weights: data parallel training silently becomes nonsense when they do not."""
+"""Checks that all ranks have the same weights; otherwise data-parallel training is silently wrong."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from metaformer.runtime import Runtime
 
 
 def check_replicas(model: nn.Module, runtime: Runtime, step: int) -> None:
-    """Compare a checksum of each parameter over the ranks; every rank gets the same answer.
+    """Compare a checksum of each parameter across the ranks; the result is the same on all of them.
 
     Raises:
         Diverged: names the first parameter that differs, and the rank.
@@ -21,14 +21,14 @@ def check_replicas(model: nn.Module, runtime: Runtime, step: int) -> None:
             name = names[int((other != everyone[0]).nonzero()[0])]
             raise Diverged(
                 f"step {step}: {name} on rank {rank} is not what it is on rank 0; suspect that rank's memory or GPU; "
-                "the same command goes on from the last checkpoint"
+                "the same command resumes from the last checkpoint"
             )
 
 
 def checksum(parameter: Tensor) -> Tensor:
-    """The sum of a parameter's bits, read as integers, each with a weight of its own: int64 scalar on the device.
+    """Return the weighted sum of a parameter's values, their bits read as integers: an int64 scalar on the device.
 
-    Any change of one number changes it, and so does an exchange of two.
+    Each position has its own odd weight, so that a change of one value changes the sum, and so does a swap of two.
     """
     bits = parameter.detach().reshape(-1).view(torch.int32).to(torch.int64)
     return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()

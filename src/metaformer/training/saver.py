@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on: from a copy in host memory, in a thread, one at a time."""
+"""Writes checkpoints while training continues: from a copy in host memory, in a thread, one at a time."""
 
 import errno
 from collections.abc import Callable
@@ -8,21 +8,22 @@ from pathlib import Path
 
 from metaformer.errors import Diverged, UserError, one_line
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
+from metaformer.training.divergence import ADVICE
 from metaformer.training.state import Snapshot, TrainState
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointSaver:
-    """Saves rank 0's state.
+    """Saves the state on rank 0.
 
-    A save that fails is told of at the next one: earlier checkpoints are as they were and training goes on, until
-    `max_failed_saves` in a row have failed.
+    Failures are reported at the next save. Earlier checkpoints stay as they were and training continues, until
+    `max_failed_saves` consecutive saves have failed.
 
     Args:
-        alarm: gets a line for each save that failed.
-        check_lock: called before each save; returns a line to report, or raises a UserError if the run no longer has
-            its folder for itself.
+        alarm: receives a line for each save that failed.
+        check_lock: called before each save; returns a line to report, or raises UserError if another process has
+            taken the run folder.
     """
 
     def __init__(
@@ -40,11 +41,11 @@ class CheckpointSaver:
         self._failed_in_a_row = 0
 
     def save(self, state: TrainState, name: str, is_best: bool) -> None:
-        """Take a copy of the state and start writing it; waits for the save before.
+        """Wait for the previous save, copy the state, and start writing the copy.
 
         Raises:
-            UserError: too many saves in a row have failed, the one before included; or another run is in the folder.
-            Diverged: the weights of the one before were not finite: it was not written.
+            UserError: too many consecutive saves have failed, or another run uses the folder.
+            Diverged: the previous save was refused because its weights were not finite.
         """
         self.wait()
         warning = self._check_lock()
@@ -56,10 +57,10 @@ class CheckpointSaver:
             wait_for([writing])
 
     def wait(self, must_succeed: bool = False) -> None:
-        """Until the last save is on disk.
+        """Wait until the last save is on disk.
 
         Args:
-            must_succeed: training ends here, a save that fails is an error.
+            must_succeed: raise if it failed: training ends here.
 
         Raises:
             UserError, Diverged: as in `save`.
@@ -76,15 +77,15 @@ class CheckpointSaver:
         self._failed_in_a_row = 0
 
     def close(self) -> None:
-        """Let the save under way finish; what it says is of no use any more."""
+        """Let the current save finish, and ignore its result."""
         self._thread.shutdown()
 
     def _write(self, snapshot: Snapshot, name: str, is_best: bool) -> Path:
         wrong = snapshot.not_finite()
         if wrong is not None:
             raise Diverged(
-                f"checkpoint {name}: not written: {wrong} is not finite; lower optimizer.lr, set clip_grad_norm, or "
-                "use precision=bf16 or fp32; the same command goes on from the checkpoint before"
+                f"checkpoint {name}: not written: {wrong} is not finite; {ADVICE}; the same command resumes from the "
+                "previous checkpoint"
             )
         return self.folder.save(snapshot, name, is_best)
 
@@ -92,13 +93,15 @@ class CheckpointSaver:
         self._failed_in_a_row += 1
         reason = error.strerror or one_line(error)
         failed, limit = self._failed_in_a_row, self._config.max_failed_saves
-        before = f", nor could {failed - 1} before it" if failed > 1 else ""
+        before = f", nor could the {failed - 1} before it" if failed > 1 else ""
         if must_succeed or failed >= limit:
             full = error.errno in (None, *_NO_ROOM) or not error.filename
-            mend = "make room or mend the disk" if full else f"look at {error.filename2 or error.filename}"
+            fix = "free some space or repair the disk" if full else f"check {error.filename2 or error.filename}"
             raise UserError(
-                f"checkpoint {name}: cannot be written ({reason}){before}; {mend}: the same command goes on from the "
-                "last checkpoint"
+                f"checkpoint {name}: cannot be written ({reason}){before}; {fix}; the same command then resumes "
+                "from the last checkpoint"
             ) from error
-        self._alarm(f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} of {limit} "
-                    "in a row, then training stops")  # fmt: skip
+        self._alarm(
+            f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} in a row; training stops "
+            f"after {limit}"
+        )

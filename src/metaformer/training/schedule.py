@@ -1,4 +1,4 @@
-"""The learning rate over time: timm's cosine with warm-up, set from the step alone, so there is no state to save."""
+"""The learning rate schedule: timm's cosine with warm-up, a function of the step, without state to save."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -6,17 +6,19 @@ from enum import Enum
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from metaformer.errors import check_at_least
+
 
 class ScheduleUnit(Enum):
     """How often the learning rate changes."""
 
-    epoch = "epoch"  # as the paper's program
+    epoch = "epoch"  # as in the authors' code
     step = "step"
 
 
 @dataclass
 class ScheduleConfig:
-    """The paper's: 5 epochs of warm-up inside the cosine, then 10 more epochs at the end's rate."""
+    """The defaults are the paper's: 5 warm-up epochs within the cosine, then 10 more epochs at the final rate."""
 
     unit: ScheduleUnit = ScheduleUnit.epoch
     warmup_epochs: int = 5
@@ -24,9 +26,12 @@ class ScheduleConfig:
     min_lr: float = 1e-5
     cooldown_epochs: int = 10
 
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
+
 
 class Schedule:
-    """Sets the optimizer's learning rate for a step."""
+    """Sets the optimizer's learning rate for each step."""
 
     def __init__(
         self, config: ScheduleConfig, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
@@ -45,7 +50,7 @@ class Schedule:
         )
 
     def set(self, step: int) -> float:
-        """Set and return the learning rate of optimizer step `step`, counted from 0."""
+        """Set and return the learning rate of a step, counted from 0."""
         if self._per_epoch:
             self._cosine.step(step // self._steps_per_epoch)
         else:

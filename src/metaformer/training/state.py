@@ -1,4 +1,4 @@
-"""Everything that training changes and resume needs."""
+"""The state of training: everything that a step changes and that resuming needs."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaformer.interfaces import Row
 from metaformer.training.ema import WeightAverage
 from metaformer.training.precision import Scaler
 
 
 @dataclass
 class Best:
-    """The best validation so far."""
+    """The best validation result so far."""
 
     top1: float | None = None  # percent; None before the first validation
     epoch: int | None = None  # counted from 1
@@ -21,32 +22,56 @@ class Best:
 
 @dataclass
 class Progress:
-    """Where training stands. An epoch counts as completed once it is validated."""
+    """Position in training, and what has been measured so far. An epoch is complete once it is validated."""
 
     epochs_completed: int = 0
     steps_in_epoch: int = 0  # optimizer steps of the epoch in progress
-    step: int = 0  # optimizer steps in all, those left out included
-    samples: int = 0  # images in all
+    step: int = 0  # optimizer steps in total, including skipped ones
+    samples: int = 0  # images in total
     steps_since_log: int = 0
-    skipped_steps: int = 0  # in all, as of the last log row: their gradients were not finite
+    skipped_steps: int = 0  # in total, as of the last log row: steps whose gradients were not finite
     epoch_loss_sum: float = 0.0  # over the logged steps of the epoch in progress
-    epoch_loss_count: int = 0  # of these steps, those that were taken
+    epoch_loss_count: int = 0  # number of these steps that were not skipped
     best: Best = field(default_factory=Best)
     last_validation: dict[str, Any] = field(default_factory=dict)  # the row that was logged
 
     @property
     def validated(self) -> bool:
-        """Whether the weights as they are have been validated."""
+        """Whether the current weights have been validated."""
         return self.last_validation.get("step") == self.step
+
+    def row(self, kind: str) -> Row:
+        """Return the beginning of a row of metrics: its kind and the position in training."""
+        return {"kind": kind, "epoch": self.epochs_completed + 1, "step": self.step, "samples": self.samples}
+
+    def count_step(self, images: int) -> None:
+        """Count an optimizer step on so many images, over all ranks."""
+        self.step += 1
+        self.steps_in_epoch += 1
+        self.steps_since_log += 1
+        self.samples += images
+
+    def complete_epoch(self, validation: Row) -> bool:
+        """Count the epoch as completed with this validation, and return whether it is the best one so far."""
+        scores = {name: validation[key] for name, key in (("model", "top1"), ("ema", "ema_top1")) if key in validation}
+        weights = max(scores, key=lambda name: scores[name])
+        is_best = self.best.top1 is None or scores[weights] > self.best.top1
+        if is_best:
+            self.best = Best(scores[weights], validation["epoch"], weights)
+        self.last_validation = validation
+        self.epochs_completed += 1
+        self.steps_in_epoch = 0
+        self.epoch_loss_sum, self.epoch_loss_count = 0.0, 0
+        return is_best
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a `TrainState` in host memory: training may go on while it is written.
+    """A copy of a `TrainState` in host memory, which can be written while training continues.
 
     Attributes:
         weights, ema: state dicts.
-        trainer: everything else, of types that torch.load(weights_only=True) accepts.
+        trainer: everything else, in types that torch.load(weights_only=True) accepts.
     """
 
     weights: dict[str, Tensor]
@@ -66,10 +91,10 @@ class Snapshot:
         return progress
 
     def not_finite(self) -> str | None:
-        """The name of a tensor of the weights, or of their average, that holds a NaN or an infinity, or None."""
+        """Return the name of a tensor of the weights or their average that holds a NaN or infinity, or None."""
         for kind, tensors in (("", self.weights), ("ema ", self.ema or {})):
             for name, tensor in tensors.items():
-                # A sum is finite only if all its terms are (or it overflows, which weights do not): one quick pass.
+                # A sum is finite only if all its terms are (weights are too small for it to overflow): one quick pass.
                 if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
                     return kind + name
         return None
@@ -77,13 +102,13 @@ class Snapshot:
 
 @dataclass
 class TrainState:
-    """All that a checkpoint holds.
+    """Everything that a checkpoint holds.
 
     Attributes:
-        loss_sum: float64 scalar on the device: losses since the last log row of the steps that were taken; a save makes
-            it all ranks' mean.
-        skips: float64 [2] on the device: steps left out since the last log row, and in a row up to now.
-        identity: what a run cannot change half-way (data fingerprint, seed, batch, ...).
+        loss_sum: float64 scalar on the device: sum of the losses since the last log row, without those of skipped
+            steps; a save replaces it by the mean over the ranks.
+        skips: float64 [2] on the device: `skipped_since_log` and `skipped_in_a_row`.
+        identity: what must not change during a run (data fingerprint, seed, batch size, ...).
     """
 
     model: nn.Module
@@ -95,15 +120,30 @@ class TrainState:
     identity: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
 
+    @property
+    def skipped_since_log(self) -> Tensor:
+        """Steps skipped since the last log row: a scalar on the device, a view."""
+        return self.skips[0]
+
+    @property
+    def skipped_in_a_row(self) -> Tensor:
+        """Consecutive steps skipped up to now: a scalar on the device, a view."""
+        return self.skips[1]
+
     def count(self, loss: Tensor, skipped: Tensor) -> None:
-        """Add a step's loss, or count the step as left out; nothing leaves the device."""
+        """Add a step's loss, or count the step as skipped, on the device."""
         self.loss_sum += torch.where(skipped > 0, 0.0, loss)
         self.skips += skipped
-        self.skips[1] *= skipped
+        self.skipped_in_a_row.mul_(skipped)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights, of types that torch.load(weights_only=True) accepts."""
-        self.scaler.settle()
+    def reset_sums(self) -> None:
+        """Start new sums: after a log row."""
+        self.loss_sum.zero_()
+        self.skipped_since_log.zero_()
+
+    def trainer_state_dict(self) -> dict[str, Any]:
+        """Return everything except the weights, in types that torch.load(weights_only=True) accepts."""
+        self.scaler.finish_step()
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -114,7 +154,7 @@ class TrainState:
         }
 
     def size(self) -> int:
-        """About the bytes of a checkpoint; before the first step, with two moments for each parameter, as of AdamW."""
+        """Return the approximate bytes of a checkpoint; before the first step, assume AdamW's two moments."""
         weights: int = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         average: int = 0 if self.ema is None else sum(tensor.nbytes for tensor in self.ema.module.state_dict().values())
         states = [value for each in self.optimizer.state.values() for value in each.values()]
@@ -123,21 +163,21 @@ class TrainState:
         return weights + average + (moments if states else 2 * parameters)
 
     def snapshot(self) -> Snapshot:
-        """A copy of everything in host memory."""
+        """Return a copy of everything in host memory."""
         return Snapshot(
             weights=_to_host(self.model.state_dict()),
             ema=None if self.ema is None else _to_host(self.ema.module.state_dict()),
-            trainer=_to_host(self.state_dict()),
+            trainer=_to_host(self.trainer_state_dict()),
         )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; the optimizer's options stay those that this run was given."""
+    def load_trainer_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `trainer_state_dict` returned; the optimizer's options stay those given to this run."""
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, given in zip(self.optimizer.param_groups, options, strict=True):
-            group.pop("initial_lr", None)  # else the schedule would take the saved peak
+            group.pop("initial_lr", None)  # the schedule would use the saved peak otherwise
             group.update(given)
-        if state["scaler"]:  # empty where the run so far needed no scaling
+        if state["scaler"]:  # empty if the run needed no scaling so far
             self.scaler.load_state_dict(state["scaler"])
         self.loss_sum.copy_(state["loss_sum"])
         self.skips.copy_(state["skips"])

@@ -1,16 +1,16 @@
-"""Which rank the others wait for: gradients are exchanged at every step, so that the slowest sets everyone's pace."""
+"""Finds the rank that the others wait for: gradients are exchanged at every step, so the slowest one sets the pace."""
 
 import statistics
 import time
 
 import torch
 
-SLOW = 1.5  # times the others' time of their own
-SHARE = 0.1  # of a step's time that it must cost them
+SLOW = 1.5  # times the median of the others' own work
+SHARE = 0.1  # least share of the elapsed time that it costs the others
 
 
 class Stopwatch:
-    """Seconds of a rank's own work in a step: until its gradients are to be exchanged. On a GPU by its own clock."""
+    """Measures this rank's own work in seconds: the forward passes. On a GPU by CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -18,7 +18,7 @@ class Stopwatch:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Work begins."""
+        """Begin a measurement."""
         if self._on_gpu:
             self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._events[-1][0].record()
@@ -26,14 +26,14 @@ class Stopwatch:
             self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Work ends."""
+        """End a measurement."""
         if self._on_gpu:
             self._events[-1][1].record()
         else:
             self._seconds += time.perf_counter() - self._started
 
     def read(self) -> float:
-        """Seconds since the last reading; waits for the device."""
+        """Return the seconds measured since the last call. Waits for the device."""
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds: float = self._seconds + sum(start.elapsed_time(stop) / 1000 for start, stop in self._events)
@@ -42,12 +42,12 @@ class Stopwatch:
 
 
 def describe_straggler(seconds: list[float], hosts: list[str], elapsed: float) -> str | None:
-    """A line about the rank that the others wait for, if there is one.
+    """Return a line about the rank that the others wait for, or None.
 
     Args:
-        seconds: each rank's time of its own, waiting for data included.
+        seconds: each rank's own work, with its waits for data.
         hosts: the name of each rank's node.
-        elapsed: seconds that passed.
+        elapsed: seconds that have passed.
     """
     slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
     others = statistics.median(seconds[:slowest] + seconds[slowest + 1 :])

@@ -1,4 +1,4 @@
-"""Steps with gradients that are not finite, undone on the device: the host never waits to know of one."""
+"""Undoing steps whose gradients are not finite, on the device: the host does not wait to learn of them."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class RunningStatistics:
-    """Statistics that BatchNorm collects in training: a batch with a NaN spoils them before its step is left out."""
+    """BatchNorm's running statistics, which a batch with a NaN spoils before its step is skipped."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _NormBase)]
@@ -17,19 +17,19 @@ class RunningStatistics:
         self._before: list[Tensor] = []
 
     def keep(self) -> None:
-        """Remember them, before a step."""
+        """Remember the statistics: before a step."""
         self._before = [buffer.clone() for buffer in self._statistics]
 
     def restore_where(self, skipped: Tensor) -> None:
-        """Put them back if `skipped`, a scalar on the device, is not zero."""
+        """Restore the statistics if `skipped`, a scalar on the device, is not zero."""
         _restore_where(skipped, self._statistics, self._before)
 
 
 class UndoableStep:
-    """Steps of an optimizer that, unlike torch's fused ones, cannot leave one out on the device.
+    """Steps of an optimizer that, unlike torch's fused ones, cannot be skipped on the device.
 
-    A step is always taken, and parameters and state are put back on the device where its gradients were not finite.
-    What the optimizer counts on the host is put back one step later, when the answer has arrived. Costs a copy of
+    The step is always taken; parameters and state are restored on the device if the gradients were not finite. Values
+    that the optimizer keeps on the host are restored one step later, when the answer has arrived. This costs a copy of
     parameters and state for the duration of a step. A step that creates state waits for the device.
     """
 
@@ -39,8 +39,8 @@ class UndoableStep:
 
     @torch.no_grad()
     def take(self, skipped: Tensor) -> None:
-        """Step, with no effect if `skipped`, a scalar on the device, is not zero."""
-        self.settle()
+        """Take a step, without effect if `skipped`, a scalar on the device, is not zero."""
+        self.finish()
         optimizer = self._optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if any(parameter not in optimizer.state for parameter in parameters):
@@ -59,8 +59,8 @@ class UndoableStep:
         ]
         self._last = (_Answer(skipped), changed)
 
-    def settle(self) -> None:
-        """Complete the undoing of the last step, before the optimizer's state is read."""
+    def finish(self) -> None:
+        """Restore the host's values after the last step if it was skipped: before the optimizer's state is read."""
         if self._last is not None:
             answer, changed = self._last
             self._last = None
@@ -97,7 +97,7 @@ def _is_on(device: torch.device, value: Any) -> bool:
 
 
 def _on_host(mapping: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A copy of what a step may change and the device does not hold, such as a count of steps."""
+    """Return a copy of the values that a step may change and that are not on the device, such as a step count."""
     return {
         name: copy.deepcopy(value) for name, value in mapping.items() if name != "params" and not _is_on(device, value)
     }

@@ -1,4 +1,4 @@
-"""No silent hang: a rank that makes no progress writes all stacks of its node to disk and ends the job."""
+"""The watchdog: a rank that makes no progress writes the stacks of its node's processes to disk and ends the job."""
 
 import faulthandler
 import os
@@ -15,30 +15,31 @@ from metaformer.signals import blocked_in_children
 from metaformer.training import backstop
 
 EXIT_CODE = 4
-DUMP_SECONDS = 2.0  # for the other processes of the node to write their stacks
+DUMP_SECONDS = 2.0  # time for the other processes of the node to write their stacks
 TICK = 1.0  # seconds
 STDERR = 2
-STOP_SECONDS = 15.0  # torchrun grants 30
-# A process whose threads cannot run is killed after BACKSTOP x stall_seconds + BACKSTOP_SECONDS.
+STOP_SECONDS = 15.0  # torchrun allows 30
+# The backstop kills a process whose threads cannot run after BACKSTOP x stall_seconds + BACKSTOP_SECONDS.
 BACKSTOP, BACKSTOP_SECONDS = 1.25, 2 * DUMP_SECONDS
 
 
 class Watchdog:
-    """Expects a beat at every step, validation batch and save of this rank, and at each stage of its start.
+    """Ends the process if this rank reports no progress.
 
-    Without one for `stall_seconds` (a dead node, a lost network, a file system that does not answer), the stacks of all
-    threads go to FOLDER/rank-R.txt, the node's other ranks write theirs too, also those stopped by SIGSTOP, and the
-    process ends with exit code 4: torchrun then ends the others. Time during which the process did not run (SIGSTOP, a
-    suspended machine) does not count. A process whose threads cannot run at all is killed by `backstop`.
+    `beat` is called at every step, validation batch and save, and at each stage of the start. Without a beat for
+    `stall_seconds` (a dead node, a lost network, a file system that does not answer), the stacks of all threads are
+    written to FOLDER/rank-R.txt, the node's other ranks write theirs too, even if SIGSTOP has stopped them, and the
+    process ends with exit code 4; torchrun then ends the other ranks. Time during which the process did not run
+    (SIGSTOP, a suspended machine) does not count. `backstop` kills a process whose threads cannot run at all.
 
-    A rank that has been asked to stop is given `STOP_SECONDS`, or three times its last step: whoever asked has a limit
-    of their own.
+    A rank that has been asked to stop gets `STOP_SECONDS`, or three times its last step, because the sender of the
+    signal has a time limit too.
     """
 
     def __init__(self, rank: int, stall_seconds: float) -> None:
         self._rank, self._stall_seconds = rank, stall_seconds
         self._folder: Path | None = None
-        self._stacks = STDERR  # a file descriptor: stderr before there is a folder
+        self._stacks = STDERR  # file descriptor: stderr until there is a folder
         self._peers: list[int] = []
         self._is_asked_to_stop: Callable[[], bool] = lambda: False
         self._stalled = 0.0  # seconds since the last beat in which the process ran
@@ -50,9 +51,9 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Expect beats inside the block."""
+        """Watch inside the block."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # what peers and the backstop send
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # sent by peers and the backstop
         backstop_process = self._start_backstop()
         assert backstop_process.stdin is not None
         self._beats = backstop_process.stdin.fileno()
@@ -71,11 +72,11 @@ class Watchdog:
                 self._remove_empty(self._folder)
 
     def training_begins(self, folder: Path, peers: list[int], is_asked_to_stop: Callable[[], bool]) -> None:
-        """From now on nothing pauses it, and stacks go to a folder.
+        """Write stacks to a folder from now on, and ignore `pause`.
 
         Args:
             peers: process ids of this node's ranks.
-            is_asked_to_stop: whether this rank has been asked to stop, and does not do so yet.
+            is_asked_to_stop: returns whether this rank has been asked to stop and has not agreed to do so yet.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._stacks = folder, os.open(self._file(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -87,14 +88,14 @@ class Watchdog:
         self.beat()
 
     def training_ends(self) -> None:
-        """Expect no more beats: what is left, such as uploads, has bounds of its own."""
+        """Stop watching: what is left, such as uploads, has its own time limits."""
         self._is_asked_to_stop, self._paused = (lambda: False), True
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """While starting, expect no beat inside the block: one rank reads a data set or downloads, as long as it takes.
+        """Expect no beat inside the block during the start: one rank scans a data set or downloads a file.
 
-        A rank that is stopped there is noticed by the process group's own timeout only.
+        Only the process group's timeout notices a rank that hangs there.
         """
         if not self._is_starting:
             yield
@@ -112,7 +113,7 @@ class Watchdog:
         self._last_interval, self._beat_at, self._stalled = now - self._beat_at, now, 0.0
         if self._beats is not None and now - self._told_backstop_at > self._stall_seconds / 10:
             self._told_backstop_at = now
-            with suppress(BrokenPipeError):  # somebody killed it; the thread still watches
+            with suppress(BrokenPipeError):  # the backstop was killed; the thread still watches
                 os.write(self._beats, b".")
 
     def _file(self, folder: Path) -> Path:
@@ -120,7 +121,7 @@ class Watchdog:
 
     def _remove_empty(self, folder: Path) -> None:
         file = self._file(folder)
-        with suppress(OSError):  # the run folder is gone, or other ranks' stacks are there
+        with suppress(OSError):  # the run folder is gone, or holds other ranks' stacks
             if file.stat().st_size == 0:
                 file.unlink()
             folder.rmdir()
@@ -143,11 +144,11 @@ class Watchdog:
             if self._stalled > self._limit():
                 try:
                     self._write_stacks(self._stalled)
-                finally:  # also where nobody reads stderr any more
+                finally:  # even if nobody reads stderr any more
                     os._exit(EXIT_CODE)
 
     def _limit(self) -> float:
-        """Seconds without a beat after which the rank ends."""
+        """Return the seconds without a beat after which the rank ends."""
         if not self._is_asked_to_stop():
             return self._stall_seconds
         return min(self._stall_seconds, max(STOP_SECONDS, 3 * self._last_interval))
@@ -157,16 +158,16 @@ class Watchdog:
         for pid in self._peers:
             with suppress(OSError):  # it has ended, and its number may be another user's process
                 os.kill(pid, signal.SIGUSR2)
-                os.kill(pid, signal.SIGCONT)  # one that was stopped writes its stacks when it continues
+                os.kill(pid, signal.SIGCONT)  # a stopped process writes its stacks once it continues
         why = f"guards.stall_seconds={self._stall_seconds:g}"
         if self._is_asked_to_stop():
-            why = "asked to stop, it waited for data or for another rank"
+            why = "it was asked to stop, and waited for data or for another rank"
         where = f"stacks of the node's ranks: {self._folder}"
         if self._folder is None:
-            where = "its stacks are above; it had not begun to train"
+            where = "its stacks are above; training had not begun"
         print(
             f"error: rank {self._rank}: no step for {stalled:.0f} s ({why}); {where}; "
-            "the same command continues from the last checkpoint",
+            "the same command resumes from the last checkpoint",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         time.sleep(DUMP_SECONDS)

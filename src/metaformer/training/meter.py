@@ -1,0 +1,106 @@
+"""Measures training between two log rows, and makes these rows."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from metaformer.goodput import Goodput
+from metaformer.interfaces import Row
+from metaformer.runtime import Runtime
+from metaformer.training.bottleneck import Bottleneck
+from metaformer.training.state import TrainState
+from metaformer.training.stragglers import Stopwatch, describe_straggler
+
+
+@dataclass
+class _Window:
+    """What this rank measures between two log rows of an epoch. All times are in seconds."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    waited: float = 0.0
+    waited_for_first: float = 0.0  # the part of `waited` before the epoch's first batch, while workers start
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the steps since the last log row have come to.
+
+    Attributes:
+        row: the log row.
+        loss_sum: sum of the losses of the steps that were taken, mean over the ranks.
+        skipped_in_a_row: steps up to now, without one between them that was taken.
+        straggler: a line about a rank that the others wait for, or None.
+    """
+
+    row: Row
+    loss_sum: float
+    skipped_in_a_row: int
+    straggler: str | None
+
+
+class Meter:
+    """Measures throughput, waiting and the ranks' own work; adds what it reads to the state's progress.
+
+    Args:
+        state: whose sums on the device are read, and reset, at each log row.
+        hosts: each rank's node, for people.
+        goodput: receives the time spent waiting for data.
+        bottleneck: judges an epoch's waiting.
+    """
+
+    def __init__(
+        self, state: TrainState, runtime: Runtime, hosts: Sequence[str], goodput: Goodput, bottleneck: Bottleneck
+    ) -> None:
+        self.stopwatch = Stopwatch(runtime.device)
+        self.bottleneck = bottleneck
+        self._state, self._runtime, self._hosts, self._goodput = state, runtime, list(hosts), goodput
+        self._window = _Window()
+
+    def start(self) -> None:
+        """Start a window: at the beginning of an epoch."""
+        self._window = _Window()
+
+    def waited(self, seconds: float, is_first: bool) -> None:
+        """Add a wait for a batch; the first one of an epoch includes the start of the workers."""
+        self._window.waited += seconds
+        self._window.waited_for_first += seconds if is_first else 0.0
+
+    def step(self) -> None:
+        """Count a step."""
+        self._window.steps += 1
+
+    def read(self, lr: float, grad_norm: Tensor, global_batch_size: int) -> Reading:
+        """Return the means over the steps since the last row, and start the next window. Waits for the device."""
+        state, progress, window = self._state, self._state.progress, self._window
+        skipped, skipped_in_a_row = (int(count) for count in state.skips.tolist())
+        taken = progress.steps_since_log - skipped
+        own = torch.tensor([float(state.loss_sum), window.waited, window.waited_for_first, self.stopwatch.read()])
+        ranks = torch.stack(self._runtime.gather(own.double()))
+        loss_sum, waited, waited_for_first, _ = ranks.mean(dim=0).tolist()
+        _, waits, first_waits, forward_passes = ranks.unbind(dim=1)
+        elapsed = time.perf_counter() - window.started
+        self._goodput.waited(window.waited)
+        self.bottleneck.add(waited - waited_for_first, elapsed - waited_for_first)
+        progress.skipped_steps += skipped
+        row = progress.row("train") | {
+            "loss": loss_sum / taken if taken else math.nan,
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "images_per_second": window.steps * global_batch_size / elapsed,
+            "data_wait": waited / elapsed,
+            "skipped_steps": progress.skipped_steps,
+            "memory_gib": self._runtime.peak_memory_gib(),
+        }
+        progress.epoch_loss_sum += loss_sum
+        progress.epoch_loss_count += taken
+        progress.steps_since_log = 0
+        state.reset_sums()
+        self._window = _Window()
+        busy = (waits - first_waits + forward_passes).tolist()
+        straggler = describe_straggler(busy, self._hosts, elapsed - waited_for_first) if len(busy) > 1 else None
+        return Reading(row, loss_sum, skipped_in_a_row, straggler)
