@@ -4,9 +4,10 @@
   python scripts/reproduce_table.py --run paper/poolformer_s12 -- data.root=/path/to/imagenet
   python scripts/reproduce_table.py --released --run 'paper/*' 'comparison/*' -- data.root=/path/to/imagenet
   python scripts/reproduce_table.py --submit 'ablation/*' --sbatch '--nodes=1 --gpus-per-node=8' -- data.root=...
+  python scripts/reproduce_table.py --recipe paper/poolformer_s12 > conf/experiment/mine.yaml
   python scripts/reproduce_table.py --report
 
-A row is trained by its recipe conf/experiment/ROW.yaml; with --released its published weights are evaluated instead.
+A row is trained by `train.py experiment=ROW`; with --released its published weights are evaluated instead.
 What follows -- goes to train.py or validate.py. The same command again resumes. --submit makes one job array with a
 task for each row, --at-once of them at a time; each task that is done brings the table up to date.
 """
@@ -33,6 +34,7 @@ from metaformer.program import run_program
 from metaformer.reporting.commands import submit_command, train_command, validate_command
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
 from metaformer.reporting.paper import PAPER_IMAGE_SIZE, ROWS, Row, find_rows
+from metaformer.reporting.recipes import recipe_file
 from metaformer.reporting.table import Comparison, to_csv, to_markdown
 
 REPOSITORY = Path(__file__).parents[1]
@@ -47,13 +49,16 @@ class RowFailed(UserError):
 
 
 def main() -> None:
-    """Parse the command line and do one of the five things."""
+    """Parse the command line and do what it asks for."""
     arguments = _parse()
     runs: Path = arguments.runs.absolute()
     if arguments.list:
         _list()
     elif arguments.report:
         _report(runs)
+    elif arguments.recipe:
+        for row in _trained(find_rows([arguments.recipe])):
+            print(recipe_file(row), end="")
     elif arguments.run_dir:
         for row in find_rows([arguments.run_dir]):
             print(_run_dir(row, runs))
@@ -96,7 +101,8 @@ def _parse() -> argparse.Namespace:
     action.add_argument("--list", action="store_true", help="say which rows there are")
     action.add_argument("--run", nargs="+", metavar="ROW", help="run rows here, one after the other; * matches many")
     action.add_argument("--submit", nargs="+", metavar="ROW", help="submit rows to SLURM, as a job array")
-    action.add_argument("--run-dir", metavar="ROW", help="say where a row's run folder is")
+    action.add_argument("--recipe", metavar="ROW", help="print a row's recipe, to copy to conf/experiment/ and change")
+    action.add_argument("--run-dir", metavar="ROW", help="print a row's run folder")
     action.add_argument("--report", action="store_true", help="write table.md, table.csv and table.png into --runs")
     parser.add_argument("--released", action="store_true", help="evaluate released weights instead of training")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and results lie (runs)")
@@ -131,10 +137,19 @@ def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def _run_dir(row: Row, runs: Path) -> Path:
-    """The folder that train.py chooses itself where --runs is its default."""
-    if not row.trained:
-        raise UserError(f"row={row.name}: has no recipe here; its released weights can be evaluated: --released --run")
+    """Return the folder that train.py would choose itself, below --runs."""
+    _trained([row])
     return runs / compose_recipe(row.name).resolved_run_dir.name
+
+
+def _trained(rows: list[Row]) -> list[Row]:
+    """Return the rows; refuse one without a recipe."""
+    for row in rows:
+        if not row.trained:
+            raise UserError(
+                f"row={row.name}: has no recipe here; its released weights can be evaluated: --released --run"
+            )
+    return rows
 
 
 def _list() -> None:

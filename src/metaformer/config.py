@@ -23,7 +23,9 @@ from metaformer.data.index.config import DataConfig
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least, one_line, unknown_name
+from metaformer.models import list_models
 from metaformer.models.config import ModelConfig
+from metaformer.reporting.recipes import recipes
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.config import LoopConfig
 from metaformer.training.ema import EmaConfig
@@ -240,6 +242,11 @@ def _store_schemas() -> None:
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("validate_schema", ValidateConfig)
+    # Names that only repeat a table need no files: conf/ holds the choices that say more.
+    for name in list_models():
+        store.store(name, {"name": name}, group="model")
+    for recipe in recipes():
+        store.store(recipe.name, recipe.values, group=recipe.group, package="_global_")
 
 
 def _default_run_dir(config: TrainConfig, experiment: str) -> str:
@@ -255,12 +262,18 @@ def _explain(error: HydraException) -> str:
         if not (CONF_FOLDER / group).is_dir():  # a group of Hydra's own
             group, name = os.path.split(error.missing_cfg_file)
             return str(unknown_name(group, name, error.options))
-        files = (CONF_FOLDER / group).rglob("*.yaml")
-        known = [str(file.relative_to(CONF_FOLDER / group).with_suffix("")) for file in files]
-        return str(unknown_name(group, name, known))
+        return str(unknown_name(group, name, _choices(group)))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
     return one_line(error)
+
+
+def _choices(group: str) -> list[str]:
+    """Return the names that a group has, in files and in the store, also in folders of the group."""
+    files = [str(file.relative_to(CONF_FOLDER / group)) for file in (CONF_FOLDER / group).rglob("*.yaml")]
+    stored = ConfigStore.instance().list(group)
+    below = [f"{entry}/{name}" for entry in stored if "." not in entry for name in _choices(f"{group}/{entry}")]
+    return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *below]
 
 
 def _explain_value(error: OmegaConfBaseException) -> str:

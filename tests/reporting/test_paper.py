@@ -1,22 +1,23 @@
 """The paper's rows, and the recipes that belong to them."""
 
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 
 from metaformer.assembly import resolve
-from metaformer.config import ValidateConfig, compose, compose_recipe
+from metaformer.config import CONF_FOLDER, ValidateConfig, compose, compose_recipe
 from metaformer.errors import UserError
 from metaformer.models import create_timm_model, list_models
 from metaformer.models.config import ResizeFilter
 from metaformer.models.preprocessing import Preprocessing
 from metaformer.reporting.commands import validate_command
 from metaformer.reporting.paper import ROWS, Row, Table, find_rows
-from tests.conftest import REPOSITORY
+from metaformer.reporting.recipes import recipe_file
 
-RECIPES = REPOSITORY / "conf" / "experiment"
 TRAINED = [row for row in ROWS if row.trained]
 LONGER = {400: 77.5, 500: 77.9, 1000: 78.4, 1500: 78.6, 2000: 78.8, 2500: 78.8, 3000: 78.8}
 
@@ -31,9 +32,9 @@ def test_every_row_of_the_tables_is_there() -> None:
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
 def test_recipe_is_the_papers(row: Row) -> None:
-    """Each recipe composes to its network under the paper's training, and its first lines tell of the row."""
+    """Each recipe composes to its network under the paper's training; its file states the row in its first lines."""
     recipe = compose_recipe(row.name)
-    text = (RECIPES / f"{row.name}.yaml").read_text()
+    text = recipe_file(row)
     assert recipe.model.name == row.model
     epochs = next((number for number in LONGER if f"_{number}_" in row.name), 300)
     batch = 1024 if row.name in ("ablation/pppa", "ablation/ppaa") else 4096
@@ -50,14 +51,15 @@ def test_recipe_is_the_papers(row: Row) -> None:
     assert f"{images / 1e6:,.0f} million images: {images / days / 86400:,.0f} images/s" in head[3]
 
 
-def test_no_recipe_is_without_a_row() -> None:
-    """conf/experiment/paper and ablation hold the rows' recipes and nothing else."""
-    files = {
-        str(f.relative_to(RECIPES).with_suffix(""))
-        for part in ("paper", "ablation")
-        for f in (RECIPES / part).iterdir()
-    }
-    assert files == {row.name for row in TRAINED}
+def test_a_copied_recipe_is_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe's file, saved in a conf/ folder under another name, composes to the same configuration."""
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF_FOLDER, conf)
+    (row,) = find_rows(["paper/poolformer_s12_400_epochs"])
+    (conf / "experiment" / "mine.yaml").write_text(recipe_file(row))
+    monkeypatch.setattr("metaformer.config.CONF_FOLDER", conf)
+    expected = compose_recipe(row.name)
+    assert replace(compose_recipe("mine"), run_dir=expected.run_dir) == expected
 
 
 def test_compared_networks_are_timms() -> None:

@@ -15,7 +15,7 @@ from tests.training.test_loop import Numbers, trainer
 
 
 def test_verdict_by_the_share_of_waiting() -> None:
-    """From a tenth of the epoch's time on it is input-bound, and says what would help; each epoch is judged by itself."""
+    """From a tenth of the epoch's time on it is input-bound, and says what would help; each epoch counts alone."""
     bottleneck = Bottleneck("raise workers (now 1)")
     bottleneck.add(0.5, 10)
     bottleneck.add(1.5, 10)

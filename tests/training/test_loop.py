@@ -261,7 +261,12 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) ->
     """Nothing is saved while steps are left out, and the run ends with the good checkpoints as they were."""
     state, checkpoint = sgd_state(), CheckpointConfig(every_steps=1)
     data, guards = Numbers(8, poisoned_from=32), GuardConfig(max_skipped_steps=3)
-    settings: dict[str, Any] = {"steps_per_epoch": 12, "checkpoint": checkpoint, "guards": guards, "log_every_steps": log_every}
+    settings: dict[str, Any] = {
+        "steps_per_epoch": 12,
+        "checkpoint": checkpoint,
+        "guards": guards,
+        "log_every_steps": log_every,
+    }
     loop = trainer(state, tmp_path, data, **settings)
     with pytest.raises(Diverged, match=r"^epoch 1, step \d+: the last \d+ steps had gradients that are not finite"):
         loop.run()

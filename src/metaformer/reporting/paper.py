@@ -27,12 +27,13 @@ class Row:
     """One row.
 
     Attributes:
-        name: a path in conf/experiment/ where this project trains the row; such a name too for a comparison.
+        name: what follows `experiment=` if this project trains the row; such a name too for a comparison.
         parameters: in millions.
         gmacs: multiply-accumulates of one image, in units of 1e9.
         top1: percent.
         model: the network's name, in timm for a comparison (with the tag of the weights); None where timm has none of
             that training.
+        epochs, global_batch_size: of the recipe.
         released: weights for `checkpoint=`, as the paper's authors or timm publish them.
     """
 
@@ -43,6 +44,8 @@ class Row:
     top1: float
     model: str | None
     released: str | None
+    epochs: int = 300
+    global_batch_size: int = 4096
 
     @property
     def trained(self) -> bool:
@@ -55,14 +58,15 @@ def _poolformer(name: str, parameters: float, gmacs: float, top1: float) -> Row:
 
 
 def _longer(epochs: int, top1: float) -> Row:
-    return Row(f"paper/poolformer_s12_{epochs}_epochs", Table.longer, 11.9, 1.8, top1, "poolformer_s12", None)
+    name = f"paper/poolformer_s12_{epochs}_epochs"
+    return Row(name, Table.longer, 11.9, 1.8, top1, "poolformer_s12", None, epochs)
 
 
 def _ablation(part: str, parameters: float, gmacs: float, top1: float, released: bool = False) -> Row:
     model = f"metaformer_s12_{part}"
-    return Row(
-        f"ablation/{part}", Table.ablation, parameters, gmacs, top1, model, f"official:{model}" if released else None
-    )
+    weights = f"official:{model}" if released else None
+    batch = 1024 if part in ("pppa", "ppaa") else 4096  # attention is trained with a smaller batch
+    return Row(f"ablation/{part}", Table.ablation, parameters, gmacs, top1, model, weights, global_batch_size=batch)
 
 
 def _comparison(name: str, parameters: float, gmacs: float, top1: float, timm_weights: str | None = None) -> Row:

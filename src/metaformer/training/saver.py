@@ -102,6 +102,6 @@ class CheckpointSaver:
                 "from the last checkpoint"
             ) from error
         self._alarm(
-            f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} in a row; training stops "
-            f"after {limit}"
+            f"ALARM        checkpoint {name} could not be written ({reason}); failure {failed} in a row; "
+            f"training stops after {limit}"
         )
