@@ -33,7 +33,7 @@ def test_few_open_files() -> None:
         found = [finding for finding in limits(1) if finding.check == "open files"]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, kept)
-    assert [(finding.verdict, finding.mend) for finding in found] == [(Verdict.warn, "ulimit -n 4096")]
+    assert [(finding.verdict, finding.fix) for finding in found] == [(Verdict.warn, "ulimit -n 4096")]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_folder_for_runs(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (found,) = run_folder(tmp_path / "file" / "runs")
     assert found.verdict is Verdict.fail
-    assert "Not a directory" in found.said
+    assert "Not a directory" in found.message
 
 
 def test_a_temporary_folder_with_too_long_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,4 +79,4 @@ def test_a_temporary_folder_with_too_long_a_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     found = temporary_folder()
     assert found.verdict is Verdict.fail
-    assert found.mend.startswith("export TMPDIR=/tmp")
+    assert found.fix.startswith("export TMPDIR=/tmp")

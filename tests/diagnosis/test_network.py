@@ -41,4 +41,4 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     (found,) = wandb()
     assert found.verdict is Verdict.warn
-    assert "does not answer (Connection refused)" in found.said
+    assert "does not answer (Connection refused)" in found.message

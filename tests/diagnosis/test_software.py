@@ -26,7 +26,7 @@ def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     found = {finding.check: finding for finding in software.versions()}
     assert found["torch"].verdict is Verdict.fail
-    assert "2.11" in found["torch"].mend
+    assert "2.11" in found["torch"].fix
 
 
 def test_a_driver_without_a_gpu_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_a_driver_without_a_gpu_in_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(software, "driver_version", lambda: (12, 2))
     (found,) = software.gpus(expect_gpu=False)
     assert found.verdict is Verdict.fail
-    assert "CUDA 12.2" in found.said
+    assert "CUDA 12.2" in found.message
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.evaluation.results import HEADER, TIMMS_HEADER, append_result, check_results
+from metaformer.evaluation.results import HEADER, TIMM_HEADER, append_result, check_results
 
 ROW: dict[str, str | int | float] = {
     "model": "poolformer_s12", "img_size": 224, "top1": 77.2284, "top5": 93.5, "param_count": 11_915_176,
@@ -46,13 +46,14 @@ def test_appends(tmp_path: Path, ending: str) -> None:
     assert read(path) == [list(HEADER), ["other", *LINE[1:]], LINE, LINE]
 
 
-@pytest.mark.parametrize("header", ["model,top1", ",".join(TIMMS_HEADER)], ids=["other", "timm's alone"])
+@pytest.mark.parametrize("header", ["model,top1", ",".join(TIMM_HEADER)], ids=["other", "timm's alone"])
 def test_another_header_is_refused(tmp_path: Path, header: str) -> None:
     """A CSV of something else, or without our columns, is named in one line and left as it is."""
     path = tmp_path / "table.csv"
     path.write_text(f"{header}\nx,1\n")
+    pattern = rf"results_csv=\S+table\.csv: unexpected header \({header[:80]}\)"
     for refuse in (check_results, lambda path: append_result(path, ROW)):
-        with pytest.raises(UserError, match=rf"results_csv=\S+table\.csv: another header \({header[:80]}\)") as caught:
+        with pytest.raises(UserError, match=pattern) as caught:
             refuse(path)
         assert "\n" not in str(caught.value)
     assert path.read_text() == f"{header}\nx,1\n"
@@ -70,7 +71,7 @@ def test_unwritable(tmp_path: Path) -> None:
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     """Bytes that are no text end in one line, too."""
     (tmp_path / "weights").write_bytes(b"\x80\xff" * 100_000)
-    with pytest.raises(UserError, match="another header"):
+    with pytest.raises(UserError, match="unexpected header"):
         check_results(tmp_path / "weights")
 
 

@@ -31,11 +31,11 @@ def test_single_label_is_the_usual() -> None:
 def test_restricted_classes() -> None:
     """Only some classes compete: numpy's arg-max, five best and cross entropy among their logits alone."""
     logits = random_logits(40)
-    competing = torch.zeros(40, dtype=torch.bool)
-    competing[[3, 4, 8, 15, 16, 23, 39]] = True
-    labels = np.flatnonzero(competing.numpy())
+    class_mask = torch.zeros(40, dtype=torch.bool)
+    class_mask[[3, 4, 8, 15, 16, 23, 39]] = True
+    labels = np.flatnonzero(class_mask.numpy())
     targets = torch.from_numpy(labels)[torch.arange(IMAGES) % len(labels)]
-    scores = Scoring(competing)(logits, targets)
+    scores = Scoring(class_mask)(logits, targets)
     among = logits.numpy()[:, labels].astype(np.float64)
     order = labels[np.argsort(-among, axis=1)]
     assert np.array_equal(scores.top1.numpy(), order[:, 0] == targets.numpy())

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metaformer.models.fused import run_fused
 from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import REFERENCE, triton_kernels
-from metaformer.models.metaformer import BlockParts, MetaFormerBlock, run_plainly
+from metaformer.models.metaformer import BlockParts, MetaFormerBlock, run_plain
 from metaformer.models.token_mixers import Pooling
 
 EPS = 1e-5
@@ -166,9 +166,9 @@ def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     if INTERPRETED and (dtype is not None or shape == SHAPES[-1]):  # slow, and kernels see no layout but one
         gradients = {"strided": gradients["strided"]}
     for name, weight in gradients.items():
-        exact = outcome(run_plainly, blocks.double(), images.double(), weight, None)
+        exact = outcome(run_plain, blocks.double(), images.double(), weight, None)
         blocks.float()
-        plain = outcome(run_plainly, blocks, images, weight, dtype)
+        plain = outcome(run_plain, blocks, images, weight, dtype)
         found = outcome(run_fused, blocks, images, weight, dtype)
         assert found.keys() == exact.keys()
         for key, value in exact.items():

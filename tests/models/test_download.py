@@ -102,7 +102,7 @@ def test_unknown_name(server: Server) -> None:
 def test_short_file(server: Server, weights: bytes) -> None:
     """A connection that ends early is told in bytes, and leaves nothing; the next try is a fresh one."""
     server.replies[f"/{FILE}"] = Reply(weights, length=len(weights) + 1000)
-    assert f"({len(weights)} of {len(weights) + 1000} bytes came)" in refusal(NAME)
+    assert f"(received {len(weights)} of {len(weights) + 1000} bytes)" in refusal(NAME)
     assert cached() == []
     server.replies[f"/{FILE}"] = Reply(weights)
     download_weights(NAME)
@@ -114,7 +114,7 @@ def test_short_file(server: Server, weights: bytes) -> None:
         (Reply(status=404), "404"),
         (Reply(status=503), "503"),
         (Reply(status=0), "closed connection"),
-        (Reply(b"<html>Sign in to the network</html>"), "not a whole weights file"),
+        (Reply(b"<html>Sign in to the network</html>"), "not a complete weights file"),
     ],
 )
 def test_other_answers(server: Server, reply: Reply, part: str) -> None:
@@ -134,10 +134,10 @@ def test_a_file_without_a_length(server: Server, weights: bytes, monkeypatch: py
     assert path.read_bytes() == weights
     path.unlink()
     path.with_name(f"{FILE}.sha256").unlink()
-    monkeypatch.setattr(download, "LARGEST_BYTES", len(weights) - 1)
-    assert f"more bytes came than such a file may have ({len(weights) - 1})" in refusal(NAME)
+    monkeypatch.setattr(download, "MAX_BYTES", len(weights) - 1)
+    assert f"the download exceeds the limit of {len(weights) - 1} bytes" in refusal(NAME)
     server.replies[f"/{FILE}"] = Reply(weights)
-    assert f"({len(weights)} bytes, more than such a file may have" in refusal(NAME)
+    assert f"(the file has {len(weights)} bytes, more than the limit" in refusal(NAME)
     assert cached() == []
 
 
@@ -218,7 +218,7 @@ def test_file_put_there_by_hand(server: Server, weights: bytes) -> None:
     weights_cache().mkdir(parents=True)
     path = weights_cache() / FILE
     path.write_bytes(weights[:-100])
-    assert "is damaged (not a whole weights file" in refusal(NAME)
+    assert "is damaged (not a complete weights file" in refusal(NAME)
     assert cached() == [FILE]
     path.write_bytes(weights)
     assert download_weights(NAME) == path
@@ -231,7 +231,7 @@ def test_file_that_an_old_torch_wrote(server: Server, weights: bytes) -> None:
     old = BytesIO()
     torch.save(torch.load(BytesIO(weights), weights_only=True), old, _use_new_zipfile_serialization=False)
     server.replies[f"/{FILE}"] = Reply(old.getvalue()[:-100])
-    assert "not a whole weights file" in refusal(NAME)
+    assert "not a complete weights file" in refusal(NAME)
     assert cached() == []
     server.replies[f"/{FILE}"] = Reply(old.getvalue())
     assert download_weights(NAME).read_bytes() == old.getvalue()
@@ -322,13 +322,13 @@ def test_hub(hub: Hub) -> None:
     ("reply", "part"),
     [
         (MISSING, "neither model.safetensors nor pytorch_model.bin"),
-        (PRIVATE, "no such repository, or it needs a login"),
+        (PRIVATE, "no such repository, or it requires a login"),
         (Reply(status=500), "500"),
         (Reply(status=0), "disconnected"),
         (Reply(silent=True), "timed out"),
         (
             Reply(b"endless", headers={"X-Repo-Commit": "a" * 40, "ETag": '"e"'}, measured=False),
-            "how large the file is",
+            "does not send the size of the file",
         ),
     ],
 )
@@ -350,7 +350,7 @@ def test_hub_name_that_is_none(hub: Hub) -> None:
     """What the hub allows for no repository is refused before anything is asked."""
     requests = len(hub.server.requests)
     for name in ("no repository", "a/b/c", ""):
-        assert hub.download(name)["error"].startswith(f"checkpoint=hf:{name}: not a repository of the hub (")
+        assert hub.download(name)["error"].startswith(f"checkpoint=hf:{name}: not a valid repository name of the hub (")
     assert len(hub.server.requests) == requests
 
 
@@ -359,6 +359,6 @@ def test_changed_hub_file(hub: Hub) -> None:
     hub.server.replies[HUB_FILE.format("changing", "model.safetensors")] = large_file(b"safetensors again")
     file = Path(hub.download("timm/changing")["path"]).resolve()
     file.write_bytes(b"safetensors agaim")
-    assert f"delete {file}, and run again" in hub.download("timm/changing")["error"]
+    assert f"delete {file} and run again" in hub.download("timm/changing")["error"]
     file.unlink()
     assert Path(hub.download("timm/changing")["path"]).read_bytes() == b"safetensors again"

@@ -157,7 +157,7 @@ def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int, 
         shapes.append(tuple(shape))
         return 0.0
 
-    monkeypatch.setattr(fused, "_difference", note)
+    monkeypatch.setattr(fused, "_relative_difference", note)
     small = replace(VARIANTS[name], depths=(1, 1, 1, 1))
     model = MetaFormer(small, num_classes=2, image_size=image_size)
     assert find_fault(model, image_size, torch.device(device), torch.bfloat16) is None

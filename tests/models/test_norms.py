@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metaformer.models import create_model
-from metaformer.models.norms import ChannelLayerNorm, find_norm_over_images, group_norm, no_norm
+from metaformer.models.norms import ChannelLayerNorm, find_single_value_batch_norm, group_norm, no_norm
 
 
 def test_group_norm_is_over_channels_and_space() -> None:
@@ -52,7 +52,7 @@ def test_batch_norm_with_one_value_per_image(name: str, image_size: int, found: 
     model = create_model(name, num_classes=3, image_size=image_size)
     model.stem.eval()
     before = copy.deepcopy(model.state_dict())
-    assert find_norm_over_images(model, torch.randn(1, 3, image_size, image_size)) == found
+    assert find_single_value_batch_norm(model, torch.randn(1, 3, image_size, image_size)) == found
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert (model.training, model.stem.training, model.stages.training) == (True, False, True)
     if found is not None:

@@ -11,7 +11,7 @@ from metaformer.models import MetaFormer
 from metaformer.models.variants import VARIANTS
 from metaformer.models.weight_formats import (
     StateDict,
-    check_whole,
+    check_complete,
     extract_state,
     is_official,
     metaformer_to_official,
@@ -32,7 +32,7 @@ def test_there_and_back_is_the_identity(name: str) -> None:
     back = official_to_metaformer(official)
     assert back.keys() == state.keys()
     assert all(back[key] is tensor for key, tensor in state.items())
-    check_whole(state)
+    check_complete(state)
 
 
 @pytest.mark.parametrize("name", RELEASED_SLOTS)
@@ -129,10 +129,10 @@ def test_strange_key_of_ours() -> None:
 def test_incomplete_network(key: str) -> None:
     """A network without one of its tensors is no whole network."""
     state = official_to_metaformer(released_state("metaformer_ppaa_s12_224"))
-    check_whole(state)
+    check_complete(state)
     del state[key]
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        check_whole(state)
+        check_complete(state)
 
 
 def test_gaps_and_strangers() -> None:
@@ -141,7 +141,7 @@ def test_gaps_and_strangers() -> None:
 
     def refused(changed: StateDict, part: str) -> None:
         with pytest.raises(ValueError, match=part):
-            check_whole(changed)
+            check_complete(changed)
 
     refused({key: tensor for key, tensor in state.items() if not key.startswith("stages.1.")}, r"stages\.1\.")
     refused({key: tensor for key, tensor in state.items() if ".blocks.1." not in key}, r"blocks\.1\.")
@@ -200,7 +200,7 @@ def test_wrappers(keys: list[str], unwrapped: list[str]) -> None:
 )
 def test_no_state_dict(contents: object) -> None:
     """What holds no tensors under names is said so; so is a missing average."""
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match="contains no state dict"):
         extract_state(contents, use_ema=False)
     if isinstance(contents, dict):
         with pytest.raises(ValueError, match="use_ema=true"):

@@ -17,7 +17,7 @@ from metaformer.reporting.paper import ROWS, Row, Table, find_rows
 from tests.conftest import REPOSITORY
 
 RECIPES = REPOSITORY / "conf" / "experiment"
-TRAINED = [row for row in ROWS if row.trained]
+TRAINED = [row for row in ROWS if row.has_recipe]
 LONGER = {400: 77.5, 500: 77.9, 1000: 78.4, 1500: 78.6, 2000: 78.8, 2500: 78.8, 3000: 78.8}
 
 
@@ -71,18 +71,18 @@ def test_compared_networks_are_timms() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command of each row evaluates at 224 px with timm's crop, filter, mean and std, or with the paper's."""
-    if row.released is None:
+    if row.released_weights is None:
         return
     command = validate_command(row, Path("results.csv"), 1)
     monkeypatch.setattr(sys, "argv", command[1:])
     config = compose("validate", ValidateConfig)
     _, found = resolve(config, config.checkpoint, evaluation=True)
-    if row.trained:
+    if row.has_recipe:
         wide = ("poolformer_m36", "poolformer_m48", "metaformer_s12_pppa", "metaformer_s12_ppaa", "metaformer_s12_ppff")
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         assert found == Preprocessing(224, 0.95 if row.model in wide else 0.9, ResizeFilter.bicubic, mean, std)
         return
-    cfg = timm.get_pretrained_cfg(row.released.removeprefix("hf:timm/"), allow_unregistered=False)
+    cfg = timm.get_pretrained_cfg(row.released_weights.removeprefix("hf:timm/"), allow_unregistered=False)
     assert cfg is not None
     assert (cfg.input_size, cfg.crop_mode) == ((3, 224, 224), "center")
     assert found == Preprocessing(224, cfg.crop_pct, ResizeFilter(cfg.interpolation), cfg.mean, cfg.std)
