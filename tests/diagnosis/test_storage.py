@@ -1,4 +1,4 @@
-"""Reading real files."""
+"""Read speed, measured on real files."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from metaformer.diagnosis.finding import Verdict
 from metaformer.diagnosis.storage import ByteRange, read_speed
 
 
-def test_speed_against_what_is_needed(tmp_path: Path) -> None:
-    """A speed that no disk has is not reached; without a need, there is only the speed."""
+def test_speed_against_the_required_speed(tmp_path: Path) -> None:
+    """A required speed that no disk reaches gives a warning; without one, only the speed is reported."""
     files = [tmp_path / f"{number}.JPEG" for number in range(20)]
     for file in files:
         file.write_bytes(bytes(100_000))
@@ -20,14 +20,14 @@ def test_speed_against_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """It is named."""
+    """The finding names the file."""
     (found,) = read_speed([ByteRange(tmp_path / "gone.JPEG", 0, 1)], threads=1, required=None)
     assert found.verdict is Verdict.fail
     assert "gone.JPEG: cannot be read (No such file or directory)" in found.message
 
 
 def test_a_shard_that_ends_early(tmp_path: Path) -> None:
-    """A range past the end of its file has failed, with how much is missing."""
+    """A range past the end of its file fails with the number of missing bytes."""
     shard = tmp_path / "shard-000000.tar"
     shard.write_bytes(bytes(1000))
     (whole,) = read_speed([ByteRange(shard, 600, 400)], threads=1, required=None)

@@ -1,4 +1,4 @@
-"""The paper's rows, and the recipes that belong to them."""
+"""The paper's rows and their recipes."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_every_row_of_the_tables_is_there() -> None:
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
 def test_recipe_is_the_papers(row: Row) -> None:
-    """Each recipe composes to its network under the paper's training, and its first lines tell of the row."""
+    """Each recipe composes to its network with the paper's training, and its first lines describe the row."""
     recipe = compose_recipe(row.name)
     text = (RECIPES / f"{row.name}.yaml").read_text()
     assert recipe.model.name == row.model
@@ -51,7 +51,7 @@ def test_recipe_is_the_papers(row: Row) -> None:
 
 
 def test_no_recipe_is_without_a_row() -> None:
-    """conf/experiment/paper and ablation hold the rows' recipes and nothing else."""
+    """conf/experiment/paper and conf/experiment/ablation contain only the rows' recipes."""
     files = {
         str(f.relative_to(RECIPES).with_suffix(""))
         for part in ("paper", "ablation")
@@ -61,7 +61,7 @@ def test_no_recipe_is_without_a_row() -> None:
 
 
 def test_compared_networks_are_timms() -> None:
-    """Where a comparison has released weights, timm makes the network, of the size that the paper states."""
+    """timm creates the network of each comparison with released weights, with the paper's number of parameters."""
     for row in ROWS:
         if row.table is Table.comparison and row.model is not None and row.parameters < 70:
             parameters = sum(p.numel() for p in create_timm_model(row.model, 1000).parameters())
@@ -70,7 +70,7 @@ def test_compared_networks_are_timms() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command of each row evaluates at 224 px with timm's crop, filter, mean and std, or with the paper's."""
+    """The command of each row evaluates at 224 px with timm's or the paper's crop, filter, mean and std."""
     if row.released_weights is None:
         return
     command = validate_command(row, Path("results.csv"), 1)
@@ -89,7 +89,7 @@ def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.
 
 
 def test_rows_are_found_by_name_and_pattern() -> None:
-    """Names come in the order given, patterns in the tables', none twice; what matches nothing is refused."""
+    """Names keep the given order and patterns the tables' order, without duplicates; unmatched names are refused."""
     assert [row.name for row in find_rows(["ablation/relu", "ablation/[rs]*lu"])] == ["ablation/relu", "ablation/silu"]
     assert len(find_rows(["*"])) == len(ROWS)
     with pytest.raises(UserError, match=r"^row=paper/poolformer_s13: unknown; .*paper/poolformer_s12"):
