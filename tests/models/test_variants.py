@@ -59,8 +59,8 @@ def test_ablation_changes_one_part(part: str) -> None:
     ablated, baseline = create_model(f"metaformer_s12_{part}"), create_model("poolformer_s12")
     assert all(ABLATIONS[part](block) for block in blocks(ablated))
     assert not any(ABLATIONS[part](block) for block in blocks(baseline) if part != "random_matrix")
-    keys, known = set(ablated.state_dict()), set(baseline.state_dict())
-    changed = {key for key in keys ^ known if "running_" not in key and "num_batches" not in key}
+    keys, baseline_keys = set(ablated.state_dict()), set(baseline.state_dict())
+    changed = {key for key in keys ^ baseline_keys if "running_" not in key and "num_batches" not in key}
     allowed = {"no_norm": "norm", "no_channel_mlp": "2.|mlp|norm2"}.get(part, "token_mixer")
     assert all(any(word in key for word in allowed.split("|")) for key in changed)
 

@@ -29,7 +29,7 @@ class SlotKind(NamedTuple):
 
     letter: str
     official: str
-    ours: str
+    metaformer: str
 
 
 DOWNSAMPLING = SlotKind("D", "proj.", "downsample.conv.")
@@ -113,7 +113,7 @@ def official_to_metaformer(state: StateDict) -> StateDict:
         kind = _slot_kind(slot, slots[slot])
         stage += kind is DOWNSAMPLING
         order += kind.letter
-        prefixes[f"network.{slot}.{kind.official}"] = f"stages.{stage}.{kind.ours}"
+        prefixes[f"network.{slot}.{kind.official}"] = f"stages.{stage}.{kind.metaformer}"
     if sorted(slots) != list(range(len(slots))) or not SLOT_ORDER.fullmatch(order):
         raise ValueError(f"slots {sorted(slots)} of network ({order}) do not form a complete network")
     return _rename(state, prefixes, LAYER_SCALES)
@@ -125,16 +125,16 @@ def metaformer_to_official(state: StateDict) -> StateDict:
     Raises:
         ValueError: a key does not belong to this project's networks.
     """
-    prefixes = {ours: official for official, ours in OUTSIDE_NETWORK.items()}
+    prefixes = {metaformer: official for official, metaformer in OUTSIDE_NETWORK.items()}
     stages = {int(match[1]) for key in state if (match := re.match(r"stages\.(\d+)\.", key))}
     slot = 0
     for stage in sorted(stages):
         for kind in SLOT_KINDS:
-            ours = f"stages.{stage}.{kind.ours}"
-            if any(key.startswith(ours) for key in state):
-                prefixes[ours] = f"network.{slot}.{kind.official}"
+            prefix = f"stages.{stage}.{kind.metaformer}"
+            if any(key.startswith(prefix) for key in state):
+                prefixes[prefix] = f"network.{slot}.{kind.official}"
                 slot += 1
-    return _rename(state, prefixes, {ours: official for official, ours in LAYER_SCALES.items()})
+    return _rename(state, prefixes, {metaformer: official for official, metaformer in LAYER_SCALES.items()})
 
 
 def check_complete(state: StateDict) -> None:
