@@ -122,7 +122,7 @@ def _pool(x: Tensor, size: int) -> Tensor:
 def _pool_transposed(grad: Tensor, size: int) -> Tensor:
     """Apply the transpose of `_pool`, which spreads each position's value evenly over its window.
 
-    torch's own backward is wrong for this memory format on some GPUs (pytorch issue 188344).
+    It does not use torch's own backward, which is wrong for this memory format on some GPUs (pytorch issue 188344).
     """
     ones = grad.new_ones((1, *grad.shape[1:3], 1), dtype=accumulation_type(grad))
     inside = _average_windows(ones, size, include_padding=True)  # fraction of each window that is in the image
