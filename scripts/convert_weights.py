@@ -18,7 +18,7 @@ from metaformer.errors import UserError, printable
 from metaformer.files import check_output, write_atomically
 from metaformer.models.weight_formats import (
     StateDict,
-    check_whole,
+    check_complete,
     is_official,
     metaformer_to_official,
     official_to_metaformer,
@@ -44,7 +44,7 @@ def main() -> None:
     weights = read_weights(located.path, located.use_ema)
     try:
         state = official_to_metaformer(weights.state) if is_official(weights.state) else weights.state
-        check_whole(state)
+        check_complete(state)
     except ValueError as error:
         raise UserError(
             f"{located.path}: not a whole network in a known layout: {printable(str(error), 500)}"

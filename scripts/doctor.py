@@ -93,7 +93,7 @@ def _data(arguments: argparse.Namespace, threads: int) -> Iterator[Finding]:
         chosen = random.Random(0).sample(range(len(index)), min(IMAGES_READ // 2, len(index)))
         images += [ByteRange(*index.byte_range(sample)) for sample in chosen]
     if images:
-        yield from storage.reading(images, threads, arguments.images_per_second)
+        yield from storage.read_speed(images, threads, arguments.images_per_second)
 
 
 def merge(everywhere: list[tuple[str, list[Finding]]]) -> list[Finding]:
@@ -108,11 +108,11 @@ def merge(everywhere: list[tuple[str, list[Finding]]]) -> list[Finding]:
         for finding in dict.fromkeys(findings):
             finders.setdefault(finding, []).append(name)
     lines = [
-        finding if len(names) == len(nodes) else finding._replace(said=f"{', '.join(names)}: {finding.said}")
+        finding if len(names) == len(nodes) else finding._replace(message=f"{', '.join(names)}: {finding.message}")
         for finding, names in finders.items()
     ]
     for check in ("python", "torch", "torchvision", "timm", "dali", "nccl", "driver"):
-        if len({finding.said for findings in nodes.values() for finding in findings if finding.check == check}) > 1:
+        if len({finding.message for findings in nodes.values() for finding in findings if finding.check == check}) > 1:
             lines.append(fail("versions", f"{check} differs between the nodes", "install the same on all"))
     return lines
 
@@ -128,7 +128,11 @@ def _by_name(nodes: list[tuple[str, list[Finding]]]) -> dict[str, list[Finding]]
 
 def _print(findings: list[Finding], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([finding._asdict() | {"verdict": finding.verdict.value} for finding in findings], indent=2))
+        rows = [
+            {"check": finding.check, "verdict": finding.verdict.value, "said": finding.message, "mend": finding.fix}
+            for finding in findings
+        ]
+        print(json.dumps(rows, indent=2))
     else:
         for finding in findings:
             print(finding)

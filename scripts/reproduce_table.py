@@ -145,7 +145,7 @@ def _run_dir(row: Row, runs: Path) -> Path:
 def _trained(rows: list[Row]) -> list[Row]:
     """Return the rows; refuse one without a recipe."""
     for row in rows:
-        if not row.trained:
+        if not row.has_recipe:
             raise UserError(
                 f"row={row.name}: has no recipe here; its released weights can be evaluated: --released --run"
             )
@@ -155,8 +155,8 @@ def _trained(rows: list[Row]) -> list[Row]:
 def _list() -> None:
     table = Table("row", "table", "top-1 (paper)", "released weights")
     for row in ROWS:
-        nothing = "none" if row.trained else "none in timm"
-        table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released or nothing)
+        nothing = "none" if row.has_recipe else "none in timm"
+        table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or nothing)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print("Rows of the comparison have no recipe here: their released weights can be evaluated (--released --run).")
 
@@ -181,7 +181,7 @@ def _report(runs: Path) -> None:
 
 def _compare(row: Row, runs: Path) -> Comparison:
     results = runs / "results.csv"
-    if not row.trained:
+    if not row.has_recipe:
         return Comparison(row, Outcome(note="no recipe here"), _released(row, results))
     recipe, _ = resolve(compose_recipe(row.name), weights=None)
     values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
@@ -193,8 +193,10 @@ def _released(row: Row, results: Path) -> Outcome:
     """What was found with a row's released weights; the preprocessing that they expect was used, or a note says so."""
     if row.model is None:
         return read_released(row, results, 0, "")
-    library = Library.metaformer if row.trained else Library.timm
-    wants = resolve_preprocessing(ModelConfig(row.model, library), PAPER_IMAGE_SIZE, row.released, evaluation=True)
+    library = Library.metaformer if row.has_recipe else Library.timm
+    wants = resolve_preprocessing(
+        ModelConfig(row.model, library), PAPER_IMAGE_SIZE, row.released_weights, evaluation=True
+    )
     return read_released(row, results, wants.crop_pct, wants.interpolation.value)
 
 

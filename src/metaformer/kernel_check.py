@@ -1,17 +1,17 @@
-"""Kernels that a device may compute wrongly, or not at all, are tried before they are used."""
+"""A check of kernels before use, since a device may compute them wrongly or fail to run them."""
 
 from collections.abc import Callable
 
 
 def try_kernels(compare: Callable[[], str | None]) -> str | None:
-    """Return what is wrong with kernels, in a few words; None where nothing is.
+    """Return a short description of the kernels' fault, or None if they work.
 
     Args:
-        compare: runs them beside the plain computation, and says how they differ.
+        compare: runs the kernels and the plain computation, and returns a description of their difference or None.
     """
     try:
         return compare()
-    except Exception as fault:
-        # Whatever an untried GPU, compiler or triton raises (its own errors share no narrower base): callers report it.
-        reason = next(iter(str(fault).splitlines()), "")
-        return f"they cannot run on this device ({type(fault).__name__}: {reason})"
+    except Exception as error:
+        # A GPU, compiler or triton may raise anything (triton's errors share no narrower base); callers report it.
+        reason = next(iter(str(error).splitlines()), "")
+        return f"they cannot run on this device ({type(error).__name__}: {reason})"

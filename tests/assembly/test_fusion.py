@@ -12,7 +12,7 @@ from metaformer.data.device.choice import transform_by_triton
 from metaformer.data.device.transform import transform_plainly
 from metaformer.models import create_model, create_timm_model, fused
 from metaformer.models.config import ResizeFilter
-from metaformer.models.metaformer import MetaFormer, Stage, run_plainly
+from metaformer.models.metaformer import MetaFormer, Stage, run_plain
 from metaformer.models.preprocessing import Preprocessing
 from metaformer.runtime import Runtime
 from tests.ranks import on_ranks
@@ -70,7 +70,7 @@ def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
 
 def is_plain(model: MetaFormer) -> bool:
     """Whether no stage computes by the fused operators."""
-    return all(stage.run_blocks is run_plainly for stage in model.stages if isinstance(stage, Stage))
+    return all(stage.run_blocks is run_plain for stage in model.stages if isinstance(stage, Stage))
 
 
 def test_ranks_agree() -> None:

@@ -1,4 +1,4 @@
-"""Limits, signals and folders, on this very machine."""
+"""Limits, signals and folders, checked on this machine."""
 
 import os
 import resource
@@ -19,40 +19,40 @@ def verdicts(findings: list[Finding]) -> dict[str, Verdict]:
 
 
 def test_more_processes_than_cores() -> None:
-    """It warns where processes outnumber the cores that this one may use, and not where they do not."""
+    """More processes than usable cores give a warning; as many as cores do not."""
     cores = len(os.sched_getaffinity(0))
     assert verdicts(list(limits(cores)))["cores"] is Verdict.ok
     assert verdicts(list(limits(cores + 1)))["cores"] is Verdict.warn
 
 
 def test_few_open_files() -> None:
-    """The limit is this process's own, and has a mend."""
-    kept = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, kept[1]))
+    """A low limit of this process gives a warning with a fix."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limit[1]))
     try:
         found = [finding for finding in limits(1) if finding.check == "open files"]
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
-    assert [(finding.verdict, finding.mend) for finding in found] == [(Verdict.warn, "ulimit -n 4096")]
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert [(finding.verdict, finding.fix) for finding in found] == [(Verdict.warn, "ulimit -n 4096")]
 
 
 @pytest.mark.parametrize(
     ("free", "verdict"), [(64 * 2**20, Verdict.fail), (3 * GIB, Verdict.warn), (4 * GIB, Verdict.ok)]
 )
 def test_shared_memory(free: int, verdict: Verdict) -> None:
-    """Docker's 64 MiB fail; less than 1 GiB for each of four processes is worth a word."""
+    """Docker's 64 MiB fail; less than 1 GiB for each of four processes gives a warning."""
     assert shared_memory(free, 4).verdict is verdict
 
 
 def test_signals_arrive() -> None:
-    """Both are handled, and the handlers that were there before are there again."""
+    """Both signals are handled, and the previous handlers are restored."""
     before = signal.getsignal(signal.SIGTERM)
     assert [finding.verdict for finding in signals()] == [Verdict.ok, Verdict.ok]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_blocked_signal_has_failed() -> None:
-    """A launcher that starts Python with SIGTERM blocked would keep training from saving: found, and named."""
+def test_a_blocked_signal_fails() -> None:
+    """A launcher that starts Python with SIGTERM blocked would prevent saving; the finding names the signal."""
     program = (
         "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]);"
         "from metaformer.diagnosis.machine import signals; print(*signals(), sep='\\n')"
@@ -64,19 +64,19 @@ def test_a_blocked_signal_has_failed() -> None:
 
 
 def test_a_folder_for_runs(tmp_path: Path) -> None:
-    """A folder that can be made and written is fine and left as it was; one below a file fails."""
+    """A folder that can be created and written passes and is left empty; one below a file fails."""
     assert verdicts(list(run_folder(tmp_path / "runs")))["run folder"] is Verdict.ok
     assert list((tmp_path / "runs").iterdir()) == []
     (tmp_path / "file").touch()
     (found,) = run_folder(tmp_path / "file" / "runs")
     assert found.verdict is Verdict.fail
-    assert "Not a directory" in found.said
+    assert "Not a directory" in found.message
 
 
 def test_a_temporary_folder_with_too_long_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes could not open their sockets there."""
+    """It fails, because worker processes could not open their sockets there."""
     assert temporary_folder().verdict is Verdict.ok
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     found = temporary_folder()
     assert found.verdict is Verdict.fail
-    assert found.mend.startswith("export TMPDIR=/tmp")
+    assert found.fix.startswith("export TMPDIR=/tmp")

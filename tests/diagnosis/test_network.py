@@ -1,4 +1,4 @@
-"""wandb's server, played by a real socket; the ranks' exchange is in tests/scripts/test_doctor.py."""
+"""wandb's server, simulated by a socket; the ranks' exchange is tested in tests/scripts/test_doctor.py."""
 
 import socket
 from pathlib import Path
@@ -11,13 +11,13 @@ from metaformer.diagnosis.network import wandb
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither a key in the environment nor a file of the user's."""
+    """Remove the key from the environment, and use an empty home folder."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
 def test_a_server_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is fine with a key, and worth a word without."""
+    """It passes with a key and gives a warning without one."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert [finding.verdict for finding in wandb()] == [Verdict.warn]
@@ -26,7 +26,7 @@ def test_a_server_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_key_in_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What `wandb login` leaves counts."""
+    """The key stored by `wandb login` is found."""
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password key\n")
     (tmp_path / ".netrc").chmod(0o600)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -35,10 +35,10 @@ def test_a_key_in_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens: runs will be offline, which is no failure."""
+    """A server that does not answer gives a warning, not a failure: runs are stored offline."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     (found,) = wandb()
     assert found.verdict is Verdict.warn
-    assert "does not answer (Connection refused)" in found.said
+    assert "does not answer (Connection refused)" in found.message

@@ -123,7 +123,8 @@ def test_refusals(few: Path, files: Path, server: Server, tmp_path: Path, monkey
         return error_of(monkeypatch, *options(few), f"checkpoint={checkpoint}", *overrides)
 
     save_weights(create_model("poolformer_s12"), tmp_path / "imagenet", "poolformer_s12")
-    assert "has 1000 classes (head.fc.weight), this model 4; num_classes=1000" in message(tmp_path / "imagenet")
+    classes = message(tmp_path / "imagenet")
+    assert "has 1000 classes (head.fc.weight), but this model has 4; set num_classes=1000" in classes
     assert "which do not fit this model: missing stages.0.blocks.2." in message(NAME, "model=poolformer_s24")
     assert "checkpoint=official:poolformer: unknown; did you mean" in message("official:poolformer")
     for path in (files / "ours", files / FILE):

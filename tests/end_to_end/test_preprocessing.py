@@ -160,7 +160,7 @@ def test_names_of_weights_tell_the_preprocessing(monkeypatch: pytest.MonkeyPatch
     assert message("model.name=vit_large_patch16_sapiens2").startswith("image_size: timm's vit_large_patch16_sapiens2")
     assert message("model.name=resnet18.a9_in1k").startswith("model.name=resnet18.a9_in1k: unknown; did you mean")
     other = message("model.name=resnet18.a2_in1k", "checkpoint=hf:timm/resnet18.tv_in1k")
-    assert other.startswith("model.name=resnet18.a2_in1k: hf:timm/resnet18.tv_in1k are other weights; give")
+    assert other.startswith("model.name=resnet18.a2_in1k: conflicts with hf:timm/resnet18.tv_in1k; set")
     assert message("model.name=resnet18", "model.interpolation=random").startswith("model.interpolation")
 
 

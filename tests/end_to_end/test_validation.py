@@ -99,7 +99,7 @@ def test_a_results_file_is_checked_first(
     """Another header ends validate.py before the evaluation; a disk that is full after it takes only the file away."""
     command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", "workers=0")
     (tmp_path / "other.csv").write_text("model,top1\n")
-    with pytest.raises(UserError, match=r"results_csv=\S+other\.csv: another header"):
+    with pytest.raises(UserError, match=r"results_csv=\S+other\.csv: unexpected header"):
         run_program("validate", *command, f"results_csv={tmp_path / 'other.csv'}")
     printed = capsys.readouterr()
     assert (printed.out, "weights  " in printed.err) == ("", False), "nothing has been loaded"

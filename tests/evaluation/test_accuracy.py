@@ -1,4 +1,4 @@
-"""Accuracy over a split, against a plain computation."""
+"""Accuracy over a split, compared with a plain computation."""
 
 import math
 import os
@@ -27,7 +27,7 @@ IMAGES = 23
 
 @dataclass
 class Split:
-    """Images of which each pixel is a class's score, in batches of 7 and a last one of 2."""
+    """Images whose pixels are class scores, in batches of 7 and a last batch of 2."""
 
     scores: Tensor
     targets: Tensor
@@ -42,7 +42,7 @@ class Split:
 
 
 class Dropped(nn.Module):
-    """Passes the scores through dropout, which only an evaluation in training mode would notice."""
+    """A model with dropout, which changes the scores only in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def split(classes: int) -> Split:
 
 @pytest.mark.parametrize("classes", [2, 4, 5, 12])
 def test_equals_a_plain_computation(classes: int) -> None:
-    """Top-1, top-5 (all, where there are five classes or fewer) and loss, image by image, every image once."""
+    """Top-1, top-5 (100 % for five classes or fewer) and loss, with every image counted once."""
     data = split(classes)
     first = fifth = 0
     loss = 0.0
@@ -79,7 +79,7 @@ def test_equals_a_plain_computation(classes: int) -> None:
 
 
 def test_model_is_left_in_evaluation_mode() -> None:
-    """As promised; and nothing of it has changed."""
+    """The model is left in evaluation mode with unchanged weights."""
     model = Dropped().train()
     evaluate(model, split(3), FP32, CPU)
     assert not model.training
@@ -87,7 +87,7 @@ def test_model_is_left_in_evaluation_mode() -> None:
 
 
 def test_computes_in_the_given_precision() -> None:
-    """Under bf16 the products are rounded, the loss is not summed in it."""
+    """Under bf16 the matrix products are rounded, but the loss is not summed in bf16."""
     torch.manual_seed(0)
     layer, data = nn.Linear(12, 12), split(12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -98,12 +98,12 @@ def test_computes_in_the_given_precision() -> None:
 
 
 def test_as_a_row() -> None:
-    """The row's names are those that result files and metrics use."""
+    """The row's keys are those of result files and metrics."""
     assert Accuracy(1.0, 2.0, 3.0, 4).as_dict() == {"top1": 1.0, "top5": 2.0, "loss": 3.0, "images": 4}
 
 
 class Counted(nn.Module):
-    """Counts the batches that it scores."""
+    """A model that counts the batches that it scores."""
 
     batches = 0
 
@@ -113,23 +113,23 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize("after", [0, 2, 3])
-def test_leaves_off_when_asked(after: int) -> None:
-    """Asked before each batch: the one at which it is told to stop is not scored, and there is no result."""
-    asked, model = iter([False] * after + [True]), Counted()
+def test_stops_when_asked(after: int) -> None:
+    """`stop` is called before each batch; once it returns True, no further batch is scored and there is no result."""
+    answers, model = iter([False] * after + [True]), Counted()
     with pytest.raises(Interrupted):
-        evaluate(model, split(3), FP32, CPU, stop=lambda: next(asked))
+        evaluate(model, split(3), FP32, CPU, stop=lambda: next(answers))
     assert model.batches == after
 
 
-def test_is_whole_where_nobody_asks() -> None:
-    """A `stop` that says no changes nothing."""
+def test_completes_when_not_asked_to_stop() -> None:
+    """A `stop` that always returns False changes nothing."""
     found = evaluate(Counted(), split(3), FP32, CPU, stop=lambda: False)
     assert found == evaluate(Counted(), split(3), FP32, CPU)
 
 
 def interrupted_evaluation(runtime: Runtime) -> Any:
-    """The last rank, which has fewer batches, gets a signal at its second one."""
-    asked, model, data = Interruption(runtime), Counted(), split(3)
+    """Evaluate on ranks of which the last has fewer batches and gets a signal before its second batch."""
+    interruption, model, data = Interruption(runtime), Counted(), split(3)
     last = runtime.rank == runtime.world_size - 1
     if last:
         data = Split(data.scores[:14], data.targets[:14])
@@ -137,9 +137,9 @@ def interrupted_evaluation(runtime: Runtime) -> Any:
     def stop() -> bool:
         if last and model.batches == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return asked.agreed()
+        return interruption.agreed()
 
-    with asked.listening():
+    with interruption.listening():
         try:
             evaluate(model, data, FP32, runtime, stop=stop)
         except Interrupted:
@@ -148,22 +148,22 @@ def interrupted_evaluation(runtime: Runtime) -> Any:
 
 
 def test_all_ranks_stop_where_one_is_asked() -> None:
-    """A signal on one of two ranks: both stop before their third batch, and they can still exchange numbers."""
+    """A signal on one of two ranks stops both before their third batch, and they can still communicate."""
     assert on_ranks(interrupted_evaluation) == [(2, 2.0), (2, 2.0)]
 
 
 def uneven_evaluation(runtime: Runtime) -> Any:
-    """Rank 0 has all images, the other none."""
-    asked, data = Interruption(runtime), split(3)
+    """Evaluate where rank 0 has all images and the other rank has none."""
+    interruption, data = Interruption(runtime), split(3)
     if runtime.rank:
         data = Split(data.scores[:0], data.targets[:0])
-    with asked.listening():
-        found = evaluate(Counted(), data, FP32, runtime, stop=asked.agreed)
-        asked.finish_vote()
+    with interruption.listening():
+        found = evaluate(Counted(), data, FP32, runtime, stop=interruption.agreed)
+        interruption.finish_vote()
     return found
 
 
 def test_ranks_with_fewer_batches_keep_asking() -> None:
-    """Ranks ask together also where their shares differ: the result is that of one rank."""
+    """Ranks agree before each batch even if they have different numbers of batches; the result is that of one rank."""
     alone = evaluate(Counted(), split(3), FP32, CPU)
     assert on_ranks(uneven_evaluation) == [alone, alone]

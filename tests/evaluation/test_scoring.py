@@ -1,4 +1,4 @@
-"""What counts as right, against timm, numpy and plain arithmetic."""
+"""Scoring, compared with timm, numpy and plain arithmetic."""
 
 import math
 
@@ -17,8 +17,8 @@ def random_logits(classes: int = CLASSES) -> torch.Tensor:
     return 3 * torch.randn(IMAGES, classes, generator=torch.Generator().manual_seed(0))
 
 
-def test_single_label_is_the_usual() -> None:
-    """Without options: arg-max, the five best, cross entropy."""
+def test_single_label() -> None:
+    """Without options, scoring uses the arg-max, the five best classes and the cross entropy."""
     logits = random_logits(12)
     targets = torch.arange(IMAGES) % 12
     scores = SINGLE_LABEL(logits, targets)
@@ -29,32 +29,32 @@ def test_single_label_is_the_usual() -> None:
 
 
 def test_restricted_classes() -> None:
-    """Only some classes compete: numpy's arg-max, five best and cross entropy among their logits alone."""
+    """With a class mask, scores equal numpy's arg-max, five best and cross entropy among these classes."""
     logits = random_logits(40)
-    competing = torch.zeros(40, dtype=torch.bool)
-    competing[[3, 4, 8, 15, 16, 23, 39]] = True
-    labels = np.flatnonzero(competing.numpy())
+    class_mask = torch.zeros(40, dtype=torch.bool)
+    class_mask[[3, 4, 8, 15, 16, 23, 39]] = True
+    labels = np.flatnonzero(class_mask.numpy())
     targets = torch.from_numpy(labels)[torch.arange(IMAGES) % len(labels)]
-    scores = Scoring(competing)(logits, targets)
-    among = logits.numpy()[:, labels].astype(np.float64)
-    order = labels[np.argsort(-among, axis=1)]
+    scores = Scoring(class_mask)(logits, targets)
+    subset_logits = logits.numpy()[:, labels].astype(np.float64)
+    order = labels[np.argsort(-subset_logits, axis=1)]
     assert np.array_equal(scores.top1.numpy(), order[:, 0] == targets.numpy())
     assert np.array_equal(scores.top5.numpy(), (order[:, :5] == targets.numpy()[:, None]).any(1))
-    place = np.searchsorted(labels, targets.numpy())
-    expected = np.log(np.exp(among).sum(1)) - among[np.arange(IMAGES), place]
+    columns = np.searchsorted(labels, targets.numpy())
+    expected = np.log(np.exp(subset_logits).sum(1)) - subset_logits[np.arange(IMAGES), columns]
     assert scores.loss.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert 0 < scores.top1.sum() < scores.top5.sum() < IMAGES
     assert not torch.equal(scores.top1, SINGLE_LABEL(logits, targets).top1)
 
 
 def test_label_sets_are_timms_real_accuracy() -> None:
-    """Top-1 and top-5 are RealLabelsImagenet's on the images that have labels."""
+    """Top-1 and top-5 equal those of timm's RealLabelsImagenet on the images that have labels."""
     names = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, 50_001)]
     reference = RealLabelsImagenet(names)
     sets = [sorted(reference.real_labels[name]) for name in names[:IMAGES]]
     logits = random_logits()
     for image, labels in enumerate(sets):
-        if image % 2:  # by chance hardly any image would be right
+        if image % 2:  # hardly any random prediction would be correct
             logits[image, labels[-1:]] += 9
     reference.add_result(logits)
     scored = [image for image, labels in enumerate(sets) if labels]
@@ -68,19 +68,19 @@ def test_label_sets_are_timms_real_accuracy() -> None:
     assert len(scored) < IMAGES
 
 
-def test_loss_is_of_the_labels_together() -> None:
-    """-log of the sum of the right labels' probabilities; a row of one label is the cross entropy."""
+def test_loss_of_label_sets() -> None:
+    """The loss is -log of the summed probability of the correct labels; for one label it is the cross entropy."""
     probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
     rows = Scoring(label_sets=torch.tensor([[0, 2, -1], [1, -1, -1], [0, 1, 3]]))
     for target, mass in ((0, 0.625), (1, 0.25), (2, 0.875)):
         loss = rows(probabilities.log() + 7, torch.tensor([target])).loss
         assert loss.item() == pytest.approx(-math.log(mass), rel=1e-6)
-    only_padding_is_class_0 = Scoring(label_sets=torch.tensor([[1, -1]]))(probabilities.log(), torch.tensor([0]))
-    assert not only_padding_is_class_0.top1.item()
+    padded = Scoring(label_sets=torch.tensor([[1, -1]]))(probabilities.log(), torch.tensor([0]))
+    assert not padded.top1.item(), "padding must not match class 0"
 
 
 def test_few_classes() -> None:
-    """Fewer than five classes: every label is among the five best."""
+    """With fewer than five classes, every label is among the five best."""
     scores = SINGLE_LABEL(random_logits(3), torch.arange(IMAGES) % 3)
     assert scores.top5.all()
     assert not scores.top1.all()

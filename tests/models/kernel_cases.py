@@ -1,7 +1,7 @@
-"""Triton's kernels against the reference's, which compute in float64: test functions for two runners.
+"""Tests of the Triton kernels against the reference kernels in float64, for two runners.
 
-`test_kernels.py` runs them in Triton's interpreter, on the CPU and in a process of its own, because Triton reads
-TRITON_INTERPRET when it is imported; `test_kernels_gpu.py` runs them compiled, on a GPU.
+`test_kernels.py` runs them in Triton's interpreter on the CPU, in a separate process because Triton reads
+TRITON_INTERPRET when it is imported. `test_kernels_gpu.py` runs them compiled on a GPU.
 """
 
 import os
@@ -17,10 +17,10 @@ from metaformer.models.kernels.backend import Kernels, triton_kernels
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 EPS = 1e-5
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of a result's norm; half types round
-# [B, H, W, C]: stages of S12 and M36, reduced; odd sides; one row; more than one tile of positions and of channels.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative to the norm; half types round
+# [B, H, W, C]: reduced stages of S12 and M36; odd sides; one row; more than one tile of positions and of channels.
 SHAPES = [(2, 4, 4, 64), (1, 2, 3, 320), (2, 1, 1, 192), (3, 7, 5, 40), (1, 1, 9, 3), (2, 13, 11, 33)]
-# Half types need not be tried with all.
+# Half types are tested with some of the shapes only.
 SHAPES_AND_TYPES = [
     *((shape, torch.float32) for shape in SHAPES),
     *((shape, dtype) for shape in SHAPES[2:4] for dtype in (torch.bfloat16, torch.float16)),
@@ -35,7 +35,7 @@ def kernels() -> Kernels:
 
 @pytest.fixture
 def draw() -> Draw:
-    """Normal numbers of a shape, the same in each run."""
+    """Return a function that draws normal numbers of a shape, the same in each run."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
@@ -45,13 +45,16 @@ def draw() -> Draw:
 
 
 def exact(*values: Any) -> Any:
-    """In float64, where they are floating-point tensors."""
+    """Convert tensors and dtypes to float64."""
     doubled = (v.double() if isinstance(v, Tensor) else v for v in values)
     return tuple(torch.float64 if isinstance(v, torch.dtype) else v for v in doubled)
 
 
 def assert_near(found: Any, expected: Any, dtype: torch.dtype, *others: torch.dtype) -> None:
-    """Each result within its type's tolerance of the float64 one; `others` give further results' types."""
+    """Assert that each result is within its type's tolerance of the float64 result.
+
+    `dtype` is the type of the first result, and `others` are the types of further results.
+    """
     found, expected = (r if isinstance(r, tuple) else (r,) for r in (found, expected))
     for result, wanted, kind in zip(found, expected, [dtype, *others], strict=True):
         assert result.dtype == kind
@@ -60,14 +63,14 @@ def assert_near(found: Any, expected: Any, dtype: torch.dtype, *others: torch.dt
 
 
 def keep_factors(batch: int) -> Tensor:
-    """Drop path at .5, the first image dropped."""
+    """Return drop path's factors at rate .5, with the first image dropped."""
     return torch.tensor([0.0, 2.0, 2.0][:batch], device=DEVICE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_statistics(kernels: Kernels, draw: Draw, shape: tuple[int, ...], mean: float) -> None:
-    """Also where the mean is 100 deviations: squares are summed around it."""
+    """Statistics are exact even if the mean is 100 deviations, because squares are summed around the mean."""
     x = draw(*shape, mean=mean)
     found, expected = kernels.statistics(x, EPS), reference.statistics(x.double(), EPS)
     assert found.dtype == torch.float32
@@ -76,14 +79,14 @@ def test_statistics(kernels: Kernels, draw: Draw, shape: tuple[int, ...], mean: 
 
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_norm_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Output and gradient in the products' type, the stream in float32; a weight of zero among the others."""
-    x, grad, other = draw(*shape, mean=1.0), draw(*shape, dtype=dtype), draw(*shape)
+    """The norm's output and gradient have the products' type, the stream is float32, and one weight is zero."""
+    x, grad, residual_grad = draw(*shape, mean=1.0), draw(*shape, dtype=dtype), draw(*shape)
     weight, bias = draw(shape[3]), draw(shape[3])
     weight[0] = 0
     stats = reference.statistics(x, EPS)
     arguments = (x, stats, weight, bias, dtype)
     assert_near(kernels.normalize(*arguments), reference.normalize(*exact(*arguments)), dtype)
-    backward = (grad, x, stats, weight, other)
+    backward = (grad, x, stats, weight, residual_grad)
     expected = reference.normalize_backward(*exact(*backward))
     assert_near(kernels.normalize_backward(*backward), expected, *[torch.float32] * 3)
 
@@ -93,7 +96,7 @@ def test_norm_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, .
     [*((shape, 3, bool(n % 2)) for n, shape in enumerate(SHAPES)), *(((2, 3, 6, 8), s, True) for s in (5, 7, 9))],
 )
 def test_mixer_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], size: int, dropped: bool) -> None:
-    """All windows, also ones larger than the image; a scale of zero among the others; with and without drop path."""
+    """All windows, including ones larger than the image, with one scale of zero, and with and without drop path."""
     x, grad, scale = draw(*shape, mean=1.0), draw(*shape), draw(shape[3])
     scale[0] = 0
     arguments = (x, reference.statistics(x, EPS), scale, keep_factors(shape[0]) if dropped else None, size)
@@ -103,14 +106,14 @@ def test_mixer_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, 
     expected_backward = reference.mix_backward(*exact(grad, *arguments))
     grad_x, grad_scale = kernels.mix_backward(grad, *arguments)
     assert_near(grad_x, expected_backward[0], torch.float32)
-    # The sums over positions cancel: what float32 loses there is measured against the terms.
+    # The sums over positions nearly cancel, so their float32 error is bounded relative to the terms.
     bound = 1e-5 * grad.norm() * (x - x.mean()).norm() * arguments[1][:, 1].max()
     assert (grad_scale.double() - expected_backward[1]).norm() <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixer_of_a_stream_in_half_precision(kernels: Kernels, draw: Draw, dtype: torch.dtype) -> None:
-    """The stream may have the products' type: sums are float32 all the same."""
+    """The stream may have the products' type; sums are still float32."""
     x, grad, scale = draw(2, 5, 7, 64, dtype=dtype), draw(2, 5, 7, 64, dtype=dtype), draw(64)
     arguments = (x, reference.statistics(x, EPS), scale, keep_factors(2), 3)
     assert_near(kernels.mix(*arguments, EPS)[0], reference.mix(*exact(*arguments, EPS))[0], dtype)
@@ -119,7 +122,7 @@ def test_mixer_of_a_stream_in_half_precision(kernels: Kernels, draw: Draw, dtype
 
 
 def test_a_constant_image_passes_the_mixer_unchanged(kernels: Kernels) -> None:
-    """Padding is not counted: a window's average is the constant, at the borders too."""
+    """Padding does not count, so a window's average is the constant even at the borders."""
     x = torch.full((1, 5, 6, 8), 3.0, device=DEVICE)
     mixed, _ = kernels.mix(x, reference.statistics(x, EPS), torch.ones(8, device=DEVICE), None, 3, EPS)
     torch.testing.assert_close(mixed, x, rtol=0, atol=1e-4)
@@ -131,10 +134,10 @@ def test_a_constant_image_passes_the_mixer_unchanged(kernels: Kernels) -> None:
 def test_gelu_and_its_gradient(
     kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, factor: float | None
 ) -> None:
-    """Of small and large numbers; the gradient's sum over rows, and GELU again, come with it; a factor is applied."""
+    """GELU of small and large numbers, its gradient with a factor, the gradient's sum over rows, GELU recomputed."""
     hidden, grad = draw(*shape, dtype=dtype) * 3, draw(*shape, dtype=dtype)
     if factor is not None:
-        grad = grad / (factor * 100)  # float16 has no 1e-6: its gradient comes larger, and the factor reduces it
+        grad = grad / (factor * 100)  # larger by design: 1e-6 underflows in float16, so the factor is applied later
     level = None if factor is None else torch.tensor(factor, device=DEVICE)
     assert_near(kernels.gelu(hidden), reference.gelu(hidden.double()), dtype)
     expected = reference.gelu_backward(*exact(grad.clone(), hidden, level))
@@ -143,7 +146,7 @@ def test_gelu_and_its_gradient(
 
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Layer scale and drop path on a branch in the products' type; statistics of the sum; a layer scale of zero."""
+    """Layer scale (one of them zero) and drop path on a branch in the products' type, with statistics of the sum."""
     x, branch, scale = draw(*shape), draw(*shape, dtype=dtype), draw(shape[3])
     scale[0] = 0
     keep = keep_factors(shape[0]) if shape[0] > 1 else None
@@ -154,7 +157,7 @@ def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[in
 
 
 def test_the_same_input_gives_the_same_bits(kernels: Kernels, draw: Draw) -> None:
-    """Sums are added in a fixed order."""
+    """Sums are added in a fixed order, so repeated calls are bit-identical."""
     x, grad, scale = draw(2, 13, 11, 33), draw(2, 13, 11, 33), draw(33)
     arguments = (x, reference.statistics(x, EPS), scale, None, 3)
     first, second = (kernels.mix_backward(grad, *arguments) for _ in range(2))

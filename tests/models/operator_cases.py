@@ -1,7 +1,8 @@
-"""The fused operators by each kind of kernels: test functions for two runners.
+"""Tests of the fused operators with each set of kernels.
 
-`test_operators.py` runs them with the reference's kernels on a CPU, with Triton's in its interpreter (in a process of
-its own, because Triton reads TRITON_INTERPRET when it is imported) and, where there is a GPU, with Triton's compiled.
+`test_operators.py` runs them with the reference kernels on a CPU, with Triton kernels in its interpreter (in a separate
+process, because Triton reads TRITON_INTERPRET when it is imported) and, on a machine with a GPU, with compiled Triton
+kernels.
 """
 
 import itertools
@@ -19,27 +20,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metaformer.models.fused import run_fused
 from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import REFERENCE, triton_kernels
-from metaformer.models.metaformer import BlockParts, MetaFormerBlock, run_plainly
+from metaformer.models.metaformer import BlockParts, MetaFormerBlock, run_plain
 from metaformer.models.token_mixers import Pooling
 
 EPS = 1e-5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WAYS = ["interpreted"] if INTERPRETED else ["reference", *(["gpu"] if torch.cuda.is_available() else [])]
+KERNEL_SETS = ["interpreted"] if INTERPRETED else ["reference", *(["gpu"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # [B, C, H, W]: odd sides and widths; one position, where strides are ambiguous; one image; more than one tile.
 SHAPES = [(3, 40, 7, 5), (2, 16, 1, 1), (1, 3, 1, 9), (1, 34, 11, 13)]
 
 
 class Call(NamedTuple):
-    """An operator with arguments."""
+    """An operator and its arguments."""
 
     operator: Any
     arguments: tuple[Any, ...]
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=KERNEL_SETS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the operators run, with the kernels that are meant."""
+    """Select the kernels, and return the device on which the operators run."""
     if request.param == "gpu":
         return torch.device("cuda")
     kernels = triton_kernels() if request.param == "interpreted" else REFERENCE
@@ -50,7 +51,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def calls(
     device: torch.device, shape: tuple[int, ...], stream: torch.dtype, product: torch.dtype, channels_last: bool
 ) -> Iterator[Call]:
-    """All five operators; `stream` is the images' and the parameters' type, `product` that of the matrix products."""
+    """Yield calls of all five operators.
+
+    `stream` is the type of images and parameters, and `product` that of the matrix products.
+    """
     torch.manual_seed(0)
     batch, channels, height, width = shape
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -72,12 +76,12 @@ def calls(
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """The tensors of a tree."""
+    """Return the tensors in a nested value."""
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Shape, type, device and strides; the stride of a dimension of size 1 means nothing."""
+    """Return shape, type, device and strides, without the meaningless strides of dimensions of size 1."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     return tensor.shape, tensor.dtype, tensor.device.type, strides
 
@@ -93,21 +97,21 @@ if INTERPRETED:
 def test_fakes_and_memory(
     device: torch.device, shape: tuple[int, ...], stream: torch.dtype, product: torch.dtype, channels_last: bool
 ) -> None:
-    """A fake gives the real results' shapes, types and strides; no result shares memory with another or an argument."""
+    """Fakes return the real shapes, types and strides; results share no memory with each other or with arguments."""
     for operator, arguments in calls(device, shape, stream, product, channels_last):
         found = tensors(operator(*arguments))
         with FakeTensorMode() as mode:
             faked = operator(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
         assert [layout(tensor) for tensor in tensors(faked)] == [layout(tensor) for tensor in found], operator
-        places = [tensor.untyped_storage().data_ptr() for tensor in [*found, *tensors(arguments)]]
-        assert not {*places[: len(found)]} & {*places[len(found) :]}, operator
-        assert len({*places[: len(found)]}) == len(found), operator
+        pointers = [tensor.untyped_storage().data_ptr() for tensor in [*found, *tensors(arguments)]]
+        assert not {*pointers[: len(found)]} & {*pointers[len(found) :]}, operator
+        assert len({*pointers[: len(found)]}) == len(found), operator
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 @pytest.mark.parametrize(("stream", "product"), TYPES)
-def test_torch_checks_the_operators(device: torch.device, stream: torch.dtype, product: torch.dtype) -> None:
-    """Schemas, mutation, aliasing, fakes with symbolic sizes, gradients in a compiled graph: torch's own checks."""
+def test_operators_pass_opcheck(device: torch.device, stream: torch.dtype, product: torch.dtype) -> None:
+    """The operators pass torch's checks of schemas, mutation, aliasing, symbolic sizes and compiled gradients."""
     tolerance = 1e-5 if stream == product == torch.float32 else 0.1
     for operator, arguments in calls(device, (3, 4, 3, 2), stream, product, True):
         if operator in (operators.pool_branch, operators.mlp_branch):  # the others have no gradient
@@ -118,7 +122,7 @@ def test_torch_checks_the_operators(device: torch.device, stream: torch.dtype, p
 
 
 def blocks_of(dim: int, window: int, layer_scale: float, device: torch.device) -> nn.Sequential:
-    """Two blocks with drop path, whose parameters all show."""
+    """Return two blocks with drop path, whose parameters all affect the output."""
 
     def mixer(dim: int, side: int) -> Pooling:
         return Pooling(dim, side, window)
@@ -135,7 +139,7 @@ def blocks_of(dim: int, window: int, layer_scale: float, device: torch.device) -
 def outcome(
     run: Callable[..., Tensor], blocks: nn.Sequential, images: Tensor, weight: Tensor, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The output and all gradients, for a loss whose gradient has the layout of `weight`, under autocast to `dtype`."""
+    """Return the output and all gradients under autocast to `dtype`; `weight` is the output's gradient."""
     torch.manual_seed(1)
     blocks.zero_grad()
     leaf = images.clone().requires_grad_()
@@ -151,9 +155,9 @@ def outcome(
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype | None, layer_scale: float) -> None:
-    """Output and gradients of the plain blocks, up to rounding of the plain path's size, for any layout of gradients.
+    """Output and gradients equal the plain blocks' up to similar rounding, for any layout of gradients.
 
-    Drop path drops some images; under autocast to float16 a layer scale of 1e-6 is the paper's.
+    Drop path drops some images. A layer scale of 1e-6, as in the paper, is too small for float16.
     """
     blocks = blocks_of(shape[1], 5 if shape[2] > 9 else 3, layer_scale, device).train()
     images = torch.randn(shape, device=device)
@@ -163,16 +167,16 @@ def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
         "strided": torch.randn(*shape[:3], 2 * shape[3], device=device)[..., ::2],
         "expanded": torch.randn(*shape[:2], 1, 1, device=device),
     }
-    if INTERPRETED and (dtype is not None or shape == SHAPES[-1]):  # slow, and kernels see no layout but one
+    if INTERPRETED and (dtype is not None or shape == SHAPES[-1]):  # slow, and the kernels always get one layout
         gradients = {"strided": gradients["strided"]}
     for name, weight in gradients.items():
-        exact = outcome(run_plainly, blocks.double(), images.double(), weight, None)
+        exact = outcome(run_plain, blocks.double(), images.double(), weight, None)
         blocks.float()
-        plain = outcome(run_plainly, blocks, images, weight, dtype)
+        plain = outcome(run_plain, blocks, images, weight, dtype)
         found = outcome(run_fused, blocks, images, weight, dtype)
         assert found.keys() == exact.keys()
         for key, value in exact.items():
-            if not key.endswith("norm1.bias"):  # cancels: exactly zero here, rounding errors there
+            if not key.endswith("norm1.bias"):  # exactly zero in fused blocks, rounding errors in plain ones
                 error, plain_error = ((other[key].double() - value).norm() for other in (found, plain))
                 relative = 3e-5 if dtype is None else torch.finfo(dtype).eps
                 absolute = 1e-6 * weight.norm() * (1 if key.endswith("scale") else layer_scale)
@@ -181,7 +185,7 @@ def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def test_backward_under_autocast(device: torch.device) -> None:
-    """Calling backward inside autocast, too, changes no bit of a gradient."""
+    """Gradients are bit-identical if backward is called inside autocast, too."""
     blocks, images = blocks_of(16, 3, 0.5, device), torch.randn(2, 16, 6, 5, device=device)
     expected = outcome(run_fused, blocks, images, images, torch.bfloat16)
     torch.manual_seed(1)
@@ -193,8 +197,8 @@ def test_backward_under_autocast(device: torch.device) -> None:
         assert torch.equal(parameter.grad, expected[name]), name
 
 
-def test_a_half_typed_weight_gradient_does_not_overflow(device: torch.device) -> None:
-    """In float16, fc2's gradient before its layer scale may exceed 65504: after it, it is finite and right."""
+def test_float16_weight_gradient_does_not_overflow(device: torch.device) -> None:
+    """fc2's float16 gradient may exceed 65504 before layer scale is applied; the result is finite and correct."""
     channels, scale = 8, torch.full((8,), 1e-3, device=device)
     x = torch.randn(2, channels, 16, 16, device=device)
     mlp = [torch.randn(32, channels), torch.randn(32), torch.randn(channels, 32), torch.randn(channels)]
@@ -206,8 +210,8 @@ def test_a_half_typed_weight_gradient_does_not_overflow(device: torch.device) ->
     torch.testing.assert_close(grads[5], torch.full_like(grads[5], expected), rtol=1e-3, atol=0)
 
 
-class Zeros(TorchDispatchMode):
-    """Counts the elements that are filled with a constant, by operator call."""
+class FilledSizes(TorchDispatchMode):
+    """A mode that records the number of elements of each tensor that is filled with a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,17 +225,17 @@ class Zeros(TorchDispatchMode):
 
 
 def test_no_gradient_is_filled_with_zeros(device: torch.device) -> None:
-    """The backward makes no zeros for the outputs that have no gradient, of which the hidden layer is the largest."""
+    """The backward pass allocates no zeros for outputs without a gradient, such as the large hidden layer."""
     blocks = blocks_of(16, 3, 0.5, device)
     images = torch.randn(2, 16, 6, 5, device=device, requires_grad=True)
     out = run_fused(blocks, images)
-    with Zeros() as zeros:
+    with FilledSizes() as filled:
         out.backward(torch.ones_like(out))
-    assert max(zeros.sizes, default=0) <= 4 * 16, zeros.sizes
+    assert max(filled.sizes, default=0) <= 4 * 16, filled.sizes
 
 
-def test_outputs_for_the_backward_have_no_gradient(device: torch.device) -> None:
-    """They are not differentiable: what used them would silently get a wrong gradient. Unused outputs get none."""
+def test_saved_outputs_are_not_differentiable(device: torch.device) -> None:
+    """Outputs saved for the backward pass are not differentiable, since a gradient through them would be wrong."""
     for operator, arguments in itertools.islice(calls(device, (2, 8, 3, 3), torch.float32, torch.float32, True), 5):
         if operator in (operators.pool_branch, operators.mlp_branch):
             images = arguments[0].requires_grad_()

@@ -1,4 +1,4 @@
-"""The paper's released networks, on their own keys: state dicts and their function, without this project's modules."""
+"""State dicts with the released keys of the paper's networks, and their function without this project's modules."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,7 +27,7 @@ def released_state(
     image_size: int = 64,
     num_classes: int = 5,
 ) -> State:
-    """Random weights under the released keys, scaled so that every tensor matters to the logits."""
+    """Return random weights with the released keys, scaled so that every tensor affects the logits."""
     random = torch.Generator().manual_seed(len(name) + sum(dims))
     state: State = {}
 
@@ -74,7 +74,7 @@ def released_state(
 
 
 def released_logits(name: str, state: State, images: Tensor) -> Tensor:
-    """What the released network computes: images [B, 3, H, W] to logits [B, classes]."""
+    """Compute the released network, from images [B, 3, H, W] to logits [B, classes]."""
     slots = RELEASED_SLOTS[name]
 
     def norm(key: str, x: Tensor) -> Tensor:

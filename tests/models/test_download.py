@@ -1,4 +1,4 @@
-"""Weights by name: from a real server on this machine into the caches."""
+"""Weights by name, downloaded from a server on this machine into the caches."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ NAME, FILE = "official:poolformer_s12", "poolformer_s12.pth.tar"
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    """The authors' release, here, and an empty cache."""
+    """A local server in place of the authors' release, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with serve() as server:
         monkeypatch.setattr(download, "OFFICIAL_RELEASE", server.url)
@@ -38,7 +38,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> bytes:
-    """A small network's file, as the authors write theirs."""
+    """The file of a small network in the authors' format."""
     torch.save(released_state("poolformer_s12"), tmp_path / "w")
     return (tmp_path / "w").read_bytes()
 
@@ -57,7 +57,7 @@ def cached() -> list[str]:
 
 
 def test_names() -> None:
-    """What begins with official: or hf: is a name; each of this project's networks with another name there is known."""
+    """official: and hf: mark names; networks that the authors name differently are known by both names."""
     assert is_weights_name("official:poolformer_s12")
     assert is_weights_name("hf:timm/poolformer_s12.sail_in1k")
     assert not is_weights_name("runs/official:x")
@@ -67,7 +67,7 @@ def test_names() -> None:
 
 
 def test_download(server: Server, weights: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file comes once, with its hash beside it, and is then used without the network; it loads by its name."""
+    """The file is downloaded once, its hash is stored beside it, and later uses need no network."""
     server.replies[f"/{FILE}"] = Reply(weights)
     path = download_weights(NAME)
     assert path == weights_cache() / FILE
@@ -86,23 +86,23 @@ def test_download(server: Server, weights: bytes, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("ours", OFFICIAL_NAMES)
 def test_this_projects_names(server: Server, weights: bytes, ours: str) -> None:
-    """The authors' name and this project's mean one file."""
+    """The authors' name and this project's name refer to the same file."""
     server.replies[f"/{OFFICIAL_NAMES[ours]}.pth.tar"] = Reply(weights)
     assert download_weights(f"official:{ours}") == download_weights(f"official:{OFFICIAL_NAMES[ours]}")
     assert len(server.requests) == 1
 
 
 def test_unknown_name(server: Server) -> None:
-    """Another name is refused with those that are near, before anything is asked."""
+    """An unknown name is refused with the nearest names, before any request."""
     with pytest.raises(UserError, match=r"^checkpoint=official:poolformer_s13: unknown; did you mean .*poolformer_s12"):
         download_weights("official:poolformer_s13", "checkpoint")
     assert server.requests == []
 
 
 def test_short_file(server: Server, weights: bytes) -> None:
-    """A connection that ends early is told in bytes, and leaves nothing; the next try is a fresh one."""
+    """A connection that ends early gives an error with the number of bytes, leaves no file and can be retried."""
     server.replies[f"/{FILE}"] = Reply(weights, length=len(weights) + 1000)
-    assert f"({len(weights)} of {len(weights) + 1000} bytes came)" in refusal(NAME)
+    assert f"(received {len(weights)} of {len(weights) + 1000} bytes)" in refusal(NAME)
     assert cached() == []
     server.replies[f"/{FILE}"] = Reply(weights)
     download_weights(NAME)
@@ -114,11 +114,11 @@ def test_short_file(server: Server, weights: bytes) -> None:
         (Reply(status=404), "404"),
         (Reply(status=503), "503"),
         (Reply(status=0), "closed connection"),
-        (Reply(b"<html>Sign in to the network</html>"), "not a whole weights file"),
+        (Reply(b"<html>Sign in to the network</html>"), "not a complete weights file"),
     ],
 )
-def test_other_answers(server: Server, reply: Reply, part: str) -> None:
-    """A missing file, a broken server and a page in its place name the address, the reason and the mend."""
+def test_invalid_responses(server: Server, reply: Reply, part: str) -> None:
+    """A missing file, a failing server and a page in its place give an error with URL, reason and fix."""
     server.replies[f"/{FILE}"] = reply
     text = refusal(NAME)
     assert f"cannot get {server.url}{FILE} (" in text
@@ -128,21 +128,21 @@ def test_other_answers(server: Server, reply: Reply, part: str) -> None:
 
 
 def test_a_file_without_a_length(server: Server, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server need not say how much comes, but what comes has a bound; so has what a server says."""
+    """A response without a length is accepted up to the size limit, and a larger announced length is refused."""
     server.replies[f"/{FILE}"] = Reply(weights, measured=False)
     path = download_weights(NAME)
     assert path.read_bytes() == weights
     path.unlink()
     path.with_name(f"{FILE}.sha256").unlink()
-    monkeypatch.setattr(download, "LARGEST_BYTES", len(weights) - 1)
-    assert f"more bytes came than such a file may have ({len(weights) - 1})" in refusal(NAME)
+    monkeypatch.setattr(download, "MAX_BYTES", len(weights) - 1)
+    assert f"the download exceeds the limit of {len(weights) - 1} bytes" in refusal(NAME)
     server.replies[f"/{FILE}"] = Reply(weights)
-    assert f"({len(weights)} bytes, more than such a file may have" in refusal(NAME)
+    assert f"(the file has {len(weights)} bytes, more than the limit" in refusal(NAME)
     assert cached() == []
 
 
 def test_redirects(server: Server, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A redirect is followed from http to http, and from https to https alone."""
+    """Redirects are followed from http to http and https, and from https only to https."""
 
     def without_encryption(handler: HTTPSHandler, request: Request) -> Any:
         return handler.do_open(HTTPConnection, request)
@@ -152,22 +152,22 @@ def test_redirects(server: Server, weights: bytes, monkeypatch: pytest.MonkeyPat
     server.replies["/elsewhere"] = Reply(weights)
     cases = [(server.url, server.url), (server.url, encrypted), (encrypted, encrypted), (encrypted, server.url),
              (server.url, "ftp://127.0.0.1:9/"), (encrypted, "ftp://127.0.0.1:9/")]  # fmt: skip
-    for place, to in cases:
-        monkeypatch.setattr(download, "OFFICIAL_RELEASE", place)
-        server.replies[f"/{FILE}"] = Reply(status=302, headers={"Location": f"{to}elsewhere"})
+    for source, target in cases:
+        monkeypatch.setattr(download, "OFFICIAL_RELEASE", source)
+        server.replies[f"/{FILE}"] = Reply(status=302, headers={"Location": f"{target}elsewhere"})
         server.requests.clear()
-        if to.startswith("https") or (place, to) == (server.url, server.url):
+        if target.startswith("https") or (source, target) == (server.url, server.url):
             path = download_weights(NAME)
             assert path.read_bytes() == weights
             path.unlink()
         else:
-            assert f"redirected to {to}elsewhere, which is not https" in refusal(NAME)
+            assert f"redirected to {target}elsewhere, which is not https" in refusal(NAME)
             assert server.requests == [f"GET /{FILE}"]
     assert cached() == [f"{FILE}.sha256"]
 
 
 def test_compressed_file(server: Server, weights: bytes) -> None:
-    """A compressed archive in the file's place is refused before it is unpacked."""
+    """A compressed archive is refused before it is unpacked."""
     content = BytesIO()
     with ZipFile(BytesIO(weights)) as archive, ZipFile(content, "w", ZIP_DEFLATED) as compressed:
         for name in archive.namelist():
@@ -177,8 +177,8 @@ def test_compressed_file(server: Server, weights: bytes) -> None:
     assert cached() == []
 
 
-def test_changed_byte_on_the_way(server: Server, weights: bytes) -> None:
-    """One other byte among a tensor's numbers is found by the archive's checksums."""
+def test_byte_changed_in_transit(server: Server, weights: bytes) -> None:
+    """The archive's checksums detect one changed byte in a tensor."""
     middle = len(weights) // 2
     server.replies[f"/{FILE}"] = Reply(weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :])
     assert "a damaged zip archive" in refusal(NAME)
@@ -186,7 +186,7 @@ def test_changed_byte_on_the_way(server: Server, weights: bytes) -> None:
 
 
 def test_no_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No server, no such host, and a host that never answers end in the one line, soon."""
+    """A missing server, an unknown host and a host that never answers give the one-line error soon."""
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
     server.replies[f"/{FILE}"] = Reply(silent=True)
     start = time.monotonic()
@@ -199,7 +199,7 @@ def test_no_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_changed_file(server: Server, weights: bytes) -> None:
-    """A cached file that is no longer what came is refused until it is deleted."""
+    """A cached file that has changed since its download is refused until it is deleted."""
     server.replies[f"/{FILE}"] = Reply(weights)
     path = download_weights(NAME)
     path.write_bytes(weights[:-1] + b"x")
@@ -213,12 +213,12 @@ def test_changed_file(server: Server, weights: bytes) -> None:
     assert "has changed" in refusal(NAME)
 
 
-def test_file_put_there_by_hand(server: Server, weights: bytes) -> None:
-    """A file copied into the cache is used once its archive is whole, and has a hash from then on."""
+def test_file_copied_into_the_cache(server: Server, weights: bytes) -> None:
+    """A file copied into the cache is used if its archive is complete, and its hash is stored."""
     weights_cache().mkdir(parents=True)
     path = weights_cache() / FILE
     path.write_bytes(weights[:-100])
-    assert "is damaged (not a whole weights file" in refusal(NAME)
+    assert "is damaged (not a complete weights file" in refusal(NAME)
     assert cached() == [FILE]
     path.write_bytes(weights)
     assert download_weights(NAME) == path
@@ -226,26 +226,26 @@ def test_file_put_there_by_hand(server: Server, weights: bytes) -> None:
     assert server.requests == []
 
 
-def test_file_that_an_old_torch_wrote(server: Server, weights: bytes) -> None:
-    """Torch before 1.6 wrote no zip archive: such a file is taken when it reads, and refused when it is cut short."""
+def test_file_from_an_old_torch(server: Server, weights: bytes) -> None:
+    """A file from torch before 1.6, which is not a zip archive, is accepted if it loads and refused if truncated."""
     old = BytesIO()
     torch.save(torch.load(BytesIO(weights), weights_only=True), old, _use_new_zipfile_serialization=False)
     server.replies[f"/{FILE}"] = Reply(old.getvalue()[:-100])
-    assert "not a whole weights file" in refusal(NAME)
+    assert "not a complete weights file" in refusal(NAME)
     assert cached() == []
     server.replies[f"/{FILE}"] = Reply(old.getvalue())
     assert download_weights(NAME).read_bytes() == old.getvalue()
 
 
 def test_cache_that_cannot_be_written(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache folder that cannot be made is named."""
+    """A cache folder that cannot be created is named in the error."""
     (tmp_path / "taken").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
     assert str(tmp_path / "taken") in refusal(NAME)
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """$XDG_CACHE_HOME where it is set, else ~/.cache."""
+    """The cache is in $XDG_CACHE_HOME if it is set, otherwise in ~/.cache."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert weights_cache() == tmp_path / ".cache" / "metaformer" / "weights"
@@ -270,13 +270,13 @@ HUB_FILE = "/timm/{}/resolve/main/{}"
 
 
 class Hub(NamedTuple):
-    """A hub, here, and a process that takes its files: the hub's library asks for its address once, at import."""
+    """A local hub and a process that downloads from it; the hub's library reads the address only at import."""
 
     server: Server
     process: "subprocess.Popen[str]"
 
     def download(self, repository: str) -> dict[str, Any]:
-        """What becomes of `hf:REPOSITORY`: "path" or "error", and "seconds"."""
+        """Return the result for `hf:REPOSITORY`: "path" or "error", and "seconds"."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(repository, file=self.process.stdin, flush=True)
@@ -286,7 +286,7 @@ class Hub(NamedTuple):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A hub and an empty cache."""
+    """A local hub and an empty cache."""
     with serve() as server:
         addresses = {"HF_ENDPOINT": server.url.rstrip("/"), "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
         command = [sys.executable, "-c", HUB_PROGRAM]
@@ -297,7 +297,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def large_file(content: bytes) -> Reply:
-    """The hub's answer for a large file: its ETag is its SHA-256."""
+    """Return the hub's response for a large file, whose ETag is its SHA-256."""
     return Reply(content, headers={"X-Repo-Commit": "a" * 40, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
 
 
@@ -306,7 +306,7 @@ PRIVATE = Reply(status=401, headers={"X-Error-Code": "RepoNotFound"})
 
 
 def test_hub(hub: Hub) -> None:
-    """model.safetensors, else pytorch_model.bin; afterwards from the cache, without a request."""
+    """model.safetensors is preferred to pytorch_model.bin, and cached files need no request."""
     hub.server.replies[HUB_FILE.format("one", "model.safetensors")] = large_file(b"safetensors")
     hub.server.replies[HUB_FILE.format("two", "model.safetensors")] = MISSING
     hub.server.replies[HUB_FILE.format("two", "pytorch_model.bin")] = large_file(b"torch")
@@ -322,18 +322,18 @@ def test_hub(hub: Hub) -> None:
     ("reply", "part"),
     [
         (MISSING, "neither model.safetensors nor pytorch_model.bin"),
-        (PRIVATE, "no such repository, or it needs a login"),
+        (PRIVATE, "no such repository, or it requires a login"),
         (Reply(status=500), "500"),
         (Reply(status=0), "disconnected"),
         (Reply(silent=True), "timed out"),
         (
             Reply(b"endless", headers={"X-Repo-Commit": "a" * 40, "ETag": '"e"'}, measured=False),
-            "how large the file is",
+            "does not send the size of the file",
         ),
     ],
 )
 def test_hub_refuses(hub: Hub, reply: Reply, part: str) -> None:
-    """Whatever fails at the hub ends in one line that gives the reason, without long retries."""
+    """Failures at the hub give a one-line error with the reason, without long retries."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         hub.server.replies[HUB_FILE.format("refused", name)] = reply
     outcome = hub.download("timm/refused")
@@ -346,19 +346,19 @@ def test_hub_refuses(hub: Hub, reply: Reply, part: str) -> None:
         assert outcome["error"].endswith("; download it by hand and give its path")
 
 
-def test_hub_name_that_is_none(hub: Hub) -> None:
-    """What the hub allows for no repository is refused before anything is asked."""
+def test_invalid_hub_name(hub: Hub) -> None:
+    """Names that the hub does not allow are refused before any request."""
     requests = len(hub.server.requests)
     for name in ("no repository", "a/b/c", ""):
-        assert hub.download(name)["error"].startswith(f"checkpoint=hf:{name}: not a repository of the hub (")
+        assert hub.download(name)["error"].startswith(f"checkpoint=hf:{name}: not a valid repository name of the hub (")
     assert len(hub.server.requests) == requests
 
 
 def test_changed_hub_file(hub: Hub) -> None:
-    """A file in the hub's cache that no longer has its hash is refused; deleted, it comes again."""
+    """A cached hub file that no longer matches its hash is refused; after deletion it is downloaded again."""
     hub.server.replies[HUB_FILE.format("changing", "model.safetensors")] = large_file(b"safetensors again")
     file = Path(hub.download("timm/changing")["path"]).resolve()
     file.write_bytes(b"safetensors agaim")
-    assert f"delete {file}, and run again" in hub.download("timm/changing")["error"]
+    assert f"delete {file} and run again" in hub.download("timm/changing")["error"]
     file.unlink()
     assert Path(hub.download("timm/changing")["path"]).read_bytes() == b"safetensors again"

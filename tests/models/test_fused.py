@@ -1,4 +1,4 @@
-"""The fused operators against the plain path: values, gradients, what stays plain, and what happens where they fail."""
+"""Fused blocks compared with the plain path, the choice of stages, and the check on the device."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def network(size: int = 3) -> MetaFormer:
-    """Four stages with drop path, and values that let every parameter show."""
+    """Return a network of four stages with drop path, whose parameters all affect the output."""
 
     def pooling(dim: int, side: int) -> Pooling:
         return Pooling(dim, side, size)
@@ -31,7 +31,7 @@ def network(size: int = 3) -> MetaFormer:
 
 
 def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Logits and all gradients, with equal draws for drop path."""
+    """Return logits and all gradients, with a fixed seed for drop path."""
     torch.manual_seed(2)
     model.zero_grad()
     leaf = images.clone().requires_grad_()
@@ -45,9 +45,9 @@ def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [3, 5, 7, 9])
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_network_is_the_plain_one(size: int, training: bool) -> None:
-    """In float64, logits and the gradient of the images and of every parameter are equal to 12 digits.
+    """In float64, logits and the gradients of images and parameters are equal to 12 digits.
 
-    norm1's bias cancels: its gradient is exactly zero, where the plain path has rounding errors.
+    norm1's bias cancels out. Its gradient is exactly zero, while the plain path returns rounding errors.
     """
     model = network(size).double().train(training)
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_fused_network_is_the_plain_one(size: int, training: bool) -> None:
 
 
 def test_drop_path_and_layer_scale_of_zero() -> None:
-    """A layer scale of zero stops no gradient of its own, and none divides by it."""
+    """A layer scale of zero still gets its gradient, and no gradient divides by it."""
     model = network().double()
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:
@@ -80,9 +80,9 @@ def test_drop_path_and_layer_scale_of_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Under autocast the products are in its type, the stream in float32; errors are of the plain path's size.
+    """Under autocast the products have its type and the stream is float32; errors are similar to the plain path's.
 
-    The layer scale is the paper's 1e-6, which float16 cannot hold beside a weight.
+    The layer scale is 1e-6 as in the paper; its product with a weight underflows in float16.
     """
     model = network().eval()
     for name, parameter in model.named_parameters():
@@ -105,7 +105,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    """torch.compile finds nothing that it cannot trace, and the compiled network's gradients are the plain one's."""
+    """torch.compile traces the network without a graph break, and the compiled gradients equal the plain ones."""
     model = network().double().eval()
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
     expected = outcome(model, images)
@@ -115,8 +115,8 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_lie_as_weights_do() -> None:
-    """Strides of a channels_last weight and its gradient are equal: else distributed training copies, and warns."""
+def test_gradients_have_the_strides_of_weights() -> None:
+    """A channels_last weight and its gradient have equal strides; otherwise distributed training warns and copies."""
     model = network().to(memory_format=torch.channels_last)
     fuse(model)
     outcome(model, torch.randn(2, 3, 32, 32))
@@ -125,8 +125,8 @@ def test_gradients_lie_as_weights_do() -> None:
         assert parameter.grad.stride() == parameter.stride(), name
 
 
-def test_which_networks_change() -> None:
-    """The paper's five and the pooling ablations in all stages, hybrids in their pooling stages, others nowhere."""
+def test_fusable_networks() -> None:
+    """PoolFormers and pooling ablations are fusable in all stages, hybrids in pooling stages, others in none."""
     fused_stages = {}
     for name in VARIANTS:
         small = replace(VARIANTS[name], depths=(1, 1, 1, 1), dims=(32, 32, 32, 32))
@@ -142,7 +142,7 @@ def test_which_networks_change() -> None:
 
 
 def test_state_dict_stays_the_same() -> None:
-    """Keys, values, and strict loading in both directions."""
+    """Fusing keeps the keys of the state dict, which still loads strictly into the plain network."""
     plain, changed = network(), network()
     fuse(changed)
     assert list(changed.state_dict()) == list(plain.state_dict())
@@ -150,22 +150,22 @@ def test_state_dict_stays_the_same() -> None:
 
 
 def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int, device: str) -> list[tuple[int, ...]]:
-    """What the check runs, where nothing is wrong."""
+    """Return the shapes that a successful check runs."""
     shapes: list[tuple[int, ...]] = []
 
-    def note(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
+    def record(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
         shapes.append(tuple(shape))
         return 0.0
 
-    monkeypatch.setattr(fused, "_difference", note)
+    monkeypatch.setattr(fused, "_relative_difference", record)
     small = replace(VARIANTS[name], depths=(1, 1, 1, 1))
     model = MetaFormer(small, num_classes=2, image_size=image_size)
     assert find_fault(model, image_size, torch.device(device), torch.bfloat16) is None
     return shapes
 
 
-def test_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the shapes of training: each fused stage's own width, side and window. On a CPU two small ones."""
+def test_checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is checked with each fused stage's width, side and window in training; a CPU with two small shapes."""
     for side, image_size in ((56, 224), (8, 32)):
         sides = (side, side // 2, side // 4, side // 8)
         for name, widths in (("poolformer_s12", (64, 128, 320, 512)), ("poolformer_m36", (96, 192, 384, 768))):
@@ -180,13 +180,13 @@ def test_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
-    """A value, a gradient or an exception that is wrong gives one line; right kernels give none."""
+    """A wrong value, a wrong gradient or an exception gives one line; correct kernels give None."""
     model = network()
     assert find_fault(model, 32, CPU, dtype) is None
     kernels = REFERENCE
 
     class CompilerError(Exception):
-        """Triton's own errors are no RuntimeError."""
+        """An error that, like Triton's own, is not a RuntimeError."""
 
     def fail(*_: object) -> Tensor:
         raise CompilerError("no such instruction\nand more")

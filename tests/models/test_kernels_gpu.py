@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled, on a GPU; and the self-check that decides whether they are used."""
+"""Compiled Triton kernels on a GPU, and the check that decides whether they are used."""
 
 import pytest
 import torch
@@ -14,5 +14,5 @@ from tests.models.kernel_cases import *  # noqa: F403
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["poolformer_s12", "poolformer_m36"])
 def test_self_check_passes(name: str, dtype: torch.dtype | None) -> None:
-    """Values and gradients of whole blocks, of all widths and sides of the paper's networks."""
+    """Values and gradients of blocks are correct for all widths and sides of the paper's networks."""
     assert find_fault(create_model(name), 224, torch.device("cuda"), dtype) is None

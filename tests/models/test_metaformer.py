@@ -1,4 +1,4 @@
-"""The network: its function, its initial values, its drop path."""
+"""The network's function, initialisation and drop path."""
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ def small(drop_path_rate: float = 0.0) -> MetaFormer:
 
 
 def randomise(model: nn.Module) -> None:
-    """Values that let every parameter show in the output; LayerScale at 1e-5 would hide the blocks."""
+    """Set values with which every parameter affects the output; LayerScale at 1e-5 would hide the blocks."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -33,7 +33,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def test_forward_equals_timm_with_the_papers_head(fresh: MetaFormer) -> None:
-    """Features are those of timm's network with the same weights; the head is GroupNorm(eps 1e-5), mean, linear."""
+    """Features equal timm's with the same weights; the head is GroupNorm(eps 1e-5), mean, linear."""
     model = create_model("poolformer_s12", num_classes=10).eval()
     randomise(model)
     reference = timm.create_model("poolformer_s12", num_classes=10).eval()
@@ -44,11 +44,11 @@ def test_forward_equals_timm_with_the_papers_head(fresh: MetaFormer) -> None:
         norm, fc = reference.head.norm, reference.head.fc
         expected = fc(functional.group_norm(features, 1, norm.weight, norm.bias, 1e-5).mean((2, 3)))
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-        assert (reference(images) - expected).abs().max() > 0.01, "the head's order shows in this test"
+        assert (reference(images) - expected).abs().max() > 0.01, "the order of the head must affect the result"
 
 
 def test_block_and_mixer_equal_their_formulas() -> None:
-    """A block is x + s1 (pool(n(x)) - n(x)), then x + s2 mlp(n(x)), padding left out of the pool, GELU by erf."""
+    """A block is x + s1 (pool(n(x)) - n(x)), then x + s2 mlp(n(x)), without padding in the pool and with exact GELU."""
     block = MetaFormerBlock(4, 7, Pooling, 0.0, BlockParts(layer_scale_init=0.5))
     randomise(block)
     x = torch.randn(2, 4, 5, 7)
@@ -74,8 +74,8 @@ def test_block_and_mixer_equal_their_formulas() -> None:
 
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("channel_mlp", [True, False])
-def test_ablated_blocks_leave_out_one_part(residual: bool, channel_mlp: bool) -> None:
-    """Without the residual a branch replaces its input; without the channel MLP the second branch is not there."""
+def test_ablated_blocks_omit_one_part(residual: bool, channel_mlp: bool) -> None:
+    """Without the residual a branch replaces its input; without the channel MLP there is no second branch."""
     parts = BlockParts(layer_scale_init=0.5, residual=residual, channel_mlp=channel_mlp)
     block = MetaFormerBlock(4, 5, Pooling, 0.0, parts)
     randomise(block)
@@ -100,7 +100,7 @@ def test_linear_and_mlp_layers_start_as_truncated_normal(fresh: MetaFormer) -> N
 
 
 def test_stem_and_downsampling_keep_pytorchs_initialisation(fresh: MetaFormer) -> None:
-    """Convolutions outside the MLPs are uniform in +-1/sqrt(fan_in), biases too, as nn.Conv2d makes them."""
+    """Convolutions outside the MLPs are uniform in +-1/sqrt(fan_in), including biases, as in nn.Conv2d."""
     convs = [m for name, m in fresh.named_modules() if name.endswith(".conv") and isinstance(m, nn.Conv2d)]
     assert [(c.kernel_size, c.stride, c.padding) for c in convs] == [((7, 7), (4, 4), (2, 2))] + [
         ((3, 3), (2, 2), (1, 1))
@@ -122,7 +122,7 @@ def test_drop_path_rises_linearly_from_zero(rate: float) -> None:
 
 
 def test_drop_path_drops_whole_branches_in_training_only() -> None:
-    """With rate 1 - tiny in the last block, training removes that block's branches and evaluation keeps them."""
+    """With a rate of almost 1 in the last block, training drops that block's branches and evaluation keeps them."""
     model = small(drop_path_rate=0.999999)
     randomise(model)
     block, x = model.stages[3].blocks[0], torch.randn(2, 32, 3, 3)  # type: ignore[index]
@@ -132,7 +132,7 @@ def test_drop_path_drops_whole_branches_in_training_only() -> None:
 
 @pytest.mark.parametrize("size", [32, 33, 97])
 def test_any_size_from_32_up_gives_logits(size: int) -> None:
-    """Images of any size from 32 x 32 give one finite row of logits each, and every parameter gets a gradient."""
+    """Images of at least 32 x 32 give one row of logits each, and every parameter gets a finite gradient."""
     model = small()
     logits = model(torch.randn(2, 3, size, size + 5))
     assert logits.shape == (2, 5)
@@ -141,7 +141,7 @@ def test_any_size_from_32_up_gives_logits(size: int) -> None:
 
 
 def test_pooling_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check passes where the pooling is right, and refuses one whose channels_last gradient is off."""
+    """The check passes for correct pooling, and refuses a wrong channels_last gradient."""
     check_pooling(torch.device("cpu"))
     right = Pooling.forward
 

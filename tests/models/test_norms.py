@@ -1,4 +1,4 @@
-"""Norms."""
+"""Norms, and the search for a BatchNorm that cannot train on one image."""
 
 import copy
 
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from metaformer.models import create_model
-from metaformer.models.norms import ChannelLayerNorm, find_norm_over_images, group_norm, no_norm
+from metaformer.models.norms import ChannelLayerNorm, find_single_value_batch_norm, group_norm, no_norm
 
 
 def test_group_norm_is_over_channels_and_space() -> None:
-    """Each image gets mean 0 and variance 1 over all its values, then the affine of each channel; eps is 1e-5."""
+    """Each image is normalised over all its values with eps 1e-5, followed by an affine per channel."""
     norm, x = group_norm(4), torch.randn(2, 4, 5, 7) * 3 + 1
     assert isinstance(norm, nn.GroupNorm)
     nn.init.uniform_(norm.weight)
@@ -22,11 +22,11 @@ def test_group_norm_is_over_channels_and_space() -> None:
 
 
 def test_channel_layer_norm_is_over_channels_of_each_position() -> None:
-    """Each position gets mean 0 and variance 1 over its channels, then the affine; the memory format stays."""
+    """Each position is normalised over its channels, followed by the affine; the memory format is kept."""
     norm = ChannelLayerNorm(4)
     nn.init.uniform_(norm.weight)
     nn.init.uniform_(norm.bias)
-    x = (torch.randn(2, 4, 5, 7) * 0.01 + 1).to(memory_format=torch.channels_last)  # a variance that shows eps
+    x = (torch.randn(2, 4, 5, 7) * 0.01 + 1).to(memory_format=torch.channels_last)  # a variance close to eps
     mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
     expected = (x - mean) / (var + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
     torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-4)
@@ -34,7 +34,7 @@ def test_channel_layer_norm_is_over_channels_of_each_position() -> None:
 
 
 def test_no_norm_changes_nothing() -> None:
-    """The ablation without norms has no parameters and gives its input back."""
+    """The ablation without norms returns its input."""
     x = torch.randn(2, 4, 5, 7)
     assert no_norm(4)(x) is x
 
@@ -48,11 +48,11 @@ def test_no_norm_changes_nothing() -> None:
     ],
 )
 def test_batch_norm_with_one_value_per_image(name: str, image_size: int, found: str | None) -> None:
-    """The first BatchNorm that one image gives one value per channel is found; the model stays as it was."""
+    """The first BatchNorm with one value per channel and image is found, and the model is left unchanged."""
     model = create_model(name, num_classes=3, image_size=image_size)
     model.stem.eval()
     before = copy.deepcopy(model.state_dict())
-    assert find_norm_over_images(model, torch.randn(1, 3, image_size, image_size)) == found
+    assert find_single_value_batch_norm(model, torch.randn(1, 3, image_size, image_size)) == found
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert (model.training, model.stem.training, model.stages.training) == (True, False, True)
     if found is not None:

@@ -1,10 +1,10 @@
-"""The fused operators: all of operator_cases.py, also with Triton's kernels in its interpreter."""
+"""Fused operators: all tests of operator_cases.py, and the same with Triton kernels in its interpreter."""
 
 from tests.models.operator_cases import *  # noqa: F403
 from tests.triton_interpreter import needs_triton, run_interpreted
 
 
 @needs_triton
-def test_operators_by_interpreted_kernels() -> None:
-    """What GPUs run: whole operators, not only their kernels."""
+def test_operators_with_interpreted_kernels() -> None:
+    """All tests of operator_cases.py pass with the GPUs' kernels in Triton's interpreter."""
     run_interpreted("tests/models/operator_cases.py")

@@ -1,4 +1,4 @@
-"""The token mixers of the ablations; pooling and its check are in test_metaformer.py."""
+"""Token mixers of the ablations; the check of the pooling gradient is tested in test_metaformer.py."""
 
 import pytest
 import timm.layers
@@ -16,7 +16,7 @@ def x() -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [3, 5, 7, 9])
 def test_pooling_averages_its_window(size: int, x: torch.Tensor) -> None:
-    """The mean over the part of the window that lies in the image, minus the input."""
+    """Pooling is the mean over the part of the window inside the image, minus the input."""
     mixed = Pooling(64, 5, pool_size=size)(x)
     half = size // 2
     for row, column in ((0, 0), (2, 3), (4, 4)):
@@ -24,26 +24,26 @@ def test_pooling_averages_its_window(size: int, x: torch.Tensor) -> None:
         torch.testing.assert_close(mixed[:, :, row, column], window.mean((2, 3)) - x[:, :, row, column])
 
 
-def test_identity_gives_its_input_back(x: torch.Tensor) -> None:
-    """No mixing, no parameters."""
+def test_identity_returns_its_input(x: torch.Tensor) -> None:
+    """The identity returns the same tensor."""
     assert Identity(64, 5)(x) is x
 
 
 def test_random_matrix_mixes_positions_and_is_never_trained(x: torch.Tensor) -> None:
-    """Every position becomes a mean of all, weighted by a row of softmax(U[0, 1)); saved, but not a parameter."""
+    """Each position becomes a mean of all, weighted by a row of softmax(U[0, 1)), which is a buffer."""
     mixer = RandomMatrix(64, 5)
     assert not list(mixer.parameters())
     assert list(mixer.state_dict()) == ["matrix"]
     torch.testing.assert_close(mixer.matrix.sum(1), torch.ones(25))
     ratio = mixer.matrix.max(1).values / mixer.matrix.min(1).values
-    assert ((ratio > 1.5) & (ratio < torch.e)).all(), "exponentials of numbers in [0, 1)"
+    assert ((ratio > 1.5) & (ratio < torch.e)).all(), "ratios of exponentials of numbers in [0, 1)"
     expected = torch.einsum("mn,bcn->bcm", mixer.matrix, x.flatten(2)).view(x.shape)
     torch.testing.assert_close(mixer(x), expected)
     assert not torch.equal(RandomMatrix(64, 5).matrix, mixer.matrix)
 
 
 def test_depthwise_conv_keeps_channels_apart(x: torch.Tensor) -> None:
-    """A 3x3 filter with bias for each channel, with PyTorch's initial values."""
+    """Each channel has its own 3x3 filter and bias, with PyTorch's initialisation."""
     mixer = DepthwiseConv(64, 5)
     expected = [functional.conv2d(x[:, i : i + 1], mixer.conv.weight[i : i + 1], padding=1) for i in range(64)]
     assert mixer.conv.bias is not None
@@ -52,7 +52,7 @@ def test_depthwise_conv_keeps_channels_apart(x: torch.Tensor) -> None:
 
 
 def test_attention_equals_timms(x: torch.Tensor) -> None:
-    """Equal to timm's attention over the flattened positions with the same weights, heads of 32, qkv without bias."""
+    """The mixer equals timm's attention over the flattened positions, with 32 channels per head and no qkv bias."""
     mixer = Attention(64, 5)
     assert mixer.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for parameter in mixer.parameters():
@@ -67,16 +67,16 @@ def test_attention_equals_timms(x: torch.Tensor) -> None:
 def test_memory_format_does_not_matter(kind: type[nn.Module], x: torch.Tensor) -> None:
     """Values and gradients are the same for channels_last input."""
     mixer = kind(64, 5)
-    outcomes = []
+    results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         leaf = x.clone(memory_format=memory_format).requires_grad_()
         (out := mixer(leaf)).square().sum().backward()
-        outcomes.append((out, leaf.grad))
-    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-6)
+        results.append((out, leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_spatial_fc_is_a_linear_layer_over_positions(x: torch.Tensor) -> None:
-    """One matrix without bias over the 25 positions, the same for every channel, std .02 at the start."""
+    """One matrix over the 25 positions is shared by all channels, without bias and with initial std .02."""
     mixer = SpatialFC(64, 5)
     assert list(mixer.state_dict()) == ["fc.weight"]
     assert mixer.fc.weight.std().item() == pytest.approx(0.02, rel=0.1)

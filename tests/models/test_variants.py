@@ -1,4 +1,4 @@
-"""The named networks."""
+"""Networks created by name."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ PAPER = {
 }
 
 
-# What the ablations vary in PoolFormer-S12 (paper, table 5), and what each block then holds.
+# The parts of PoolFormer-S12 that the ablations change (paper, table 5), and a check of each block.
 ABLATIONS: dict[str, Callable[[MetaFormerBlock], bool]] = {
     "identity": lambda block: isinstance(block.token_mixer, nn.Identity),
     "random_matrix": lambda block: not list(block.token_mixer.parameters()),
@@ -46,28 +46,28 @@ def blocks(model: nn.Module) -> list[MetaFormerBlock]:
     return [module for module in model.modules() if isinstance(module, MetaFormerBlock)]
 
 
-def test_list_names_the_papers_networks() -> None:
-    """`list_models` gives the five networks, then the ablations, in the paper's order; `model=` offers each."""
+def test_list_models_returns_the_papers_networks() -> None:
+    """`list_models` returns the five networks and the ablations in the paper's order; `model=` accepts each."""
     assert list_models() == list(PAPER) + [f"metaformer_s12_{part}" for part in (*ABLATIONS, *HYBRIDS)]
     files = {file.stem: OmegaConf.load(file) for file in (REPOSITORY / "conf" / "model").glob("*.yaml")}
     assert {stem: values.name for stem, values in files.items() if stem != "timm"} == {n: n for n in list_models()}
 
 
 @pytest.mark.parametrize("part", ABLATIONS)
-def test_ablation_changes_its_part_alone(part: str) -> None:
-    """Every block of an ablation has the named part, PoolFormer-S12 has not, and what else there is keeps its name."""
+def test_ablation_changes_one_part(part: str) -> None:
+    """Every block of an ablation has the named part, PoolFormer-S12 does not, and all other keys are the same."""
     ablated, baseline = create_model(f"metaformer_s12_{part}"), create_model("poolformer_s12")
     assert all(ABLATIONS[part](block) for block in blocks(ablated))
     assert not any(ABLATIONS[part](block) for block in blocks(baseline) if part != "random_matrix")
-    keys, known = set(ablated.state_dict()), set(baseline.state_dict())
-    changed = {key for key in keys ^ known if "running_" not in key and "num_batches" not in key}
+    keys, baseline_keys = set(ablated.state_dict()), set(baseline.state_dict())
+    changed = {key for key in keys ^ baseline_keys if "running_" not in key and "num_batches" not in key}
     allowed = {"no_norm": "norm", "no_channel_mlp": "2.|mlp|norm2"}.get(part, "token_mixer")
     assert all(any(word in key for word in allowed.split("|")) for key in changed)
 
 
 @pytest.mark.parametrize("letters", HYBRIDS)
-def test_hybrid_has_a_mixer_a_stage(letters: str) -> None:
-    """The letters name the stages' mixers; attention brings channel LayerNorm everywhere and one position embedding."""
+def test_hybrid_has_one_mixer_per_stage(letters: str) -> None:
+    """Letters name the stages' mixers; attention adds channel LayerNorm everywhere and one position embedding."""
     model = create_model(f"metaformer_s12_{letters}")
     kinds = {"p": Pooling, "a": Attention, "f": SpatialFC}
     for stage, letter in zip(model.stages, letters, strict=True):
@@ -84,8 +84,8 @@ def test_hybrid_has_a_mixer_a_stage(letters: str) -> None:
 
 @pytest.mark.parametrize("name", ["metaformer_s12_ppaa", "metaformer_s12_ppff", "metaformer_s12_random_matrix"])
 @pytest.mark.parametrize("size", [32, 37])  # 37: odd sides in the second and third stage
-def test_networks_with_positions_follow_the_image_size(name: str, size: int) -> None:
-    """Networks whose weights belong to positions take images of the size that they were made for."""
+def test_position_dependent_networks_follow_the_image_size(name: str, size: int) -> None:
+    """Networks with position-dependent weights accept images of the size that they were created for."""
     model = create_model(name, num_classes=3, image_size=size)
     logits = model(torch.randn(2, 3, size, size))
     logits.square().sum().backward()
@@ -95,7 +95,7 @@ def test_networks_with_positions_follow_the_image_size(name: str, size: int) -> 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_network_is_the_papers(name: str) -> None:
-    """Parameter count, depth, drop path and LayerScale are the paper's; keys and shapes are timm's, both ways."""
+    """Parameter count, depth, drop path and LayerScale equal the paper's; keys and shapes equal timm's."""
     parameters, depth, drop_path, layer_scale = PAPER[name]
     model = create_model(name)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -112,7 +112,7 @@ def test_network_is_the_papers(name: str) -> None:
 
 
 def test_arguments_override_the_papers_values() -> None:
-    """`num_classes` sizes the classifier and `drop_path_rate`, 0 too, replaces the paper's rate."""
+    """`num_classes` sets the classifier's size, and `drop_path_rate` (even 0) replaces the paper's rate."""
     model = create_model("poolformer_s12", num_classes=7, drop_path_rate=0.0)
     assert model.head.fc.weight.shape == (7, 512)
     assert not [m for m in model.modules() if getattr(m, "drop_prob", 0)]
@@ -120,28 +120,28 @@ def test_arguments_override_the_papers_values() -> None:
 
 @pytest.mark.parametrize("create", [create_model, create_timm_model])
 def test_unknown_name_is_refused(create: type) -> None:
-    """An unknown network is a UserError of one line that names the field, the name and the nearest known name."""
+    """An unknown network gives a one-line UserError with the field, the name and the nearest known name."""
     with pytest.raises(UserError, match=r"^model\.name=poolformer_s13: unknown; .*\bpoolformer_s12\b.*$"):
         create("poolformer_s13")
 
 
 def test_timm_network_takes_classes_and_drop_path() -> None:
-    """timm's networks are made by name, with our number of classes and drop path rate, without pretrained weights."""
+    """timm's networks are created by name with the given number of classes and drop path rate."""
     model = create_timm_model("test_vit", num_classes=7, drop_path_rate=0.25)
     assert model(torch.zeros(1, 3, 160, 160)).shape == (1, 7)
     assert max(getattr(m, "drop_prob", None) or 0 for m in model.modules()) == pytest.approx(0.25)
 
 
 def test_timm_network_of_fixed_size_refuses_another() -> None:
-    """A network of timm for images of one size says which, in one line; others take any."""
-    with pytest.raises(UserError, match=r"^image_size=64: timm's test_vit takes images of 160 pixels; image_size=160$"):
+    """A network of timm with a fixed image size refuses any other in one line; others accept any size."""
+    with pytest.raises(UserError, match=r"^image_size=64: timm's test_vit takes .* 160 pixels; set image_size=160$"):
         create_timm_model("test_vit", image_size=64)
     create_timm_model("test_vit", image_size=160)
     create_timm_model("test_resnet", image_size=64)
 
 
 def test_timm_network_without_drop_path_refuses_a_rate() -> None:
-    """A drop path rate for a network that has none is a UserError naming field and network; without a rate it works."""
+    """A drop path rate for a network without drop path gives an error with field and network."""
     with pytest.raises(UserError, match=r"^model\.drop_path_rate=0\.1: .*ghostnet_050.*$"):
         create_timm_model("ghostnet_050", drop_path_rate=0.1)
     assert create_timm_model("ghostnet_050", num_classes=3).get_classifier().out_features == 3  # type: ignore[operator]

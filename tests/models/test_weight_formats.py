@@ -1,4 +1,4 @@
-"""State dicts of other programs: unwrapping, the two key layouts, and what is no network."""
+"""State dicts of other programs: extraction, the two key layouts, and the check for completeness."""
 
 import re
 from argparse import Namespace
@@ -11,7 +11,7 @@ from metaformer.models import MetaFormer
 from metaformer.models.variants import VARIANTS
 from metaformer.models.weight_formats import (
     StateDict,
-    check_whole,
+    check_complete,
     extract_state,
     is_official,
     metaformer_to_official,
@@ -22,8 +22,8 @@ from tests.models.released import RELEASED_SLOTS, SMALL_DIMS, released_state
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_there_and_back_is_the_identity(name: str) -> None:
-    """Every network's state dict comes back with its own keys and the same tensors, and is a whole network."""
+def test_official_round_trip(name: str) -> None:
+    """Each network's state dict is restored with the same keys and tensors, and is a complete network."""
     model = MetaFormer(replace(VARIANTS[name], dims=SMALL_DIMS), num_classes=3, image_size=64)
     state = dict(model.state_dict())
     official = metaformer_to_official(state)
@@ -32,12 +32,12 @@ def test_there_and_back_is_the_identity(name: str) -> None:
     back = official_to_metaformer(official)
     assert back.keys() == state.keys()
     assert all(back[key] is tensor for key, tensor in state.items())
-    check_whole(state)
+    check_complete(state)
 
 
 @pytest.mark.parametrize("name", RELEASED_SLOTS)
-def test_back_and_there_is_the_identity(name: str) -> None:
-    """The released keys, written out by hand, come back from this project's."""
+def test_round_trip_of_released_keys(name: str) -> None:
+    """The released keys, written by hand, are restored from this project's keys."""
     state = released_state(name)
     back = metaformer_to_official(official_to_metaformer(state))
     assert back.keys() == state.keys()
@@ -45,7 +45,7 @@ def test_back_and_there_is_the_identity(name: str) -> None:
 
 
 def test_more_than_ten_blocks() -> None:
-    """Numbers of two digits are numbers: block 17 stays block 17."""
+    """Block numbers with two digits are converted correctly: block 17 stays block 17."""
     state = released_state("poolformer_s12", depths=(1, 1, 18, 1))
     converted = official_to_metaformer(state)
     assert converted["stages.2.blocks.17.mlp.fc1.weight"] is state["network.4.17.mlp.fc1.weight"]
@@ -69,7 +69,7 @@ def test_more_than_ten_blocks() -> None:
     ],
 )
 def test_keys(name: str, released: str, ours: str) -> None:
-    """Some keys of the release, and what they are called here."""
+    """Some released keys are converted to the expected keys of this project."""
     state = released_state(name)
     assert official_to_metaformer(state)[ours] is state[released]
 
@@ -82,8 +82,8 @@ def test_keys(name: str, released: str, ours: str) -> None:
         ({"network.1.proj.bias": "network.one.bias"}, "network.one.bias"),
     ],
 )
-def test_strange_official_key(renamed: dict[str, str], part: str) -> None:
-    """A key that no released network has is refused and not dropped."""
+def test_unknown_official_key(renamed: dict[str, str], part: str) -> None:
+    """A key that no released network has is refused, not ignored."""
     state = {renamed.get(key, key): tensor for key, tensor in released_state("poolformer_s12").items()}
     with pytest.raises(ValueError, match=part):
         official_to_metaformer(state)
@@ -94,8 +94,8 @@ def test_strange_official_key(renamed: dict[str, str], part: str) -> None:
     [(1, 0, 2, 3, 4, 5, 6), (0, 1, 3, 2, 4, 5, 6), (0, 1, 2, 3, 4, 6, 7), (1, 2, 3, 4, 5, 6, 7)],
     ids=["downsampling first", "blocks twice", "gap", "none first"],
 )
-def test_strange_order_of_slots(slots: tuple[int, ...]) -> None:
-    """Slots in an order that no network has, or with a gap, are refused."""
+def test_unknown_order_of_slots(slots: tuple[int, ...]) -> None:
+    """Slots with a gap or in an order that no network has are refused."""
     state = {
         re.sub(r"network\.(\d)", lambda match: f"network.{slots[int(match[1])]}", key): tensor
         for key, tensor in released_state("poolformer_s12").items()
@@ -104,8 +104,8 @@ def test_strange_order_of_slots(slots: tuple[int, ...]) -> None:
         official_to_metaformer(state)
 
 
-def test_strange_key_of_ours() -> None:
-    """A key that no network of this project has is refused and not dropped."""
+def test_unknown_key_of_this_project() -> None:
+    """A key that no network of this project has is refused, not ignored."""
     state = official_to_metaformer(released_state("poolformer_s12"))
     for key in ("stages.0.extra.weight", "fc.weight"):
         with pytest.raises(ValueError, match=key):
@@ -127,21 +127,21 @@ def test_strange_key_of_ours() -> None:
     ],
 )
 def test_incomplete_network(key: str) -> None:
-    """A network without one of its tensors is no whole network."""
+    """A network without one of its tensors is refused."""
     state = official_to_metaformer(released_state("metaformer_ppaa_s12_224"))
-    check_whole(state)
+    check_complete(state)
     del state[key]
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        check_whole(state)
+        check_complete(state)
 
 
-def test_gaps_and_strangers() -> None:
-    """A stage or a block left out, a key of another network, and blocks of other shapes are no whole network."""
+def test_gaps_and_unknown_keys() -> None:
+    """A missing stage or block, a key of another network, and different shapes in a stage are refused."""
     state = official_to_metaformer(released_state("poolformer_s12"))
 
     def refused(changed: StateDict, part: str) -> None:
         with pytest.raises(ValueError, match=part):
-            check_whole(changed)
+            check_complete(changed)
 
     refused({key: tensor for key, tensor in state.items() if not key.startswith("stages.1.")}, r"stages\.1\.")
     refused({key: tensor for key, tensor in state.items() if ".blocks.1." not in key}, r"blocks\.1\.")
@@ -154,7 +154,7 @@ def test_gaps_and_strangers() -> None:
 
 
 def test_unwrapping() -> None:
-    """A bare state dict, timm's training checkpoint with or without an average, and DDP's prefix."""
+    """The state dict is found bare, in a training checkpoint with or without an average, and with DDP's prefix."""
     bare, average = {"a.b": torch.zeros(1)}, {"a.b": torch.ones(1)}
     wrapped = {"epoch": 3, "arch": "x", "state_dict": bare, "optimizer": {"state": {}}, "args": Namespace(lr=1.0)}
     assert extract_state(bare, use_ema=False) == bare
@@ -187,7 +187,7 @@ def test_unwrapping() -> None:
     ],
 )
 def test_wrappers(keys: list[str], unwrapped: list[str]) -> None:
-    """What torch's wrappers add to keys is stripped in any nesting, and nothing else is: no tensor gets lost."""
+    """Only the key prefixes of torch's wrappers are stripped, in any nesting, and no tensor is lost."""
     state = {key: torch.tensor(number) for number, key in enumerate(keys)}
     found = unwrap(state)
     assert list(found) == unwrapped
@@ -199,8 +199,8 @@ def test_wrappers(keys: list[str], unwrapped: list[str]) -> None:
     "contents", [[1, 2], {}, {"epoch": 3}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {1: torch.zeros(1)}, None]
 )
 def test_no_state_dict(contents: object) -> None:
-    """What holds no tensors under names is said so; so is a missing average."""
-    with pytest.raises(ValueError, match="holds no state dict"):
+    """Contents without named tensors, and a missing average, give an error."""
+    with pytest.raises(ValueError, match="contains no state dict"):
         extract_state(contents, use_ema=False)
     if isinstance(contents, dict):
         with pytest.raises(ValueError, match="use_ema=true"):

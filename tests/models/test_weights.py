@@ -1,4 +1,4 @@
-"""Weight files: this project's, timm's and the paper's authors', and files that are none."""
+"""Weight files of this project, of timm and of the paper's authors, and invalid files."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def small(num_classes: int = 5, depth: int = 1) -> MetaFormer:
 
 
 def small_released(name: str, num_classes: int = 5, image_size: int = 64) -> MetaFormer:
-    """This project's network with a released one's slots, for `released_state`'s sizes."""
+    """Return this project's network with the slots of a released one, in the sizes of `released_state`."""
     slots = [slot for slot in RELEASED_SLOTS[name] if slot in MIXERS]
     hybrid = "attention" in slots
     architecture = Architecture(
@@ -50,7 +50,7 @@ def small_released(name: str, num_classes: int = 5, image_size: int = 64) -> Met
 
 
 def perturb(model: nn.Module) -> Any:
-    """Random weights with which every tensor matters: LayerScales and norms lie far from where they start."""
+    """Set random weights with which every tensor affects the output, including LayerScales and norms."""
     random = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         scale = 0.5 if tensor.ndim == 1 else tensor[0].numel() ** -0.5
@@ -76,7 +76,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    """Weights come back bit for bit, from any memory format, into a network that differed."""
+    """Saved weights load bit-identically, whatever the memory format, and replace different weights."""
     saved = small().to(memory_format=torch.channels_last)
     save_weights(saved, tmp_path / "w", "a_small_network")
     loaded = small()
@@ -87,15 +87,15 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def paper_head(reference: Any, images: Tensor) -> Tensor:
-    """timm's features under the paper's head: norm, then the mean over space, then the classifier."""
+    """Compute timm's features with the paper's head: norm, then the mean over space, then the classifier."""
     norm, fc = reference.head.norm, reference.head.fc
     features = functional.group_norm(reference.forward_features(images), 1, norm.weight, norm.bias, eps=1e-5)
     return functional.linear(features.mean((2, 3)), fc.weight, fc.bias)
 
 
 @torch.no_grad()
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
-    """A file of weights has the permissions of any other new file, also where one is replaced."""
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
+    """A weights file has the permissions of any other new file, even if it replaces one."""
     before = os.umask(0o027)
     try:
         for _ in range(2):
@@ -105,10 +105,10 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_timms_weights_give_this_projects_function(tmp_path: Path) -> None:
-    """timm's poolformer_s12 and this one agree up to the head; under the paper's head they are one function.
+def test_timms_weights_give_the_same_function(tmp_path: Path) -> None:
+    """timm's poolformer_s12 with the paper's head computes the same function as this project's network.
 
-    timm's own head is another function of the same weights: its logits differ.
+    timm's own head is another function of the same weights, so its logits differ.
     """
     reference = perturb(timm.create_model("poolformer_s12", num_classes=7))
     save_file(reference.state_dict(), tmp_path / "timm.safetensors")
@@ -122,7 +122,7 @@ def test_timms_weights_give_this_projects_function(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_timm_loads_this_projects_files(tmp_path: Path) -> None:
-    """A file from `save_weights` loads strictly into timm's network of the name, with equal features."""
+    """A file from `save_weights` loads strictly into timm's network of the same name, with equal features."""
     model = perturb(create_model("poolformer_s12", num_classes=7))
     save_weights(model, tmp_path / "ours", "poolformer_s12")
     reference = timm.create_model("poolformer_s12", num_classes=7).eval()
@@ -135,7 +135,7 @@ def test_timm_loads_this_projects_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RELEASED_SLOTS)
 def test_released_weights_give_the_released_function(tmp_path: Path, name: str) -> None:
-    """Files of the paper's authors, with their keys, compute here what they compute there, embedding included."""
+    """Files with the keys of the paper's authors compute the authors' function, including position embeddings."""
     state = released_state(name)
     torch.save(state, tmp_path / f"{name}.pth.tar")
     model = small_released(name).eval()
@@ -143,7 +143,7 @@ def test_released_weights_give_the_released_function(tmp_path: Path, name: str) 
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     expected = released_logits(name, {key: tensor.requires_grad_() for key, tensor in state.items()}, images)
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
-    # The comparison sees every tensor of the file, but that pooling minus its input removes a constant.
+    # The comparison depends on every tensor, except biases that cancel out in pooling minus its input.
     for key, gradient in zip(state, torch.autograd.grad(expected.square().sum(), list(state.values())), strict=True):
         pooled = key.endswith("norm1.bias") and RELEASED_SLOTS[name][int(key.split(".")[1])] == "pool"
         assert pooled or gradient.abs().max() > 1e-2, key
@@ -161,12 +161,12 @@ def test_released_weights_give_the_released_function(tmp_path: Path, name: str) 
     ],
 )
 def test_released_sizes_fit_the_named_networks(tmp_path: Path, name: str, ours: str) -> None:
-    """The released S12 networks, at 224 pixels, load into this project's of the corresponding names."""
+    """The released S12 networks at 224 pixels load into this project's networks of the corresponding names."""
     torch.save(released_state(name, S12_DIMS, S12_DEPTHS, image_size=224, num_classes=10), tmp_path / "w")
     load_weights(create_model(ours, num_classes=10), tmp_path / "w")
 
 
-# What programs keep beside the weights.
+# Options that programs save beside the weights.
 OPTIONS = Namespace(
     output_dir=Path("/x"),
     others=[PurePosixPath("x"), PureWindowsPath("c:/x")],
@@ -220,7 +220,7 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def training_checkpoint(state: dict[str, Tensor], **entries: Any) -> dict[str, Any]:
-    """What timm's training program writes, beside `state_dict` and what is given."""
+    """Return a training checkpoint as timm's program writes it, with additional entries."""
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
     options = Namespace(model="small", lr=1e-3, mean=[0.5], aug_splits=0, resume="")
     return {
@@ -238,7 +238,7 @@ def training_checkpoint(state: dict[str, Tensor], **entries: Any) -> dict[str, A
 @pytest.mark.parametrize("ending", ["safetensors", "pth.tar", "txt"])
 @pytest.mark.parametrize("layout", WRITERS)
 def test_every_format_under_every_name(tmp_path: Path, layout: str, ending: str) -> None:
-    """The bytes and keys tell the format; the file's name does not matter."""
+    """The format is detected from the bytes and keys, not from the file's name."""
     saved = small()
     WRITERS[layout](saved.state_dict(), tmp_path / f"w.{ending}")
     loaded = small()
@@ -248,7 +248,7 @@ def test_every_format_under_every_name(tmp_path: Path, layout: str, ending: str)
 
 
 def test_average_of_a_training_checkpoint(tmp_path: Path) -> None:
-    """use_ema takes `state_dict_ema`, or torchvision's `model_ema`; others are refused."""
+    """use_ema loads `state_dict_ema` or torchvision's `model_ema`, and refuses files without them."""
     state, average = small().state_dict(), small().state_dict()
     torch.save(training_checkpoint(state, state_dict_ema=average), tmp_path / "both")
     torch.save(training_checkpoint(state), tmp_path / "one")
@@ -266,11 +266,11 @@ def test_average_of_a_training_checkpoint(tmp_path: Path) -> None:
     load_weights(model, tmp_path / "w", use_ema=True)
     assert torch.equal(model.stem.conv.weight, state["stem.conv.weight"])
     torch.save({"model": state, "state_dict": average}, tmp_path / "w")
-    assert "holds several state dicts (state_dict, model)" in message(model, tmp_path / "w")
+    assert "contains several state dicts (state_dict, model)" in message(model, tmp_path / "w")
 
 
 def test_networks_of_timm(tmp_path: Path) -> None:
-    """Another library's network loads its own keys, unwrapped; official keys are converted for this project's alone."""
+    """timm's networks load their own keys, unwrapped; official keys are converted only for this project's networks."""
     saved = timm.create_model("poolformer_s12", num_classes=3)
     torch.save(training_checkpoint({f"module.{k}": v for k, v in saved.state_dict().items()}), tmp_path / "w")
     loaded = timm.create_model("poolformer_s12", num_classes=3)
@@ -280,29 +280,29 @@ def test_networks_of_timm(tmp_path: Path) -> None:
     assert "unexpected patch_embed.proj.weight" in message(loaded, tmp_path / "w")
     resnet = timm.create_model("resnet10t", num_classes=3)
     save_weights(timm.create_model("resnet10t", num_classes=8), tmp_path / "r", "resnet10t")
-    assert "has 8 classes (fc.weight), this model 3; num_classes=8" in message(resnet, tmp_path / "r")
+    assert "has 8 classes (fc.weight), but this model has 3; set num_classes=8" in message(resnet, tmp_path / "r")
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    """A missing file, or a folder in its place, is a UserError that names it."""
+    """A missing file, or a folder in its place, gives an error with its path."""
     assert "no such" in message(small(), tmp_path / "nothing")
     assert "no such" in message(small(), tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "torch", "torch before 1.6"])
 @pytest.mark.parametrize("keep", [0, 3, 7, 60, 0.1, 0.5, 0.99, -1])
-def test_file_cut_short_is_named(tmp_path: Path, layout: str, keep: float) -> None:
-    """A file of any format, cut anywhere, is a UserError that names it."""
+def test_truncated_file_is_named(tmp_path: Path, layout: str, keep: float) -> None:
+    """A file of any format that is truncated anywhere gives an error with its path."""
     WRITERS[layout](small().state_dict(), tmp_path / "w")
     whole = (tmp_path / "w").read_bytes()
     (tmp_path / "w").write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else int(keep)])
     text = message(small(), tmp_path / "w")
-    assert "not a whole" in text or "not a weights file" in text or "not one that torch writes" in text
+    assert "incomplete or damaged" in text or "not a weights file" in text or "torch did not write" in text
 
 
 @pytest.mark.parametrize("layout", ["torch", "torch before 1.6"])
 def test_damaged_pickle_is_named(tmp_path: Path, layout: str) -> None:
-    """A changed byte among a torch file's keys ends in the one line, or is one that changes nothing of it."""
+    """A changed byte among a torch file's keys gives a one-line error, unless it has no effect."""
     WRITERS[layout](small().state_dict(), tmp_path / "w")
     whole = (tmp_path / "w").read_bytes()
     key = whole.index(b"stem.conv.weight")
@@ -331,19 +331,19 @@ def archive_of(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED)
         (b"not weights at all, but text\n" * 9, "neither safetensors nor torch's format"),
         (b"<!DOCTYPE html><html>", "neither safetensors nor torch's format"),
         (pickle.dumps({"a": 1}), "refused, not executed"),
-        (archive_of({"x.txt": b"text"}), "a zip archive, but without a state dict"),
-        (archive_of({"x/data.pkl": b"", "x/constants.pkl": b""}), "a zip archive, but without a state dict"),
-        (archive_of({"x/data.pkl": b"text"}), "not a whole torch file"),
+        (archive_of({"x.txt": b"text"}), "a zip archive without a state dict"),
+        (archive_of({"x/data.pkl": b"", "x/constants.pkl": b""}), "a zip archive without a state dict"),
+        (archive_of({"x/data.pkl": b"text"}), "incomplete or damaged torch file"),
     ],
 )
-def test_other_file_is_named(tmp_path: Path, content: bytes, part: str) -> None:
-    """Text, other pickles and other archives are said to be what they are."""
+def test_other_files_are_refused(tmp_path: Path, content: bytes, part: str) -> None:
+    """Text, other pickles and other archives give an error that describes them."""
     (tmp_path / "w").write_bytes(content)
     assert part in message(small(), tmp_path / "w")
 
 
-class Malice:
-    """Makes a file when it is unpickled."""
+class Malicious:
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -354,9 +354,9 @@ class Malice:
 
 @pytest.mark.parametrize("wrap", ["zip", "old", "pickle"])
 def test_pickle_that_runs_code_is_refused(tmp_path: Path, wrap: str) -> None:
-    """A pickle with a call in it is refused by name and not executed, whichever way it is packed."""
+    """A pickle that contains a call is refused with the function's name and not executed, in any packing."""
     mark, path = tmp_path / "mark", tmp_path / "w"
-    contents = {"state_dict": small().state_dict(), "args": Malice(mark)}
+    contents = {"state_dict": small().state_dict(), "args": Malicious(mark)}
     if wrap == "pickle":
         path.write_bytes(pickle.dumps(contents))
         assert "refused, not executed" in message(small(), path)
@@ -365,12 +365,12 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path, wrap: str) -> None:
         assert "refused, and not executed: it would call posix.mkdir" in message(small(), path)
     assert not mark.exists()
     if wrap != "pickle":
-        torch.load(path, weights_only=False)  # what it would have done
+        torch.load(path, weights_only=False)  # proves that the pickle would have run code
         assert mark.exists()
 
 
 class Call:
-    """Pickles as a call, whatever its result would be."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.reduced = function, arguments
@@ -379,8 +379,8 @@ class Call:
         return self.reduced
 
 
-def test_options_are_not_made(tmp_path: Path) -> None:
-    """What stands for a path or an array calls neither pathlib nor numpy: arguments that these refuse do not matter."""
+def test_options_are_not_constructed(tmp_path: Path) -> None:
+    """Pickled paths and arrays call neither pathlib nor numpy, so even invalid arguments are accepted."""
     rebuild = np.ndarray.__reduce__(np.zeros(1))[0]
     options = [Call(PurePosixPath, 3), Call(np.dtype, "no type"), Call(rebuild, np.ndarray, (2**62,), b"b")]
     torch.save({"state_dict": small().state_dict(), "args": options}, tmp_path / "w")
@@ -390,7 +390,7 @@ def test_options_are_not_made(tmp_path: Path) -> None:
 
 
 def test_compressed_archive_is_refused(tmp_path: Path) -> None:
-    """A zip archive that takes more memory than disk is refused before it is unpacked: compressed, or overlapping."""
+    """A zip archive that is compressed or has overlapping entries is refused before it is unpacked."""
     state = {"weight": torch.zeros(2**24), "bias": torch.zeros(2**24)}
     torch.save(state, tmp_path / "w")
     with zipfile.ZipFile(tmp_path / "w") as archive:
@@ -409,13 +409,13 @@ def test_compressed_archive_is_refused(tmp_path: Path) -> None:
 
 
 def with_shared_entries(whole: bytes) -> bytes:
-    """The archive with one entry's bytes for all of 1000 bytes: its directory points to the last."""
+    """Return the archive with a directory whose entries all point to the bytes of the last entry."""
     directory = whole.index(b"PK\x01\x02")
     start = whole.rindex(b"PK\x03\x04", 0, directory)
     changed = bytearray(whole[start:])
     place = -1
     while (place := changed.find(b"PK\x01\x02", place + 1)) >= 0:
-        changed[place + 42 : place + 46] = bytes(4)  # where the entry lies
+        changed[place + 42 : place + 46] = bytes(4)  # the entry's offset
     end = changed.rindex(b"PK\x05\x06")
     changed[end + 16 : end + 20] = (directory - start).to_bytes(4, "little")
     return bytes(changed)
@@ -423,7 +423,7 @@ def with_shared_entries(whole: bytes) -> bytes:
 
 def unusual(make: Callable[[], Tensor]) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kinds of tensors that torch will drop, or that are new
+        warnings.simplefilter("ignore")  # about deprecated and experimental kinds of tensors
         return make()
 
 
@@ -442,7 +442,7 @@ UNUSUAL: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("part", UNUSUAL)
 def test_unusual_tensors_are_refused(tmp_path: Path, part: str) -> None:
-    """Meta, sparse, quantized, nested and complex tensors, and integers for weights, are refused and not cast."""
+    """Meta, sparse, quantized, nested, complex and integer tensors are refused for weights, not cast."""
     key, tensor = "stages.2.downsample.conv.weight", unusual(UNUSUAL[part])
     torch.save(small().state_dict() | {key: tensor}, tmp_path / "w")
     text = message(small(), tmp_path / "w")
@@ -455,7 +455,7 @@ def test_unusual_tensors_are_refused(tmp_path: Path, part: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Weights in another precision load into float32; counters stay integers."""
+    """Weights in another precision load into float32; counters remain integers."""
     saved = timm.create_model("resnet10t", num_classes=3)
     save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in saved.state_dict().items()}, tmp_path / "w")
     loaded = timm.create_model("resnet10t", num_classes=3)
@@ -468,11 +468,11 @@ UGLY = ["line\nbreak", "\x1b[31mred", "right\u202eleft", "x" * 2**21, "stages.0.
 
 @pytest.mark.parametrize("ugly", UGLY, ids=[text[:9].encode("unicode_escape").decode() for text in UGLY])
 def test_messages_are_one_printable_line(tmp_path: Path, ugly: str) -> None:
-    """Control characters, newlines and megabytes in a file's keys and names are escaped and cut: see `message`."""
+    """Control characters and very long text in a file's keys and names are escaped and shortened."""
     state, path = small().state_dict(), tmp_path / "w"
     for save in (torch.save, save_file):
         save(state | {ugly: torch.ones(1)}, path)
-        assert "not a tensor's name" in message(small(), path)
+        assert "not a valid tensor name" in message(small(), path)
     deeper = small(depth=2).state_dict()
     save_weights(small(depth=2), path, ugly)
     message(small(), path)
@@ -480,8 +480,8 @@ def test_messages_are_one_printable_line(tmp_path: Path, ugly: str) -> None:
     message(small(), path)
     for contents in ({ugly: 3}, {f"{ugly}{number}": state for number in range(9)}, {(ugly,): state}, {3: ugly}):
         torch.save(contents, path)
-        assert "holds no state dict, but " in message(small(), path)
-    name = ugly[:1000].replace("\n", "\v")  # of megabytes, torch's own message takes minutes
+        assert "contains no state dict, but " in message(small(), path)
+    name = ugly[:1000].replace("\n", "\v")  # torch takes minutes for its own message with a name of megabytes
     call = b"\x80\x02c" + name.encode() + b"\n" + name.encode() + b"\n."
     path.write_bytes(archive_of({"x/data.pkl": call, "x/version": b"3\n"}))
     assert "refused, and not executed" in message(small(), path)
@@ -490,48 +490,48 @@ def test_messages_are_one_printable_line(tmp_path: Path, ugly: str) -> None:
 
 
 def test_shape_of_many_dimensions(tmp_path: Path) -> None:
-    """A shape that would fill pages is cut, too."""
+    """A very long shape is shortened in the message."""
     torch.save(small().state_dict() | {"head.fc.bias": torch.ones([1] * 1000)}, tmp_path / "w")
     assert "head.fc.bias is [1, 1, 1" in message(small(), tmp_path / "w")
 
 
-def test_whole_pickled_model_is_refused(tmp_path: Path) -> None:
-    """A torch file that holds the module instead of its state dict names the class that it would need."""
+def test_pickled_model_is_refused(tmp_path: Path) -> None:
+    """A torch file with a module instead of a state dict gives an error with the module's class."""
     torch.save(nn.Linear(1, 1), tmp_path / "w")
     assert "refused, and not executed: it would call torch.nn.modules.linear.Linear" in message(small(), tmp_path / "w")
 
 
-def test_file_of_other_contents(tmp_path: Path) -> None:
-    """A torch file without a state dict says what it holds."""
+def test_file_without_a_state_dict(tmp_path: Path) -> None:
+    """A torch file without a state dict gives an error with its entries."""
     torch.save({"epoch": 3, "step": 4}, tmp_path / "w")
-    assert "holds no state dict, but epoch, step" in message(small(), tmp_path / "w")
+    assert "contains no state dict, but epoch, step" in message(small(), tmp_path / "w")
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "official"])
 def test_other_class_count_is_named(tmp_path: Path, layout: str) -> None:
-    """Weights for another number of classes say both numbers and the field to set."""
+    """Weights for another number of classes give an error with both numbers and the field to set."""
     WRITERS[layout](small().state_dict(), tmp_path / "w")
     text = message(small(num_classes=6), tmp_path / "w")
-    assert text.endswith(": has 5 classes (head.fc.weight), this model 6; num_classes=5")
+    assert text.endswith(": has 5 classes (head.fc.weight), but this model has 6; set num_classes=5")
 
 
 def test_other_image_size_is_named(tmp_path: Path) -> None:
-    """A position embedding or a layer over positions for another image size says both sizes and the field to set."""
+    """Position-dependent weights for another image size give an error with both sizes and the field to set."""
     for name in ("metaformer_pppa_s12_224", "metaformer_ppaa_s12_224", "metaformer_ppff_s12_224"):
         torch.save(released_state(name, image_size=96), tmp_path / "w")
         text = message(small_released(name, image_size=64), tmp_path / "w")
         assert "is for images of 96 pixels (stages." in text
-        assert text.endswith("this model for 64; image_size=96")
+        assert text.endswith("but this model is for 64; set image_size=96")
         text = message(small_released(name, num_classes=9), tmp_path / "w")
         assert "num_classes=5, and is for images of 96 pixels" in text
 
 
-def test_other_network_is_named_and_leaves_the_model_as_it_was(file: Path) -> None:
-    """Missing and unexpected keys are named, one each; nothing of the file is loaded."""
+def test_other_network_leaves_the_model_unchanged(file: Path) -> None:
+    """The error names one missing or unexpected key, and nothing is loaded."""
     deeper = small(depth=2)
     before = deeper.stem.conv.weight.clone()
     text = message(deeper, file)
-    assert "holds the weights of a_small_network" in text
+    assert "weights of a_small_network" in text
     assert "missing stages.2.blocks.1." in text
     assert torch.equal(deeper.stem.conv.weight, before)
     save_weights(deeper, file, "a_deeper_network")
@@ -539,21 +539,21 @@ def test_other_network_is_named_and_leaves_the_model_as_it_was(file: Path) -> No
 
 
 def test_other_shapes_are_named(tmp_path: Path) -> None:
-    """A wider network of the same keys names the first tensor with both shapes."""
+    """A wider network with the same keys gives an error with the first tensor and both shapes."""
     wider = MetaFormer(Architecture((1, 1, 1, 1), (8, 8, 12, 16), [Pooling] * 4), num_classes=5)
     torch.save(training_checkpoint(wider.state_dict()), tmp_path / "w")
     text = message(small(), tmp_path / "w")
-    assert "holds the weights of a_timm_network" in text
+    assert "weights of a_timm_network" in text
     assert "stem.conv.weight is [8, 3, 7, 7], not [4, 3, 7, 7] and " in text
 
 
-def test_strange_official_key_is_named(tmp_path: Path) -> None:
-    """A file of the paper's program with a key that none of its networks has is refused."""
+def test_unknown_official_key_is_named(tmp_path: Path) -> None:
+    """A file of the paper's program with an unknown key is refused."""
     torch.save(released_state("poolformer_s12") | {"head2.bias": torch.zeros(1)}, tmp_path / "w")
     assert "head2.bias" in message(small_released("poolformer_s12"), tmp_path / "w")
 
 
-def test_file_of_unknown_origin_is_refused_without_a_name(tmp_path: Path) -> None:
-    """A safetensors file without metadata still gets its difference told."""
+def test_file_without_metadata(tmp_path: Path) -> None:
+    """The error for a safetensors file without metadata still describes the difference."""
     save_file({"x": torch.zeros(1)}, tmp_path / "w")
     assert "missing stem.conv.weight and" in message(small(), tmp_path / "w")

@@ -1,4 +1,4 @@
-"""Damaged and forged weight files, drawn at random: each ends in one line, or loads."""
+"""Randomly damaged and forged weight files, each of which gives a one-line error or loads."""
 
 import io
 import json
@@ -36,7 +36,7 @@ FILES = {
 
 
 def check(path: Path, content: bytes) -> None:
-    """Loading either works or raises the one line of a UserError, and then the model is as it was."""
+    """Assert that loading works, or raises a one-line UserError and leaves the model unchanged."""
     path.write_bytes(content)
     model = nn.Linear(2, 2)
     before = model.weight.clone()
@@ -63,7 +63,7 @@ fuzzed = settings(
 @fuzzed
 @given(changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), BYTES), min_size=1, max_size=3))
 def test_changed_bytes(tmp_path: Path, layout: str, changes: list[tuple[float, int, bytes]]) -> None:
-    """Bytes replaced, removed and put in, anywhere in a file of each format."""
+    """Bytes are replaced, removed and inserted anywhere in a file of each format."""
     content = FILES[layout]
     for place, removed, added in changes:
         start = int(place * len(content))
@@ -73,8 +73,8 @@ def test_changed_bytes(tmp_path: Path, layout: str, changes: list[tuple[float, i
 
 @fuzzed
 @given(changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), BYTES), min_size=1, max_size=3))
-def test_changed_pickle_in_a_whole_archive(tmp_path: Path, changes: list[tuple[float, int, bytes]]) -> None:
-    """The same to the pickle alone, in an archive whose checksums and sizes fit."""
+def test_changed_pickle_in_a_valid_archive(tmp_path: Path, changes: list[tuple[float, int, bytes]]) -> None:
+    """Only the pickle is changed, in an archive with correct checksums and sizes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(FILES["torch"])) as archive, zipfile.ZipFile(buffer, "w") as changed:
         for name in archive.namelist():
@@ -96,6 +96,6 @@ def test_changed_pickle_in_a_whole_archive(tmp_path: Path, changes: list[tuple[f
     max_leaves=12,
 ))  # fmt: skip
 def test_any_header(tmp_path: Path, header: object) -> None:
-    """A safetensors file whose header is any JSON."""
+    """A safetensors file may have any JSON as its header."""
     text = json.dumps({"weight": header}).encode()
     check(tmp_path / "w", len(text).to_bytes(8, "little") + text + bytes(24))

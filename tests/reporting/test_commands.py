@@ -1,4 +1,4 @@
-"""The commands that reproduce a row; the end-to-end tests run them."""
+"""Commands that reproduce a row; the end-to-end tests run them."""
 
 import sys
 from pathlib import Path
@@ -14,15 +14,15 @@ from metaformer.reporting.paper import find_rows
 )
 
 
-def test_training_is_plain_or_by_torchrun() -> None:
-    """One process is started directly, more by torchrun; both with the recipe and the run folder."""
+def test_training_with_and_without_torchrun() -> None:
+    """One process is started directly and several by torchrun, with the recipe and the run folder."""
     recipe = ["train.py", "experiment=paper/poolformer_s12", "run_dir=runs/a b"]
     assert train_command(S12, Path("runs/a b"), 1) == [sys.executable, *recipe]
     assert train_command(S12, Path("runs/a b"), 8)[-4:] == ["--nproc_per_node=8", *recipe]
 
 
 def test_submission_is_a_throttled_array() -> None:
-    """sbatch's options come before the script, the rows after it, and what follows -- is train.py's."""
+    """sbatch's options come before the script and the rows after it; arguments after -- are for train.py."""
     command = submit_command([S12, IDENTITY], Path("a b"), 3, ["--nodes=2"])
     assert command == [
         "sbatch", "--array=0-1%3", "--nodes=2", "slurm/reproduce_table.sbatch", "--runs=a b", "paper/poolformer_s12",
@@ -31,7 +31,7 @@ def test_submission_is_a_throttled_array() -> None:
 
 
 def test_released_weights_are_evaluated_as_they_expect() -> None:
-    """This project's networks by their group; timm's with the weights' tag, which tells their preprocessing, at 224."""
+    """This project's networks are named by group; timm's by the tag, which sets the preprocessing, at 224 px."""
     assert validate_command(S12, Path("r.csv"), 1)[1:] == [
         "validate.py", "model=poolformer_s12", "checkpoint=official:poolformer_s12", "results_csv=r.csv",
     ]  # fmt: skip

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from metaformer.models import create_model
-from metaformer.reporting.complexity import count
+from metaformer.reporting.complexity import count_complexity
 
-# name: parameters, exact; GMACs by fvcore's count, to three decimals
+# name: exact parameters, and fvcore's GMACs to three decimals
 EXACT = {
     "poolformer_s12": (11_915_176, 1.823),
     "poolformer_s24": (21_388_968, 3.413),
@@ -15,7 +15,7 @@ EXACT = {
     "poolformer_m36": (56_172_520, 8.802),
     "poolformer_m48": (73_473_448, 11.591),
 }
-# name: parameters in millions and GMACs, as the paper's ablation table prints them
+# name: parameters in millions and GMACs, as printed in the paper's ablation table
 PRINTED = {
     "identity": (11.9, 1.8),
     "random_matrix": (11.9, 3.3),
@@ -39,31 +39,31 @@ PRINTED = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_poolformers_count_as_fvcore_counts(name: str) -> None:
-    """Parameters exactly, GMACs to three decimals."""
-    found = count(create_model(name))
+    """Parameters are exact, and GMACs are equal to three decimals."""
+    found = count_complexity(create_model(name))
     assert (found.parameters, round(found.macs / 1e9, 3)) == EXACT[name]
 
 
 @pytest.mark.parametrize("part", PRINTED)
 def test_ablations_count_as_the_paper_prints(part: str) -> None:
-    """Parameters in millions and GMACs, to the paper's one decimal."""
-    found = count(create_model(f"metaformer_s12_{part}"))
+    """Parameters in millions and GMACs are equal to the paper's one decimal."""
+    found = count_complexity(create_model(f"metaformer_s12_{part}"))
     assert (round(found.parameters / 1e6, 1), round(found.macs / 1e9, 1)) == PRINTED[part]
 
 
-def test_frozen_numbers_are_not_parameters() -> None:
-    """The random matrices hold 21,133,602 numbers, none of which counts; depthwise convolutions count exactly."""
+def test_buffers_are_not_parameters() -> None:
+    """The 21,133,602 values of random matrices are not counted as parameters; depthwise convolutions are."""
     model = create_model("metaformer_s12_random_matrix")
     assert sum(buffer.numel() for buffer in model.buffers()) == 21_133_602
-    assert count(model).parameters == 11_915_176
-    assert count(create_model("metaformer_s12_depthwise_conv")).parameters == 11_948_456
+    assert count_complexity(model).parameters == 11_915_176
+    assert count_complexity(create_model("metaformer_s12_depthwise_conv")).parameters == 11_948_456
 
 
 def test_a_layer_counts_by_its_formula() -> None:
-    """A convolution: outputs x inputs a output; a GroupNorm 5 a value, a BatchNorm 2, a pooling nothing."""
+    """A convolution counts outputs x inputs per output, a GroupNorm 5 per value, a BatchNorm 2, and pooling 0."""
     with torch.device("meta"):
         conv = nn.Conv2d(3, 8, 3, padding=1)
         layers = [nn.GroupNorm(1, 8), nn.BatchNorm2d(8), nn.AvgPool2d(3, 1, 1)]
     base = 10 * 10 * 8 * 27
-    assert count(conv, 10).macs == base
-    assert [count(nn.Sequential(conv, layer), 10).macs - base for layer in layers] == [5 * 800, 2 * 800, 0]
+    assert count_complexity(conv, 10).macs == base
+    assert [count_complexity(nn.Sequential(conv, layer), 10).macs - base for layer in layers] == [5 * 800, 2 * 800, 0]

@@ -1,4 +1,4 @@
-"""What run folders and results files say about a row."""
+"""Results of a row, read from run folders and results files."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def values(config: TrainConfig) -> Any:
 
 
 def write_run(folder: Path, config: TrainConfig, top1: dict[int, float], images: int = 50_000) -> Path:
-    """A run folder with a validation for each epoch given."""
+    """Write a run folder with a validation for each epoch in `top1`."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(redacted(config)))
     lines = [{"kind": "train", "epoch": 1, "loss": 7.0}]
@@ -36,7 +36,7 @@ def write_run(folder: Path, config: TrainConfig, top1: dict[int, float], images:
 
 
 def test_a_finished_run_gives_its_best_epoch(tmp_path: Path, recipe: TrainConfig) -> None:
-    """The highest validation of a run with all 310 epochs, whatever its run folder, workers and loader."""
+    """The result is the best validation of a run with all 310 epochs, whatever its run folder, workers and seed."""
     ran = compose_recipe(S12.name)
     ran.run_dir, ran.workers, ran.data.root, ran.checkpoint.keep, ran.seed = "elsewhere", 3, "/data", 9, 5
     folder = write_run(tmp_path, ran, {308: 77.0, 309: 77.3, 310: 77.1})
@@ -44,7 +44,7 @@ def test_a_finished_run_gives_its_best_epoch(tmp_path: Path, recipe: TrainConfig
 
 
 def test_an_unfinished_run_gives_no_number(tmp_path: Path, recipe: TrainConfig) -> None:
-    """How far it is, but not its top-1; a folder that is not there was not run."""
+    """An unfinished run reports its epoch but no top-1; a missing folder is reported as not run."""
     folder = write_run(tmp_path / "run", recipe, {1: 10.0, 309: 77.2})
     assert read_run(folder, values(recipe)) == Outcome(None, None, folder, "epoch 309 of 310")
     assert read_run(tmp_path / "none", values(recipe)) == Outcome(None, None, None, "not run")
@@ -52,8 +52,8 @@ def test_an_unfinished_run_gives_no_number(tmp_path: Path, recipe: TrainConfig) 
     assert read_run(folder, values(recipe)).note == "epoch 0 of 310"
 
 
-def test_what_is_not_the_recipe_is_said(tmp_path: Path, recipe: TrainConfig) -> None:
-    """Changed settings and another number of images stand in the note; another data set gives no number at all."""
+def test_differences_from_the_recipe_are_noted(tmp_path: Path, recipe: TrainConfig) -> None:
+    """Changed settings and another number of images are noted; another data set gives no result."""
     ran = compose_recipe(S12.name)
     ran.epochs, ran.optimizer.weight_decay = 100, 0.1
     found = read_run(write_run(tmp_path / "a", ran, {110: 60.0}, images=403), values(recipe))
@@ -77,7 +77,7 @@ def test_what_is_not_the_recipe_is_said(tmp_path: Path, recipe: TrainConfig) -> 
     ],
 )
 def test_a_damaged_run_gives_no_number(tmp_path: Path, recipe: TrainConfig, file: str, text: str) -> None:
-    """What does not read is said in the row's note, in one line; the other rows of a report stand."""
+    """A file that cannot be read gives a one-line note and no result."""
     folder = write_run(tmp_path, recipe, {310: 77.0})
     (folder / file).write_text(text)
     found = read_run(folder, values(recipe))
@@ -95,7 +95,7 @@ def write_results(path: Path, *rows: tuple[str, str, float, int], model: str = "
 
 
 def test_released_weights_count_when_evaluated_on_imagenet(tmp_path: Path) -> None:
-    """The newest line of the row's weights on ImageNet, not another checkpoint's and not another data set's."""
+    """The latest line of the row's weights on ImageNet is used; other checkpoints and data sets are ignored."""
     weights = "official:poolformer_s12"
     path = write_results(
         tmp_path / "results.csv",
@@ -112,8 +112,8 @@ def test_released_weights_count_when_evaluated_on_imagenet(tmp_path: Path) -> No
     assert read_released(S12, few, 0.9, "bicubic").note == "403 images, not 50,000"
 
 
-def test_another_evaluation_of_the_weights_is_said(tmp_path: Path) -> None:
-    """Another network's name, crop or filter than the row's stands in the note."""
+def test_different_evaluation_settings_are_noted(tmp_path: Path) -> None:
+    """A network, crop or filter that differs from the row's is noted."""
     row = ("official:poolformer_s12", "imagenet", 12.2, 50_000)
     found = read_released(S12, write_results(tmp_path / "results.csv", row, model="resnet50"), 0.95, "bilinear")
     assert (
@@ -122,7 +122,7 @@ def test_another_evaluation_of_the_weights_is_said(tmp_path: Path) -> None:
 
 
 def test_another_csv_is_refused(tmp_path: Path) -> None:
-    """A file without the columns is named in one line."""
+    """A file without the columns gives a one-line error with its name."""
     (tmp_path / "other.csv").write_text("model,top1\npoolformer_s12,77\n")
     with pytest.raises(UserError, match=r"other\.csv: not a results file"):
         read_released(S12, tmp_path / "other.csv", 0.9, "bicubic")

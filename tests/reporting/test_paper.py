@@ -1,4 +1,4 @@
-"""The paper's rows, and the recipes that belong to them."""
+"""The paper's rows and their recipes."""
 
 import shutil
 import sys
@@ -18,7 +18,7 @@ from metaformer.reporting.commands import validate_command
 from metaformer.reporting.paper import ROWS, Row, Table, find_rows
 from metaformer.reporting.recipes import recipe_file
 
-TRAINED = [row for row in ROWS if row.trained]
+TRAINED = [row for row in ROWS if row.has_recipe]
 LONGER = {400: 77.5, 500: 77.9, 1000: 78.4, 1500: 78.6, 2000: 78.8, 2500: 78.8, 3000: 78.8}
 
 
@@ -63,7 +63,7 @@ def test_a_copied_recipe_is_the_recipe(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_compared_networks_are_timms() -> None:
-    """Where a comparison has released weights, timm makes the network, of the size that the paper states."""
+    """timm creates the network of each comparison with released weights, with the paper's number of parameters."""
     for row in ROWS:
         if row.table is Table.comparison and row.model is not None and row.parameters < 70:
             parameters = sum(p.numel() for p in create_timm_model(row.model, 1000).parameters())
@@ -72,26 +72,26 @@ def test_compared_networks_are_timms() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command of each row evaluates at 224 px with timm's crop, filter, mean and std, or with the paper's."""
-    if row.released is None:
+    """The command of each row evaluates at 224 px with timm's or the paper's crop, filter, mean and std."""
+    if row.released_weights is None:
         return
     command = validate_command(row, Path("results.csv"), 1)
     monkeypatch.setattr(sys, "argv", command[1:])
     config = compose("validate", ValidateConfig)
     _, found = resolve(config, config.checkpoint, evaluation=True)
-    if row.trained:
+    if row.has_recipe:
         wide = ("poolformer_m36", "poolformer_m48", "metaformer_s12_pppa", "metaformer_s12_ppaa", "metaformer_s12_ppff")
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         assert found == Preprocessing(224, 0.95 if row.model in wide else 0.9, ResizeFilter.bicubic, mean, std)
         return
-    cfg = timm.get_pretrained_cfg(row.released.removeprefix("hf:timm/"), allow_unregistered=False)
+    cfg = timm.get_pretrained_cfg(row.released_weights.removeprefix("hf:timm/"), allow_unregistered=False)
     assert cfg is not None
     assert (cfg.input_size, cfg.crop_mode) == ((3, 224, 224), "center")
     assert found == Preprocessing(224, cfg.crop_pct, ResizeFilter(cfg.interpolation), cfg.mean, cfg.std)
 
 
 def test_rows_are_found_by_name_and_pattern() -> None:
-    """Names come in the order given, patterns in the tables', none twice; what matches nothing is refused."""
+    """Names keep the given order and patterns the tables' order, without duplicates; unmatched names are refused."""
     assert [row.name for row in find_rows(["ablation/relu", "ablation/[rs]*lu"])] == ["ablation/relu", "ablation/silu"]
     assert len(find_rows(["*"])) == len(ROWS)
     with pytest.raises(UserError, match=r"^row=paper/poolformer_s13: unknown; .*paper/poolformer_s12"):

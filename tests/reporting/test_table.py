@@ -1,4 +1,4 @@
-"""The tables as Markdown, CSV and plot."""
+"""The tables as Markdown, CSV and a plot."""
 
 import csv
 import io
@@ -16,19 +16,19 @@ FOUND = Outcome(77.05, 50_000, Path("runs/a|b"), "not the recipe: seed=1")
 
 
 def comparisons(ours: Outcome, released: Outcome = NOTHING) -> list[Comparison]:
-    """All rows without a result, but the first."""
+    """Return all rows, with results for the first row only."""
     return [Comparison(row, ours if not i else NOTHING, released if not i else NOTHING) for i, row in enumerate(ROWS)]
 
 
-def test_rows_that_were_not_run_say_so() -> None:
-    """Without results, our columns hold no number at all."""
+def test_rows_that_were_not_run() -> None:
+    """Without results, our columns contain no numbers."""
     for row in csv.DictReader(io.StringIO(to_csv(comparisons(NOTHING)))):
         assert row["top-1, ours"] == row["top-1, released weights here"] == "not run"
         assert row["difference"] == row["images"] == row["run folder"] == ""
 
 
-def test_a_result_is_set_against_the_papers() -> None:
-    """Paper, ours, difference with its sign, images and run folder; the other rows stay without a number."""
+def test_a_result_is_compared_with_the_papers() -> None:
+    """The row shows both results, the signed difference, images and run folder; other rows have no numbers."""
     released = Outcome(77.238, 403, Path("results.csv"), "403 images, not 50,000")
     first, *rest = csv.DictReader(io.StringIO(to_csv(comparisons(FOUND, released))))
     assert first["table"] == "PoolFormer"
@@ -40,7 +40,7 @@ def test_a_result_is_set_against_the_papers() -> None:
 
 
 def test_markdown_has_a_table_for_each_of_the_papers() -> None:
-    """Every row stands under its table's heading, with as many cells as the head; bars in a cell are escaped."""
+    """Each row is below its table's heading with as many cells as the header; bars in cells are escaped."""
     text = to_markdown(comparisons(FOUND))
     parts = text.split("\n## ")[1:]
     assert [part.splitlines()[0] for part in parts] == [table.value for table in Table]
@@ -52,7 +52,7 @@ def test_markdown_has_a_table_for_each_of_the_papers() -> None:
 
 
 def test_plot_shows_our_result(tmp_path: Path) -> None:
-    """A PNG, whose pixels change when a row gets a number of ours."""
+    """The plot is a PNG whose pixels change with our result."""
     without, with_one = tmp_path / "without.png", tmp_path / "with.png"
     save_plot(comparisons(NOTHING), without)
     save_plot(comparisons(FOUND), with_one)

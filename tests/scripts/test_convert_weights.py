@@ -107,7 +107,7 @@ def test_what_is_no_network(tmp_path: Path, convert: Convert) -> None:
     torch.save({key: tensor for key, tensor in state.items() if key != "network.4.2.mlp.fc2.bias"}, source)
     assert "stages.2.blocks.2.mlp.fc2.bias: missing" in refusal(convert, *arguments)
     torch.save(state | {"dist_head.weight": torch.zeros(1)}, source)
-    assert "dist_head.weight: not of a network that this project knows" in refusal(convert, *arguments)
+    assert "dist_head.weight: not a key of a known network" in refusal(convert, *arguments)
     save_file({"layer1.0.conv1.weight": torch.zeros(1)}, source)
     assert f"{source}: not a whole network in a known layout: layer1.0.conv1.weight" in refusal(convert, *arguments)
     source.write_text("text")

@@ -107,7 +107,7 @@ def test_two_nodes_of_one_name() -> None:
         "fail  shm         box (node 0): 64 MiB; --ipc=host",
     ]
     (only,) = doctor.merge([("box", [same]), ("other", [same, broken])])[1:]
-    assert only.said == "other: 64 MiB"
+    assert only.message == "other: 64 MiB"
 
 
 def test_findings_of_two_nodes_of_one_name_are_both_reported(images: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import ResizeFilter
-from metaformer.models.norms import find_norm_over_images
+from metaformer.models.norms import find_single_value_batch_norm
 from metaformer.models.preprocessing import Preprocessing
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
@@ -201,7 +201,7 @@ def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runti
     """Refuse a batch of one image if a BatchNorm gets a single value per channel from it."""
     if config.rank_batch_size(runtime.world_size) > 1:
         return
-    norm = find_norm_over_images(model, example_images(config, images, runtime))
+    norm = find_single_value_batch_norm(model, example_images(config, images, runtime))
     if norm is not None:
         raise UserError(
             f"global_batch_size={config.global_batch_size}: one image per rank and accumulation step, of which {norm} "

@@ -150,6 +150,6 @@ def _check_num_classes(num_classes: int, config: ValidateConfig, runtime: Runtim
 def _scoring(config: ValidateConfig, index: ImageIndex, device: torch.device) -> Scoring:
     subset = config.data.class_subset
     return Scoring(
-        competing=None if subset is None else torch.from_numpy(subset_mask(subset)).to(device),
+        class_mask=None if subset is None else torch.from_numpy(subset_mask(subset)).to(device),
         label_sets=None if index.label_sets is None else torch.from_numpy(index.label_sets).to(device),
     )

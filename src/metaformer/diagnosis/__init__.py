@@ -1,1 +1,1 @@
-"""Whether a machine is fit to train on: one finding for each thing looked at."""
+"""Checks of whether a machine can train; each check yields findings."""

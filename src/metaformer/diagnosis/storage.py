@@ -1,4 +1,4 @@
-"""How fast the storage delivers the data set's images."""
+"""Check of the speed at which storage delivers a data set's images."""
 
 import errno
 import os
@@ -12,40 +12,42 @@ from metaformer.diagnosis.finding import Finding, fail, ok, warn
 
 
 class ByteRange(NamedTuple):
-    """The bytes of one image: a whole file, or a part of a shard."""
+    """The bytes of one image: a whole file or a part of a shard."""
 
     file: Path
     offset: int
     size: int
 
 
-def reading(images: Sequence[ByteRange], threads: int, needed: float | None) -> Iterator[Finding]:
-    """Read images in threads, each once, from the disk where the kernel drops what it has cached of them.
+def read_speed(images: Sequence[ByteRange], threads: int, required: float | None) -> Iterator[Finding]:
+    """Measure how fast threads read images, each once, from disk if the kernel drops them from its page cache.
 
     Args:
-        needed: images a second that this node's GPUs consume; None: not known.
+        images: the images to read.
+        threads: number of threads.
+        required: images per second that this node's GPUs consume; None if unknown.
     """
     try:
         for image in images:
-            _forget(image)
+            _drop_from_cache(image)
         start = time.monotonic()
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(_read, images))
-        took = time.monotonic() - start
+        seconds = time.monotonic() - start
     except OSError as error:
-        yield fail("reading", f"{error.filename}: cannot be read ({error.strerror})", "mend or quarantine the file")
+        yield fail("reading", f"{error.filename}: cannot be read ({error.strerror})", "repair or quarantine the file")
         return
-    speed, megabytes = len(images) / took, sum(image.size for image in images) / 1e6
-    said = f"{speed:,.0f} images/s, {megabytes / took:,.0f} MB/s with {threads} threads over {len(images)} images"
-    if needed is not None and speed < needed:
-        mend = "copy the data to a local disk, or spread it over more servers"
-        yield warn("reading", f"{said}; {needed:g} images/s are asked for", mend)
+    speed, megabytes = len(images) / seconds, sum(image.size for image in images) / 1e6
+    message = f"{speed:,.0f} images/s, {megabytes / seconds:,.0f} MB/s with {threads} threads over {len(images)} images"
+    if required is not None and speed < required:
+        fix = "copy the data to a local disk, or spread it over more servers"
+        yield warn("reading", f"{message}; {required:g} images/s are required", fix)
     else:
-        yield ok("reading", said)
+        yield ok("reading", message)
 
 
-def _forget(image: ByteRange) -> None:
-    """Ask the kernel to drop the range from its cache; a hint, which network file systems may ignore."""
+def _drop_from_cache(image: ByteRange) -> None:
+    """Ask the kernel to drop the range from its page cache; network file systems may ignore this."""
     descriptor = os.open(image.file, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, image.offset, image.size, os.POSIX_FADV_DONTNEED)
@@ -57,7 +59,7 @@ def _read(image: ByteRange) -> None:
     """Read one range.
 
     Raises:
-        OSError: it cannot be read, or the file is shorter.
+        OSError: the range cannot be read, or the file ends before it.
     """
     with image.file.open("rb", buffering=0) as file:
         file.seek(image.offset)

@@ -1,4 +1,4 @@
-"""Top-1, top-5 and loss over a whole split: sums over images, reduced over the ranks once."""
+"""Top-1, top-5 and loss of a whole split, summed over images and reduced once over the ranks."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,10 +14,10 @@ from metaformer.runtime import Runtime
 
 
 class Autocast(Protocol):
-    """What evaluation needs to know of the precision."""
+    """The part of the precision that evaluation uses."""
 
     def autocast(self) -> Any:
-        """The context of a forward pass."""
+        """Return the context manager of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Accuracy:
     """The result of one evaluation."""
 
     top1: float  # percent
-    top5: float  # percent; of fewer than five classes, 100
+    top5: float  # percent; 100 for fewer than five classes
     loss: float  # mean
-    images: int  # counted, each once
+    images: int  # each counted once
 
     def as_dict(self) -> dict[str, Any]:
-        """For a row of metrics."""
+        """Return the fields as a row of metrics."""
         return asdict(self)
 
 
@@ -43,16 +43,21 @@ def evaluate(
     scoring: Scoring = SINGLE_LABEL,
     stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy:
-    """Evaluate on every image of the data over all ranks; every rank gets the result.
+    """Evaluate a model on every image of the data over all ranks, and return the result on every rank.
 
     The model is left in evaluation mode.
 
     Args:
-        stop: asked by all ranks before each batch whether to stop, and equally often by ranks with fewer batches; gives
-            all of them the same answer.
+        model: the network.
+        data: this rank's batches.
+        precision: its autocast is used for the forward pass.
+        runtime: the ranks to reduce over.
+        scoring: the definition of correct predictions and of the loss.
+        stop: a function that all ranks call before each batch, and equally often on ranks with fewer batches. It must
+            return the same answer on all ranks; True stops the evaluation.
 
     Raises:
-        Interrupted: they stopped.
+        Interrupted: `stop` returned True.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # top-1, top-5, loss, images

@@ -1,39 +1,34 @@
-"""Result files: a CSV with timm's header first, so that both can be read together."""
+"""Result files: CSV files that start with timm's columns, so that both can be read together."""
 
 import csv
 from pathlib import Path
 
 from metaformer.errors import UserError
 
-TIMMS_HEADER = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
-HEADER = (*TIMMS_HEADER, "images", "data", "checkpoint", "mean", "std")
+TIMM_HEADER = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+HEADER = (*TIMM_HEADER, "images", "data", "checkpoint", "mean", "std")
 
 
 def check_results(path: Path) -> None:
-    """Find out before an evaluation whether its row can be appended; makes the file's folder, not the file.
-
-    Raises:
-        UserError: the file has another header, or cannot be written.
-    """
+    """Check before an evaluation that its row can be appended; create the file's folder, but not the file."""
     try:
         _check_header(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = not path.exists()
+        created = not path.exists()
         path.open("a").close()
-        if made:
+        if created:
             path.unlink()
     except OSError as error:
         raise UserError(f"results_csv={path}: cannot be written ({error.strerror or error})") from error
 
 
 def append_result(path: Path, row: dict[str, str | int | float]) -> None:
-    """Append one row to a results CSV, made with its header where it does not exist.
+    """Append one row to a results CSV; write the header first if the file is missing or empty.
 
     Args:
-        row: a value for each column of HEADER but the two error columns; top1 and top5 in percent, parameters counted.
-
-    Raises:
-        UserError: the file has another header, or cannot be written.
+        path: the file; its folder is created.
+        row: a value for each column of HEADER except the two error columns. top1 and top5 are in percent, and
+            param_count is the number of parameters.
     """
     values = dict(row)
     for name in ("top1", "top5"):
@@ -43,9 +38,9 @@ def append_result(path: Path, row: dict[str, str | int | float]) -> None:
     try:
         exists = _check_header(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = exists and not path.read_bytes().endswith(b"\n")
+        lacks_newline = exists and not path.read_bytes().endswith(b"\n")
         with path.open("a", newline="") as file:
-            if unfinished:  # an editor left out the last line's end
+            if lacks_newline:  # an editor may omit it on the last line
                 file.write("\r\n")
             writer = csv.DictWriter(file, HEADER)
             if not exists:
@@ -56,14 +51,14 @@ def append_result(path: Path, row: dict[str, str | int | float]) -> None:
 
 
 def _check_header(path: Path) -> bool:
-    """Whether there is a file with this header; one that is empty, or not there, gets it."""
+    """Return True for a file with HEADER, False for a missing or empty file; refuse any other header."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open(newline="", errors="replace") as file:
         try:
             header = next(csv.reader(file), [])
-        except csv.Error:  # a line that no CSV has
+        except csv.Error:  # not a CSV file
             header = []
     if tuple(header) != HEADER:
-        raise UserError(f"results_csv={path}: another header ({','.join(header)[:80]}); give another file")
+        raise UserError(f"results_csv={path}: unexpected header ({','.join(header)[:80]}); choose another file")
     return True

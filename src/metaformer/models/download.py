@@ -1,13 +1,13 @@
-"""Weights by name: `official:poolformer_s12`, `hf:timm/poolformer_s12.sail_in1k`.
+"""Download of weights by name: `official:poolformer_s12`, `hf:timm/poolformer_s12.sail_in1k`.
 
-The files of the paper's authors come from their GitHub release into this project's cache. The authors publish no hash,
-so a first download is checked only by its size, by the checksums in its zip archive where it is one, and by the strict
-loading that follows. Its SHA-256 is then kept beside it, and each later use is checked against that.
+Files of the paper's authors are downloaded from their GitHub release into this project's cache. The authors publish no
+hash, so a first download is checked only by its size, by the checksums of its zip archive (if it is one), and by the
+strict loading that follows. Its SHA-256 is then stored beside it, and every later use is checked against that.
 
-Files of the Hugging Face hub come into the hub's own cache, by its library. Where their name there is their SHA-256, as
-it is for all large files, each use is checked against it.
+Files of the Hugging Face hub are downloaded by its library into its own cache. Where the cache names a file by its
+SHA-256, as it does for all large files, every use is checked against it.
 
-What is in a cache is used without asking the network.
+Cached files are used without a network request.
 """
 
 import re
@@ -41,45 +41,42 @@ OFFICIAL_FILES = (
     "metaformer_id_s12",
     *(f"metaformer_{mixers}_s12_224" for mixers in ("pppa", "ppaa", "pppf", "ppff")),
 )
-OFFICIAL_NAMES = {  # of this project's networks that the authors call otherwise
+OFFICIAL_NAMES = {  # this project's names of networks that have another name in the authors' release
     "metaformer_s12_identity": "metaformer_id_s12",
     **{f"metaformer_s12_{mixers}": f"metaformer_{mixers}_s12_224" for mixers in ("pppa", "ppaa", "pppf", "ppff")},
 }
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10  # seconds without an answer
-LARGEST_BYTES = 2**30  # of a file of the authors, whose largest network has 73 million weights
-PIECE_BYTES = 2**20
+MAX_BYTES = 2**30  # size limit of an authors' file; their largest network has 73 million weights
+CHUNK_BYTES = 2**20
 
 
 def is_weights_name(source: str) -> bool:
-    """Whether this names weights to download, and no file."""
+    """Return whether `source` is a name of weights to download rather than a file."""
     return source.startswith((OFFICIAL, HUB))
 
 
 def download_weights(name: str, field: str = "weights") -> Path:
-    """The file that a name means, downloaded if it is in no cache yet.
+    """Return the file for a name, after downloading it if it is not cached.
 
     Args:
         name: `official:` and the name of one of the authors' files or networks, or `hf:` and a repository of the hub.
-        field: what the user gave it as, for errors.
-
-    Raises:
-        UserError: the name is unknown, the network or the disk refuses, or a cached file has changed.
+        field: the configuration field that holds the name, for error messages.
     """
     try:
         if name.startswith(HUB):
             return _hub_file(name.removeprefix(HUB))
-        known = {OFFICIAL + file: file for file in OFFICIAL_FILES}
-        known |= {OFFICIAL + ours: file for ours, file in OFFICIAL_NAMES.items()}
-        if name not in known:
-            raise unknown_name(field, name, known)
-        return _official_file(known[name])
+        files = {OFFICIAL + file: file for file in OFFICIAL_FILES}
+        files |= {OFFICIAL + network: file for network, file in OFFICIAL_NAMES.items()}
+        if name not in files:
+            raise unknown_name(field, name, files)
+        return _official_file(files[name])
     except ValueError as error:
         raise UserError(f"{field}={name}: {error}") from error
 
 
 def weights_cache() -> Path:
-    """The folder of the authors' files: $XDG_CACHE_HOME/metaformer/weights, by default in ~/.cache."""
+    """Return the folder of the authors' files: $XDG_CACHE_HOME/metaformer/weights, by default in ~/.cache."""
     return cache_folder() / "weights"
 
 
@@ -91,14 +88,14 @@ def _official_file(stem: str) -> Path:
             print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, partial(_fetch, url))
-        _check_official(path)
+        _check_recorded_hash(path)
     except (OSError, HTTPException) as error:
         raise ValueError(f"cannot get {url} ({_reason(error)}); download it by hand and give its path") from error
     return path
 
 
 class _EncryptedRedirects(HTTPRedirectHandler):
-    """Follows redirects, but from https only to https."""
+    """A redirect handler that follows redirects from https only to https."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -115,20 +112,20 @@ def _fetch(url: str, file: Path) -> None:
         error.close()
         raise
     with response, file.open("wb") as out:
-        expected: int | None = response.length  # None where the server does not say it
-        if expected is not None and expected > LARGEST_BYTES:
-            raise OSError(f"{expected} bytes, more than such a file may have ({LARGEST_BYTES})")
-        while piece := response.read(PIECE_BYTES):
-            out.write(piece)
-            if out.tell() > LARGEST_BYTES:
-                raise OSError(f"more bytes came than such a file may have ({LARGEST_BYTES})")
+        expected: int | None = response.length  # None if the server does not send it
+        if expected is not None and expected > MAX_BYTES:
+            raise OSError(f"the file has {expected} bytes, more than the limit of {MAX_BYTES}")
+        while chunk := response.read(CHUNK_BYTES):
+            out.write(chunk)
+            if out.tell() > MAX_BYTES:
+                raise OSError(f"the download exceeds the limit of {MAX_BYTES} bytes")
         if expected is not None and out.tell() != expected:
-            raise OSError(f"{out.tell()} of {expected} bytes came")
-    _check_whole(file)
+            raise OSError(f"received {out.tell()} of {expected} bytes")
+    _check_complete(file)
 
 
-def _check_whole(file: Path) -> None:
-    """Torch's zip archives have checksums; the files that torch wrote before 1.6 have none, but they must read."""
+def _check_complete(file: Path) -> None:
+    """Verify the checksums of a zip archive; a file from torch before 1.6 has none, so it must load instead."""
     try:
         if zipfile.is_zipfile(file):
             with file.open("rb") as content:
@@ -140,21 +137,21 @@ def _check_whole(file: Path) -> None:
         else:
             read_weights(file)
     except (zipfile.BadZipFile, ValueError, UserError) as error:
-        raise OSError(f"not a whole weights file: {error}") from error
+        raise OSError(f"not a complete weights file: {error}") from error
 
 
-def _check_official(path: Path) -> None:
-    """Compare a file with the hash that its first use left; a first use leaves it."""
+def _check_recorded_hash(path: Path) -> None:
+    """Compare a file with the hash that was recorded at its first use; record the hash if there is none."""
     record = path.with_name(f"{path.name}.sha256")
     digest = sha256(path)
     if not record.is_file():
         try:
-            _check_whole(path)  # it may have been put here by hand
+            _check_complete(path)  # the user may have copied it here
         except OSError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it, and run again") from error
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
         write_text_atomically(record, f"{digest}  {path.name}\n")  # as sha256sum writes
     elif record.read_text().split()[:1] != [digest]:
-        raise ValueError(f"{path} has changed: its SHA-256 is not that in {record.name}; delete both, and run again")
+        raise ValueError(f"{path} has changed: its SHA-256 is not the one in {record.name}; delete both and run again")
 
 
 def _hub_file(repository: str) -> Path:
@@ -165,17 +162,17 @@ def _hub_file(repository: str) -> Path:
                 return _checked_hub_file(Path(cached))
         for name in HUB_FILES:
             try:
-                # Where there is no network this fails once; hf_hub_download would go on trying for minutes.
+                # Without a network this fails at once; hf_hub_download would retry for minutes.
                 metadata = get_hf_file_metadata(hf_hub_url(repository, name), timeout=TIMEOUT)
-                if metadata.size is None:  # the library would take whatever comes
-                    raise OSError("the server does not say how large the file is")
+                if metadata.size is None:  # the library would accept a file of any size
+                    raise OSError("the server does not send the size of the file")
                 return _checked_hub_file(Path(hf_hub_download(repository, name)))
             except RemoteEntryNotFoundError:
                 continue
     except HFValidationError as error:
-        raise ValueError(f"not a repository of the hub ({_reason(error)})") from error
+        raise ValueError(f"not a valid repository name of the hub ({_reason(error)})") from error
     except RepositoryNotFoundError as error:
-        raise ValueError("the hub has no such repository, or it needs a login (hf auth login)") from error
+        raise ValueError("the hub has no such repository, or it requires a login (hf auth login)") from error
     except (OSError, httpx2.HTTPError, XetDownloadError) as error:
         url = hf_hub_url(repository, HUB_FILES[0])
         raise ValueError(f"cannot get {url} ({_reason(error)}); download it by hand and give its path") from error
@@ -183,10 +180,10 @@ def _hub_file(repository: str) -> Path:
 
 
 def _checked_hub_file(path: Path) -> Path:
-    """The file, whose link in the hub's cache points to a name that is its hash."""
+    """Return the file, after comparing it with its hash if its link in the hub's cache points to one."""
     blob = path.readlink().name if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", blob) and sha256(path) != blob:
-        raise ValueError(f"{path} has changed: its SHA-256 is not {blob}; delete {path.resolve()}, and run again")
+        raise ValueError(f"{path} has changed: its SHA-256 is not {blob}; delete {path.resolve()} and run again")
     return path
 
 

@@ -1,4 +1,4 @@
-"""The paper's blocks by the fused operators: which stages can take them, and whether a device computes them rightly."""
+"""Fused execution of the paper's blocks: the choice of stages, the computation, and a check on the device."""
 
 from typing import NamedTuple, cast
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from metaformer.kernel_check import try_kernels
 from metaformer.models.kernels import operators
-from metaformer.models.metaformer import BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plainly, stage_sides
+from metaformer.models.metaformer import BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plain, stage_sides
 from metaformer.models.token_mixers import Pooling
 
-TOLERANCE = 0.02  # of the check, relative: TF32 in the plain path's convolutions makes 1e-3
+TOLERANCE = 0.02  # relative error allowed by the check; TF32 in the plain path's convolutions causes 1e-3
 
 
 class BlockShape(NamedTuple):
-    """What the kernels are specialised by. Sixteen images, because batches that train usually divide by 16."""
+    """The input shape and pooling window, for which Triton specialises its kernels."""
 
     channels: int
     height: int
@@ -28,9 +28,9 @@ SMALL_SHAPES = [BlockShape(64, 7, 9, 3, 6), BlockShape(96, 7, 9, 5, 6)]
 
 
 def fuse(model: MetaFormer) -> int:
-    """Let stages whose blocks are the paper's compute them by the fused operators; returns their number.
+    """Switch all stages that consist of the paper's blocks to fused operators, and return their number.
 
-    The model is changed in place; keys and values of its state dict stay the same. First ask `find_fault`.
+    The model is changed in place; the keys and values of its state dict stay the same. Call `find_fault` first.
     """
     stages = fusable_stages(model)
     for stage in stages:
@@ -39,13 +39,13 @@ def fuse(model: MetaFormer) -> int:
 
 
 def fusable_stages(model: MetaFormer) -> list[Stage]:
-    """The stages all of whose blocks are fusable."""
+    """Return the stages in which every block is fusable."""
     stages = [stage for stage in model.stages if isinstance(stage, Stage)]
     return [stage for stage in stages if all(is_fusable(block) for block in stage.blocks)]
 
 
 def is_fusable(block: nn.Module) -> bool:
-    """Whether a block consists of the paper's parts; every ablation but another window keeps the plain path."""
+    """Return whether a block has the paper's parts; all ablations except other pooling windows keep the plain path."""
     return (
         isinstance(block, MetaFormerBlock)
         and block.residual
@@ -58,16 +58,16 @@ def is_fusable(block: nn.Module) -> bool:
 
 
 def run_fused(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """What `blocks(x)` computes, each of them fusable; the result is channels_last."""
+    """Compute `blocks(x)` with fused operators; every block must be fusable, and the result is channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.float()  # as autocast has it after the first block: LayerScale starts at 1e-5, bfloat16 resolves 4e-3
+        x = x.float()  # as under autocast after block 1: LayerScale starts at 1e-5, which bfloat16 (4e-3) would lose
     modules = [cast(MetaFormerBlock, block) for block in blocks]
     with torch.autocast(x.device.type, enabled=False):
         stats = operators.statistics(x.detach(), cast(nn.GroupNorm, modules[0].norm1).eps)
-        for block, following in zip(modules, [*modules[1:], modules[0]], strict=True):  # the last's are not used
+        for block, following in zip(modules, [*modules[1:], modules[0]], strict=True):  # the last statistics are unused
             x, stats = _run_block(block, cast(nn.GroupNorm, following.norm1).eps, x, stats, dtype)
     return x
 
@@ -78,53 +78,54 @@ def _run_block(
     norm1, norm2 = cast(nn.GroupNorm, block.norm1), cast(nn.GroupNorm, block.norm2)
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     window = cast(int, cast(Pooling, block.token_mixer).pool.kernel_size)
-    # The norm's bias cancels; so it gets the gradient zero, not none, which distributed training refuses.
+    # The norm's bias cancels out. Its gradient must be zero, not None, which distributed training refuses.
     scale = norm1.weight * block.layer_scale1.scale + 0 * norm1.bias
-    x, stats = operators.pool_branch(x, stats, scale, _keep(block.drop_path1, x), window, norm2.eps)
+    x, stats = operators.pool_branch(x, stats, scale, _drop_path_factors(block.drop_path1, x), window, norm2.eps)
     mlp = [_matrix(fc1.weight), fc1.bias, _matrix(fc2.weight), fc2.bias]
     x, stats, *_ = operators.mlp_branch(
         x, stats, [norm2.weight, norm2.bias], cast(list[Tensor], mlp), block.layer_scale2.scale,
-        _keep(block.drop_path2, x), following_eps, dtype,
+        _drop_path_factors(block.drop_path2, x), following_eps, dtype,
     )  # fmt: skip
     return x, stats
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """[out, in, 1, 1] to [out, in], without a copy.
+    """View a 1x1 kernel [out, in, 1, 1] as a matrix [out, in].
 
-    By way of channels_last, so that the gradient has the strides of a channels_last weight: distributed training copies
-    any other, and warns.
+    The permutation gives the gradient the strides of a channels_last weight. With other strides, distributed training
+    would warn and copy the gradient.
     """
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _keep(path: nn.Module, x: Tensor) -> Tensor | None:
-    """Drop path's factor for each image, drawn as `DropPath` draws it; None where nothing is dropped."""
-    if not isinstance(path, DropPath) or not path.training or path.drop_prob == 0:
+def _drop_path_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """Draw the factor of each image as `DropPath` does; return None where nothing is dropped."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
         return None
-    kept = 1 - path.drop_prob
-    return x.new_empty((len(x), 1, 1, 1)).bernoulli_(kept).div_(kept).flatten()
+    keep_prob = 1 - drop_path.drop_prob
+    return x.new_empty((len(x), 1, 1, 1)).bernoulli_(keep_prob).div_(keep_prob).flatten()
 
 
 def find_fault(model: MetaFormer, image_size: int, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Compare fused and plain blocks, values and gradients, on the device that will train or evaluate the model.
+    """Compare values and gradients of fused and plain blocks on the device that will train or evaluate the model.
 
     Args:
-        model: its stages that can be fused are what is checked: on a GPU with their own widths, windows and sides, by
-            which Triton specialises its kernels. On a CPU nothing is specialised, and two small blocks do.
-        image_size: of the images, in pixels.
-        dtype: of the matrix products under autocast; None without.
+        model: the network whose fusable stages are checked. A GPU is checked with their own widths, windows and sides,
+            for which Triton specialises its kernels. A CPU specialises nothing and is checked with two small shapes.
+        image_size: side of the images in pixels.
+        device: the device to check.
+        dtype: autocast type of the matrix products, or None without autocast.
 
     Returns:
-        What is wrong, in a few words; None where nothing is.
+        A short description of the fault, or None.
     """
-    shapes = _shapes(model, image_size)
+    shapes = _stage_shapes(model, image_size)
     if shapes and device.type == "cpu":
         shapes = SMALL_SHAPES
 
     def compare() -> str | None:
         for shape in shapes:
-            error = _difference(device, dtype, shape)
+            error = _relative_difference(device, dtype, shape)
             if not error < TOLERANCE * (1 if dtype is None else 4):
                 where = f"{shape.height} x {shape.width} x {shape.channels}"
                 return f"they differ from the plain path by {error:.2g} at {where} in {dtype or torch.float32}"
@@ -133,8 +134,8 @@ def find_fault(model: MetaFormer, image_size: int, device: torch.device, dtype: 
     return try_kernels(compare)
 
 
-def _shapes(model: MetaFormer, image_size: int) -> list[BlockShape]:
-    """One of each kind."""
+def _stage_shapes(model: MetaFormer, image_size: int) -> list[BlockShape]:
+    """Return the distinct shapes of the fusable stages, for 16 images: most training batches are divisible by 16."""
     sides = dict(zip(model.stages, stage_sides(image_size, len(model.stages)), strict=True))
     shapes = []
     for stage in fusable_stages(model):
@@ -144,9 +145,11 @@ def _shapes(model: MetaFormer, image_size: int) -> list[BlockShape]:
     return list(dict.fromkeys(shapes))
 
 
-def _difference(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
-    """The largest relative difference, by norm, of the output and of each gradient of two blocks, with and without drop
-    path."""
+def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
+    """Return the largest relative difference, by norm, of the output and the gradients of two blocks.
+
+    One block has drop path, the other does not.
+    """
 
     def mixer(dim: int, side: int) -> Pooling:
         return Pooling(dim, side, shape.window)
@@ -155,18 +158,18 @@ def _difference(device: torch.device, dtype: torch.dtype | None, shape: BlockSha
         torch.manual_seed(0)
         parts = BlockParts(layer_scale_init=0.5)
         blocks = [MetaFormerBlock(shape.channels, shape.height, mixer, rate, parts) for rate in (0.0, 0.4)]
-        both = nn.Sequential(*blocks).to(device)
-        for parameter in both.parameters():
+        network = nn.Sequential(*blocks).to(device)
+        for parameter in network.parameters():
             nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
         images = torch.randn(shape.images, shape.channels, shape.height, shape.width, device=device)
-        outcomes = []
-        for run in (run_plainly, run_fused):
+        results = []
+        for run in (run_plain, run_fused):
             torch.manual_seed(1)
             leaf = images.clone().requires_grad_()
             with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-                out = run(both, leaf)
+                out = run(network, leaf)
                 loss = (out * images.flip(0)).sum()
-            named = {name: p for name, p in both.named_parameters() if not name.endswith("norm1.bias")}
-            outcomes.append([out.detach(), *torch.autograd.grad(loss, [leaf, *named.values()])])
-    errors = [(a - b).norm() / a.norm() for a, b in zip(*outcomes, strict=True)]
+            named = {name: p for name, p in network.named_parameters() if not name.endswith("norm1.bias")}
+            results.append([out.detach(), *torch.autograd.grad(loss, [leaf, *named.values()])])
+    errors = [(a - b).norm() / a.norm() for a, b in zip(*results, strict=True)]
     return float(torch.stack(errors).max())

@@ -1,10 +1,10 @@
-"""The paper's initialisation of linear layers and the MLPs' convolutions; all else keeps PyTorch's default."""
+"""The paper's initialisation of linear layers and MLP convolutions; all other layers keep PyTorch's default."""
 
 from torch import nn
 
 
 def initialize(layer: nn.Linear | nn.Conv2d) -> None:
-    """Weights from a normal distribution of std .02, truncated at ±2 (ViT's and DeiT's); a bias becomes 0. In place."""
+    """Draw weights from a normal distribution with std .02, truncated at ±2 as in ViT and DeiT; set the bias to 0."""
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,8 +1,8 @@
-"""The MetaFormer network: a four-stage pyramid of blocks whose token mixer, norm and activation are parts.
+"""The MetaFormer network: a four-stage pyramid of blocks with a configurable token mixer, norm and activation.
 
-Module names are those of timm's `poolformer_*`, so that state dicts pass between the two without renaming. Two things
-differ from timm on purpose, because the paper's program does them so: the head norms first and averages over space
-after (timm pools first), and convolutions outside the MLPs keep PyTorch's default initialisation.
+Module names match timm's `poolformer_*`, so that state dicts can be exchanged without renaming. Two things differ from
+timm on purpose, because the paper's program does them this way: the head applies the norm first and then averages over
+space (timm pools first), and convolutions outside the MLPs keep PyTorch's default initialisation.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from metaformer.models.initialization import initialize
 from metaformer.models.norms import group_norm
 
-Norm = Callable[[int], nn.Module]  # a channel count in, a module for [B, C, H, W] out
-TokenMixer = Callable[[int, int], nn.Module]  # channels and positions a side in, the same
+Norm = Callable[[int], nn.Module]  # takes channels; makes a module for [B, C, H, W]
+TokenMixer = Callable[[int, int], nn.Module]  # takes channels and side (positions); makes the same
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a block consists of besides its token mixer; the paper's ablations change one part each.
+    """The parts of a block besides its token mixer; each of the paper's ablations changes one of them.
 
     Attributes:
-        residual: whether a branch is added to its input or replaces it.
+        residual: whether a branch is added to its input (True) or replaces it (False).
         channel_mlp: whether the block has its second branch.
     """
 
@@ -40,15 +40,15 @@ POOLFORMER_PARTS = BlockParts()
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one network from another.
+    """The settings that define a network.
 
     Attributes:
         depths: blocks in each stage.
         dims: channels in each stage.
         token_mixers: the token mixer of each stage.
-        drop_path_rate: drop path of the last block; it rises linearly from 0 at the first.
-        parts: what every block consists of.
-        position_embedding_stage: the stage before whose blocks a position embedding is added, if any.
+        drop_path_rate: drop path rate of the last block; the rate rises linearly from 0 at the first block.
+        parts: the other parts of every block.
+        position_embedding_stage: the stage that adds a position embedding before its blocks, if any.
     """
 
     depths: Sequence[int]
@@ -71,7 +71,7 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two 1x1 convolutions with an activation between them: the same small network at every position."""
+    """Two 1x1 convolutions with an activation between them: the same MLP at every position."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Mlp(nn.Module):
 
 
 class MetaFormerBlock(nn.Module):
-    """x + ls1 * mixer(norm1(x)), then x + ls2 * mlp(norm2(x)), drop path on both branches.
+    """A block: x + ls1 * mixer(norm1(x)), then x + ls2 * mlp(norm2(x)), with drop path on both branches.
 
     Shapes: [B, dim, H, W] -> [B, dim, H, W].
     """
@@ -127,17 +127,17 @@ class Downsampling(nn.Module):
         return out
 
 
-def run_plainly(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """One module after the other."""
+def run_plain(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """Run the blocks one after the other, without fused operators."""
     out: Tensor = blocks(x)
     return out
 
 
 class Stage(nn.Module):
-    """Downsampling (none in the first stage), a position embedding [1, dim, side, side] if asked for, the blocks.
+    """Downsampling (except in the first stage), an optional position embedding [1, dim, side, side], and the blocks.
 
     Attributes:
-        run_blocks: how the blocks are computed; `fused.fuse` changes it.
+        run_blocks: the function that computes the blocks; `fused.fuse` replaces it.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.position_embedding = nn.Parameter(torch.zeros(*embedding_shape)) if embedding_shape else None
         self.blocks = nn.Sequential(*blocks)
-        self.run_blocks: Callable[[nn.Sequential, Tensor], Tensor] = run_plainly
+        self.run_blocks: Callable[[nn.Sequential, Tensor], Tensor] = run_plain
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -157,7 +157,7 @@ class Stage(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, THEN the mean over space, then the classifier: the paper's order."""
+    """Norm, then the mean over space, then the classifier, in the paper's order."""
 
     def __init__(self, dim: int, norm: Norm, num_classes: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Head(nn.Module):
 
 
 def stage_sides(image_size: int, stages: int) -> list[int]:
-    """Positions a side in each stage, for images of `image_size` pixels a side."""
+    """Return the side of each stage's feature map, in positions, for images of `image_size` x `image_size` pixels."""
     sides = [(image_size - 3) // 4 + 1]  # after the stem
     while len(sides) < stages:
         sides.append((sides[-1] + 1) // 2)
@@ -179,13 +179,13 @@ def stage_sides(image_size: int, stages: int) -> list[int]:
 
 
 class MetaFormer(nn.Module):
-    """The whole network: images [B, 3, H, W] (H and W from 32 up) to logits [B, num_classes].
+    """The whole network, from images [B, 3, H, W] (H and W at least 32) to logits [B, num_classes].
 
     Args:
-        architecture: what the network consists of.
-        num_classes: logits.
-        image_size: side of the images in pixels; only a position embedding, and token mixers whose weights belong to
-            positions, depend on it.
+        architecture: the settings that define the network.
+        num_classes: number of logits.
+        image_size: side of the images in pixels. Only position embeddings and token mixers with position-dependent
+            weights use it.
     """
 
     def __init__(self, architecture: Architecture, num_classes: int = 1000, image_size: int = 224) -> None:

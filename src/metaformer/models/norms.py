@@ -1,4 +1,4 @@
-"""Norms of a MetaFormer: the paper's own, and those of its ablations. All map [B, C, H, W] to the same shape."""
+"""Norms of a MetaFormer: the paper's own and those of its ablations. All of them keep the shape [B, C, H, W]."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def group_norm(dim: int) -> nn.Module:
-    """The paper's "modified layer norm": statistics over channels and space of each image, an affine per channel."""
+    """Make the paper's "modified layer norm": statistics per image over channels and space, one affine per channel."""
     return nn.GroupNorm(1, dim, eps=1e-5)
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position, as in transformers; an affine per channel."""
+    """LayerNorm over the channels of each position, as in transformers, with one affine per channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-5)
@@ -25,18 +25,18 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 def no_norm(dim: int) -> nn.Module:
-    """The ablation without norms."""
+    """Make the identity, for the ablation without norms."""
     return nn.Identity()
 
 
 @torch.no_grad()
-def find_norm_over_images(model: nn.Module, images: Tensor) -> str | None:
-    """Return the name of a BatchNorm that gets one value per channel from each image; None if there is none.
+def find_single_value_batch_norm(model: nn.Module, images: Tensor) -> str | None:
+    """Return the name of a BatchNorm that sees one value per channel from each image, or None if there is none.
 
-    Such a layer has statistics only over several images, and does not train on one.
+    Such a layer computes statistics only over several images, so it cannot train on a batch of one.
 
     Args:
-        model: it is as before afterwards.
+        model: the network; it is left unchanged.
         images: [B, 3, S, S], B at least 1.
     """
     names: dict[nn.Module, str] = {
@@ -44,11 +44,11 @@ def find_norm_over_images(model: nn.Module, images: Tensor) -> str | None:
     }
     found: list[str] = []
 
-    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].numel() == inputs[0].shape[0] * inputs[0].shape[1]:
             found.append(names[norm])
 
-    hooks = [norm.register_forward_pre_hook(look) for norm in names]
+    hooks = [norm.register_forward_pre_hook(record) for norm in names]
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.compiler.set_stance("force_eager"):

@@ -1,7 +1,7 @@
-"""Token mixers: the part of a MetaFormer block that lets positions of an image exchange information.
+"""Token mixers: the part of a MetaFormer block that exchanges information between the positions of an image.
 
-All are made from (dim, side) and map [B, dim, side, side] to the same shape; only those whose weights belong to
-positions (`RandomMatrix`, `SpatialFC`) insist on the side.
+All are constructed from (dim, side) and keep the shape [B, dim, side, side]. Only mixers with position-dependent
+weights (`RandomMatrix`, `SpatialFC`) require exactly this side.
 """
 
 import torch
@@ -13,9 +13,9 @@ from metaformer.models.initialization import initialize
 
 
 class Pooling(nn.Module):
-    """PoolFormer's token mixer: the average over a window, minus the input (the block's residual adds it back).
+    """PoolFormer's token mixer: the average over a window minus the input, which the block's residual adds back.
 
-    Padding is not counted in the average (paper, section 3.2), so a constant image maps to zero everywhere.
+    Padding does not count in the average (paper, section 3.2), so a constant image maps to zero everywhere.
     """
 
     def __init__(self, dim: int, side: int, pool_size: int = 3) -> None:
@@ -28,14 +28,14 @@ class Pooling(nn.Module):
 
 
 class Identity(nn.Identity):
-    """No mixing at all: what the rest of the network achieves alone."""
+    """No mixing, for the ablation that shows what the rest of the network achieves alone."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
 
 
 class RandomMatrix(nn.Module):
-    """Mixes positions by a random matrix that is never trained: rows of U[0, 1) numbers after a softmax."""
+    """A fixed random matrix over positions: each row is the softmax of numbers from U[0, 1). It is not trained."""
 
     matrix: Tensor
 
@@ -60,7 +60,7 @@ class DepthwiseConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention between all positions (arXiv 1706.03762), heads of 32 channels."""
+    """Multi-head self-attention between all positions (arXiv 1706.03762), with 32 channels per head."""
 
     HEAD_DIM = 32
 
@@ -74,13 +74,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
         query, key, value = self.qkv(tokens).unflatten(2, (3, -1, self.HEAD_DIM)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value)  # its softmax is float32 in any precision
+        mixed = functional.scaled_dot_product_attention(query, key, value)  # its softmax is always float32
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out.transpose(1, 2).reshape(x.shape)
 
 
 class SpatialFC(nn.Module):
-    """A linear layer over the positions, the same for all channels (ResMLP, arXiv 2105.03404), without bias."""
+    """A linear layer over positions, shared by all channels and without bias (ResMLP, arXiv 2105.03404)."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ class SpatialFC(nn.Module):
 
 
 def check_pooling(device: torch.device) -> None:
-    """Compare the pooling's gradient for channels_last input with the CPU's, for contiguous input.
+    """Compare the device's pooling gradient for channels_last input with the CPU's for contiguous input.
 
     Some releases of torch compute it wrongly on CUDA (pytorch issue 188344).
 
     Raises:
-        UserError: they differ.
+        UserError: the gradients differ.
     """
 
     def gradient(on: torch.device, memory_format: torch.memory_format) -> Tensor:
@@ -112,5 +112,5 @@ def check_pooling(device: torch.device) -> None:
     if not torch.allclose(gradient(device, torch.channels_last), expected, atol=1e-4):
         raise UserError(
             f"channels_last=true: torch {torch.__version__} computes the gradient of average pooling wrongly on this "
-            "device (pytorch issue 188344); use channels_last=false, or a newer torch"
+            "device (pytorch issue 188344); set channels_last=false or install a newer torch"
         )

@@ -1,4 +1,4 @@
-"""The named networks of the paper, and how to make one."""
+"""The paper's networks by name, and functions that create them."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,10 @@ def _with_mixer(token_mixer: TokenMixer) -> Architecture:
 
 
 def _hybrid(letters: str) -> Architecture:
-    """A letter a stage: pooling, attention or spatial FC; attention brings LayerNorm and a position embedding."""
+    """Return a hybrid from one letter per stage: pooling, attention or spatial FC.
+
+    Hybrids with attention use LayerNorm and a position embedding.
+    """
     hybrid = replace(S12, token_mixers=[LETTERS[letter] for letter in letters])
     if "a" not in letters:
         return hybrid
@@ -58,27 +61,19 @@ VARIANTS = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows, in the paper's order."""
+    """Return the names that `create_model` accepts, in the paper's order."""
     return list(VARIANTS)
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the architecture of one of `list_models()`.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return the architecture of one of `list_models()`."""
     if name not in VARIANTS:
         raise unknown_name("model.name", name, VARIANTS)
     return VARIANTS[name]
 
 
 def find_timm_cfg(name: str) -> PretrainedCfg:
-    """Return what timm records about a network's weights; a name without a tag means timm's default weights.
-
-    Raises:
-        UserError: timm does not know the name, or the tag.
-    """
+    """Return timm's configuration of a network's weights; a name without a tag means timm's default weights."""
     if not timm.is_model(name):
         raise unknown_name("model.name", name, timm.list_models())
     try:
@@ -91,16 +86,13 @@ def find_timm_cfg(name: str) -> PretrainedCfg:
 def create_model(
     name: str, num_classes: int = 1000, drop_path_rate: float | None = None, image_size: int = 224
 ) -> MetaFormer:
-    """Make a network with freshly initialised weights.
+    """Create a network with freshly initialised weights.
 
     Args:
         name: one of `list_models()`.
         num_classes: size of the last layer.
         drop_path_rate: None takes the paper's rate for this network.
-        image_size: pixels a side; matters to networks with attention, spatial FC or a random matrix only.
-
-    Raises:
-        UserError: the name is unknown.
+        image_size: side of the images in pixels; only networks with attention, spatial FC or a random matrix use it.
     """
     architecture = find_architecture(name)
     if drop_path_rate is not None:
@@ -111,18 +103,21 @@ def create_model(
 def create_timm_model(
     name: str, num_classes: int = 1000, drop_path_rate: float | None = None, image_size: int | None = None
 ) -> nn.Module:
-    """Make any of timm's networks with freshly initialised weights; None leaves timm's own drop path rate.
+    """Create any of timm's networks with freshly initialised weights.
 
-    Raises:
-        UserError: timm does not know the name, the network takes no drop path, or images of one other size only.
+    Args:
+        name: a network of timm.
+        num_classes: size of the last layer.
+        drop_path_rate: None keeps timm's rate; a rate for a network without drop path is refused.
+        image_size: side of the images in pixels, checked where the network takes only one size.
     """
-    wants = find_timm_cfg(name)
-    if image_size is not None and wants.fixed_input_size and wants.input_size[-1] != image_size:
-        size = wants.input_size[-1]
-        raise UserError(f"image_size={image_size}: timm's {name} takes images of {size} pixels; image_size={size}")
+    cfg = find_timm_cfg(name)
+    if image_size is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
+        size = cfg.input_size[-1]
+        raise UserError(f"image_size={image_size}: timm's {name} takes images of {size} pixels; set image_size={size}")
     options = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     except TypeError as error:
-        raise UserError(f"model.drop_path_rate={drop_path_rate}: timm's {name} refuses it ({error})") from error
+        raise UserError(f"model.drop_path_rate={drop_path_rate}: timm's {name} does not accept it ({error})") from error
     return model

@@ -1,9 +1,9 @@
-"""State dicts of other programs: where they lie in a file's contents, and the two layouts of keys.
+"""State dicts of other programs: extraction from a file's contents, and conversion between the two key layouts.
 
-The paper's program keeps everything between the stem and the last norm in one list, `network`: the blocks of a stage,
-the downsampling before a stage and, in the attention hybrids, the position embedding before a stage take a slot each.
-This project's networks have timm's keys, where each belongs to its stage. The order of the slots tells which, for every
-network: there is no table of networks.
+The paper's program keeps everything between the stem and the last norm in one list, `network`. The blocks of a stage,
+the downsampling before a stage and, in the attention hybrids, the position embedding before a stage take one slot each.
+This project uses timm's keys, which name the stage. The stage follows from the order of the slots for every network, so
+no table of networks is needed.
 """
 
 import re
@@ -20,16 +20,16 @@ StateDict = dict[str, Tensor]
 
 # Entries of training checkpoints: timm's, then those of torchvision's references and DeiT.
 STATE_ENTRIES = ("state_dict", "model")
-AVERAGE_ENTRIES = ("state_dict_ema", "model_ema")
-LONGEST_KEY = 200  # characters
+EMA_ENTRIES = ("state_dict_ema", "model_ema")
+MAX_KEY_LENGTH = 200  # characters
 
 
 class SlotKind(NamedTuple):
-    """What a slot of `network` may hold: how keys go on after `network.SLOT.`, and after this project's `stages.N.`."""
+    """A kind of slot in `network`, with its key prefix after `network.SLOT.` and after this project's `stages.N.`."""
 
     letter: str
     official: str
-    ours: str
+    metaformer: str
 
 
 DOWNSAMPLING = SlotKind("D", "proj.", "downsample.conv.")
@@ -47,43 +47,44 @@ LAYER_SCALES = {"layer_scale_1": "layer_scale1.scale", "layer_scale_2": "layer_s
 
 
 def extract_state(contents: object, use_ema: bool) -> StateDict:
-    """Return the state dict in a file's contents, without what torch's wrappers add to its keys.
+    """Return the state dict in a file's contents, without the key prefixes of torch's wrappers.
 
-    It is all of the contents, or an entry of a training checkpoint: see STATE_ENTRIES and AVERAGE_ENTRIES.
+    It is the whole contents or an entry of a training checkpoint: see STATE_ENTRIES and EMA_ENTRIES.
 
     Args:
-        contents: what was read.
+        contents: the deserialized file.
         use_ema: take the averaged weights of a training checkpoint.
 
     Raises:
-        ValueError: there is none, or several; a tensor is of a kind that no network's weights are, or its name is not
-            printable.
+        ValueError: there is no state dict or more than one, a tensor is of a kind that networks do not have, or its
+            name is too long or not printable.
     """
     if not isinstance(contents, Mapping):
-        raise ValueError(f"holds no state dict, but an object of type {type(contents).__name__}")
-    found = [name for name in (AVERAGE_ENTRIES if use_ema else STATE_ENTRIES) if _is_state(contents.get(name))]
+        raise ValueError(f"contains no state dict, but an object of type {type(contents).__name__}")
+    found = [name for name in (EMA_ENTRIES if use_ema else STATE_ENTRIES) if _is_state(contents.get(name))]
     if use_ema and not found:
-        names = " or ".join(AVERAGE_ENTRIES)
-        raise ValueError(f"use_ema=true: there are no averaged weights ({names}); use_ema=false takes the others")
+        names = " or ".join(EMA_ENTRIES)
+        raise ValueError(f"use_ema=true: no averaged weights ({names}) in the file; set use_ema=false for the others")
     if len(found) > 1:
-        raise ValueError(f"holds several state dicts ({', '.join(found)}); save one of them in a file of its own")
+        raise ValueError(f"contains several state dicts ({', '.join(found)}); save one of them in a separate file")
     state = contents[found[0]] if found else contents
     if not _is_state(state):
         entries = (printable(key, 40) if isinstance(key, str) else f"a {type(key).__name__}" for key in contents)
-        raise ValueError(f"holds no state dict, but {', '.join(islice(entries, 5)) or 'nothing'}")
+        raise ValueError(f"contains no state dict, but {', '.join(islice(entries, 5)) or 'nothing'}")
     _check_tensors(state)
-    # Detached: without gradients, and without attributes that a pickle may have given a tensor.
+    # Detach, which also drops attributes that a pickle may have set on a tensor.
     return unwrap({key: Tensor.detach(tensor) for key, tensor in state.items()})
 
 
 def unwrap(state: StateDict) -> StateDict:
-    """Strip what torch's wrappers add to the keys, in any nesting.
+    """Strip the key prefixes of torch's wrappers, in any nesting.
 
-    torch.compile adds `_orig_mod.`, also in the middle of a key where it compiled a part of the network;
-    DistributedDataParallel and AveragedModel add `module.` to every key, and AveragedModel a counter, `n_averaged`.
+    torch.compile adds `_orig_mod.`, in the middle of a key where only a part of the network is compiled.
+    DistributedDataParallel and AveragedModel add `module.` to every key. AveragedModel also adds a counter,
+    `n_averaged`.
     """
     stripped = {re.sub(r"(?<![^.])(_orig_mod\.)+", "", key): tensor for key, tensor in state.items()}
-    if len(stripped) < len(state):  # two tensors of one name: loading names the keys
+    if len(stripped) < len(state):  # two tensors would get the same key: loading reports them
         return state
     while True:
         wrapped = {key: tensor for key, tensor in stripped.items() if key != "n_averaged" or tensor.numel() != 1}
@@ -93,15 +94,15 @@ def unwrap(state: StateDict) -> StateDict:
 
 
 def is_official(state: StateDict) -> bool:
-    """Whether the keys are those of the paper's program."""
+    """Return whether the keys are those of the paper's program."""
     return any(key.startswith("network.") for key in state)
 
 
 def official_to_metaformer(state: StateDict) -> StateDict:
-    """Rename the keys of the paper's program to this project's; the tensors stay as they are.
+    """Rename the keys of the paper's program to this project's keys; the tensors are not copied.
 
     Raises:
-        ValueError: a key is not of that program's networks, or the slots are in an order that no network has.
+        ValueError: a key does not belong to that program's networks, or no network has this order of slots.
     """
     slots: dict[int, list[str]] = {}
     for key in state:
@@ -112,64 +113,64 @@ def official_to_metaformer(state: StateDict) -> StateDict:
         kind = _slot_kind(slot, slots[slot])
         stage += kind is DOWNSAMPLING
         order += kind.letter
-        prefixes[f"network.{slot}.{kind.official}"] = f"stages.{stage}.{kind.ours}"
+        prefixes[f"network.{slot}.{kind.official}"] = f"stages.{stage}.{kind.metaformer}"
     if sorted(slots) != list(range(len(slots))) or not SLOT_ORDER.fullmatch(order):
-        raise ValueError(f"slots {sorted(slots)} of network ({order}) are not those of a whole network")
+        raise ValueError(f"slots {sorted(slots)} of network ({order}) do not form a complete network")
     return _rename(state, prefixes, LAYER_SCALES)
 
 
 def metaformer_to_official(state: StateDict) -> StateDict:
-    """The inverse of `official_to_metaformer`.
+    """Rename this project's keys to those of the paper's program, the inverse of `official_to_metaformer`.
 
     Raises:
-        ValueError: a key is not of this project's networks.
+        ValueError: a key does not belong to this project's networks.
     """
-    prefixes = {ours: official for official, ours in OUTSIDE_NETWORK.items()}
+    prefixes = {metaformer: official for official, metaformer in OUTSIDE_NETWORK.items()}
     stages = {int(match[1]) for key in state if (match := re.match(r"stages\.(\d+)\.", key))}
     slot = 0
     for stage in sorted(stages):
         for kind in SLOT_KINDS:
-            ours = f"stages.{stage}.{kind.ours}"
-            if any(key.startswith(ours) for key in state):
-                prefixes[ours] = f"network.{slot}.{kind.official}"
+            prefix = f"stages.{stage}.{kind.metaformer}"
+            if any(key.startswith(prefix) for key in state):
+                prefixes[prefix] = f"network.{slot}.{kind.official}"
                 slot += 1
-    return _rename(state, prefixes, {ours: official for official, ours in LAYER_SCALES.items()})
+    return _rename(state, prefixes, {metaformer: official for official, metaformer in LAYER_SCALES.items()})
 
 
-def check_whole(state: StateDict) -> None:
-    """Refuse what is not a network in this project's keys, told by its structure alone.
+def check_complete(state: StateDict) -> None:
+    """Check by structure alone that a state dict is a complete network with this project's keys.
 
-    Stem, downsampling and classifier are there; stages and blocks are counted without gaps; the blocks of a stage have
-    the same tensors; every layer but a token mixer has both weight and bias.
+    It must have a stem, downsampling and a classifier. Stages and blocks must be numbered without gaps. The blocks of a
+    stage must have the same tensors. Every layer except token mixers must have both weight and bias.
 
     Raises:
-        ValueError: names a key that is missing, unknown, or of another shape than in the stage's other blocks.
+        ValueError: a key is missing or unknown, or its shape differs from the stage's other blocks.
     """
-    shapes: dict[tuple[int, str], list[torch.Size]] = {}  # of a tensor in all blocks of a stage
+    shapes: dict[tuple[int, str], list[torch.Size]] = {}  # of one tensor in each block of a stage
     depths: dict[int, int] = {}
     for key, tensor in state.items():
         if match := BLOCK_KEY.fullmatch(key):
             stage, block = int(match[1]), int(match[2])
             if max(stage, block) >= len(state):
-                raise ValueError(f"{key}: stages and blocks before it are missing")
+                raise ValueError(f"{key}: stages or blocks before it are missing")
             shapes.setdefault((stage, match[3]), []).append(tensor.shape)
             depths[stage] = max(depths.get(stage, 0), block + 1)
         elif not OTHER_KEY.fullmatch(key):
-            raise ValueError(f"{key}: not of a network that this project knows")
+            raise ValueError(f"{key}: not a key of a known network")
     expected = {"stem.conv.weight", "head.fc.weight"}
     for stage in range(max(depths, default=0) + 1):
         expected |= {f"stages.{stage}.downsample.conv.weight"} if stage else set()
-        rests = [rest for other, rest in shapes if other == stage] or ["mlp.fc1.weight"]
-        expected |= {f"stages.{stage}.blocks.{block}.{rest}" for block in range(depths.get(stage, 1)) for rest in rests}
+        names = [name for other, name in shapes if other == stage] or ["mlp.fc1.weight"]
+        expected |= {f"stages.{stage}.blocks.{block}.{name}" for block in range(depths.get(stage, 1)) for name in names}
     for key in [*expected, *state]:
         if match := re.fullmatch(r"(.*)\.(weight|bias)", key):
             expected |= set() if ".token_mixer." in key else {f"{match[1]}.weight", f"{match[1]}.bias"}
     missing = sorted(expected - state.keys())
     if missing:
         raise ValueError(f"{missing[0]}: missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    for (stage, rest), found in shapes.items():
+    for (stage, name), found in shapes.items():
         if len(set(found)) > 1:
-            raise ValueError(f"stages.{stage}.blocks.*.{rest}: of several shapes in one stage")
+            raise ValueError(f"stages.{stage}.blocks.*.{name}: has different shapes in one stage")
 
 
 def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
@@ -181,17 +182,17 @@ def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
 
 
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
-    """Refuse what could not be copied into a network as it is, and names that no message can show."""
+    """Refuse tensors that cannot be copied into a network unchanged, and names that no message can show."""
     for key, tensor in state.items():
-        if len(key) > LONGEST_KEY or not key.isprintable():
-            raise ValueError(f"{printable(key, 100)}: not a tensor's name: too long, or not printable")
+        if len(key) > MAX_KEY_LENGTH or not key.isprintable():
+            raise ValueError(f"{printable(key, 100)}: not a valid tensor name: too long or not printable")
         kind = _unusual_kind(tensor)
         if kind is not None:
-            raise ValueError(f"{key}: a {kind} tensor; save a dense tensor of real numbers in its place")
+            raise ValueError(f"{key}: a {kind} tensor; replace it with a dense tensor of real numbers")
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:
-    """What kind of tensor it is, where that is not the usual one."""
+    """Return the kind of a tensor that is not a dense tensor of real numbers on the CPU, otherwise None."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return type(tensor).__name__
     if tensor.is_nested:
@@ -200,19 +201,19 @@ def _unusual_kind(tensor: Tensor) -> str | None:
         return "quantized"
     if tensor.layout != torch.strided:
         return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
-    if tensor.device.type != "cpu":  # everything is read onto the CPU, but a meta tensor holds no values
+    if tensor.device.type != "cpu":  # a meta tensor, which has no values: all others are read onto the CPU
         return tensor.device.type
     return "complex" if tensor.dtype.is_complex else None
 
 
-def _slot_kind(slot: int, rests: list[str]) -> SlotKind:
-    if all(rest.startswith(DOWNSAMPLING.official) for rest in rests):
+def _slot_kind(slot: int, names: list[str]) -> SlotKind:
+    if all(name.startswith(DOWNSAMPLING.official) for name in names):
         return DOWNSAMPLING
-    if rests == [POSITION_EMBEDDING.official]:
+    if names == [POSITION_EMBEDDING.official]:
         return POSITION_EMBEDDING
-    if all(re.match(r"\d+\.", rest) for rest in rests):
+    if all(re.match(r"\d+\.", name) for name in names):
         return BLOCKS
-    raise ValueError(f"network.{slot}.{rests[0]}: neither blocks, nor downsampling, nor a position embedding")
+    raise ValueError(f"network.{slot}.{names[0]}: neither a block, downsampling nor a position embedding")
 
 
 def _rename(state: StateDict, prefixes: Mapping[str, str], suffixes: Mapping[str, str]) -> StateDict:
@@ -220,7 +221,7 @@ def _rename(state: StateDict, prefixes: Mapping[str, str], suffixes: Mapping[str
     for key, tensor in state.items():
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
         if prefix is None:
-            raise ValueError(f"{key}: not of a network that this project knows")
+            raise ValueError(f"{key}: not a key of a known network")
         rest = key.removeprefix(prefix)
         for old, new in suffixes.items():
             if rest.endswith(f".{old}"):

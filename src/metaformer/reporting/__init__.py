@@ -1,1 +1,1 @@
-"""The paper's tables against ours."""
+"""Comparison of the paper's tables with this project's results."""

@@ -1,10 +1,10 @@
-"""The size of a network: its parameters, and the multiply-accumulates of one image, counted by fvcore's rules.
+"""Number of a network's parameters and of its multiply-accumulates per image, counted by fvcore's rules.
 
-The paper's figures were counted by fvcore, whose last release is of 2022. torch's own `FlopCounterMode` is maintained
-and counts matrix products and convolutions alike (two operations for fvcore's one multiply-accumulate); fvcore's rules
-for norms are added to it here: 5 per element of a GroupNorm, 2 of a BatchNorm. Pooling, activations, additions and
-LayerScale count nothing, nor does LayerNorm over channels: the paper's program writes it out in operations that fvcore
-does not count.
+The paper counted with fvcore, whose last release is from 2022. torch's `FlopCounterMode` is maintained and counts
+matrix products and convolutions in the same way, with two operations for each multiply-accumulate of fvcore. This
+module adds fvcore's rules for norms: 5 per element of a GroupNorm and 2 per element of a BatchNorm. Pooling,
+activations, additions and LayerScale count as zero. So does LayerNorm over channels, which the paper's program
+implements with operations that fvcore does not count.
 """
 
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Complexity(NamedTuple):
-    """Counts for one image."""
+    """Parameters of a network and its multiply-accumulates for one image."""
 
-    parameters: int  # those that are trained
+    parameters: int  # trainable parameters
     macs: int
 
 
-def count(model: nn.Module, image_size: int = 224) -> Complexity:
-    """Count in a forward pass of shapes alone, on torch's meta device, where the model stays: its weights are gone."""
+def count_complexity(model: nn.Module, image_size: int = 224) -> Complexity:
+    """Count in a forward pass on torch's meta device. The model stays on that device and loses its weights."""
     model = model.to("meta").eval()
     counter = FlopCounterMode(display=False, custom_mapping=_NORMS)
     with counter, torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):

@@ -1,6 +1,6 @@
-"""The rows of the paper's tables: what the paper reports, and what there is to set against it.
+"""The rows of the paper's tables, with the reported results and the weights to compare them with.
 
-Figures are those that the paper prints (arXiv 2111.11418, updated version): ImageNet-1K, 224 px, single crop.
+Figures are as printed in the paper (arXiv 2111.11418, updated version): ImageNet-1K, 224 px, single crop.
 """
 
 from collections.abc import Iterable
@@ -24,17 +24,18 @@ class Table(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """One row of a table.
 
     Attributes:
-        name: what follows `experiment=` if this project trains the row; such a name too for a comparison.
-        parameters: in millions.
+        name: what follows `experiment=`; comparisons have a name of the same form but no recipe.
+        table: the table that contains the row.
+        parameters: number of parameters, in millions.
         gmacs: multiply-accumulates of one image, in units of 1e9.
-        top1: percent.
-        model: the network's name, in timm for a comparison (with the tag of the weights); None where timm has none of
-            that training.
-        epochs, global_batch_size: of the recipe.
-        released: weights for `checkpoint=`, as the paper's authors or timm publish them.
+        top1: top-1 accuracy in percent.
+        model: the network's name. For a comparison it is timm's name with the tag of the weights, or None where timm
+            has no weights of that training.
+        released_weights: value of `checkpoint=` for the weights published by the paper's authors or timm, if any.
+        epochs, global_batch_size: values of the recipe.
     """
 
     name: str
@@ -43,13 +44,13 @@ class Row:
     gmacs: float
     top1: float
     model: str | None
-    released: str | None
+    released_weights: str | None
     epochs: int = 300
     global_batch_size: int = 4096
 
     @property
-    def trained(self) -> bool:
-        """Whether this project has a recipe for it."""
+    def has_recipe(self) -> bool:
+        """Whether this project has a recipe for the row."""
         return self.table is not Table.comparison
 
 
@@ -130,11 +131,7 @@ ROWS = (
 
 
 def find_rows(patterns: Iterable[str]) -> list[Row]:
-    """The rows of these names, in the given order; `*` in a name matches many.
-
-    Raises:
-        UserError: a name matches no row.
-    """
+    """Return the rows with these names, in the given order and without duplicates; `*` in a name matches any text."""
     found: list[Row] = []
     for pattern in patterns:
         matching = [row for row in ROWS if fnmatchcase(row.name, pattern)]

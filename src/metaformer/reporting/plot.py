@@ -1,4 +1,4 @@
-"""Top-1 against parameters and multiply-accumulates: the paper's rows, and ours where there are any."""
+"""Plot of top-1 against parameters and multiply-accumulates, for the paper's rows and this project's results."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ from metaformer.reporting.paper import Row, Table
 from metaformer.reporting.table import Comparison
 
 COLOURS = {Table.paper: "tab:blue", Table.longer: "tab:cyan", Table.ablation: "tab:orange", Table.comparison: "0.6"}
-LOWEST_TOP1 = 68  # lower ones lie on the lower edge: the ablations that do not learn would squeeze the rest
+MIN_TOP1 = 68  # lower values are drawn here: ablations that do not learn would compress the rest of the plot
 
 
 def save_plot(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Write a PNG: hollow circles are the paper's numbers, full ones ours, crosses released weights evaluated."""
+    """Write a PNG with hollow circles for the paper, filled circles for our runs and crosses for released weights."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_parameters, by_macs = figure.subplots(1, 2, sharey=True)
     _draw(by_parameters, comparisons, lambda row: row.parameters)
     _draw(by_macs, comparisons, lambda row: row.gmacs)
     by_parameters.set(
-        xlabel="parameters (millions)", ylabel=f"top-1 on ImageNet-1K (%); on the edge: {LOWEST_TOP1} or less"
+        xlabel="parameters (millions)", ylabel=f"top-1 on ImageNet-1K (%); on the edge: {MIN_TOP1} or less"
     )
     by_macs.set(xlabel="multiply-accumulates of an image (billions)")
     by_macs.legend(loc="lower right")
@@ -31,11 +31,11 @@ def save_plot(comparisons: Sequence[Comparison], path: Path) -> None:
 def _draw(axes: Axes, comparisons: Sequence[Comparison], size: Callable[[Row], float]) -> None:
     for table, colour in COLOURS.items():
         shown = [c for c in comparisons if c.row.table is table]
-        paper = [(size(c.row), max(LOWEST_TOP1, c.row.top1)) for c in shown]
+        paper = [(size(c.row), max(MIN_TOP1, c.row.top1)) for c in shown]
         axes.scatter(*zip(*paper, strict=True), facecolors="none", edgecolors=colour, label=f"{table.value}: paper")
         for what, marker in (("ours", "o"), ("released weights", "x")):
             outcomes = [(c.row, c.ours if what == "ours" else c.released) for c in shown]
-            found = [(size(row), max(LOWEST_TOP1, o.top1)) for row, o in outcomes if o.top1 is not None]
+            found = [(size(row), max(MIN_TOP1, o.top1)) for row, o in outcomes if o.top1 is not None]
             if found:
                 axes.scatter(*zip(*found, strict=True), color=colour, marker=marker, label=f"{table.value}: {what}")
     line = [(size(c.row), c.row.top1) for c in comparisons if c.row.table is Table.paper]

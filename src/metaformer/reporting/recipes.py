@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
 def recipes() -> Iterator[Recipe]:
     """Yield the recipe of each row that the paper trained."""
     for row in ROWS:
-        if row.trained:
+        if row.has_recipe:
             folder, _, name = row.name.rpartition("/")
             yield Recipe(f"experiment/{folder}", name, recipe_values(row))
 

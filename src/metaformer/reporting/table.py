@@ -1,4 +1,4 @@
-"""The paper's tables against ours, as Markdown and CSV."""
+"""Tables that compare the paper's results with ours, as Markdown and CSV."""
 
 import csv
 import io
@@ -16,14 +16,14 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the paper with what was found for it."""
+    """One row of the paper with our results for it."""
 
     row: Row
     ours: Outcome  # trained here
     released: Outcome  # the released weights, evaluated here
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in HEADER's order; the paper's number stands in the paper's column alone."""
+        """Return the cells as text in the order of HEADER; the paper's number is only in the paper's column."""
         row, ours, released = self.row, self.ours, self.released
         return (
             row.name,
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
-    """A heading and a table for each table of the paper."""
+    """Return a heading and a table for each table of the paper."""
     lines = ["# Top-1 on ImageNet-1K, 224 px, single crop", ""]
     for table in Table:
         lines += [f"## {table.value}", "", _line(HEADER), _line(["---"] * len(HEADER))]
@@ -50,7 +50,7 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
 
 
 def to_csv(comparisons: Sequence[Comparison]) -> str:
-    """One table, with the paper's table as the first column."""
+    """Return one table, with the name of the paper's table as the first column."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("table", *HEADER))

@@ -1,31 +1,31 @@
-"""PoolFormer's block in few passes over memory.
+"""Kernels that compute PoolFormer's block in few passes over memory.
 
-The arithmetic of a block is small beside its traffic, so what counts is how often a tensor is read or written. Tensors
-are [B, H, W, C] here (the memory of a channels_last image batch), and "unit" is one such tensor. `stats` is float32
-[B, 2]: mean m and reciprocal deviation r of each image over C, H and W, as GroupNorm with one group has them.
+The arithmetic of a block is small compared with its memory traffic, so what counts is how often a tensor is read or
+written. Tensors are [B, H, W, C] here, the memory layout of a channels_last image batch. `stats` is float32 [B, 2]: the
+mean m and reciprocal deviation r of each image over C, H and W, as in GroupNorm with one group.
 
-Token mixer's branch. norm(x) = g (x - m) r + b with g and b per channel, and the average A of a window without its
-padding maps constants to themselves, so that m and b cancel:
+Token mixer branch. norm(x) = g (x - m) r + b with g and b per channel. The average A over a window without its padding
+maps constants to themselves, so m and b cancel out:
 
     A norm(x) - norm(x) = g r (A x - x)
     y = x + k s r (A x - x)                 s = g * layer scale, per channel; k = drop path's mask / keep, per image
 
-Its gradient, with D = A - 1, e the gradient of y, n = C H W:
+Its gradients, with D = A - 1, e the gradient of y, n = C H W:
 
     S = sum over positions of e * (D x)     per image and channel
     gradient of s = sum over images of k r S
     gradient of r = k * sum over channels of s S
     gradient of x = e + k s r (D^T e) - r^3 (x - m) / n * (gradient of r)
 
-Adding b to y's arguments is all that norm1's bias does: its true gradient is zero, and zero it is here, while the plain
-path gives it the rounding errors of the cancelling terms.
+Since b cancels out, the true gradient of norm1's bias is zero. The fused operators return exactly zero, while the plain
+path returns the rounding errors of the cancelling terms.
 
-Channel MLP's branch. z = y + k l o with o = W2 gelu(W1 norm(y) + b1) + b2 and l the layer scale. With e the gradient of
-z, and a the activation, neither l * o nor o is needed again:
+Channel MLP branch. z = y + k l o with o = W2 gelu(W1 norm(y) + b1) + b2 and l the layer scale. With e the gradient of z
+and a the activation, the backward pass needs neither l * o nor o:
 
     G = (k e)^T a                           [C, 4C], a matrix product
     gradient of W2 = l G (per row);  of l = rowsum(G * W2) + b2 * colsum(k e);  of b2 = l * colsum(k e)
 
-The statistics of y and z come out of the passes that write them. They carry no gradient of their own: each consumer
-returns the whole gradient of its input, that through the statistics included.
+The passes that write y and z also compute their statistics. The statistics are not differentiated: each consumer
+returns the full gradient of its input, including the part through the statistics.
 """

@@ -1,4 +1,4 @@
-"""Which kernels a tensor's device has."""
+"""Selection of the kernels for a tensor's device."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,7 +10,7 @@ from metaformer.models.kernels import reference
 
 
 class Kernels(NamedTuple):
-    """The functions of `reference`, or others of the same signature."""
+    """The functions of `reference`, or replacements with the same signatures."""
 
     statistics: Callable[..., Tensor]
     normalize: Callable[..., Tensor]
@@ -37,13 +37,13 @@ REFERENCE = Kernels(
 
 
 def kernels_for(x: Tensor) -> Kernels:
-    """Triton's on NVIDIA's GPUs, the reference's elsewhere and for float64."""
+    """Return the Triton kernels on NVIDIA GPUs, and the reference kernels elsewhere and for float64."""
     return triton_kernels() if x.is_cuda and x.element_size() < 8 else REFERENCE
 
 
 @cache
 def triton_kernels() -> Kernels:
-    """Importing them imports triton, which torch's builds for CPUs lack."""
+    """Import and return the Triton kernels; torch's CPU builds do not include triton."""
     from metaformer.models.kernels import triton_elementwise, triton_mixer, triton_norm
 
     return Kernels(

@@ -1,10 +1,10 @@
-"""The block's two branches as torch operators, with gradients, for eager and compiled networks.
+"""The two branches of a block as differentiable torch operators, for eager and compiled networks.
 
-Images are [B, C, H, W]; those returned are channels_last. They are float32 (or float64, or of the matrix products'
-type): the residual stream keeps its type. The mathematics is in this package's docstring.
+Images are [B, C, H, W], and returned images are channels_last. They are float32, float64 or of the matrix products'
+type; the residual stream keeps its type. The formulas are in the package's docstring.
 
-Each operator has a fake, which gives the shapes, types and strides of the results without computing them. The compiler
-allocates and checks by it, so it must agree exactly, whatever the kernels behind the operator.
+Each operator has a fake implementation that returns the shapes, types and strides of the results without computing
+them. The compiler relies on it, so it must match the real results exactly with every set of kernels.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from metaformer.models.kernels.reference import accumulation_type
 
 @torch.library.custom_op("metaformer::statistics", mutates_args=())
 def statistics(x: Tensor, eps: float) -> Tensor:
-    """Mean and reciprocal deviation of each image, [B, 2]. No gradient: see this package's docstring."""
+    """Return mean and reciprocal deviation of each image, [B, 2], without a gradient; see the package's docstring."""
     return kernels_for(x).statistics(_pixels(x), eps)
 
 
@@ -31,18 +31,18 @@ def _(x: Tensor, eps: float) -> Tensor:
 def pool_branch(
     x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The token mixer's branch and residual.
+    """Compute the token mixer branch and add it to its input.
 
     Args:
         x: images.
-        stats: their `statistics`.
+        stats: the `statistics` of x.
         scale: the norm's weight times the layer scale, [C].
-        keep: drop path's factor per image, [B].
-        size: the window's side, odd.
-        eps: of the next norm.
+        keep: drop path's factor per image, [B], or None.
+        size: side of the pooling window, odd.
+        eps: epsilon of the next norm.
 
     Returns:
-        Images of x's shape and type, and their statistics.
+        Images with the shape and type of x, and their statistics.
     """
     y, y_stats = kernels_for(x).mix(_pixels(x), stats, scale.to(stats.dtype), keep, size, eps)
     return _image(y), y_stats
@@ -57,7 +57,7 @@ def _(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, e
 def pool_branch_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `pool_branch` for x and scale."""
+    """Return the gradients of `pool_branch` for x and scale."""
     acc = scale.to(stats.dtype)
     grad_x, grad_scale = kernels_for(x).mix_backward(_pixels(grad), _pixels(x), stats, acc, keep, size)
     return _image(grad_x), _gradient_of(scale, grad_scale)
@@ -96,21 +96,21 @@ def mlp_branch(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The channel MLP's branch and residual.
+    """Compute the channel MLP branch and add it to its input.
 
     Args:
         x: images.
-        stats: their `statistics`.
-        norm: weight and bias, [C] each.
+        stats: the `statistics` of x.
+        norm: weight and bias of the norm, [C] each.
         mlp: weights and biases of both layers: [4C, C], [4C], [C, 4C], [C].
         scale: layer scale, [C].
-        keep: drop path's factor per image, [B].
-        eps: of the next norm.
-        dtype: of the matrix products.
+        keep: drop path's factor per image, [B], or None.
+        eps: epsilon of the next norm.
+        dtype: type of the matrix products.
 
     Returns:
-        Images of x's shape and type, their statistics, and what the backward needs: the normalised pixels, and the
-        hidden layer before its activation, which is cheaper to compute again than to keep.
+        Images with the shape and type of x, their statistics, and two tensors for the backward pass: the normalised
+        pixels and the hidden layer before its activation. Recomputing the activation is cheaper than storing it.
     """
     kernels = kernels_for(x)
     fc1, bias1, fc2, bias2 = (tensor.to(dtype) for tensor in mlp)
@@ -151,25 +151,26 @@ def mlp_branch_backward(
     keep: Tensor | None,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `mlp_branch` for x, the norm's weight and bias, the four tensors of `mlp`, and scale."""
+    """Return the gradients of `mlp_branch` for x, the norm's weight and bias, the four tensors of `mlp`, and scale."""
     kernels = kernels_for(x)
     normed, hidden = saved
     dtype, acc = hidden.dtype, stats.dtype
     factor, weight, fc2, bias2 = (tensor.to(acc) for tensor in (scale, norm_weight, mlp[2], mlp[3]))
-    level = None
-    if dtype is torch.float16:  # layer scale, 1e-6 at first, times a weight is nothing there: its size waits
-        level = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    max_scale = None
+    if dtype is torch.float16:  # layer scale (initially 1e-6) times a weight would underflow: apply its size later
+        max_scale = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     pixels = _pixels(grad)
-    kept, kept_sum = kernels.residual_backward(pixels, keep, dtype)
-    relative_scale = factor if level is None else factor / level
-    grad_activated = _product(kept, (relative_scale[:, None] * fc2).to(dtype))
-    grad_hidden, activated, grad_bias1 = kernels.gelu_backward(grad_activated, hidden, level)
-    correlation = _weight_gradient(activated, kept).t().to(acc)  # on a CPU a tenth faster than the other order
+    branch_grad, branch_grad_sum = kernels.residual_backward(pixels, keep, dtype)
+    relative_scale = factor if max_scale is None else factor / max_scale
+    grad_activated = _product(branch_grad, (relative_scale[:, None] * fc2).to(dtype))
+    grad_hidden, activated, grad_bias1 = kernels.gelu_backward(grad_activated, hidden, max_scale)
+    correlation = _weight_gradient(activated, branch_grad).t().to(acc)  # a tenth faster on a CPU than the other order
     grad_fc1 = _weight_gradient(grad_hidden, normed)
     grad_normed = _product(grad_hidden, mlp[0].to(dtype))
     grad_x, grad_weight, grad_bias = kernels.normalize_backward(grad_normed, _pixels(x), stats, weight, pixels)
-    grad_scale = torch.linalg.vecdot(correlation, fc2) + bias2 * kept_sum
-    grads = [grad_weight, grad_bias, grad_fc1, grad_bias1, correlation * factor[:, None], factor * kept_sum, grad_scale]
+    grad_fc2, grad_bias2 = correlation * factor[:, None], factor * branch_grad_sum
+    grad_scale = torch.linalg.vecdot(correlation, fc2) + bias2 * branch_grad_sum
+    grads = [grad_weight, grad_bias, grad_fc1, grad_bias1, grad_fc2, grad_bias2, grad_scale]
     inputs = [norm_weight, norm_weight, *mlp, scale]
     return [_image(grad_x), *(_gradient_of(tensor, value) for tensor, value in zip(inputs, grads, strict=True))]
 
@@ -198,7 +199,7 @@ def _mlp_gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[An
     if grad is None:
         return None, None, [None] * 2, [None] * 4, None, None, None, None
     x, stats, norm_weight, fc1, bias1, fc2, bias2, scale, keep, *saved = ctx.saved_tensors
-    with torch.autocast(grad.device.type, enabled=False):  # in which the user may call backward
+    with torch.autocast(grad.device.type, enabled=False):  # the user may call backward under autocast
         grads = mlp_branch_backward(grad, x, stats, norm_weight, [fc1, bias1, fc2, bias2], scale, keep, saved)
     return grads[0], None, grads[1:3], grads[3:7], grads[7], None, None, None
 
@@ -207,13 +208,13 @@ mlp_branch.register_autograd(_mlp_gradients, setup_context=_save_for_mlp)
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
-    """The other outputs get no gradient: None, where autograd would otherwise fill tensors of their size with zeros."""
+    """Give the other outputs no gradient, for which autograd would otherwise allocate zeros of their size."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """[B, C, H, W] to contiguous [B, H, W, C]: no copy where it is channels_last."""
+    """Convert [B, C, H, W] to contiguous [B, H, W, C], without a copy if it is channels_last."""
     return image.permute(0, 2, 3, 1).contiguous()
 
 
@@ -222,7 +223,7 @@ def _image(pixels: Tensor) -> Tensor:
 
 
 def _empty_image(x: Tensor) -> Tensor:
-    """An image batch like x, channels_last whatever x is."""
+    """Return an empty channels_last image batch with the shape and type of x."""
     batch, channels, height, width = x.shape
     return _image(x.new_empty((batch, height, width, channels)))
 
@@ -232,7 +233,7 @@ def _empty_statistics(x: Tensor) -> Tensor:
 
 
 def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:
-    """A parameter's gradient, of its type and contiguous."""
+    """Return a gradient in the parameter's type, contiguous."""
     return value.to(parameter.dtype).contiguous()
 
 
@@ -249,10 +250,10 @@ def _product(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, pixels: Tensor) -> Tensor:
-    """The product over all positions; never in float16, where the sum of so many overflows."""
+    """Return the product over all positions, not in float16, in which the sum would overflow."""
     rows, columns = grad.flatten(0, 2).t(), pixels.flatten(0, 2)
     if rows.is_cuda and rows.element_size() < 4:
-        # Summed in float32 anyway; CPUs have no such product.
+        # GPUs accumulate in float32 anyway; CPUs do not support out_dtype.
         return torch.mm(rows, columns, out_dtype=torch.float32)
     if rows.dtype is torch.float16:
         rows, columns = rows.float(), columns.float()

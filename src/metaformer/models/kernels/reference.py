@@ -1,7 +1,7 @@
-"""Each kernel in plain torch: what the fused ones are held to, and what runs on CPUs.
+"""Reference kernels in plain torch, which define the fused kernels' results and run on CPUs.
 
-All tensors are contiguous [B, H, W, C]; statistics, factors and sums are of the accumulation type (float32, or float64
-for float64 input); `keep` is drop path's factor per image, None where nothing is dropped.
+All tensors are contiguous [B, H, W, C]. Statistics, factors and sums have the accumulation type: float32, or float64
+for float64 input. `keep` is drop path's factor per image, or None where nothing is dropped.
 """
 
 import torch
@@ -10,73 +10,73 @@ from torch.nn import functional
 
 
 def accumulation_type(x: Tensor) -> torch.dtype:
-    """The type that sums over `x` are made in."""
+    """Return the type in which sums over `x` are accumulated."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def statistics(x: Tensor, eps: float) -> Tensor:
-    """Mean and 1 / sqrt(variance + eps) of each image over all its values: [B, 2]."""
+    """Return mean and 1 / sqrt(variance + eps) of each image over all its values, [B, 2]."""
     values = x.flatten(1).to(accumulation_type(x))
-    # Writes a result that nobody needs, and yet takes a third of var_mean's time on a CPU (docs/performance.md).
+    # It writes an unused result, but takes a third of var_mean's time on a CPU (docs/performance.md).
     _, mean, rstd = torch.native_layer_norm(values, values.shape[1:], None, None, eps)
     return torch.cat([mean, rstd], 1)
 
 
 def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x - mean) * rstd * weight + bias, in `dtype`."""
+    """Return (x - mean) * rstd * weight + bias, in `dtype`."""
     factor = stats[:, 1:] * weight  # [B, C]
-    return torch.addcmul(_spread(bias - stats[:, :1] * factor), x, _spread(factor)).to(dtype)
+    return torch.addcmul(_broadcast(bias - stats[:, :1] * factor), x, _broadcast(factor)).to(dtype)
 
 
 def normalize_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, other: Tensor
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `normalize` for x (plus `other`, x's gradient by another way), weight and bias."""
+    """Return the gradients of `normalize` for x, weight and bias; `residual_grad` is added to that for x."""
     mean, rstd = stats[:, :1], stats[:, 1:]
     acc = stats.dtype
-    plain = grad.sum((1, 2), dtype=acc)  # [B, C]
-    with_x = (_dot(grad, x, acc) - mean * plain) * rstd  # of grad * (x - mean) * rstd
+    grad_sum = grad.sum((1, 2), dtype=acc)  # [B, C]
+    product_sum = (_dot(grad, x, acc) - mean * grad_sum) * rstd  # sum of grad * (x - mean) * rstd
     count = x[0].numel()
-    shift = (plain * weight).sum(1, keepdim=True) / count
-    slope = (with_x * weight).sum(1, keepdim=True) / count
+    shift = (grad_sum * weight).sum(1, keepdim=True) / count
+    slope = (product_sum * weight).sum(1, keepdim=True) / count
     constant = rstd * (slope * rstd * mean - shift)
-    grad_x = torch.addcmul(_spread(constant), x, _spread(-slope * rstd**2))
-    grad_x = torch.addcmul(grad_x, grad, _spread(rstd * weight)).add_(other)
-    return grad_x.to(x.dtype), with_x.sum(0), plain.sum(0)
+    grad_x = torch.addcmul(_broadcast(constant), x, _broadcast(-slope * rstd**2))
+    grad_x = torch.addcmul(grad_x, grad, _broadcast(rstd * weight)).add_(residual_grad)
+    return grad_x.to(x.dtype), product_sum.sum(0), grad_sum.sum(0)
 
 
 def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The token mixer's branch with its residual, x + keep * scale * rstd * (pool(x) - x), and its statistics."""
+    """Return y = x + keep * scale * rstd * (pool(x) - x), and the statistics of y."""
     difference = _pool(x, size).sub_(x)
-    y = torch.addcmul(x, difference, _spread(_branch_factor(stats, scale, keep))).to(x.dtype)
+    y = torch.addcmul(x, difference, _broadcast(_branch_factor(stats, scale, keep))).to(x.dtype)
     return y, statistics(y, eps)
 
 
 def mix_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `mix` for x, that through the statistics included, and scale."""
+    """Return the gradients of `mix` for x, including the part through the statistics, and for scale."""
     acc = stats.dtype
     mean, rstd = stats[:, :1], stats[:, 1:]
-    spread_back = _pool_transposed(grad, size).sub_(grad)
-    products = _dot(spread_back, x, acc)  # [B, C]
+    transposed = _pool_transposed(grad, size).sub_(grad)
+    products = _dot(transposed, x, acc)  # [B, C]
     if keep is not None:
         products = products * keep[:, None]
     slope = -(products * scale).sum(1, keepdim=True) * rstd**3 / x[0].numel()
-    grad_x = torch.addcmul(grad, spread_back, _spread(_branch_factor(stats, scale, keep)))
-    grad_x = torch.addcmul(grad_x, x, _spread(slope)).sub_(_spread(slope * mean))
+    grad_x = torch.addcmul(grad, transposed, _broadcast(_branch_factor(stats, scale, keep)))
+    grad_x = torch.addcmul(grad_x, x, _broadcast(slope)).sub_(_broadcast(slope * mean))
     return grad_x.to(x.dtype), (products * rstd).sum(0)
 
 
 def gelu(hidden: Tensor) -> Tensor:
-    """x * Phi(x), with the error function."""
+    """Return x * Phi(x), computed with the error function."""
     return functional.gelu(hidden)
 
 
 def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """For gelu's gradient times `factor` (one number): hidden's gradient, gelu(hidden), the gradient's sum [4C].
+    """Return the gradient for `hidden` times `factor` (a scalar), gelu(hidden), and the gradient's sum [4C].
 
-    Overwrites `grad`.
+    `grad` is overwritten.
     """
     torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
     if factor is not None:
@@ -86,50 +86,50 @@ def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[
 
 
 def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x + keep * scale * branch, in x's type, and its statistics."""
+    """Return y = x + keep * scale * branch in the type of x, and the statistics of y."""
     factor = scale[None] if keep is None else keep[:, None] * scale
-    y = torch.addcmul(x, branch, _spread(factor)).to(x.dtype)
+    y = torch.addcmul(x, branch, _broadcast(factor)).to(x.dtype)
     return y, statistics(y, eps)
 
 
 def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """keep * grad in `dtype`, and its sum over images and positions, [C]."""
-    kept = (grad if keep is None else grad * keep[:, None, None, None]).to(dtype)
-    return kept, kept.sum((0, 1, 2), dtype=accumulation_type(grad))
+    """Return keep * grad in `dtype`, and its sum over images and positions, [C]."""
+    branch_grad = (grad if keep is None else grad * keep[:, None, None, None]).to(dtype)
+    return branch_grad, branch_grad.sum((0, 1, 2), dtype=accumulation_type(grad))
 
 
 def _branch_factor(stats: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
-    """What the mixer's difference is multiplied by, [B, C]."""
+    """Return the factor of pool(x) - x, [B, C]."""
     factor = stats[:, 1:] * scale
     return factor if keep is None else factor * keep[:, None]
 
 
-def _spread(factor: Tensor) -> Tensor:
-    """[B, C] over positions."""
+def _broadcast(factor: Tensor) -> Tensor:
+    """Broadcast [B, C] over positions."""
     return factor[:, None, None, :]
 
 
 def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of products over positions: [B, C]."""
+    """Return sums of products over positions, [B, C]."""
     return (a.to(dtype) * b).sum((1, 2))
 
 
 def _pool(x: Tensor, size: int) -> Tensor:
-    """The average over a window, without its padding, in the accumulation type."""
-    return _windows(x, size, include_padding=False)
+    """Return the average over each window without its padding, in the accumulation type."""
+    return _average_windows(x, size, include_padding=False)
 
 
 def _pool_transposed(grad: Tensor, size: int) -> Tensor:
-    """The transposed map of `_pool`: each position gives its window equal parts.
+    """Apply the transpose of `_pool`, which spreads each position's value evenly over its window.
 
-    Not by torch's own backward, which is wrong for this memory format on some GPUs (pytorch issue 188344).
+    It does not use torch's own backward, which is wrong for this memory format on some GPUs (pytorch issue 188344).
     """
     ones = grad.new_ones((1, *grad.shape[1:3], 1), dtype=accumulation_type(grad))
-    share = _windows(ones, size, include_padding=True)  # of a window's area that lies in the image
-    return _windows(grad / share, size, include_padding=True)
+    inside = _average_windows(ones, size, include_padding=True)  # fraction of each window that is in the image
+    return _average_windows(grad / inside, size, include_padding=True)
 
 
-def _windows(x: Tensor, size: int, include_padding: bool) -> Tensor:
+def _average_windows(x: Tensor, size: int, include_padding: bool) -> Tensor:
     image = x.to(accumulation_type(x)).permute(0, 3, 1, 2)
     pooled = functional.avg_pool2d(image, size, 1, size // 2, count_include_pad=include_padding)
     return pooled.permute(0, 2, 3, 1).contiguous()

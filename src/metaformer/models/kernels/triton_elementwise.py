@@ -1,8 +1,8 @@
-"""What stands between matrix products: GELU, the residual with layer scale and drop path. Meaning: `reference`.
+"""Triton kernels between matrix products: GELU, and the residual with layer scale and drop path; see `reference`.
 
-Bytes moved for each element, where e is the stream's size and h that of the matrix products: `gelu` 2 h,
-`gelu_backward` 4 h (a sum over rows and GELU again in the same pass), `residual` 2 e + h (with the next norm's
-statistics in the same pass), `residual_backward` e + h (with a sum over rows in the same pass).
+Bytes moved per element, where e is the element size of the stream and h that of the matrix products: `gelu` 2 h,
+`gelu_backward` 4 h (also a sum over rows and the recomputed GELU), `residual` 2 e + h (also the next norm's
+statistics), `residual_backward` e + h (also a sum over rows). Each of them is one pass.
 """
 
 import torch
@@ -18,13 +18,13 @@ from metaformer.models.kernels.triton_tiles import (
     tiling,
 )
 
-ROWS, COLUMNS = 32, 128  # of a tile of the hidden layer
-TILES_PER_PROGRAM = 8  # one below another, whose sums one program adds
+ROWS, COLUMNS = 32, 128  # tile size of the hidden layer
+TILES_PER_PROGRAM = 8  # adjacent tiles along the rows, summed by one program
 
 
 @triton.jit
-def _distribution(x):
-    """The standard normal's cumulative distribution."""
+def _normal_cdf(x):
+    """The cumulative distribution function of the standard normal distribution."""
     return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
 
 
@@ -32,7 +32,7 @@ def _distribution(x):
 def _gelu(hidden, out, count, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(hidden + offsets, offsets < count, 0.0).to(tl.float32)
-    tl.store(out + offsets, x * _distribution(x), offsets < count)
+    tl.store(out + offsets, x * _normal_cdf(x), offsets < count)
 
 
 @triton.jit
@@ -41,18 +41,18 @@ def _gelu_backward(
     HAS_FACTOR: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    level = tl.load(factor) if HAS_FACTOR else 1.0
+    grad_factor = tl.load(factor) if HAS_FACTOR else 1.0
     total = tl.zeros([1, COLUMNS], tl.float32)
     for loop in range(LOOPS):
         row = (tl.program_id(0) * LOOPS + loop) * ROWS + tl.arange(0, ROWS)[:, None]
-        exists = (row < rows) & (column < columns)
+        mask = (row < rows) & (column < columns)
         offsets = row.to(tl.int64) * columns + column
-        x = tl.load(hidden + offsets, exists, 0.0).to(tl.float32)
-        given = tl.load(grad + offsets, exists, 0.0).to(tl.float32) * level
-        below = _distribution(x)
-        result = given * (below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
-        tl.store(grad + offsets, result, exists)
-        tl.store(activated + offsets, x * below, exists)
+        x = tl.load(hidden + offsets, mask, 0.0).to(tl.float32)
+        grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * grad_factor
+        cdf = _normal_cdf(x)
+        result = grad_out * (cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        tl.store(grad + offsets, result, mask)
+        tl.store(activated + offsets, x * cdf, mask)
         total += tl.sum(result, 0)[None, :]
     tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, total, column < columns)
 
@@ -62,14 +62,14 @@ def _residual(
     x, branch, scale, keep, out, moments, positions, channels, tiles,
     HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
     factor = tl.load(scale + c, c < channels, 0.0)
     if HAS_KEEP:
         factor = factor * tl.load(keep + image)
-    added = tl.load(branch + offsets, exists, 0.0).to(tl.float32) * factor
-    result = (tl.load(x + offsets, exists, 0.0).to(tl.float32) + added).to(out.dtype.element_ty)
-    tl.store(out + offsets, result, exists)
-    store_moments(result.to(tl.float32), exists, moments)
+    scaled = tl.load(branch + offsets, mask, 0.0).to(tl.float32) * factor
+    result = (tl.load(x + offsets, mask, 0.0).to(tl.float32) + scaled).to(out.dtype.element_ty)
+    tl.store(out + offsets, result, mask)
+    store_moments(result.to(tl.float32), mask, moments)
 
 
 @triton.jit
@@ -77,23 +77,23 @@ def _residual_backward(
     grad, keep, out, sums, positions, channels, tiles,
     HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
-    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    branch_grad = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
     if HAS_KEEP:
-        given = given * tl.load(keep + image)
-    tl.store(out + offsets, given, exists)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(given, 0)[None, :], c < channels)
+        branch_grad = branch_grad * tl.load(keep + image)
+    tl.store(out + offsets, branch_grad, mask)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(branch_grad, 0)[None, :], c < channels)
 
 
 def gelu(hidden: Tensor) -> Tensor:
-    """As the reference's."""
+    """Compute `reference._gelu`."""
     out = torch.empty_like(hidden)
     _gelu[(triton.cdiv(hidden.numel(), 2048),)](hidden, out, hidden.numel(), BLOCK=2048)
     return out
 
 
 def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's."""
+    """Compute `reference.gelu_backward`."""
     columns = hidden.shape[3]
     rows = hidden.numel() // columns
     programs = triton.cdiv(rows, ROWS * TILES_PER_PROGRAM)
@@ -107,7 +107,7 @@ def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[
 
 
 def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Compute `reference.residual`."""
     tiles = tiling(x)
     out, moments = torch.empty_like(x), new_moments(x, tiles)
     _residual[tiles.grid](
@@ -118,7 +118,7 @@ def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps:
 
 
 def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Compute `reference.residual_backward`."""
     tiles = tiling(grad)
     out = torch.empty_like(grad, dtype=dtype)
     sums = grad.new_empty((tiles.images, tiles.position_tiles, grad.shape[3]), dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""The token mixer's branch and its gradient. Signatures and meaning: `reference`.
+"""Triton kernels of the token mixer branch and its gradient; see `reference` for their definitions.
 
-Bytes moved for each element of x, of size e: `mix` 2 e, `mix_backward` 2 e + 3 e, in two passes. A window's other
-elements are read by the same or a neighbouring program at nearly the same time, so they come from a cache.
+Bytes moved per element of x, where e is its size: `mix` 2 e, `mix_backward` 2 e + 3 e in two passes. The other elements
+of a window are read by the same or a neighbouring program at nearly the same time, so they come from a cache.
 """
 
 import torch
@@ -19,23 +19,24 @@ from metaformer.models.kernels.triton_tiles import (
 
 
 @triton.jit
-def _window(at, extent, RADIUS: tl.constexpr):
-    """How many of the rows (or columns) around `at` lie in the image."""
-    return tl.minimum(at + RADIUS, extent - 1) - tl.maximum(at - RADIUS, 0) + 1
+def _window_side(center, side, RADIUS: tl.constexpr):
+    """The number of rows (or columns) of the window around `center` that are in the image."""
+    return tl.minimum(center + RADIUS, side - 1) - tl.maximum(center - RADIUS, 0) + 1
 
 
 @triton.jit
-def _sum_window(x, p, c, offsets, height, width, channels, RADIUS: tl.constexpr, SHARED: tl.constexpr):
-    """The sum over each position's window; SHARED: of what each neighbour gives to each position of its own window."""
+def _sum_window(x, p, c, offsets, height, width, channels, RADIUS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The sum over each position's window; if TRANSPOSED, of each value divided by the area of its own window."""
     row, column = p // width, p % width
     total = tl.zeros(offsets.shape, tl.float32)
     for dy in tl.static_range(-RADIUS, RADIUS + 1):
         for dx in tl.static_range(-RADIUS, RADIUS + 1):
-            y, z = row + dy, column + dx
-            inside = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (c < channels)
+            near_row, near_column = row + dy, column + dx
+            inside = (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width) & (c < channels)
             value = tl.load(x + offsets + (dy * width + dx) * channels, inside, 0.0).to(tl.float32)
-            if SHARED:
-                area = tl.maximum(_window(y, height, RADIUS) * _window(z, width, RADIUS), 1)  # at least 1 outside too
+            if TRANSPOSED:
+                area = _window_side(near_row, height, RADIUS) * _window_side(near_column, width, RADIUS)
+                area = tl.maximum(area, 1)  # it may be 0 outside the image
                 value = value / area.to(tl.float32)
             total += tl.where(inside, value, 0.0)
     return total
@@ -46,14 +47,14 @@ def _mix(
     x, factor, out, moments, height, width, channels, tiles,
     RADIUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, exists = tile_offsets(height * width, channels, tiles, BLOCK_P, BLOCK_C)
+    image, p, c, offsets, mask = tile_offsets(height * width, channels, tiles, BLOCK_P, BLOCK_C)
     total = _sum_window(x, p, c, offsets, height, width, channels, RADIUS, False)
-    area = tl.maximum(_window(p // width, height, RADIUS) * _window(p % width, width, RADIUS), 1)
-    values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
+    area = tl.maximum(_window_side(p // width, height, RADIUS) * _window_side(p % width, width, RADIUS), 1)
+    values = tl.load(x + offsets, mask, 0.0).to(tl.float32)
     scale = tl.load(factor + image * channels + c, c < channels, 0.0)
     mixed = (values + scale * (total / area.to(tl.float32) - values)).to(out.dtype.element_ty)
-    tl.store(out + offsets, mixed, exists)
-    store_moments(mixed.to(tl.float32), exists, moments)
+    tl.store(out + offsets, mixed, mask)
+    store_moments(mixed.to(tl.float32), mask, moments)
 
 
 @triton.jit
@@ -61,10 +62,10 @@ def _sum_products(
     grad, x, sums, height, width, channels, tiles,
     RADIUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, exists = tile_offsets(height * width, channels, tiles, BLOCK_P, BLOCK_C)
-    spread = _sum_window(grad, p, c, offsets, height, width, channels, RADIUS, True)
-    spread -= tl.load(grad + offsets, exists, 0.0).to(tl.float32)
-    products = tl.where(exists, spread * tl.load(x + offsets, exists, 0.0).to(tl.float32), 0.0)
+    image, p, c, offsets, mask = tile_offsets(height * width, channels, tiles, BLOCK_P, BLOCK_C)
+    difference = _sum_window(grad, p, c, offsets, height, width, channels, RADIUS, True)
+    difference -= tl.load(grad + offsets, mask, 0.0).to(tl.float32)
+    products = tl.where(mask, difference * tl.load(x + offsets, mask, 0.0).to(tl.float32), 0.0)
     tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(products, 0)[None, :], c < channels)
 
 
@@ -73,16 +74,16 @@ def _apply_gradient(
     grad, x, factor, slopes, means, out, height, width, channels, tiles,
     RADIUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, exists = tile_offsets(height * width, channels, tiles, BLOCK_P, BLOCK_C)
-    spread = _sum_window(grad, p, c, offsets, height, width, channels, RADIUS, True)
-    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32)
+    image, p, c, offsets, mask = tile_offsets(height * width, channels, tiles, BLOCK_P, BLOCK_C)
+    pooled = _sum_window(grad, p, c, offsets, height, width, channels, RADIUS, True)
+    grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
     scale = tl.load(factor + image * channels + c, c < channels, 0.0)
-    centred = tl.load(x + offsets, exists, 0.0).to(tl.float32) - tl.load(means + 2 * image)
-    tl.store(out + offsets, given + scale * (spread - given) + tl.load(slopes + image) * centred, exists)
+    centred = tl.load(x + offsets, mask, 0.0).to(tl.float32) - tl.load(means + 2 * image)
+    tl.store(out + offsets, grad_out + scale * (pooled - grad_out) + tl.load(slopes + image) * centred, mask)
 
 
 def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Compute `reference._mix`."""
     tiles = tiling(x)
     out, moments = torch.empty_like(x), new_moments(x, tiles)
     _mix[tiles.grid](
@@ -95,11 +96,11 @@ def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int,
 def mix_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Compute `reference.mix_backward`."""
     tiles = tiling(x)
     sums = stats.new_empty((tiles.images, tiles.position_tiles, x.shape[3]))
-    where = (*x.shape[1:], tiles.position_tiles)
-    _sum_products[tiles.grid](grad, x, sums, *where, RADIUS=size // 2, **tiles.blocks)
+    sizes = (*x.shape[1:], tiles.position_tiles)
+    _sum_products[tiles.grid](grad, x, sums, *sizes, RADIUS=size // 2, **tiles.blocks)
     products = sums.sum(1)
     if keep is not None:
         products = products * keep[:, None]
@@ -107,12 +108,12 @@ def mix_backward(
     slopes = (products @ scale) * rstd**3 / -x[0].numel()
     out = torch.empty_like(x)
     _apply_gradient[tiles.grid](
-        grad, x, _branch_factor(stats, scale, keep), slopes, stats, out, *where, RADIUS=size // 2, **tiles.blocks
+        grad, x, _branch_factor(stats, scale, keep), slopes, stats, out, *sizes, RADIUS=size // 2, **tiles.blocks
     )
     return out, rstd @ products
 
 
 def _branch_factor(stats: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
-    """What the mixer's difference is multiplied by, [B, C]."""
+    """Return the factor of pool(x) - x, [B, C]."""
     factor = stats[:, 1:] * scale
     return factor if keep is None else factor * keep[:, None]

@@ -1,7 +1,7 @@
-"""Statistics of an image, the norm's application and its gradient. Signatures and meaning: `reference`.
+"""Triton kernels of image statistics, the norm and its gradient; see `reference` for their definitions.
 
-Bytes moved for each element of x, where e is its size and h that of the norm's output: `statistics` e, `normalize`
-e + h, `normalize_backward` (e + h) + (3 e + h), in two passes.
+Bytes moved per element of x, where e is its size and h that of the norm's output: `statistics` e, `normalize` e + h,
+`normalize_backward` (e + h) + (3 e + h) in two passes.
 """
 
 import torch
@@ -20,48 +20,49 @@ from metaformer.models.kernels.triton_tiles import (
 
 @triton.jit
 def _statistics(x, moments, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
-    store_moments(tl.load(x + offsets, exists, 0.0).to(tl.float32), exists, moments)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    store_moments(tl.load(x + offsets, mask, 0.0).to(tl.float32), mask, moments)
 
 
 @triton.jit
 def _normalize(x, stats, weight, bias, out, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
     mean, rstd = tl.load(stats + 2 * image), tl.load(stats + 2 * image + 1)
     factor = tl.load(weight + c, c < channels, 0.0) * rstd
-    values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
-    tl.store(out + offsets, (values - mean) * factor + tl.load(bias + c, c < channels, 0.0), exists)
+    values = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+    tl.store(out + offsets, (values - mean) * factor + tl.load(bias + c, c < channels, 0.0), mask)
 
 
 @triton.jit
 def _sum_gradient(grad, x, stats, sums, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
     mean, rstd = tl.load(stats + 2 * image), tl.load(stats + 2 * image + 1)
-    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32)
-    normed = (tl.load(x + offsets, exists, 0.0).to(tl.float32) - mean) * rstd
-    place = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
-    tl.store(place, tl.sum(given, 0)[None, :], c < channels)
-    tl.store(place + channels, tl.sum(given * normed, 0)[None, :], c < channels)
+    grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
+    normed = (tl.load(x + offsets, mask, 0.0).to(tl.float32) - mean) * rstd
+    pointer = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
+    tl.store(pointer, tl.sum(grad_out, 0)[None, :], c < channels)
+    tl.store(pointer + channels, tl.sum(grad_out * normed, 0)[None, :], c < channels)
 
 
 @triton.jit
 def _apply_gradient(
-    grad, x, other, factors, weight, out, positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    image, p, c, offsets, exists = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    grad, x, residual_grad, factors, weight, out, positions, channels, tiles,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
     rstd, slope, constant = (
         tl.load(factors + 3 * image),
         tl.load(factors + 3 * image + 1),
         tl.load(factors + 3 * image + 2),
     )
-    given = tl.load(grad + offsets, exists, 0.0).to(tl.float32) * (tl.load(weight + c, c < channels, 0.0) * rstd)
-    values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
-    around = tl.load(other + offsets, exists, 0.0).to(tl.float32)
-    tl.store(out + offsets, given + slope * values + constant + around, exists)
+    scaled = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * (tl.load(weight + c, c < channels, 0.0) * rstd)
+    values = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+    residual = tl.load(residual_grad + offsets, mask, 0.0).to(tl.float32)
+    tl.store(out + offsets, scaled + slope * values + constant + residual, mask)
 
 
 def statistics(x: Tensor, eps: float) -> Tensor:
-    """As the reference's."""
+    """Compute `reference._statistics`."""
     tiles = tiling(x)
     moments = new_moments(x, tiles)
     _statistics[tiles.grid](x, moments, *_sizes(x), tiles.position_tiles, **tiles.blocks)
@@ -69,7 +70,7 @@ def statistics(x: Tensor, eps: float) -> Tensor:
 
 
 def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the reference's."""
+    """Compute `reference.normalize`."""
     tiles = tiling(x)
     out = torch.empty_like(x, dtype=dtype)
     _normalize[tiles.grid](x, stats, weight, bias, out, *_sizes(x), tiles.position_tiles, **tiles.blocks)
@@ -77,9 +78,9 @@ def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: tor
 
 
 def normalize_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, other: Tensor
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's."""
+    """Compute `reference.normalize_backward`."""
     tiles = tiling(x)
     sums = stats.new_empty((tiles.images, tiles.position_tiles, 2, x.shape[3]))
     _sum_gradient[tiles.grid](grad, x, stats, sums, *_sizes(x), tiles.position_tiles, **tiles.blocks)
@@ -90,12 +91,12 @@ def normalize_backward(
     factors = torch.stack([rstd, -slope, slope * mean - shift * rstd], 1)
     out = torch.empty_like(x)
     _apply_gradient[tiles.grid](
-        grad, x, other, factors, weight, out, *_sizes(x), tiles.position_tiles, **tiles.blocks
+        grad, x, residual_grad, factors, weight, out, *_sizes(x), tiles.position_tiles, **tiles.blocks
     )  # fmt: skip
-    # One sum for each: halves of a tensor share memory, which torch refuses of an operator's results.
+    # Two sums: halves of one tensor would share memory, which torch does not allow for an operator's results.
     return out, per_image[:, 1].sum(0), per_image[:, 0].sum(0)
 
 
 def _sizes(x: Tensor) -> tuple[int, int]:
-    """Positions and channels."""
+    """Return the number of positions and of channels."""
     return x.shape[1] * x.shape[2], x.shape[3]

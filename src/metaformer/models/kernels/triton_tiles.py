@@ -1,8 +1,8 @@
-"""How images are cut into programs' tiles, and what tiles have in common.
+"""Tiling of images into Triton programs, and functions that all tiled kernels share.
 
-A tile is BLOCK_P positions (row after row of one image) by BLOCK_C channels, so that neighbouring threads read
-neighbouring channels. Sums over an image go in two steps: each tile writes its own, another pass adds them in a fixed
-order. There are no atomic operations: the same input gives the same bits.
+A tile is BLOCK_P positions (row by row of one image) by BLOCK_C channels, so that neighbouring threads read adjacent
+channels. Sums over an image take two steps: each tile writes its own sum, and another pass adds them in a fixed order.
+No atomic operations are used, so the same input gives the same bits.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,12 @@ class Tiling(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Programs: tiles of positions of all images, by tiles of channels."""
+        """The number of programs: position tiles of all images, by channel tiles."""
         return self.images * self.position_tiles, self.channel_tiles
 
     @property
     def blocks(self) -> dict[str, int]:
-        """As the kernels' arguments; 16 elements for each of a warp's threads."""
+        """The tile size as kernel arguments, with 16 elements per thread."""
         return {
             "BLOCK_P": self.block_p,
             "BLOCK_C": self.block_c,
@@ -38,7 +38,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(x: Tensor) -> Tiling:
-    """Tiles of 4096 elements; all widths of the paper's networks are multiples of 32."""
+    """Return tiles of at most 4096 elements; all widths of the paper's networks are multiples of 32."""
     images, height, width, channels = x.shape
     block_p = min(128, triton.next_power_of_2(height * width))
     block_c = min(4096 // block_p, 64 if block_p < 128 else 32, triton.next_power_of_2(channels))
@@ -47,7 +47,7 @@ def tiling(x: Tensor) -> Tiling:
 
 @triton.jit
 def tile_offsets(positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The image of this program, its positions [P, 1] and channels [1, C], their offsets in memory, and which exist."""
+    """This program's image, positions [P, 1] and channels [1, C], their memory offsets, and the mask of valid ones."""
     image = tl.program_id(0) // tiles
     p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -56,20 +56,20 @@ def tile_offsets(positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
-def store_moments(values, exists, moments):
-    """Write how many values a tile has, their mean, and the sum of squared deviations from it."""
-    count = tl.sum(exists.to(tl.float32))
-    mean = tl.sum(tl.where(exists, values, 0.0)) / count
-    deviation = tl.where(exists, values - mean, 0.0)
-    place = moments + 3 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
-    tl.store(place, count)
-    tl.store(place + 1, mean)
-    tl.store(place + 2, tl.sum(deviation * deviation))
+def store_moments(values, mask, moments):
+    """Store the number of values in a tile, their mean, and the sum of squared deviations from it."""
+    count = tl.sum(mask.to(tl.float32))
+    mean = tl.sum(tl.where(mask, values, 0.0)) / count
+    deviation = tl.where(mask, values - mean, 0.0)
+    pointer = moments + 3 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
+    tl.store(pointer, count)
+    tl.store(pointer + 1, mean)
+    tl.store(pointer + 2, tl.sum(deviation * deviation))
 
 
 @triton.jit
 def _combine_moments(moments, stats, tiles, eps, BLOCK: tl.constexpr):
-    """Chan's formula over an image's tiles, BLOCK at a time: the mean first, the deviations from it then."""
+    """Combine an image's tiles by Chan's formula, BLOCK at a time: first the mean, then the deviations from it."""
     image = tl.program_id(0)
     first = moments + image.to(tl.int64) * tiles * 3
     counts = tl.zeros([BLOCK], tl.float32)
@@ -85,19 +85,19 @@ def _combine_moments(moments, stats, tiles, eps, BLOCK: tl.constexpr):
     for start in range(0, tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         count = tl.load(first + 3 * tile, tile < tiles, 0.0)
-        apart = tl.load(first + 3 * tile + 1, tile < tiles, 0.0) - mean
-        squares += count * apart * apart + tl.load(first + 3 * tile + 2, tile < tiles, 0.0)
+        deviation = tl.load(first + 3 * tile + 1, tile < tiles, 0.0) - mean
+        squares += count * deviation * deviation + tl.load(first + 3 * tile + 2, tile < tiles, 0.0)
     tl.store(stats + 2 * image, mean)
     tl.store(stats + 2 * image + 1, 1 / tl.sqrt(tl.sum(squares) / total + eps))
 
 
 def new_moments(x: Tensor, tiles: Tiling) -> Tensor:
-    """Where `store_moments` writes."""
+    """Allocate the output of `store_moments`."""
     return x.new_empty((tiles.images, tiles.position_tiles * tiles.channel_tiles, 3), dtype=torch.float32)
 
 
 def combine_moments(moments: Tensor, eps: float) -> Tensor:
-    """Tiles' moments to each image's statistics, float32 [B, 2]."""
+    """Combine the moments of all tiles into the statistics of each image, float32 [B, 2]."""
     images, tiles, _ = moments.shape
     stats = moments.new_empty((images, 2))
     _combine_moments[(images,)](moments, stats, tiles, eps, BLOCK=min(1024, triton.next_power_of_2(tiles)))
