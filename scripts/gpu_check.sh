@@ -79,9 +79,9 @@ else
 fi
 part operators 120 "${tests[@]}" tests/models/test_operators.py -k "not interpreted"
 part fused 40 "${tests[@]}" tests/models/test_fused.py
-part train 190 "$python" scripts/benchmark_train.py "${sizes[@]}" "${variants[@]}" \
+part train 190 "$python" -m benchmarks.train "${sizes[@]}" "${variants[@]}" \
   --json "$out/train.json" --plot "$out/train.png"
-part inference 40 "$python" scripts/benchmark_train.py "${sizes[@]}" --only fused timm-eager --inference \
+part inference 40 "$python" -m benchmarks.train "${sizes[@]}" --only fused timm-eager --inference \
   --json "$out/inference.json"
 loaders=(torch timm)
 if "$python" -c 'import nvidia.dali' 2>"$out/dali.log"; then
@@ -90,9 +90,9 @@ else
   summary+=("skipped  DALI: nvidia-dali is not installed; the loaders are torch's and timm's")
 fi
 if [[ -n $images ]]; then
-  part jpegs 50 "$python" scripts/benchmark_train.py "${sizes[@]}" --only fused --workers "$(nproc)" --data "$images" \
+  part jpegs 50 "$python" -m benchmarks.train "${sizes[@]}" --only fused --workers "$(nproc)" --data "$images" \
     --json "$out/jpegs.json"
-  part loader 70 "$python" scripts/benchmark_loader.py "$images" "${loading[@]}" --only "${loaders[@]}" \
+  part loader 70 "$python" -m benchmarks.loader "$images" "${loading[@]}" --only "${loaders[@]}" \
     --json "$out/loader.json"
 else
   summary+=("skipped  jpegs, loader: no image folder was given")

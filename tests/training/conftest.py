@@ -35,8 +35,6 @@ def tiny_state(
         ema=make_ema(EmaConfig(enabled=ema, decay=0.9), model),
         optimizer=make_optimizer(optimizer or OptimizerConfig(), model, lr),
         scaler=UnitScaler("cpu"),
-        loss_sum=torch.zeros((), dtype=torch.float64),
-        skips=torch.zeros(2, dtype=torch.float64),
         identity={"model": "tiny", "seed": 0, "global_batch_size": 8, "data": "abc"},
     )
 

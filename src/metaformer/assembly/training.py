@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torchvision.utils import save_image
@@ -226,8 +225,6 @@ def _new_state(
         ema=make_ema(config.ema, model),
         optimizer=make_optimizer(config.optimizer, model, config.learning_rate),
         scaler=precision.scaler,
-        loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
-        skips=torch.zeros(2, dtype=torch.float64, device=runtime.device),
         identity={
             "model": config.model.name,
             "seed": config.seed,

@@ -115,10 +115,15 @@ class TrainState:
     ema: WeightAverage | None
     optimizer: torch.optim.Optimizer
     scaler: Scaler
-    loss_sum: Tensor
-    skips: Tensor
     identity: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
+    loss_sum: Tensor = field(init=False)
+    skips: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = next(self.model.parameters()).device
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.skips = torch.zeros(2, dtype=torch.float64, device=device)
 
     @property
     def skipped_since_log(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""benchmark_scaling.py: a real measurement of two ranks."""
+"""The benchmark of scaling: a real measurement of two ranks."""
 
 import json
 import sys
@@ -7,13 +7,13 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import loader, scaling, train
 from metaformer.errors import UserError
-from scripts import benchmark_loader, benchmark_scaling, benchmark_train
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_scaling.py", *options])
-    benchmark_scaling.main()
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *options])
+    scaling.main()
 
 
 def test_two_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_two_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     options = ("--ranks", "2", "--batch=2", "--image-size=32", "--steps=1", "--rounds=1")
     run(monkeypatch, *options, f"--json={tmp_path / 'found.json'}")
     printed = capsys.readouterr().out
-    (found,) = json.loads((tmp_path / "found.json").read_text())
+    (found,) = json.loads((tmp_path / "found.json").read_text())["found"]
     assert found["ranks"] == 2
     assert found["parameters"] == 11_915_176
     assert len(found["seconds"]) == 8
@@ -39,10 +39,10 @@ def test_a_measurement_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        (benchmark_scaling, ["--ranks=1", "--json"]),
-        (benchmark_train, ["--json"]),
-        (benchmark_train, ["--plot"]),
-        (benchmark_loader, [".", "--json"]),
+        (scaling, ["--ranks=1", "--json"]),
+        (train, ["--json"]),
+        (train, ["--plot"]),
+        (loader, [".", "--json"]),
     ],
 )
 def test_outputs_are_checked_before_the_work(

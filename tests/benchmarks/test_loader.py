@@ -1,4 +1,4 @@
-"""The benchmark of loaders from the command line, and the library that makes openings slow."""
+"""The benchmark of loaders from the command line, and the library that delays openings."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import loader as loader_benchmark
+from benchmarks.loader import main
 from metaformer.data.index.image_index import load_index
 from metaformer.data.prepare.pieces import pieces_of
 from metaformer.data.prepare.shard_writer import Packing, write_shards
 from metaformer.errors import UserError
-from scripts import benchmark_loader
-from scripts.benchmark_loader import main
 from tests.conftest import REPOSITORY, Finished
 
 JOBS = ("training, crop and flip", "training, RandAugment", "evaluation, crop .9")
@@ -37,9 +37,11 @@ for way in (*ways, lambda: open(file, "rb")):
 
 
 def benchmark(*arguments: str) -> Finished:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "benchmark_loader.py"), *arguments]
+    command = [sys.executable, "-m", "benchmarks.loader", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
@@ -81,18 +83,18 @@ def test_shards_are_measured_for_loaders_that_read_them(
     folder = tmp_path / "train"
     with ThreadPoolExecutor(1) as pool:
         write_shards(pieces_of(load_index(images, "train")), folder, Packing(30_000), pool, lambda *step: None)
-    monkeypatch.setattr(sys, "argv", ["benchmark_loader.py", str(folder), "--only", "torch", "timm"])
+    monkeypatch.setattr(sys, "argv", ["loader.py", str(folder), "--only", "torch", "timm"])
     with pytest.raises(
-        UserError, match=r"^--only: timm read no shards, which \S+train holds; give the folder of images$"
+        UserError, match=r"^--only: timm cannot read shards, and \S+train contains shards; give a folder of images$"
     ):
         main()
     found = []
-    monkeypatch.setattr(benchmark_loader, "_measure_all", lambda arguments, loaders, *others: found.extend(loaders))
-    monkeypatch.setattr(benchmark_loader, "_summary", lambda *others: {})
-    monkeypatch.setattr(sys, "argv", ["benchmark_loader.py", str(folder), "--images=4", "--batch=4"])
+    monkeypatch.setattr(loader_benchmark, "_measure_all", lambda arguments, loaders, *others: found.extend(loaders))
+    monkeypatch.setattr(loader_benchmark, "_summary", lambda *others: {})
+    monkeypatch.setattr(sys, "argv", ["loader.py", str(folder), "--images=4", "--batch=4"])
     main()
     assert found == ["torch", "pil", "dali"]
-    assert capsys.readouterr().err == f"{folder} holds shards: timm, torchvision left out, they read folders only\n"
+    assert capsys.readouterr().err == f"{folder} contains shards: skipping timm, torchvision, which read folders only\n"
     done = benchmark(str(folder), "--images=4", "--batch=4", "--repeats=1", "--workers=1", "--only", "torch")
     assert done.code == 0, done.stderr
     assert all(job in done.stdout for job in JOBS)
@@ -102,7 +104,7 @@ def test_shards_are_measured_for_loaders_that_read_them(
 def test_only_files_below_the_folder_open_slowly(tmp_path: Path) -> None:
     """Each way to open a file takes the latency longer below the folder, and not beside it."""
     library, folder, beside = tmp_path / "slow.so", tmp_path / "data", tmp_path / "data2"
-    source = str(REPOSITORY / "scripts" / "slow_open.c")
+    source = str(REPOSITORY / "benchmarks" / "slow_open.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-Wall", "-Werror", source, "-o", str(library), "-ldl"], check=True)
     settings = {"LD_PRELOAD": str(library), "SLOW_OPEN_FOLDER": str(folder), "SLOW_OPEN_MICROSECONDS": "50000"}
     taken = {}
@@ -140,7 +142,7 @@ def test_what_cannot_be_measured_is_refused(images: Path, tmp_path: Path, monkey
         ((folder, "--open-latency-ms=1"), "needs a C compiler"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["benchmark_loader.py", *arguments])
+            patch.setattr(sys, "argv", ["loader.py", *arguments])
             if "compiler" in words:
                 patch.setenv("PATH", str(tmp_path))
             with pytest.raises(UserError) as refused:

@@ -1,7 +1,6 @@
-"""One number of ranks for benchmark_scaling.py: seconds of a step by each way of exchanging gradients, as JSON.
+"""Measure one number of ranks for scaling.py: seconds of a step with each way of exchanging gradients, as JSON.
 
-The network trains on one random batch that each rank keeps, in fp32: no loading, no augmentation. The median of the
-rounds over all ways counts; in a round, each way takes its steps after one that does not count.
+Each strategy takes its steps in every round, after one that is not counted; the median of the rounds is printed.
 """
 
 import argparse
@@ -14,19 +13,21 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.learner import CLASSES, make_learner, random_batches
 from metaformer import runtime
 from metaformer.models import create_model
 from metaformer.program import run_program
 from metaformer.runtime import Runtime
+from metaformer.training.step import train_step
 
 Wrap = Callable[[nn.Module], nn.Module]
-ALONE, ALL_REDUCE = "no exchange", "all-reduce alone"
+NO_EXCHANGE, ALL_REDUCE = "no exchange", "all-reduce alone"
 
 
 def strategies(ranks: Runtime) -> dict[str, Wrap]:
-    """How the gradients are exchanged."""
+    """Return the ways of exchanging gradients, by name."""
     if ranks.world_size == 1:
-        return {ALONE: lambda model: model}
+        return {NO_EXCHANGE: lambda model: model}
 
     def bf16(model: nn.Module) -> nn.Module:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -34,7 +35,7 @@ def strategies(ranks: Runtime) -> dict[str, Wrap]:
         return network
 
     return {
-        ALONE: lambda model: model,
+        NO_EXCHANGE: lambda model: model,
         "as train.py": lambda model: ranks.distribute(model, torch.zeros(2, 3, 64, 64, device=ranks.device)),
         "torch's defaults": DistributedDataParallel,
         "5 MiB buckets": lambda model: DistributedDataParallel(model, bucket_cap_mb=5, gradient_as_bucket_view=True),
@@ -58,33 +59,27 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name, wrap in strategies(ranks).items():
                 torch.manual_seed(0)
-                model = create_model(arguments.model, 1000).to(ranks.device)
-                network = wrap(model)
-                seconds[name].append(_step_seconds(network, ranks, arguments))
+                model = create_model(arguments.model, CLASSES).to(ranks.device)
+                seconds[name].append(_step_seconds(model, wrap(model), ranks, arguments))
             seconds[ALL_REDUCE].append(_exchange_seconds(model, ranks, arguments.steps))
         parameters = sum(p.numel() for p in model.parameters())
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         ranks.print_result({"ranks": ranks.world_size, "parameters": parameters, "seconds": medians})
 
 
-def _step_seconds(network: nn.Module, ranks: Runtime, arguments: argparse.Namespace) -> float:
-    """Mean over the steps."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
-    images = torch.randn(arguments.batch, 3, arguments.image_size, arguments.image_size, device=ranks.device)
-    labels = torch.randint(1000, (arguments.batch,), device=ranks.device)
+def _step_seconds(model: nn.Module, network: nn.Module, ranks: Runtime, arguments: argparse.Namespace) -> float:
+    """Return the mean over the steps."""
+    learner = make_learner(model, ranks, network=network)
+    batches = random_batches(arguments.batch, arguments.image_size, ranks.device)
+    train_step(learner, batches)
     start = _now(ranks)
-    for step in range(arguments.steps + 1):
-        if step == 1:
-            start = _now(ranks)
-        loss = nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for _ in range(arguments.steps):
+        train_step(learner, batches)
     return (_now(ranks) - start) / int(arguments.steps)
 
 
 def _exchange_seconds(model: nn.Module, ranks: Runtime, repeats: int) -> float:
-    """Of a sum over the ranks of as many values as there are gradients."""
+    """Return the time of a sum over the ranks of as many values as there are gradients."""
     values = torch.zeros(sum(p.numel() for p in model.parameters()), device=ranks.device)
     ranks.sum(values)
     start = _now(ranks)
@@ -94,7 +89,7 @@ def _exchange_seconds(model: nn.Module, ranks: Runtime, repeats: int) -> float:
 
 
 def _now(ranks: Runtime) -> float:
-    """When all ranks have come here, and their devices have done all they were told to."""
+    """Return the time at which all ranks have arrived here and their devices have finished."""
     ranks.sum(torch.zeros(1, device=ranks.device)).item()
     return time.perf_counter()
 

@@ -1,18 +1,17 @@
-"""What safety costs: seconds that a checkpoint takes from training, and microseconds that each guard adds to a step.
+"""Measure the cost of safety: seconds that a checkpoint takes from training, and microseconds per step of each guard.
 
-  python scripts/benchmark_guards.py --model poolformer_m48 --image-size 64 --batch 8
-  torchrun --nproc_per_node=2 scripts/benchmark_guards.py --model poolformer_s12 --image-size 128 --batch 32
+  python -m benchmarks.guards --model poolformer_m48 --image-size 64 --batch 8
+  torchrun --nproc_per_node=2 -m benchmarks.guards --model poolformer_s12 --image-size 128 --batch 32
 
-Real optimizer steps of the network with an average of its weights (EMA) on made-up images. Checkpoints: as many steps
-are timed with a save that begins at the first of them as without, in turns; the difference is what a save costs, its
-copy to host memory and its writing beside training included. Guards: each one alone, the least of many times. Prints
+The steps are the loop's own, with an average of the weights (EMA), on random images. Checkpoints: equally many steps
+are timed with a save that starts at the first of them and without one, by turns; the difference is the cost of a save,
+with its copy to host memory and its writing beside training. Guards: each one alone, the fastest of many times. Prints
 a table, then JSON.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,23 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.nn import functional
 
+from benchmarks.harness import console
+from benchmarks.learner import make_learner, random_batches
 from metaformer import runtime
 from metaformer.models import create_model, load_weights, save_state
 from metaformer.program import run_program
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
-from metaformer.training.ema import EmaConfig, make_ema
 from metaformer.training.interruption import Interruption
-from metaformer.training.optimizer import OptimizerConfig, make_optimizer
-from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.precision import PrecisionName
 from metaformer.training.replicas import check_replicas
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.state import TrainState
+from metaformer.training.step import train_step
 from metaformer.training.stragglers import Stopwatch
 from metaformer.training.watchdog import Watchdog
 
@@ -48,12 +45,21 @@ def main() -> None:
     """Measure; rank 0 reports."""
     arguments = _parse()
     with runtime.start() as ranks, tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        step = Step(arguments, ranks)
+        model = create_model(arguments.model)
+        model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = random_batches(arguments.batch, arguments.image_size, ranks.device)
+        network = ranks.distribute(model, next(images).images)
+        learner = make_learner(model, ranks, arguments.precision, network, ema=True)
+
+        def step() -> None:
+            train_step(learner, images)
+            learner.state.progress.step += 1
+
         for _ in range(2):
             step()
         plain = min(seconds(step, ranks) for _ in range(arguments.steps))
-        costs = guard_costs(step, ranks, Path(folder), 1e6 * plain)
-        checkpoint = checkpoint_cost(step, ranks, Path(folder), arguments) if arguments.repeats else {}
+        costs = guard_costs(learner.state, ranks, 1e6 * plain)
+        checkpoint = checkpoint_cost(learner.state, step, ranks, Path(folder), arguments) if arguments.repeats else {}
         if ranks.is_main:
             _report(arguments, ranks, plain, costs, checkpoint)
 
@@ -62,50 +68,16 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="poolformer_s12")
     parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32, help="images of a rank")
+    parser.add_argument("--batch", type=int, default=32, help="images per rank")
     parser.add_argument("--precision", choices=[name.value for name in PrecisionName], default="fp32")
-    parser.add_argument("--steps", type=int, default=8, help="in each measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="saves that are measured; 0: none")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: /tmp")
+    parser.add_argument("--steps", type=int, default=8, help="steps in each measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="saves to measure; 0: none")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints; default: /tmp")
     return parser.parse_args()
 
 
-class Step:
-    """A training step on made-up images; the state that it changes."""
-
-    def __init__(self, arguments: argparse.Namespace, ranks: Runtime) -> None:
-        torch.manual_seed(0)
-        model = create_model(arguments.model)
-        model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.precision = Precision(PrecisionConfig(PrecisionName(arguments.precision)), ranks.device)
-        self.state = TrainState(
-            model=model,
-            ema=make_ema(EmaConfig(enabled=True), model),
-            optimizer=make_optimizer(OptimizerConfig(), model, 1e-3),
-            scaler=self.precision.scaler,
-            loss_sum=torch.zeros((), dtype=torch.float64, device=ranks.device),
-            skips=torch.zeros(2, dtype=torch.float64, device=ranks.device),
-            identity={},
-        )
-        size = (arguments.batch, 3, arguments.image_size, arguments.image_size)
-        self._images = torch.randn(size, device=ranks.device).contiguous(memory_format=torch.channels_last)
-        self._network: nn.Module = ranks.distribute(model, self._images)
-        self._targets = torch.rand(arguments.batch, 1000, device=ranks.device).softmax(1)
-
-    def __call__(self) -> None:
-        state = self.state
-        with self.precision.autocast():
-            loss = functional.cross_entropy(self._network(self._images).float(), self._targets)
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        assert state.ema is not None
-        state.ema.update(state.model)
-        state.progress.step += 1
-
-
 def seconds(work: Callable[[], object], ranks: Runtime) -> float:
-    """How long a piece of work takes, the device's part included."""
+    """Return the seconds that a piece of work takes, with the device's part."""
     _wait(ranks)
     started = time.perf_counter()
     work()
@@ -118,9 +90,9 @@ def _wait(ranks: Runtime) -> None:
         torch.cuda.synchronize()
 
 
-def guard_costs(step: Step, ranks: Runtime, folder: Path, step_us: float) -> dict[str, float]:
-    """Microseconds a step of each guard."""
-    state, loss = step.state, torch.zeros((), dtype=torch.float64, device=ranks.device)
+def guard_costs(state: TrainState, ranks: Runtime, step_us: float) -> dict[str, float]:
+    """Return the microseconds per step of each guard."""
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     interruption, stopwatch = Interruption(ranks), Stopwatch(ranks.device)
     watchdog = Watchdog(ranks.rank, 600)
 
@@ -138,7 +110,7 @@ def guard_costs(step: Step, ranks: Runtime, folder: Path, step_us: float) -> dic
     difference = _least(guarded, ranks, 10) - _least(state.optimizer.step, ranks, 10)
     with watchdog.watching():
         costs = {
-            "leaving out steps that are not finite": difference,
+            "skipping steps that are not finite": difference,
             "agreeing on signals": _least(interruption.agreed, ranks, 200),
             "watchdog and stopwatch": _least(watch, ranks, 200),
             f"comparing ranks, every {COMPARE_EVERY} steps": (
@@ -153,8 +125,10 @@ def _least(work: Callable[[], object], ranks: Runtime, times: int) -> float:
     return min(seconds(work, ranks) for _ in range(times))
 
 
-def checkpoint_cost(step: Step, ranks: Runtime, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds that a save takes from training, and what it consists of; rank 0 saves, all ranks step."""
+def checkpoint_cost(
+    state: TrainState, step: Callable[[], None], ranks: Runtime, folder: Path, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Return the seconds that a save takes from training, and its parts; rank 0 saves while all ranks train."""
     weight_files = WeightFiles(partial(save_state, name=arguments.model), load_weights)
     config = CheckpointConfig(keep=1)
     checkpoints = CheckpointFolder(folder / "checkpoints", config, {"model": arguments.model}, weight_files)
@@ -164,7 +138,7 @@ def checkpoint_cost(step: Step, ranks: Runtime, folder: Path, arguments: argpars
         plain.append(sum(seconds(step, ranks) for _ in range(arguments.steps)))
         started = time.perf_counter()
         if ranks.is_main:
-            saver.save(step.state, f"step-{repeat}", is_best=False)
+            saver.save(state, f"step-{repeat}", is_best=False)
         blocked.append(time.perf_counter() - started)
         for _ in range(arguments.steps):
             step()
@@ -173,13 +147,13 @@ def checkpoint_cost(step: Step, ranks: Runtime, folder: Path, arguments: argpars
         saver.wait()
     written = time.perf_counter()
     if ranks.is_main:
-        saver.save(step.state, "step-999", is_best=False)
+        saver.save(state, "step-999", is_best=False)
     saver.wait()
     alone = time.perf_counter() - written
     saver.close()
     return {
         "copying to host memory": statistics.median(blocked),
-        "copying and writing, training at rest": alone,
+        "copying and writing, without training": alone,
         "taken from training": statistics.median(saving) - statistics.median(plain),
     }
 
@@ -197,7 +171,7 @@ def _report(
     for name, cost in checkpoint.items():
         share = f"{100 * cost / SAVE_EVERY / plain:.3f} % every {SAVE_EVERY}"
         table.add_row(f"a checkpoint: {name}", f"{cost:.2f} s", share)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
     figures: dict[str, Any] = {"step_seconds": plain, "guards_us": costs, "checkpoint_seconds": checkpoint}
     print(json.dumps(vars(arguments) | {"folder": None, "ranks": ranks.world_size} | figures))
 

@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import train
+from benchmarks.train import count_work
 from metaformer.errors import UserError
 from metaformer.models import create_model
-from scripts import benchmark_train
-from scripts.benchmark_train import count_work
 from tests.conftest import REPOSITORY, Finished
 
 SMALL = ("--size=32", "--batch=2", "--precision=fp32", "--steps=1", "--uncounted=1", "--repeats=1")
 
 
 def benchmark(*arguments: str) -> Finished:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "benchmark_train.py"), *SMALL, *arguments]
+    command = [sys.executable, "-m", "benchmarks.train", *SMALL, *arguments]
     environment = os.environ | {"COLUMNS": "120"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
@@ -85,10 +87,10 @@ def test_work_of_an_image() -> None:
 )
 def test_bad_options(monkeypatch: pytest.MonkeyPatch, given: str, message: str) -> None:
     """Refused before anything is measured."""
-    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", given])
-    monkeypatch.setattr(benchmark_train, "_measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(sys, "argv", ["train.py", given])
+    monkeypatch.setattr(train, "_measure", lambda *_: pytest.fail("it measures"))
     with pytest.raises(UserError) as caught:
-        benchmark_train.main()
+        train.main()
     assert str(caught.value).startswith(message)
 
 

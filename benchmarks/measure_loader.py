@@ -1,7 +1,6 @@
-"""Measure one loader on one job, once: images a second, CPU time and memory of this process and its workers.
+"""Measure one loader on one job, once, for loader.py: images per second, and CPU time and memory of the process tree.
 
-`benchmark_loader.py` runs this program for each of its measurements and says there what is measured. Prints one JSON
-object: images_per_second; cpu_ms, of all cores, an image; memory_mib.
+Prints one JSON object: images_per_second; cpu_ms, per image, summed over all cores; memory_mib.
 """
 
 import argparse
@@ -27,15 +26,15 @@ from metaformer.data.plan.plan import EvaluationPlan, Plan, TrainingPlan
 from metaformer.program import run_program
 
 SIZE, CROP_PCT = 224, 0.9
-TICKS = os.sysconf("SC_CLK_TCK")  # a second, the unit of time in /proc
+TICKS = os.sysconf("SC_CLK_TCK")  # per second: the unit of time in /proc
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is read.
+    """What to read.
 
     Attributes:
-        index: the images, a whole number of batches.
+        index: images for a whole number of batches.
         uncounted_batches: batches before the window, and as many after it.
     """
 
@@ -48,22 +47,34 @@ class Task:
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        """As torchvision's and timm's data sets hold them."""
+        """Paths and labels, as torchvision's and timm's data sets store them."""
         return [(str(self.index.path(i)), int(label)) for i, label in enumerate(self.index.labels)]
 
 
 def read_with_project(name: LoaderName, task: Task) -> Iterator[Any]:
-    """One of this project's loaders, on a CPU."""
+    """Yield batches from one of this project's loaders, on the CPU."""
     count = len(task.index)
     augmentation = AugmentationConfig(randaugment=RandAugmentConfig(num_ops=2 if task.randaugment else 0))
-    plan: Plan = EvaluationPlan(count, task.batch, 0, 1, SIZE, CROP_PCT)
+    plan: Plan = EvaluationPlan(
+        num_samples=count, batch_size=task.batch, rank=0, world_size=1, image_size=SIZE, crop_pct=CROP_PCT
+    )
     if task.training:
-        plan = TrainingPlan(count, task.batch, 1, 0, 1, 0, SIZE, CROP_PCT, augmentation)
+        plan = TrainingPlan(
+            num_samples=count,
+            global_batch_size=task.batch,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            image_size=SIZE,
+            crop_pct=CROP_PCT,
+            augmentation=augmentation,
+        )
     yield from make_loader(LoaderConfig(name), task.index, plan, torch.device("cpu"), task.workers).epoch(0)
 
 
 def read_with_timm(task: Task) -> Iterator[Any]:
-    """timm's loader with the options of the paper's recipe."""
+    """Yield batches from timm's loader with the options of the paper's recipe."""
     from timm.data import ImageDataset, create_loader
 
     dataset = ImageDataset(str(task.index.folder))
@@ -77,7 +88,7 @@ def read_with_timm(task: Task) -> Iterator[Any]:
 
 
 def read_with_torchvision(task: Task) -> Iterator[Any]:
-    """torchvision's ImageFolder and transforms in torch's DataLoader, as in its training reference."""
+    """Yield batches from torch's DataLoader with torchvision's ImageFolder, as in its training reference."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -103,7 +114,7 @@ LOADERS: dict[str, Callable[[Task], Iterator[Any]]] = {
 
 
 def main() -> None:
-    """Read all of a task's images in this process and its workers; print the figures."""
+    """Read all images of a task and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a pickled ImageIndex")
     parser.add_argument("--loader", choices=LOADERS, required=True)
@@ -117,7 +128,7 @@ def main() -> None:
 
 
 def measure(read: Callable[[Task], Iterator[Any]], task: Task) -> dict[str, float]:
-    """The figures of the batches between the uncounted ones."""
+    """Return the figures of the batches between the uncounted ones."""
     batches = read(task)
     counted = len(task.index) // task.batch - 2 * task.uncounted_batches
     for _ in itertools.islice(batches, task.uncounted_batches):
@@ -132,7 +143,7 @@ def measure(read: Callable[[Task], Iterator[Any]], task: Task) -> dict[str, floa
 
 
 def process_tree() -> dict[int, list[str]]:
-    """This process and all below it: the fields of /proc/PID/stat from the state on (man 5 proc, field 3)."""
+    """Return the fields of /proc/PID/stat from field 3 on (man 5 proc), of this process and those below it."""
     fields = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -146,12 +157,12 @@ def process_tree() -> dict[int, list[str]]:
 
 
 def cpu_seconds() -> float:
-    """User and system time of the process tree, with its ended processes."""
+    """Return user and system time of the process tree, with that of processes that have ended."""
     return sum(int(ticks) for values in process_tree().values() for ticks in values[11:15]) / TICKS
 
 
 def memory_mib() -> float:
-    """PSS of the process tree."""
+    """Return the PSS of the process tree."""
     kib = 0
     for pid in process_tree():
         try:

@@ -1,7 +1,4 @@
-"""Measure one variant of a training step (or of inference), once; prints one JSON object.
-
-`benchmark_train.py` runs this program for each of its measurements and says there what is measured.
-"""
+"""Measure one variant of a training step, or of inference, once, for train.py; print one JSON object."""
 
 import argparse
 import itertools
@@ -16,9 +13,9 @@ import timm
 import timm.optim
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from benchmarks.learner import CLASSES, make_learner
 from metaformer.assembly import automatic_loader, make_loader
 from metaformer.data.device import choice
 from metaformer.data.device.choice import transform_by_triton
@@ -28,28 +25,29 @@ from metaformer.data.index.image_index import find_images
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.data.plan.plan import TrainingPlan
+from metaformer.interfaces import Batch
 from metaformer.models import create_model
 from metaformer.models.fused import find_fault, fuse
 from metaformer.models.variants import VARIANTS
 from metaformer.program import keep_freed_memory, run_program
-from metaformer.training.optimizer import OptimizerConfig, make_optimizer
+from metaformer.runtime import Runtime
 from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.step import train_step
 
-CLASSES = 1000
-Batches = Iterator[tuple[Tensor, Tensor]]
+Step = Callable[[Iterator[Batch]], None]
 
 
 def main() -> None:
-    """Make the variant, run its uncounted steps, then the counted ones."""
+    """Build the variant, run its uncounted steps, then the counted ones."""
     options = _parse()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    theirs = options.variant.startswith("timm")
-    if not theirs and device.type == "cpu":
+    is_timm = options.variant.startswith("timm")
+    if not is_timm and device.type == "cpu":
         keep_freed_memory()  # as train.py does
     model = _model(options, device)
-    batches = (_timm_batches if theirs else _batches)(options, device)
-    step = _inference(model, options, device) if options.inference else _training(model, options, device, theirs)
+    batches = (_timm_batches if is_timm else _batches)(options, device)
+    step = _inference(model, options, device) if options.inference else _training(model, options, device, is_timm)
     seconds = [_timed(step, batches, device) for _ in range(options.uncounted)]
     first = seconds[0] if seconds else None
     seconds = [_timed(step, batches, device) for _ in range(options.steps)]
@@ -62,7 +60,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", required=True, help="one of benchmark_train.py's")
+    parser.add_argument("--variant", required=True, help="one of those of train.py")
     parser.add_argument("--model", required=True)
     for name in ("--size", "--batch", "--steps", "--uncounted", "--workers"):
         parser.add_argument(name, type=int, required=True)
@@ -74,7 +72,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Ours with channels_last; timm's with it on a GPU only: on a CPU it trains with its default."""
+    """Return the variant's network: channels_last, except timm's on a CPU, which keeps timm's default layout."""
     library, _, mode = options.variant.rpartition("-")
     model: nn.Module
     if library == "timm":
@@ -95,47 +93,52 @@ def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
 
 
 def _refuse(fault: str | None) -> None:
-    """No figure is better than one of something else."""
+    """Raise if the fused kernels do not work: the figure would be that of another variant."""
     if fault is not None:
         raise RuntimeError(f"the fused kernels: {fault}")
 
 
-def _training(
-    model: nn.Module, options: argparse.Namespace, device: torch.device, theirs: bool
-) -> Callable[[Tensor, Tensor], None]:
-    """A step as in training/loop.py, or as in timm's training program: its loss and its way to make an optimizer."""
-    precision = Precision(PrecisionConfig(PrecisionName(options.precision)), device)
-    optimizer, loss_of = make_optimizer(OptimizerConfig(), model, 1e-3), functional.cross_entropy
-    if theirs:
-        optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
-        loss_of = SoftTargetCrossEntropy()
+def _training(model: nn.Module, options: argparse.Namespace, device: torch.device, is_timm: bool) -> Step:
+    """Return the loop's own step, or one as in timm's training program, with its loss and optimizer."""
     model.train()
+    if not is_timm:
+        learner = make_learner(model, Runtime(0, 1, 0, 1, device), options.precision)
 
-    def step(images: Tensor, targets: Tensor) -> None:
+        def step(batches: Iterator[Batch]) -> None:
+            train_step(learner, batches)
+
+        return step
+
+    precision = Precision(PrecisionConfig(PrecisionName(options.precision)), device)
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    compute_loss = SoftTargetCrossEntropy()
+
+    def timm_step(batches: Iterator[Batch]) -> None:
+        images, targets, _ = next(batches)
         with precision.autocast():
             logits = model(images)
-        loss = loss_of(logits.float(), targets)
-        precision.scaler.scale(loss).backward()
+        precision.scaler.scale(compute_loss(logits.float(), targets)).backward()
         precision.scaler.step(optimizer)
         precision.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return timm_step
 
 
-def _inference(model: nn.Module, options: argparse.Namespace, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+def _inference(model: nn.Module, options: argparse.Namespace, device: torch.device) -> Step:
     precision = Precision(PrecisionConfig(PrecisionName(options.precision)), device)
     model.eval()
 
-    def step(images: Tensor, _: Tensor) -> None:
+    def step(batches: Iterator[Batch]) -> None:
+        images = next(batches).images
         with torch.inference_mode(), precision.autocast():
             model(images)
 
     return step
 
 
-def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
-    """The recipe's batches from JPEGs, or one batch of noise that is mixed and erased anew for each step."""
+def _batches(options: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
+    """Yield the recipe's batches from JPEGs, or one batch of noise that is mixed and erased anew for each step."""
     transform_images = transform_plainly
     if device.type == "cuda":
         _refuse(choice.find_fault(device, options.size))
@@ -147,21 +150,31 @@ def _batches(options: argparse.Namespace, device: torch.device) -> Batches:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(options.batch, device=device) % CLASSES
         for position in itertools.count():
-            yield transform(pixels, labels, plan.batch(0, position))
+            yield Batch(*transform(pixels, labels, plan.batch(0, position)))
     index = find_images(options.data.absolute())
     plan = _plan(len(index), options)
     loader = make_loader(LoaderConfig(automatic_loader(device)), index, plan, device, options.workers)
     feed = Feed(index, plan, loader, transform, Placement(device, torch.channels_last))
     for epoch in itertools.count():
-        yield from ((batch.images, batch.targets) for batch in feed.epoch(epoch))
+        yield from feed.epoch(epoch)
 
 
 def _plan(samples: int, options: argparse.Namespace) -> TrainingPlan:
-    return TrainingPlan(samples, options.batch, 1, 0, 1, 0, options.size, 0.9, AugmentationConfig())
+    return TrainingPlan(
+        num_samples=samples,
+        global_batch_size=options.batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=options.size,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    )
 
 
-def _timm_batches(options: argparse.Namespace, device: torch.device) -> Batches:
-    """The recipe's batches by timm's loader and mixing, or one batch of noise mixed and erased anew for each step."""
+def _timm_batches(options: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
+    """Yield the recipe's batches with timm's loader and mixing, or noise that is mixed and erased for each step."""
     from timm.data import ImageDataset, Mixup, create_loader
     from timm.data.random_erasing import RandomErasing
 
@@ -173,7 +186,7 @@ def _timm_batches(options: argparse.Namespace, device: torch.device) -> Batches:
         erase = RandomErasing(0.25, mode="pixel", device=device)
         while True:
             mixed, targets = mixup(erase(images.clone()), labels)
-            yield mixed.contiguous(memory_format=layout), targets
+            yield Batch(mixed.contiguous(memory_format=layout), targets)
     loader = create_loader(
         ImageDataset(str(options.data)), (3, options.size, options.size), options.batch, is_training=True,
         use_prefetcher=device.type == "cuda", re_prob=0.25, re_mode="pixel", auto_augment="rand-m9-mstd0.5-inc1",
@@ -182,23 +195,23 @@ def _timm_batches(options: argparse.Namespace, device: torch.device) -> Batches:
     while True:
         for images, labels in loader:
             mixed, targets = mixup(images.to(device), labels.to(device))
-            yield mixed.contiguous(memory_format=layout), targets
+            yield Batch(mixed.contiguous(memory_format=layout), targets)
 
 
-def _timed(step: Callable[[Tensor, Tensor], None], batches: Batches, device: torch.device) -> float:
-    """Seconds of one step, the wait for its batch included."""
+def _timed(step: Step, batches: Iterator[Batch], device: torch.device) -> float:
+    """Return the seconds of one step, with the wait for its batch."""
     started = time.perf_counter()
-    step(*next(batches))
+    step(batches)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def _profile(step: Callable[[Tensor, Tensor], None], batches: Batches, folder: Path) -> None:
-    """Write trace.json and operators.txt, of one step."""
+def _profile(step: Step, batches: Iterator[Batch], folder: Path) -> None:
+    """Write trace.json and operators.txt for one step."""
     on_gpu = torch.cuda.is_available()
     with torch.profiler.profile() as profiler:
-        step(*next(batches))
+        step(batches)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
@@ -206,7 +219,7 @@ def _profile(step: Callable[[Tensor, Tensor], None], batches: Batches, folder: P
 
 
 def _memory(device: torch.device) -> float:
-    """The most that was held: of the GPU's memory, or of this process's resident memory."""
+    """Return the peak in MiB of the GPU's allocated memory, or of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

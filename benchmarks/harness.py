@@ -1,0 +1,129 @@
+"""What the benchmarks share: measurements in processes of their own, taken by turns, and a record of the machine."""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+
+from metaformer.errors import UserError
+from metaformer.files import check_output, write_text_atomically
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "pillow")
+WIDTH = 120  # columns of a table where stdout is not a terminal
+
+Case = TypeVar("Case", bound=Hashable)
+
+
+def measure(
+    name: str, program: str, options: Sequence[str], environment: Mapping[str, str] | None = None, ranks: int = 0
+) -> dict[str, Any]:
+    """Run a measuring program in a process of its own, and return the JSON object that it prints last.
+
+    Args:
+        name: what is measured, for the error.
+        program: a module of this package.
+        ranks: processes to start with torchrun; 0 starts one without it.
+
+    Raises:
+        UserError: the process failed; its own error line is part of the message.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, "-m", f"benchmarks.{program}", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        errors = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+        raise UserError(
+            f"{name}: its process ended with exit code {done.returncode}: {errors[0].removeprefix('error: ')}"
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def by_turns(
+    cases: Iterable[Case], repeats: int, take: Callable[[Case, int], dict[str, Any]]
+) -> dict[Case, list[dict[str, Any]]]:
+    """Measure repeat r of all cases before repeat r + 1 of any, so that a drift of the machine's speed affects all.
+
+    Args:
+        take: measures a case; its second argument is the repeat, counted from 0. Its result has `images_per_second`.
+    """
+    found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    for repeat, case in itertools.product(range(repeats), found):
+        found[case].append(take(case, repeat))
+        title = ", ".join(case) if isinstance(case, tuple) else str(case)
+        speed = found[case][-1]["images_per_second"]
+        print(f"repeat {repeat + 1} of {repeats}, {title}: {speed:.1f} images/s", file=sys.stderr, flush=True)
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, the least and the greatest of some values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse options that are less than 1."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: must be at least 1")
+
+
+def check_outputs(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse output files that could not be written after the work."""
+    for name in names:
+        file: Path | None = getattr(arguments, name)
+        if file is not None:
+            check_output(f"--{name}={file}", file)
+
+
+def as_options(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """Return the arguments of these names as they are given to a measuring program."""
+    return [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
+
+
+def write_json(file: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures, with the circumstances of the measurement, if a file is given."""
+    if file is not None:
+        write_text_atomically(file, json.dumps({**_circumstances(), **figures}, indent=2) + "\n")
+
+
+def console() -> Console:
+    """Return a console for tables."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def _circumstances() -> dict[str, Any]:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    on_gpu = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "load_average": os.getloadavg(),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "machine": {"cpu": models[0].partition(":")[2].strip() if models else None, "cores": os.cpu_count()},
+        "versions": {name: installed.get(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,46 @@
+"""A learner on random images: what the benchmarks of training steps call `train_step` with."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from metaformer.interfaces import Batch
+from metaformer.runtime import Runtime
+from metaformer.training.ema import EmaConfig, make_ema
+from metaformer.training.optimizer import OptimizerConfig, make_optimizer
+from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.state import TrainState
+from metaformer.training.step import Learner
+from metaformer.training.stragglers import Stopwatch
+
+CLASSES = 1000
+
+
+def make_learner(
+    model: nn.Module, runtime: Runtime, precision: str = "fp32", network: nn.Module | None = None, ema: bool = False
+) -> Learner:
+    """Return a learner of a model, with AdamW as in the recipe.
+
+    Args:
+        network: the model as it is called, if it is wrapped.
+    """
+    formats = Precision(PrecisionConfig(PrecisionName(precision)), runtime.device)
+    state = TrainState(
+        model=model,
+        ema=make_ema(EmaConfig(enabled=ema), model),
+        optimizer=make_optimizer(OptimizerConfig(), model, 1e-3),
+        scaler=formats.scaler,
+        identity={},
+    )
+    network = model if network is None else network
+    return Learner(state, network, formats, runtime, Stopwatch(runtime.device))
+
+
+def random_batches(size: int, image_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the same random batch for ever, its images in channels_last."""
+    images = torch.randn(size, 3, image_size, image_size, device=device)
+    targets = torch.rand(size, CLASSES, device=device).softmax(1)
+    batch = Batch(images.contiguous(memory_format=torch.channels_last), targets)
+    yield from itertools.repeat(batch)
