@@ -240,7 +240,7 @@ class Trainer:
         ranks = torch.stack(self.runtime.gather(own.double()))
         loss_sum, waited, started_loader, _ = ranks.mean(dim=0).tolist()
         elapsed = time.perf_counter() - window.started
-        self.goodput.waited(window.waited)
+        self.goodput.record_wait(window.waited)
         self.bottleneck.add(waited - started_loader, elapsed - started_loader)
         progress.skipped_steps += int(skipped)
         row = self._row("train") | {
@@ -336,7 +336,7 @@ class Trainer:
         self._check_finite(float(state.loss_sum), int(state.skips[1]))
         with self.goodput.phase(SAVING):
             self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
-        self.goodput.saved()
+        self.goodput.record_save()
         self._saved_step = state.progress.step
         self.watchdog.beat()
 
