@@ -18,7 +18,7 @@ def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
     watchdog = Watchdog(launched_rank(), config.guards.stall_seconds)
-    with watchdog.watching(), runtime.start(patience=watchdog.pause) as ranks:
+    with watchdog.watching(), runtime.start(pause_watchdog=watchdog.pause) as ranks:
         with assembly.training(config, ranks, watchdog) as train:
             result = train()
         ranks.print_result(result)

@@ -1,4 +1,4 @@
-"""What all tests share: a small data set of real JPEGs, and the programs as a user starts them."""
+"""Fixtures and helpers for all tests: a small data set of real JPEGs, and running the programs."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from PIL import Image
 import train
 import validate
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may be started under nohup, which has it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may be started, ignores it
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 48, 403
 
-# A recipe that trains in seconds, with everything random switched on.
+# A recipe that trains in seconds, with all random augmentations on.
 QUICK = (
     "image_size=32",
     "precision=fp32",
@@ -40,7 +40,7 @@ QUICK = (
 
 @dataclass
 class Finished:
-    """A program that has ended."""
+    """The exit code and output of a program."""
 
     code: int
     stdout: str
@@ -48,7 +48,7 @@ class Finished:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The JSON object on stdout's last line."""
+        """The JSON object on the last line of stdout."""
         found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return found
 
@@ -60,7 +60,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 training and 403 validation JPEGs in 4 classes, told apart by colour and stripes."""
+    """48 training and 403 validation JPEGs in 4 classes, distinguishable by colour and stripes."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
@@ -79,7 +79,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Run train.py's or validate.py's main function in this process; returns the result that it prints last."""
+    """A function that runs main() of train.py or validate.py in this process and returns the printed result."""
 
     def run(program: str, *overrides: str) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *overrides])
@@ -90,7 +90,7 @@ def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 def launch(program: str, *overrides: str, ranks: int = 1, timeout: float = 180) -> Finished:
-    """Run a program in processes of its own: plain python for one rank, torchrun for more."""
+    """Run a program in subprocesses: with plain python for one rank, with torchrun for more."""
     command = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
     done = subprocess.run(
         [*command, str(REPOSITORY / f"{program}.py"), *overrides],
@@ -104,7 +104,7 @@ def launch(program: str, *overrides: str, ranks: int = 1, timeout: float = 180) 
 
 
 def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The rows of one kind in a run's metrics, without what depends on the clock."""
+    """Return the rows of one kind from a run's metrics, without figures that vary between equal runs."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_second", "data_wait", "memory_gib")
-    return [{k: v for k, v in row.items() if k not in clock} for row in lines if row["kind"] == kind]
+    varying = ("images_per_second", "data_wait", "memory_gib")
+    return [{k: v for k, v in row.items() if k not in varying} for row in lines if row["kind"] == kind]

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine, for downloads."""
+"""A local HTTP server for tests of downloads."""
 
 import threading
 from collections.abc import Iterator
@@ -9,9 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Reply:
-    """An answer; `length` is the Content-Length, where it is not the body's, and `silent` sends nothing at all.
+    """A reply of the server.
 
-    `measured` is whether there is a Content-Length; without, the body ends with the connection.
+    Attributes:
+        status: HTTP status; 0 closes the connection without a reply.
+        length: Value of Content-Length if it differs from the length of the body.
+        silent: Whether to send nothing at all.
+        measured: Whether to send Content-Length; otherwise the body ends with the connection.
     """
 
     body: bytes = b""
@@ -24,7 +28,7 @@ class Reply:
 
 @dataclass
 class Server:
-    """What it answers to which path, else 404, and what was asked."""
+    """The replies by path (404 for any other path) and the requests received so far."""
 
     url: str
     replies: dict[str, Reply] = field(default_factory=dict)
@@ -33,7 +37,7 @@ class Server:
 
 @contextmanager
 def serve() -> Iterator[Server]:
-    """A server at a free port, in a thread, until the end."""
+    """Run a server on a free port in a thread, inside the block."""
     stop = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,7 +47,7 @@ def serve() -> Iterator[Server]:
             if reply.silent:
                 stop.wait(20)
                 return
-            if reply.status == 0:  # close the connection instead of an answer
+            if reply.status == 0:  # close the connection without a reply
                 return
             self.send_response(reply.status)
             for name, value in reply.headers.items():
@@ -52,7 +56,7 @@ def serve() -> Iterator[Server]:
                 self.send_header("Content-Length", str(len(reply.body) if reply.length is None else reply.length))
             self.end_headers()
             if self.command == "GET":
-                with suppress(ConnectionError):  # who asked may have had enough
+                with suppress(ConnectionError):  # the client may have closed the connection
                     self.wfile.write(reply.body)
 
         do_HEAD = do_GET

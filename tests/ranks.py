@@ -1,4 +1,4 @@
-"""Several ranks as processes of this machine, joined by gloo, and a small disk that can be full."""
+"""Helpers that run a function on several local ranks, joined by gloo, and that mount and fill a small disk."""
 
 import multiprocessing
 import os
@@ -14,12 +14,12 @@ import torch
 
 from metaformer.runtime import Runtime, start
 
-SECONDS = 60.0  # until ranks count as hanging
+TIMEOUT_SECONDS = 60.0  # after which ranks count as hanging
 Work = Callable[[Runtime], Any]
 
 
 def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
-    """What a function of a test's module returns on each rank, or the error that it raises there."""
+    """Run a module-level function on each rank, and return its results or the errors that it raised."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks", work.__module__])
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -29,9 +29,9 @@ def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
     for process in ranks:
         process.start()
     try:
-        found = dict(results.get(timeout=SECONDS) for _ in ranks)
+        found = dict(results.get(timeout=TIMEOUT_SECONDS) for _ in ranks)
         for process in ranks:
-            process.join(SECONDS)
+            process.join(TIMEOUT_SECONDS)
             assert process.exitcode == 0
     finally:
         for process in ranks:
@@ -47,16 +47,16 @@ def _run(work: Work, rank: int, world_size: int, port: int, results: Any) -> Non
     with start() as runtime:
         try:
             result = work(runtime)
-        except Exception as error:  # handed to the test, which looks at it
+        except Exception as error:  # returned to the test, which checks it
             result = error
         results.put((rank, result))
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of so many bytes, as in "64k"; the test is skipped where none can be mounted.
+    """Mount a tmpfs of a size such as "64k", or skip the test if that is not possible.
 
-    It goes also where a test that fails has a file open there.
+    It is unmounted even if a failing test still has a file open on it.
     """
     folder.mkdir()
     mounted = subprocess.run(
@@ -71,7 +71,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Take all the room that a disk has left; the file that takes it."""
+    """Fill a disk, and return the file that takes up the space."""
     file = disk / "filler"
     with file.open("wb", buffering=0) as filler:
         try:
@@ -79,4 +79,4 @@ def fill(disk: Path) -> Path:
                 pass
         except OSError:
             return file
-    raise AssertionError("the disk has no end")
+    raise AssertionError("the disk does not fill up")

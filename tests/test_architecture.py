@@ -1,4 +1,4 @@
-"""The structure that the code keeps."""
+"""Tests of the import structure of the package."""
 
 import ast
 from pathlib import Path
@@ -24,7 +24,7 @@ FOUNDATION = {
 
 
 def imports(file: Path) -> set[str]:
-    """The parts of this package that a file imports: "data", "runtime", ..."""
+    """Return the components and modules of this package that a file imports, such as "data" and "runtime"."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -35,26 +35,26 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_components_import_no_sibling(component: str) -> None:
-    """A component knows itself and the foundation; only assembly/ and config.py know several."""
+    """A component imports only itself and the foundation; only assembly/ and config.py import several components."""
     for file in (PACKAGE / component).rglob("*.py"):
         assert imports(file) <= {component} | FOUNDATION, file
 
 
-def test_foundation_knows_no_component() -> None:
-    """It stands below everything."""
+def test_foundation_imports_no_component() -> None:
+    """The foundation modules import only each other."""
     for name in FOUNDATION:
         assert imports(PACKAGE / f"{name}.py") <= FOUNDATION
 
 
-def test_config_knows_no_builder_and_entry_points_are_short() -> None:
-    """Types do not assemble; train.py and validate.py compose, build and call."""
+def test_config_imports_no_builder_and_entry_points_are_short() -> None:
+    """config.py does not import assembly; train.py and validate.py have at most 40 lines."""
     assert "assembly" not in imports(PACKAGE / "config.py")
     for name in ("train.py", "validate.py"):
         assert len((REPOSITORY / name).read_text().splitlines()) <= 40
 
 
 def test_only_two_files_read_the_launchers_variables() -> None:
-    """No other file asks torchrun or SLURM who it is."""
+    """Only program.py and runtime.py read the environment variables of torchrun and SLURM."""
     for file in PACKAGE.rglob("*.py"):
         if file.name not in ("program.py", "runtime.py"):
             text = file.read_text()

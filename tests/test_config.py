@@ -1,4 +1,4 @@
-"""What is kept of a configuration holds no secret."""
+"""Tests that stored configurations contain no secrets, and of values that are rejected."""
 
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Compose = Callable[..., TrainConfig]
 
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> Compose:
-    """What train.py composes of overrides, with a secret in the environment."""
+    """A function that composes train.py's configuration from overrides, with a secret in the environment."""
     monkeypatch.setenv("CANARY", SECRET)
 
     def run(*overrides: str) -> TrainConfig:
@@ -37,7 +37,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Compose:
     ],
 )
 def test_a_value_from_the_environment(composed: Compose, override: str, kept: str) -> None:
-    """The run has the value; what is kept has what was given, in a field, in a part of it and in a list."""
+    """The run uses the value; the stored configuration keeps the interpolation, in a field, part of one, or a list."""
     config = composed(override)
     assert SECRET in str(config)
     text = OmegaConf.to_yaml(redacted(config))
@@ -45,8 +45,8 @@ def test_a_value_from_the_environment(composed: Compose, override: str, kept: st
     assert kept in text
 
 
-def test_a_value_by_way_of_another_field(composed: Compose) -> None:
-    """A field that interpolates a field that interpolates the variable is kept as given, too."""
+def test_a_value_from_another_field(composed: Compose) -> None:
+    """A field that interpolates a field that interpolates the variable is stored as written too."""
     config = composed("tracking.entity='${oc.env:CANARY}'", "tracking.name='of-${tracking.entity}'")
     assert config.tracking.name == f"of-{SECRET}"
     text = OmegaConf.to_yaml(redacted(config))
@@ -54,15 +54,15 @@ def test_a_value_by_way_of_another_field(composed: Compose) -> None:
     assert "name: of-${tracking.entity}" in text
 
 
-def test_the_place_of_the_data_is_resolved(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """data.root, which conf/ reads from the environment, is kept as the folder that was read."""
+def test_data_root_is_resolved(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.root, which conf/ reads from the environment, is stored as the actual folder."""
     monkeypatch.setenv("IMAGENET_DIR", str(tmp_path))
     config = composed()
     assert OmegaConf.to_container(redacted(config))["data"]["root"] == str(tmp_path)  # type: ignore[index,call-overload]
 
 
-def test_all_else_is_kept_as_it_is(composed: Compose) -> None:
-    """Without variables, it is the whole configuration, values and enums by name, and says nothing of how it came."""
+def test_all_other_values_are_stored(composed: Compose) -> None:
+    """Without variables, the whole configuration is stored, enums by name, without `from_environment`."""
     config = composed("epochs=7", "tracking.tags=[a,b]")
     kept = OmegaConf.to_container(redacted(config))
     whole = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
@@ -73,7 +73,7 @@ def test_all_else_is_kept_as_it_is(composed: Compose) -> None:
 
 
 def test_ranks_compare_the_values(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks with another value in the variable have another fingerprint, though what is kept reads the same."""
+    """Ranks with different values of a variable have different fingerprints, but equal stored configurations."""
     one = composed("tracking.entity='${oc.env:CANARY}'")
     monkeypatch.setenv("CANARY", "other")
     other = composed("tracking.entity='${oc.env:CANARY}'")
@@ -85,12 +85,12 @@ def test_ranks_compare_the_values(composed: Compose, monkeypatch: pytest.MonkeyP
 def test_a_literal_interpolation(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, literal: str
 ) -> None:
-    """A text with `${` in it, escaped on the command line or a variable's value, comes back from all that is kept."""
+    """A literal `${`, escaped on the command line or from a variable, survives storing and freezing."""
     monkeypatch.setenv("IMAGENET_DIR", f"/{literal}")
     escaped = literal if "${" not in literal else literal.replace("\\", "\\\\").replace("${", "\\${")
     config = composed("model.crop_pct=0.9", f"run_dir='{tmp_path}/{escaped}'")
     assert config.resolved_run_dir == tmp_path / literal
-    config.tracking.name = literal  # as what code sets
+    config.tracking.name = literal  # as set by code
     assert OmegaConf.create(OmegaConf.to_yaml(redacted(config))).run_dir == f"{tmp_path}/{literal}"
 
     (tmp_path / "frozen.yaml").write_text(freeze(config))
@@ -112,8 +112,8 @@ def test_a_literal_interpolation(
         ("tracking.tags=[a,'\x1b[2J']", r"tracking.tags.1: has the control character '\x1b'; leave it out"),
     ],
 )
-def test_values_of_no_use(composed: Compose, override: str, expected: str) -> None:
-    """A number that no program takes, and a text that is no path and no line, are refused by the field's name."""
+def test_unusable_values(composed: Compose, override: str, expected: str) -> None:
+    """Numbers beyond 64 bits and control characters are rejected with the field's name."""
     with pytest.raises(UserError) as caught:
         composed(override)
     assert str(caught.value) == expected

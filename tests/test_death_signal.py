@@ -1,4 +1,4 @@
-"""Ranks end with their launcher, and notice one that has gone before they could ask."""
+"""Tests that ranks end with their launcher, even if it dies while they start."""
 
 import multiprocessing
 import os
@@ -16,10 +16,10 @@ from metaformer.death_signal import end_with_launcher
 FORK = multiprocessing.get_context("fork")
 
 
-def rank_of(launcher_said: bool, folder: Path) -> None:
-    """A rank: it says that it has begun, and what ends it."""
+def rank_of(under_torchrun: bool, folder: Path) -> None:
+    """Run a rank that records its start and the signal that ends it."""
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
-    if launcher_said:
+    if under_torchrun:
         os.environ["TORCHELASTIC_RUN_ID"] = "run"
 
     def end(number: int, frame: Any) -> None:
@@ -29,13 +29,13 @@ def rank_of(launcher_said: bool, folder: Path) -> None:
     signal.signal(signal.SIGTERM, end)
     end_with_launcher()
     (folder / "pid").write_text(str(os.getpid()))
-    (folder / "pid").rename(folder / "begun")
+    (folder / "pid").rename(folder / "started")
     time.sleep(20)
 
 
-def launcher(launcher_said: bool, folder: Path) -> None:
-    """A launcher, which does nothing but start a rank."""
-    rank = FORK.Process(target=rank_of, args=(launcher_said, folder))
+def launcher(under_torchrun: bool, folder: Path) -> None:
+    """Run a launcher that only starts a rank."""
+    rank = FORK.Process(target=rank_of, args=(under_torchrun, folder))
     rank.start()
     rank.join()
 
@@ -47,21 +47,21 @@ def appears(file: Path, seconds: float) -> bool:
     return file.exists()
 
 
-@pytest.mark.parametrize("launcher_said", [True, False])
-def test_a_launcher_that_dies(tmp_path: Path, launcher_said: bool) -> None:
-    """Killed by SIGKILL, torchrun's ranks get SIGTERM; what no torchrun has started goes on."""
-    process = FORK.Process(target=launcher, args=(launcher_said, tmp_path))
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_a_launcher_that_dies(tmp_path: Path, under_torchrun: bool) -> None:
+    """After SIGKILL to torchrun, its ranks get SIGTERM; a process without torchrun continues."""
+    process = FORK.Process(target=launcher, args=(under_torchrun, tmp_path))
     process.start()
-    assert appears(tmp_path / "begun", 20)
-    rank = int((tmp_path / "begun").read_text())
+    assert appears(tmp_path / "started", 20)
+    rank = int((tmp_path / "started").read_text())
     try:
         process.kill()
         process.join()
-        assert appears(tmp_path / "ended", 10 if launcher_said else 0.5) == launcher_said
+        assert appears(tmp_path / "ended", 10 if under_torchrun else 0.5) == under_torchrun
     finally:
-        if not launcher_said:
+        if not under_torchrun:
             os.kill(rank, signal.SIGKILL)
-    if launcher_said:
+    if under_torchrun:
         assert (tmp_path / "ended").read_text() == "SIGTERM"
 
 
@@ -84,7 +84,7 @@ if os.fork() == 0:
 
 
 def test_an_orphan_ends(tmp_path: Path) -> None:
-    """A rank whose torchrun has gone before the rank could ask for the signal: it has another parent by then."""
+    """A rank exits with code 1 if its torchrun has died before the rank could request the signal."""
     subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "code")], check=True, timeout=60)
     assert appears(tmp_path / "code", 20)
     assert (tmp_path / "code").read_text() == "1"

@@ -1,4 +1,4 @@
-"""Errors for users."""
+"""Tests of error messages."""
 
 import pickle
 
@@ -17,7 +17,7 @@ from metaformer.errors import UserError, printable
     ],
 )
 def test_messages_are_one_printable_line(text: str, line: str) -> None:
-    """What cannot be printed is escaped, once, also on the way through another process."""
+    """Unprintable characters are escaped once, even if the error is pickled to another process."""
     assert printable(text) == line
     error = pickle.loads(pickle.dumps(UserError(text)))
     assert str(error) == line

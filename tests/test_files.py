@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Tests of atomic writes, JSON output, and checks of output and cache folders."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from metaformer.files import cache_folder, check_output, to_json, write_atomical
 
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
-    """While the new content is written the old is still there; then only the new is, and nothing temporary."""
+    """The old content stays until the new is complete; no temporary file remains."""
     path = tmp_path / "file"
     for content in ("old", "new"):
 
         def write(temporary: Path, content: str = content) -> None:
             temporary.write_text(content)
-            assert temporary.parent == path.parent, "else the rename would copy"
+            assert temporary.parent == path.parent, "otherwise the rename could copy"
             assert not path.exists() or path.read_text() == "old"
 
         write_atomically(path, write)
@@ -29,8 +29,8 @@ def test_replaces_in_one_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_failure_leaves_the_old(tmp_path: Path) -> None:
-    """Where writing fails half-way, the old content and nothing temporary is left."""
+def test_failure_keeps_the_old_content(tmp_path: Path) -> None:
+    """If writing fails half-way, the old content is kept and no temporary file remains."""
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -45,7 +45,7 @@ def test_failure_leaves_the_old(tmp_path: Path) -> None:
 
 
 def test_json_has_no_nan() -> None:
-    """Figures that JSON cannot say are null at any depth; everything else is as it was."""
+    """NaN and infinity become null at any depth; everything else is unchanged."""
     plain = {"a": 1, "b": [1.5, None, True, "NaN"], "c": {"d": []}}
     assert json.loads(to_json(plain)) == plain
     figures = {"loss": math.nan, "rows": [{"top1": math.inf}, (-math.inf, 2.0)]}
@@ -53,7 +53,7 @@ def test_json_has_no_nan() -> None:
 
 
 def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two machines that share a folder, process numbers may be equal: each writes to a file of its own."""
+    """Writers with equal process ids, as on two machines that share a folder, use different temporary files."""
     path = tmp_path / "file"
     monkeypatch.setattr(os, "getpid", lambda: 7)
 
@@ -68,7 +68,7 @@ def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
-    """A folder, a device, a folder that is not there or is none: one line each. What can be written stays as it is."""
+    """Each unusable output gives a one-line error; usable outputs are not changed by the check."""
     (tmp_path / "old").write_text("old")
     for name in ("old", "new"):
         check_output("", tmp_path / name)
@@ -84,7 +84,7 @@ def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A user whom this machine does not know, as in a container; returns the folder for temporary files."""
+    """A user unknown to this machine, as in a container; the fixture is the folder for temporary files."""
 
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -97,7 +97,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_cache_without_a_home(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is this user's alone, the same at each start, and none that another user has made or linked there."""
+    """The folder is private and the same at each start; one that another user has created or linked is rejected."""
     folder = cache_folder()
     assert folder == cache_folder() == homeless / f"metaformer-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -109,8 +109,8 @@ def test_a_cache_without_a_home(homeless: Path, monkeypatch: pytest.MonkeyPatch)
     assert cache_folder() == homeless / "given" / "metaformer"
 
 
-def test_no_other_place_asks_for_the_home_folder() -> None:
-    """Path.home() raises an error where there is none: only `cache_folder` calls it."""
+def test_only_cache_folder_uses_the_home_folder() -> None:
+    """Path.home() raises an error without a home folder, so only `cache_folder` calls it."""
     sources = Path(__file__).parents[1]
     command = ["grep", "-rlE", r"Path\.home\(|\.expanduser\(\)", "--include=*.py", "src", "scripts"]
     found = subprocess.run(command, cwd=sources, capture_output=True, text=True, check=True).stdout

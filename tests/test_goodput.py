@@ -1,4 +1,4 @@
-"""Where time goes: phases of one start, and what the starts before leave."""
+"""Tests of the time accounting, within a start and across starts."""
 
 import time
 
@@ -10,7 +10,7 @@ from metaformer.goodput import LOST, SAVING, STARTING, TRAINING, VALIDATING, WAI
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that a test sets, as the last number of a list; the process is five seconds old."""
+    """A list whose last number is the current time; the process is five seconds old."""
     times = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: times[-1])
     monkeypatch.setattr(goodput, "_age_of_process", lambda: 5.0)
@@ -18,7 +18,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_phases_of_one_start(clock: list[float]) -> None:
-    """Imports count as starting; waiting is taken from training; a phase in a phase gives back to the one around it."""
+    """Imports count as starting, waiting is subtracted from training, and nested phases return to the outer one."""
     counter = Goodput()
     clock.append(110)
     counter.enter(TRAINING)
@@ -28,7 +28,7 @@ def test_phases_of_one_start(clock: list[float]) -> None:
         with counter.phase(SAVING):
             clock.append(135)
     clock.append(140)
-    counter.waited(5)
+    counter.record_wait(5)
     spent = counter.spent()
     assert spent.seconds == {STARTING: 15, TRAINING: 20, VALIDATING: 4, SAVING: 1, WAITING: 5}
     assert spent.goodput == pytest.approx(100 * 20 / 45)
@@ -36,17 +36,17 @@ def test_phases_of_one_start(clock: list[float]) -> None:
     assert str(spent).endswith("of 45 s in 1 start")
 
 
-def test_what_no_checkpoint_holds_is_lost(clock: list[float]) -> None:
-    """Of a start that was killed: training after its last checkpoint counts as lost, the rest as it was."""
+def test_unsaved_training_is_lost(clock: list[float]) -> None:
+    """Training of a killed start after its last checkpoint counts as lost; its other time is unchanged."""
     first = Goodput()
     first.enter(TRAINING)
     clock.append(130)
-    first.saved()
+    first.record_save()
     clock.append(142)
     killed = first.spent()
     assert (killed.seconds, killed.unsaved[TRAINING]) == ({STARTING: 5, TRAINING: 42}, 12)
 
-    clock.append(200)  # nothing ran
+    clock.append(200)  # no process ran
     second = Goodput()
     second.continue_from(killed)
     second.enter(TRAINING)
@@ -58,8 +58,8 @@ def test_what_no_checkpoint_holds_is_lost(clock: list[float]) -> None:
     assert spent.goodput == pytest.approx(100 * 42 / 64)
 
 
-def test_a_start_that_is_killed_before_it_trains_loses_nothing_again(clock: list[float]) -> None:
-    """What was counted as lost once is not lost at the next start."""
+def test_lost_time_is_not_counted_again(clock: list[float]) -> None:
+    """Time already counted as lost is not counted again at the next start."""
     second = Goodput()
     second.continue_from(TimeSpent(1, {TRAINING: 42.0}, {TRAINING: 12.0}))
     third = Goodput()
@@ -69,5 +69,5 @@ def test_a_start_that_is_killed_before_it_trains_loses_nothing_again(clock: list
 
 
 def test_age_of_process() -> None:
-    """Seconds since this process was started: some, and less than a day."""
+    """The age of this process is positive and less than a day."""
     assert 0 < goodput._age_of_process() < 86400

@@ -1,4 +1,4 @@
-"""Ranks near their GPUs, on machines that a folder describes as sysfs does."""
+"""Tests of binding ranks near their GPUs, with folders that imitate sysfs."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ GPUS = [f"0000:{bus:02x}:00.0" for bus in (0x17, 0x3D, 0x97, 0xBD)]
 
 
 def write_system(folder: Path, node_lists: Sequence[str], gpu_nodes: Sequence[int], threads: int = 2) -> Path:
-    """A sysfs of nodes with these CPUs, where CPU n and the one half of all further are hyper-threads of a core."""
+    """Write a sysfs for nodes with these CPUs; with 2 threads, CPUs n and n + count / 2 share a core."""
 
     def write(path: str, text: str) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,13 +36,13 @@ def write_system(folder: Path, node_lists: Sequence[str], gpu_nodes: Sequence[in
 
 
 def cpus(text: str) -> list[int]:
-    """The numbers that "0-3,8" means."""
+    """Parse a CPU list such as "0-3,8"."""
     ranges = [[int(end) for end in part.split("-")] for part in text.split(",") if part]
     return [cpu for ends in ranges for cpu in range(ends[0], ends[-1] + 1)]
 
 
 def test_each_rank_gets_whole_cores_of_its_gpus_node(tmp_path: Path) -> None:
-    """Two nodes of 8 cores, two GPUs on each: 4 cores a rank, both threads of a core together, no CPU twice."""
+    """With two nodes of 8 cores and two GPUs each, every rank gets 4 whole cores, and no CPU is used twice."""
     system = write_system(tmp_path, ["0-7,16-23", "8-15,24-31"], [0, 0, 1, 1])
     shares = shares_near_gpus(GPUS, set(range(32)), system)
     assert shares is not None
@@ -50,7 +50,7 @@ def test_each_rank_gets_whole_cores_of_its_gpus_node(tmp_path: Path) -> None:
 
 
 def test_order_of_gpus_and_odd_cores(tmp_path: Path) -> None:
-    """GPUs numbered across the nodes; 3 cores for 2 ranks are 1 and 2, as near to equal as whole cores allow."""
+    """GPUs may alternate between nodes; 3 cores are divided as 1 and 2 between 2 ranks."""
     system = write_system(tmp_path, ["0-2", "3-5"], [1, 0, 1, 0], threads=1)
     assert shares_near_gpus(GPUS, set(range(6)), system) == [(3,), (0,), (4, 5), (1, 2)]
 
@@ -59,25 +59,25 @@ def test_order_of_gpus_and_odd_cores(tmp_path: Path) -> None:
     ("node_lists", "gpu_nodes", "ranks", "allowed"),
     [
         (["0-7"], [0, 0, 0, 0], 4, range(8)),  # one node
-        (["0-7", ""], [0, 0, 0, 0], 4, range(8)),  # the second has memory only
-        (["0-3", "4-7"], [0, 0, 1, 1], 4, (0, 1, 4, 5)),  # bound already
-        (["0-3", "4-7"], [-1, -1, -1, -1], 4, range(8)),  # a virtual machine that does not tell
-        (["0-3", "4-7"], [0, 0, 1], 4, range(8)),  # an address that is not there
-        (["0-3", "4-7"], [0], 1, range(8)),  # one rank has both nodes' CPUs
-        (["0-3", "4-7"], [0, 0], 2, range(8)),  # and two have them on GPUs of one node
+        (["0-7", ""], [0, 0, 0, 0], 4, range(8)),  # the second node has only memory
+        (["0-3", "4-7"], [0, 0, 1, 1], 4, (0, 1, 4, 5)),  # already bound
+        (["0-3", "4-7"], [-1, -1, -1, -1], 4, range(8)),  # a virtual machine that does not report nodes
+        (["0-3", "4-7"], [0, 0, 1], 4, range(8)),  # an unknown GPU address
+        (["0-3", "4-7"], [0], 1, range(8)),  # a single rank has the CPUs of both nodes
+        (["0-3", "4-7"], [0, 0], 2, range(8)),  # two ranks with GPUs on one node would lose the other node's CPUs
         (["0-3", "4-7"], [0, 0, 0, 1], 4, range(8)),  # uneven
     ],
 )
-def test_nothing_is_bound_without_a_gain(
+def test_nothing_is_bound_without_a_benefit(
     tmp_path: Path, node_lists: list[str], gpu_nodes: list[int], ranks: int, allowed: Sequence[int]
 ) -> None:
-    """One node, a launcher's binding, an unknown node, and shares under an equal division leave all as it is."""
+    """A single node, an existing binding, an unknown node, and too small shares leave the binding unchanged."""
     system = write_system(tmp_path, node_lists, gpu_nodes, threads=1)
     assert shares_near_gpus(GPUS[:ranks], set(allowed), system) is None
 
 
 def test_no_sysfs_and_no_gpu(tmp_path: Path) -> None:
-    """Without sysfs, or on a CPU, nothing is bound and nothing fails; on this machine as it is neither."""
+    """Without sysfs, and for training on a CPU, nothing is bound and no error is raised."""
     assert shares_near_gpus(GPUS, {0, 1}, tmp_path) is None
     before = os.sched_getaffinity(0)
     runtime = Runtime(0, 1, 0, 1, torch.device("cpu"))
@@ -115,7 +115,7 @@ stop.set()
 
 @pytest.mark.skipif({0, 1} - os.sched_getaffinity(0) != set(), reason="needs CPUs 0 and 1")
 def test_threads_and_children_are_bound() -> None:
-    """A bound process, the thread it had before and a child run on the CPU; one rank's CPUs are not divided again."""
+    """Existing threads and child processes are bound too; a rank's bound CPUs are not divided by the local ranks."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     count, shares, own, child = done.stdout.splitlines()
     assert shares == f"{int(count) // 2} 2"
@@ -124,6 +124,6 @@ def test_threads_and_children_are_bound() -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "0-3", "0-1,4,6-7"])
-def test_cpus_are_written_as_linux_does(text: str) -> None:
-    """Ranges and single CPUs."""
+def test_cpu_list_format(text: str) -> None:
+    """Ranges and single CPUs are formatted as in Linux."""
     assert describe_cpus(tuple(cpus(text))) == text

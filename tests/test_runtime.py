@@ -1,4 +1,4 @@
-"""Ranks that agree, over gloo between real processes."""
+"""Tests of communication among ranks, with gloo between real processes, and of the start of a rank."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def vote(runtime: Runtime) -> list[int]:
-    """Nobody, the last, both; other exchanges begin and end while a vote is under way."""
+    """Vote with no, one and two ranks in favour; other communication happens during each vote."""
     found = []
     for value in (False, runtime.rank == 1, True):
         started = runtime.start_vote(value)
@@ -34,12 +34,12 @@ def vote(runtime: Runtime) -> list[int]:
 
 
 def test_votes_are_counted() -> None:
-    """Every rank gets the number of ranks that said yes."""
+    """Every rank gets the number of ranks that voted yes."""
     assert on_ranks(vote) == [[0, 1, 2]] * 2
 
 
 def late_vote(runtime: Runtime) -> float:
-    """How long beginning a vote takes while the other rank has not begun."""
+    """Return how long starting a vote takes while the other rank is late."""
     runtime.sum(torch.ones(1))
     if runtime.rank == 1:
         time.sleep(1)
@@ -50,13 +50,13 @@ def late_vote(runtime: Runtime) -> float:
     return seconds
 
 
-def test_beginning_a_vote_waits_for_nobody() -> None:
-    """It runs beside the step: only its result waits."""
+def test_starting_a_vote_does_not_wait() -> None:
+    """Only `result` waits for the other ranks."""
     assert on_ranks(late_vote)[0] < 0.5
 
 
 def gather(runtime: Runtime) -> Any:
-    """Tensors of several kinds, and where the ranks run."""
+    """Gather tensors of several dtypes and layouts, and the processes of the ranks."""
     numbers = [
         runtime.gather(torch.full((2, 3), runtime.rank + 0.5, dtype=torch.float64)),
         runtime.gather(torch.tensor(2**62 + runtime.rank)),
@@ -70,7 +70,7 @@ def gather(runtime: Runtime) -> Any:
 
 
 def test_every_rank_gets_all_tensors_in_order() -> None:
-    """Each kind of number as it was, also of a tensor that does not lie in order; and each rank's process."""
+    """Values and dtypes are preserved, for a non-contiguous tensor too; `processes` returns each rank's process."""
     (first, places, pid), (second, same, other) = on_ranks(gather)
     assert first == second
     assert [tensor[1] for tensor in first[0]] == [[[0.5] * 3] * 2, [[1.5] * 3] * 2]
@@ -80,7 +80,7 @@ def test_every_rank_gets_all_tensors_in_order() -> None:
 
 
 def test_one_rank_alone() -> None:
-    """No group is needed for what one rank says to itself."""
+    """A single rank needs no process group."""
     numbers = torch.arange(3)
     assert torch.equal(torch.stack(ALONE.gather(numbers)), numbers[None])
     assert ALONE.processes() == [Process(0, socket.gethostname(), os.getpid())]
@@ -88,20 +88,20 @@ def test_one_rank_alone() -> None:
 
 
 def disagree(runtime: Runtime) -> None:
-    """Equal first, then not."""
+    """Compare equal values, then different ones."""
     runtime.check_agreement("the weather", "fine")
     runtime.check_agreement("the configuration", f"of rank {runtime.rank}")
 
 
-def test_ranks_that_differ_are_refused() -> None:
-    """On all of them, with the rank and what differs."""
+def test_ranks_that_differ_are_rejected() -> None:
+    """All ranks raise the error, which names the rank and what differs."""
     for error in on_ranks(disagree):
         assert isinstance(error, UserError)
         assert str(error).startswith("rank 1: the configuration differs from rank 0's;")
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: not a whole number"),
         ({"RANK": "1.5"}, "RANK=1.5: not a whole number"),
@@ -113,18 +113,18 @@ def test_ranks_that_differ_are_refused() -> None:
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "WORLD_SIZE=2: .*'x'"),
     ],
 )
-def test_variables_that_no_launcher_sets(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str) -> None:
-    """One line that names the variable, its value, and what to do."""
+def test_invalid_launcher_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
+    """The one-line error names the variable, its value and the fix."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said) as caught, start():
+    with pytest.raises(UserError, match=message) as caught, start():
         pass
     assert "start with torchrun" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def report_bad_rank(folder: Path) -> None:
-    """A program of a rank that is no number."""
+    """Run a program with RANK=x."""
     sys.stderr = (folder / "stderr").open("w")
     os.environ["RANK"] = "x"
 
@@ -136,7 +136,7 @@ def report_bad_rank(folder: Path) -> None:
 
 
 def test_an_error_about_the_rank_itself(tmp_path: Path) -> None:
-    """It is reported like any other, though a report begins with asking for the rank."""
+    """An invalid RANK is reported like any other error, although the report itself reads RANK."""
     process = FORK.Process(target=report_bad_rank, args=(tmp_path,))
     process.start()
     process.join()
@@ -146,7 +146,7 @@ def test_an_error_about_the_rank_itself(tmp_path: Path) -> None:
 
 
 def average_gradients(runtime: Runtime) -> dict[bool, Tensor]:
-    """Ranks 0 and 1 have the gradients 1 and 1 + 2^-7 + 2^-20: the last bit is beyond bfloat16's."""
+    """Average the gradients 1 and 1 + 2^-7 + 2^-20, the last bit of which bfloat16 cannot represent."""
     found = {}
     for in_bf16 in (False, True):
         model = nn.Linear(1, 1, bias=False)
@@ -158,7 +158,7 @@ def average_gradients(runtime: Runtime) -> dict[bool, Tensor]:
 
 
 def test_gradients_in_bf16() -> None:
-    """Averaged in float32 by default, in bfloat16 where that is asked for: equal on all ranks, and float32 again."""
+    """Gradients are averaged in float32 by default and in bfloat16 on request; the result is float32 on all ranks."""
     first, second = on_ranks(average_gradients)
     exact = torch.tensor([[1 + 2**-8 + 2**-21]])
     assert torch.equal(first[False], exact)
@@ -168,9 +168,9 @@ def test_gradients_in_bf16() -> None:
     assert all(torch.equal(first[kind], second[kind]) for kind in first)
 
 
-def count_page_faults(kept: bool) -> int:
-    """Of a tensor of 64 MiB, made and freed four times, when what glibc holds has settled: some ten times before."""
-    if kept:
+def count_page_faults(keep_memory: bool) -> int:
+    """Return the page faults of four 64 MiB tensors, each freed, after enough others for glibc's memory to settle."""
+    if keep_memory:
         keep_freed_memory()
     for _ in range(40):
         torch.ones(2**24)
@@ -181,15 +181,15 @@ def count_page_faults(kept: bool) -> int:
 
 
 def test_freed_memory_is_kept() -> None:
-    """Four tensors of 16,384 pages of 4 KiB (or 32 of 2 MiB): all new, or those of the tensor before them."""
+    """Four tensors of 16,384 pages of 4 KiB (or 32 of 2 MiB) use new pages, or reuse those of earlier tensors."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        given_back, kept = processes.map(count_page_faults, [False, True], chunksize=1)
-    assert given_back >= 4 * 32
-    assert kept < given_back / 10
+        returned, kept = processes.map(count_page_faults, [False, True], chunksize=1)
+    assert returned >= 4 * 32
+    assert kept < returned / 10
 
 
 def count_compiled_parts(runtime: Runtime) -> int:
-    """Graphs that the compiler gets of three layers, one MiB each: DDP's first bucket is full after one."""
+    """Return the number of compiled graphs for three 1 MiB layers, one of which fills DDP's first bucket."""
     parts: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -199,12 +199,12 @@ def count_compiled_parts(runtime: Runtime) -> int:
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
     model.compile(backend=backend)
     network = runtime.distribute(model, torch.zeros(2, 512))
-    assert not parts  # arranging the buckets compiles nothing
+    assert not parts, "arranging the buckets compiles nothing"
     network(torch.zeros(2, 512)).sum().backward()
     assert next(iter(model.state_dict())) == "0.weight"
     return len(parts)
 
 
 def test_compiled_networks_send_gradients_while_they_compute() -> None:
-    """A network compiled in place is cut at DDP's buckets: the last gradients are sent before the first exist."""
+    """A network compiled in place is split at DDP's buckets, so that communication overlaps the backward pass."""
     assert on_ranks(count_compiled_parts) == [2, 2]

@@ -1,4 +1,4 @@
-"""What is printed where nobody can read it: to a full disk, to a reader that is gone, to a closed descriptor."""
+"""Tests of printing to a full disk, to a closed pipe, and to a closed file descriptor."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Tracks a run of three lines and a warning. Its last words stay in Python's buffer until it exits.
+# Prints three tracker messages and a warning. "last words" stays in Python's buffer until exit.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -45,10 +45,10 @@ FULL, GONE = "No space left on device", "Broken pipe"
     ids=["healthy", "full disk", "full disk for stderr", "reader gone", "closed", "all closed"],
 )
 def test_training_outlives_its_console(tmp_path: Path, shell: str, alarms: str) -> None:
-    """The exit code is 0, the log has all lines and one that says what failed, which the status file hears, too."""
+    """The exit code is 0, the log has all lines and the failure, and the alarm function is called with it."""
     program = f"{sys.executable} -W error -c '{PROGRAM}' {tmp_path}"
     if "|" in shell:
-        program = f"{{ sleep 0.3; {program}; }}"  # until the reader has ended
+        program = f"{{ sleep 0.3; {program}; }}"  # waits until the reader has ended
     command = ["bash", "-c", shell.replace("{program}", program)]
     environment = os.environ | {"LC_ALL": "C.UTF-8", "PYTHONPATH": str(REPOSITORY / "src")}
     done = subprocess.run(
@@ -58,6 +58,6 @@ def test_training_outlives_its_console(tmp_path: Path, shell: str, alarms: str) 
     assert "Traceback" not in done.stderr + done.stdout
     assert (tmp_path / "alarms").read_text() == alarms
     log = [line[20:] for line in (tmp_path / "log.txt").read_text(errors="surrogateescape").splitlines()]
-    said = [f"ALARM        {alarms}; training continues, this file has all lines of the run"] if alarms else []
-    assert [line for line in log if line not in said] == ["one", "two", "three, \udcff \u2713"]
-    assert [line for line in log if line in said] == said
+    expected = [f"ALARM        {alarms}; training continues, this file has all lines of the run"] if alarms else []
+    assert [line for line in log if line not in expected] == ["one", "two", "three, \udcff \u2713"]
+    assert [line for line in log if line in expected] == expected

@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: in its interpreter, which runs a kernel's programs one after the other in numpy."""
+"""Running tests of Triton kernels without a GPU, in Triton's interpreter, which is based on numpy."""
 
 import importlib.util
 import os
@@ -10,12 +10,12 @@ import pytest
 from tests.conftest import REPOSITORY
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="torch's builds for CPUs lack triton"
+    importlib.util.find_spec("triton") is None, reason="torch's CPU builds do not include triton"
 )
 
 
 def run_interpreted(file: str) -> None:
-    """Run a file of tests in a process of its own: Triton decides when it is imported."""
+    """Run a test file in a subprocess, because Triton chooses its interpreter on import."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it, however that ends. Imports nothing that takes time."""
+"""Signals that Linux sends to a process when its parent dies. Imports nothing that is slow to import."""
 
 import ctypes
 import os
@@ -6,28 +6,28 @@ import signal
 import sys
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
 def end_with_launcher() -> None:
-    """Have Linux send SIGTERM when torchrun dies, however: a rank that nobody watches saves and ends.
+    """Have Linux send SIGTERM to this rank when torchrun dies for any reason, so that the rank saves and exits.
 
-    Call it before anything that takes time: the ranks of a torchrun that was killed while they started would otherwise
-    train unwatched, or wait for each other. Does nothing without torchrun.
+    Call this before anything slow. Otherwise ranks whose torchrun was killed while they started would train without a
+    launcher, or wait for each other. Without torchrun this does nothing.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    send_at_parents_death(signal.SIGTERM)
+    set_parent_death_signal(signal.SIGTERM)
     if _is_orphan():
-        print("error: torchrun has ended while this rank started; start it again", file=sys.stderr)
+        print("error: torchrun ended while this rank was starting; start it again", file=sys.stderr)
         sys.exit(1)
 
 
-def send_at_parents_death(number: signal.Signals) -> None:
+def set_parent_death_signal(number: signal.Signals) -> None:
     """Have Linux send this process a signal when its parent (the thread that started it) ends.
 
     Raises:
-        OSError: this system has no such thing.
+        OSError: The system does not support it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0):
@@ -36,13 +36,14 @@ def send_at_parents_death(number: signal.Signals) -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether the launcher had gone before: orphans are adopted by process 1 or by a desktop session's systemd.
+    """Return whether the launcher has already ended.
 
-    In a container, torchrun may itself be process 1: it is a Python program, and what adopts is not.
+    Orphans are adopted by process 1 or by a desktop session's systemd. In a container torchrun may itself be process 1,
+    but torchrun is a Python program and an adopting process is not.
     """
     parent = os.getppid()
     try:
         name = Path(f"/proc/{parent}/exe").readlink().name
-    except OSError:  # another user's, or it has ended since
+    except OSError:  # the parent belongs to another user, or has ended since
         return True
     return not name.startswith("python") if parent == 1 else name == "systemd"

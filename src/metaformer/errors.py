@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that says what is wrong, where, and what to do."""
+"""Errors that a user can fix, reported in one line, and warnings."""
 
 import difflib
 import sys
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class UserError(Exception):
-    """What the user gave cannot work. The message is one line: the field or file, what is wrong, the mend.
+    """An error in the user's input. The message is one line: the field or file, what is wrong, and the fix.
 
-    What cannot be printed in it, such as a line break in a file's name, is escaped.
+    Unprintable characters in the message, such as a line break in a file name, are escaped.
     """
 
     exit_code = 2
@@ -19,34 +19,36 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Training cannot continue: the weights, the loss or the gradients are not finite, or ranks no longer agree."""
+    """Training cannot continue: weights, loss or gradients are not finite, or the ranks no longer agree."""
 
     exit_code = 3
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and has saved where it stands. The message is one line; the same command goes on."""
+    """Training was asked to stop and has saved its state. The message is one line; the same command resumes."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+    exit_code = 75  # EX_TEMPFAIL in sysexits.h: try again
 
 
-def printable(text: str, most: int | None = None) -> str:
-    """A text as one line that every terminal and file takes: what cannot be printed is escaped.
+def printable(text: str, max_length: int | None = None) -> str:
+    """Return a text as a single printable line, with unprintable characters escaped.
 
     Args:
-        most: characters of the text that are shown, where it comes from a file or a server.
+        max_length: Number of characters after which the text is cut; for texts from a file or a server.
     """
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
-    return shown + ("..." if most is not None and len(text) > most else "")
+    shown = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:max_length]
+    )
+    return shown + ("..." if max_length is not None and len(text) > max_length else "")
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message with all white space folded into single spaces."""
+    """Return an error's message on one line, with each run of white space replaced by a space."""
     return " ".join(str(error).split())
 
 
 def warn(text: str) -> None:
-    """Print a warning of one line on stderr."""
+    """Print a one-line warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -65,9 +67,9 @@ def check_at_least(minimum: int, config: Any, *names: str, prefix: str = "") -> 
             raise UserError(f"{prefix}{name}={value}: must be at least {minimum}")
 
 
-def unknown_name(field: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a component chosen by a name that does not exist: lists the nearest names, or all of a few."""
-    names = sorted(known)
+def unknown_name(field: str, name: str, choices: Iterable[str]) -> UserError:
+    """Return the error for a name that does not exist. It lists similar names, or else the first 20 choices."""
+    names = sorted(choices)
     near = difflib.get_close_matches(name, names, n=5)
     offer = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:20])}"
     more = f" and {len(names) - 20} more" if not near and len(names) > 20 else ""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when the machine dies while they are written, and JSON."""
+"""Atomic file writes, JSON output, and checks of output, cache and temporary folders."""
 
 import glob
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any
 
 from metaformer.errors import UserError
 
-LONGEST_TEMPORARY_FOLDER = 107 - len("/pymp-XXXXXXXX/listener-XXXXXXXX")  # bytes
+MAX_TEMPORARY_FOLDER_BYTES = 107 - len("/pymp-XXXXXXXX/listener-XXXXXXXX")
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,12 +33,12 @@ def sha256(path: Path) -> str:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a hidden name beside `path` that no other process uses, on this machine or another."""
+    """Return a hidden path next to `path` that no other process uses, on this or any other machine."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what `temporary_beside` has named for `path`, in killed processes too, once `path` is there."""
+    """Remove leftovers of `temporary_beside(path)`, including those of killed processes. Call it once `path` exists."""
     for left_over in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
@@ -47,10 +47,12 @@ def remove_temporaries(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it there in one step, replacing what was there.
+    """Have `write` create a temporary file next to `path`, then rename it to `path`, replacing any earlier file.
+
+    `path` is complete or unchanged even if the machine crashes meanwhile.
 
     Raises:
-        OSError: the folder cannot be written; `path` is then as it was.
+        OSError: The folder cannot be written; `path` is then unchanged.
     """
     temporary = temporary_beside(path)
     try:
@@ -63,10 +65,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`write_atomically` of a text.
+    """Write a text with `write_atomically`.
 
     Raises:
-        OSError: as there.
+        OSError: The folder cannot be written; `path` is then unchanged.
     """
 
     def write(temporary: Path) -> None:
@@ -76,12 +78,12 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON of plain values; a NaN or an infinity, which JSON does not have, becomes null."""
+    """Return plain values as JSON, with null in place of NaN and infinity, which JSON lacks."""
     return json.dumps(null_where_not_finite(value), indent=indent, allow_nan=False)
 
 
 def null_where_not_finite(value: Any) -> Any:
-    """A copy of plain values, nested in dicts, lists and tuples, with None in place of each NaN and infinity."""
+    """Return a copy of plain values, nested in dicts, lists and tuples, with None in place of each NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -91,36 +93,37 @@ def null_where_not_finite(value: Any) -> Any:
     return value
 
 
-def check_output(given: str, file: Path) -> None:
-    """Find out before long work whether `write_atomically` will be able to put a file there; nothing is changed.
+def check_output(option: str, file: Path) -> None:
+    """Check before long work that `write_atomically` can write a file. Nothing is changed.
 
     Args:
-        given: how the user gave it, as in "--json=FILE", for the error.
+        option: The option as the user wrote it, such as "--json=FILE"; for the error message.
 
     Raises:
-        UserError: its folder is not there or cannot be written, or something that is no file has its name.
+        UserError: The folder does not exist or cannot be written, or `file` exists and is not a regular file.
     """
     probe = temporary_beside(file)
     try:
         if file.exists() and not file.is_file():
-            raise UserError(f"{given}: cannot be written (not a file); give another name")
+            raise UserError(f"{option}: cannot be written (not a file); give another name")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{given}: cannot be written ({error.strerror or error}); give another place") from error
+        raise UserError(f"{option}: cannot be written ({error.strerror or error}); give another place") from error
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/metaformer or ~/.cache/metaformer: for what can be downloaded or computed again.
+    """Return the folder for files that can be downloaded or computed again.
 
-    A user without a home, as an unknown number in a container is, has one in the folder for temporary files.
+    It is $XDG_CACHE_HOME/metaformer or ~/.cache/metaformer. For a user without a home folder, such as an unknown user
+    id in a container, it is metaformer-UID in the folder for temporary files.
 
     Raises:
-        UserError: there, another user has taken its name.
+        UserError: That last folder belongs to another user.
     """
-    given = os.environ.get("XDG_CACHE_HOME")
-    if given:
-        return Path(given) / "metaformer"
+    cache_home = os.environ.get("XDG_CACHE_HOME")
+    if cache_home:
+        return Path(cache_home) / "metaformer"
     try:
         return Path.home() / ".cache" / "metaformer"
     except RuntimeError:
@@ -128,24 +131,21 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         owned = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
-    except OSError:  # whoever writes there gets the error
+    except OSError:  # reported when something is written there
         return folder
     if not owned:
-        raise UserError(f"{folder}: belongs to another user, and this one has no home folder; set XDG_CACHE_HOME")
+        raise UserError(f"{folder}: belongs to another user, and you have no home folder; set XDG_CACHE_HOME")
     return folder
 
 
 def check_temporary_folder() -> None:
-    """Refuse a folder for temporary files in which processes cannot reach each other.
+    """Raise an error if the path of the folder for temporary files is too long for the sockets of worker processes.
 
-    A Unix socket's path has at most 107 bytes; Python's are FOLDER/pymp-XXXXXXXX/listener-XXXXXXXX.
-
-    Raises:
-        UserError: its name is too long.
+    The path of a Unix socket has at most 107 bytes; Python's are FOLDER/pymp-XXXXXXXX/listener-XXXXXXXX.
     """
     folder = tempfile.gettempdir()
-    if len(os.fsencode(folder)) > LONGEST_TEMPORARY_FOLDER:
+    if len(os.fsencode(folder)) > MAX_TEMPORARY_FOLDER_BYTES:
         raise UserError(
             f"TMPDIR={folder}: {len(os.fsencode(folder))} bytes long, and worker processes need a path of at most "
-            f"{LONGEST_TEMPORARY_FOLDER}; export TMPDIR=/tmp, or use workers=0"
+            f"{MAX_TEMPORARY_FOLDER_BYTES}; export TMPDIR=/tmp, or use workers=0"
         )

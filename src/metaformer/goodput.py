@@ -1,4 +1,4 @@
-"""Where a run's time goes, over all its starts, and how much of it was training that counts."""
+"""Accounting of a run's time by phase over all its starts, and its goodput."""
 
 import os
 import time
@@ -10,17 +10,17 @@ from pathlib import Path
 STARTING, TRAINING, WAITING, VALIDATING, SAVING = "starting", "training", "waiting for data", "validation", "saving"
 LOST = "lost"
 PHASES = (TRAINING, WAITING, VALIDATING, SAVING, STARTING, LOST)
-_OF_PROGRESS = (TRAINING, WAITING, VALIDATING, SAVING)  # what must be done again where no checkpoint holds it
+_REPEATED_PHASES = (TRAINING, WAITING, VALIDATING, SAVING)  # repeated after a resume if not in a checkpoint
 
 
 @dataclass
 class TimeSpent:
-    """What is kept of the time between two starts.
+    """The time record that is carried from one start of a run to the next.
 
     Attributes:
-        starts: so far, this one included.
-        seconds: by phase, over all starts.
-        unsaved: by phase, of these, since the last checkpoint.
+        starts: Number of starts so far, including this one.
+        seconds: Seconds by phase, over all starts.
+        unsaved: The part of `seconds` since the last checkpoint, by phase.
     """
 
     starts: int = 0
@@ -29,7 +29,7 @@ class TimeSpent:
 
     @property
     def goodput(self) -> float:
-        """Training's share of the time of all starts, in percent; what was lost and done again is no training."""
+        """Percentage of the time of all starts spent in training, without training that was lost."""
         total = sum(self.seconds.values())
         return 100 * self.seconds.get(TRAINING, 0.0) / total if total else 0.0
 
@@ -40,9 +40,9 @@ class TimeSpent:
 
 
 class Goodput:
-    """Counts the time of this process by phase, from its start.
+    """Counter of the time of this process by phase, from the start of the process.
 
-    Time while nothing ran is not counted, nor is what passed between the last record of a start and its being killed.
+    Time between starts is not counted, nor is the time between the last record of a start and the moment it is killed.
     """
 
     def __init__(self) -> None:
@@ -51,18 +51,18 @@ class Goodput:
         self._at_save: dict[str, float] = {}
 
     def continue_from(self, earlier: TimeSpent) -> None:
-        """Add the starts before; of theirs, what was done after the last checkpoint is lost."""
+        """Add the time of earlier starts, and count what they did after the last checkpoint as lost."""
         for name, seconds in earlier.seconds.items():
             self._add(name, seconds)
         for name, seconds in earlier.unsaved.items():
             self._add(name, -seconds)
             self._add(LOST, seconds)
         self._spent.starts += earlier.starts
-        self.saved()
+        self.record_save()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what is inside the block as a phase of its own."""
+        """Count the time inside the block as the given phase."""
         before = self._phase
         self.enter(name)
         try:
@@ -71,26 +71,26 @@ class Goodput:
             self.enter(before)
 
     def enter(self, phase: str) -> None:
-        """Count as another phase from now on."""
+        """Switch to another phase."""
         now = time.monotonic()
         self._add(self._phase, now - self._since)
         self._phase, self._since = phase, now
 
-    def waited(self, seconds: float) -> None:
-        """Of the training so far, the loop waited so long for data."""
+    def record_wait(self, seconds: float) -> None:
+        """Count a part of the training time so far as waiting for data."""
         self._add(TRAINING, -seconds)
         self._add(WAITING, seconds)
 
-    def saved(self) -> None:
-        """A checkpoint holds what has been done so far."""
+    def record_save(self) -> None:
+        """Note that a checkpoint contains everything done so far."""
         self.enter(self._phase)
         self._at_save = dict(self._spent.seconds)
 
     def spent(self) -> TimeSpent:
-        """Up to now."""
+        """Return the time spent up to now."""
         self.enter(self._phase)
         seconds = {name: round(value, 3) for name, value in self._spent.seconds.items()}
-        unsaved = {name: round(seconds.get(name, 0.0) - self._at_save.get(name, 0.0), 3) for name in _OF_PROGRESS}
+        unsaved = {name: round(seconds.get(name, 0.0) - self._at_save.get(name, 0.0), 3) for name in _REPEATED_PHASES}
         return TimeSpent(self._spent.starts, seconds, unsaved)
 
     def _add(self, phase: str, seconds: float) -> None:
@@ -98,6 +98,6 @@ class Goodput:
 
 
 def _age_of_process() -> float:
-    """Seconds since this process was started (man 5 proc, field 22 of stat): imports take some of them."""
+    """Return the seconds since this process started, imports included (man 5 proc, field 22 of stat)."""
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

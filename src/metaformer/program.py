@@ -1,6 +1,6 @@
-"""How a program starts and ends: exit codes, what the launcher sets in the environment, and the allocator.
+"""Start and exit of a program: exit codes, the launcher's environment variables, and allocator settings.
 
-Imports nothing that takes long. Only this file and runtime.py read the launcher's variables.
+Imports nothing that is slow to import. Only this file and runtime.py read the launcher's variables.
 """
 
 import ctypes
@@ -16,19 +16,19 @@ from typing import NoReturn
 from metaformer import streams
 from metaformer.errors import Interrupted, UserError, warn
 
-START_RANKS = "start with torchrun, which sets it, or unset it"
-_GRACE_FOR_RANK_0 = 5.0  # seconds that other ranks give rank 0 to report an error that all ranks have
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
+LAUNCHER_ADVICE = "start with torchrun, which sets it, or unset it"
+_RANK_0_GRACE_SECONDS = 5.0  # time that the other ranks give rank 0 to report an error common to all ranks
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def run_program(program: Callable[[], None], must_print: bool = True) -> None:
-    """Run a program's main function and exit: errors of the user's making end in one line, once, on stderr.
+    """Run a program's main function and exit. User errors are reported once, in one line on stderr.
 
-    Nothing that is printed meanwhile raises an error (`streams.guard`).
+    Printing never raises an error meanwhile (see `streams.guard`).
 
     Args:
-        must_print: what the program prints is its result, and where that cannot be written it has failed; else a
-            warning says so.
+        must_print: Fail if stdout cannot be written, because the printed output is the program's result; if False,
+            only warn.
     """
     streams.guard()
     try:
@@ -37,36 +37,37 @@ def run_program(program: Callable[[], None], must_print: bool = True) -> None:
     except UserError as error:
         _fail(f"error: {error}", error.exit_code)
     except Interrupted as error:
-        _leave(f"interrupted: {error}" if _rank() == 0 else "", error.exit_code)  # said once
+        _leave(f"interrupted: {error}" if _rank() == 0 else "", error.exit_code)  # reported once
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
-        os._exit(1)  # as in _fail
+        os._exit(1)  # see _leave
     except KeyboardInterrupt:
         _fail("error: interrupted", 128 + signal.SIGINT)
 
 
 def _check_printed(must_print: bool) -> None:
-    """Say that stdout could not be written.
-
-    Raises:
-        UserError: it must be.
-    """
+    """Report that stdout could not be written, as an error if `must_print` and else as a warning."""
     sys.stdout.flush()
     reason = streams.failures().get(streams.STDOUT)
     if reason is None:
         return
-    text = f"stdout: cannot be written ({reason}), and what was printed is not complete"
+    text = f"stdout: cannot be written ({reason}), so the printed output is incomplete"
     if must_print:
-        raise UserError(f"{text}; files that were asked for are; print to a place with room and a reader")
+        raise UserError(
+            f"{text}; requested files are complete; send stdout to a disk with space or a program that reads it"
+        )
     warn(text)
 
 
 def _fail(message: str, exit_code: int) -> None:
-    """Report and exit. Most errors are every rank's: the others wait for rank 0 to say it and be ended by torchrun."""
+    """Report an error and exit.
+
+    Most errors occur on all ranks: the others wait for rank 0 to report it and for torchrun to end them.
+    """
     rank = _rank()
     if rank > 0:
-        time.sleep(_GRACE_FOR_RANK_0)
+        time.sleep(_RANK_0_GRACE_SECONDS)
         kind, _, rest = message.partition(": ")
         message = f"{kind}: rank {rank}: {rest}"
     _leave(message, exit_code)
@@ -76,12 +77,12 @@ def _leave(message: str, exit_code: int) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Not sys.exit: a broken process group may wait for the other ranks on its way out.
+    # Not sys.exit: on a normal exit, a broken process group may wait for the other ranks.
     os._exit(exit_code)
 
 
 def _rank() -> int:
-    """For whoever reports an error, which may be that this is no number."""
+    """Return the rank for an error report, or 0 if RANK is not an integer, which may be the error itself."""
     try:
         return launcher_variable("RANK", 0)
     except UserError:
@@ -92,32 +93,32 @@ def launcher_variable(name: str, default: int) -> int:
     """Return an integer that torchrun sets in the environment.
 
     Raises:
-        UserError: it is not an integer.
+        UserError: The variable is not an integer.
     """
-    given = os.environ.get(name) or default  # some launchers set all of them, and leave some empty
+    value = os.environ.get(name) or default  # some launchers leave variables empty
     try:
-        return int(given)
+        return int(value)
     except ValueError as error:
-        raise UserError(f"{name}={given}: not a whole number; {START_RANKS}") from error
+        raise UserError(f"{name}={value}: not a whole number; {LAUNCHER_ADVICE}") from error
 
 
 def launched_rank() -> int:
-    """This process's rank, known before it has joined the others."""
+    """Return the rank of this process, which is known before the process group exists."""
     return launcher_variable("RANK", 0)
 
 
 def status_file_of_launcher() -> Path | None:
-    """A file in which the program that started this one wants to read how it ended, as slurm/train.sbatch does."""
-    named = os.environ.get("METAFORMER_STATUS_FILE")
-    return Path(named) if named else None
+    """Return the file in which the launcher, such as slurm/train.sbatch, expects a copy of the status, or None."""
+    path = os.environ.get("METAFORMER_STATUS_FILE")
+    return Path(path) if path else None
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for tensors to come: for training on a CPU.
+    """Make the allocator keep freed memory for later tensors; for training on a CPU.
 
-    glibc gives a large block back when it is freed; the next tensor is then new pages, each of which the kernel must
-    find and clear when it is first written (docs/performance.md). What is held grows for a while, until glibc finds a
-    place in it for each tensor. Without glibc nothing happens.
+    By default glibc returns a large block to the kernel when it is freed. The next tensor then consists of new pages,
+    each of which the kernel must find and clear when it is first written (docs/performance.md). With this setting the
+    memory of the process grows until every tensor fits into a freed block. Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""The process group: this rank, its device, and how the ranks exchange values, agree, or fail together."""
+"""The process group: this rank, its device, and communication among the ranks."""
 
 import os
 import socket
@@ -16,43 +16,43 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metaformer.errors import UserError
 from metaformer.files import to_json
-from metaformer.program import START_RANKS, keep_freed_memory, launcher_variable
+from metaformer.program import LAUNCHER_ADVICE, keep_freed_memory, launcher_variable
 
 T = TypeVar("T")
 
 
 class Process(NamedTuple):
-    """Where a rank runs."""
+    """The node, host and process id of a rank."""
 
     node: int
-    host: str  # for people: two nodes may have one name
+    host: str  # for display only: two nodes may have the same name
     pid: int
 
 
 class Vote:
-    """A sum over the ranks that is under way while the ranks do something else."""
+    """An asynchronous sum over the ranks."""
 
     def __init__(self, value: Tensor, work: Any) -> None:
         self._value, self._work = value, work
 
     def result(self) -> int:
-        """Wait for it."""
+        """Wait for the sum and return it."""
         self._work.wait()
         return int(self._value)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others.
+    """This rank, its device and its communication with the other ranks.
 
     Attributes:
-        rank, world_size: over all nodes.
-        local_rank, local_world_size: on this node.
-        device: where this rank computes.
-        control: a group on CPUs, beside the gradients' exchange; None with one rank.
-        bound_cpus: CPUs that this rank has for itself, near its GPU; empty where it shares with the other local ranks.
-        node: this node's number among the launcher's.
-        patience: entered by all ranks while one of them does what the others wait for, as long as it takes.
+        rank, world_size: Rank and number of ranks over all nodes.
+        local_rank, local_world_size: Rank and number of ranks on this node.
+        device: Device on which this rank computes.
+        control: Process group on CPUs, separate from the gradients' communication; None with one rank.
+        bound_cpus: CPUs near its GPU that only this rank uses; empty if it shares CPUs with the other local ranks.
+        node: The launcher's number for this node.
+        pause_watchdog: Returns a context that all ranks enter while they wait for one of them, however long it takes.
     """
 
     rank: int
@@ -63,35 +63,38 @@ class Runtime:
     control: dist.ProcessGroup | None = None
     bound_cpus: tuple[int, ...] = ()
     node: int = 0
-    patience: Callable[[], AbstractContextManager[None]] = nullcontext
+    pause_watchdog: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """Whether this rank writes files and prints messages; only rank 0 does."""
         return self.rank == 0
 
     def cpus_per_rank(self) -> int:
-        """CPU cores that this rank may count as its own, at least 1."""
+        """Return the number of CPU cores available to this rank, at least 1."""
         return len(self.bound_cpus) or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     def peak_memory_gib(self) -> float:
-        """Most GPU memory that this rank has held; 0 on a CPU."""
+        """Return this rank's peak GPU memory in GiB, or 0 on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks; every rank gets it."""
+        """Return the sum of a tensor over all ranks, on every rank."""
         if self.world_size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def start_vote(self, value: bool) -> Vote:
-        """Begin to count the ranks for which `value` is true; every rank must begin in the same order. No GPU waits."""
+        """Start counting the ranks where `value` is true, without making a GPU wait.
+
+        All ranks must start their votes in the same order.
+        """
         own = torch.tensor(int(value))
         return Vote(own, dist.all_reduce(own, group=self.control, async_op=True))
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Every rank's tensor, on the CPU; all have the same shape."""
+        """Return the tensors of all ranks, on the CPU. They must have the same shape."""
         values = values.cpu()
         if self.world_size == 1:
             return [values]
@@ -100,7 +103,7 @@ class Runtime:
         return everyone
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, in their order; every rank gets them."""
+        """Return the values of all ranks in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         everyone: list[T] = [value] * self.world_size
@@ -108,18 +111,18 @@ class Runtime:
         return everyone
 
     def processes(self) -> list[Process]:
-        """Where each rank runs."""
+        """Return the process of each rank."""
         return self.gather_objects(Process(self.node, socket.gethostname(), os.getpid()))
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank rank 0's buffers (BatchNorm's running statistics): those that a checkpoint holds."""
+        """Broadcast rank 0's buffers (BatchNorm's running statistics), which checkpoints store, to all ranks."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0 alone and give its result to every rank; a UserError there is every rank's."""
-        with self.patience():
+        """Run `make` on rank 0 only and return its result on every rank; a UserError is raised on every rank too."""
+        with self.pause_watchdog():
             return self._from_main(make)
 
     def _from_main(self, make: Callable[[], T]) -> T:
@@ -138,7 +141,7 @@ class Runtime:
         return result  # type: ignore[return-value]
 
     def main_only(self, make: Callable[[], T], otherwise: T) -> T:
-        """Run `make` on rank 0, which keeps its result to itself; the other ranks wait for it and get `otherwise`."""
+        """Run `make` on rank 0 and return its result there. The other ranks wait for it and return `otherwise`."""
         result = otherwise
 
         def make_and_keep() -> None:
@@ -149,59 +152,55 @@ class Runtime:
         return result
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0, then on the others, which find what it left on disk."""
+        """Run `make` on rank 0, then on the other ranks, which can use the files that rank 0 wrote."""
         result = self.main_only(make, otherwise=None)
         if result is not None:
             return result
-        with self.patience():
+        with self.pause_watchdog():
             return make()
 
     def print_result(self, result: dict[str, Any]) -> None:
-        """Print one JSON object as a line on stdout, once; figures that are not finite are null."""
+        """Print a result as one line of JSON on stdout, on rank 0 only; numbers that are not finite become null."""
         if self.is_main:
             print(to_json(result), flush=True)
 
     def without_reduction(self, network: nn.Module) -> AbstractContextManager[None]:
-        """While gradients only accumulate, ranks need not exchange them."""
+        """Return a context in which DDP does not reduce gradients, for all but the last accumulation step."""
         if isinstance(network, DistributedDataParallel):
             manager: AbstractContextManager[None] = network.no_sync()
             return manager
         return nullcontext()
 
-    def check_agreement(self, what: str, value: str) -> None:
-        """Refuse to go on unless every rank has the same value.
-
-        Raises:
-            UserError: names the first rank that differs from rank 0.
-        """
+    def check_agreement(self, name: str, value: str) -> None:
+        """Raise an error that names the first rank whose value differs from rank 0's, if there is one."""
         values = self.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise UserError(f"rank {rank}: {what} differs from rank 0's; start every rank with the same one")
+                raise UserError(f"rank {rank}: {name} differs from rank 0's; start every rank with the same one")
 
     def first_fault(self, fault: str | None) -> str | None:
-        """The first fault that any rank reports, with the rank; None if none does. Every rank gets the same answer."""
+        """Return the first fault of any rank, with its rank, or None. All ranks get the same result."""
         for rank, other in enumerate(self.gather_objects(fault)):
             if other is not None:
                 return other if self.world_size == 1 else f"rank {rank}: {other}"
         return None
 
     def distribute(self, model: nn.Module, example: Tensor, reduce_in_bf16: bool = False) -> nn.Module:
-        """The model whose gradients are averaged over the ranks; with one rank, the model itself.
+        """Wrap a model in DDP, which averages gradients over the ranks; with one rank, return the model itself.
 
-        A model that was compiled in place is compiled at its first call inside DDP, in parts that end at DDP's buckets:
-        gradients are sent while others are computed.
+        A model that was compiled in place is compiled at its first call inside DDP, split at DDP's buckets, so that
+        gradients are communicated while others are computed.
 
         Args:
-            example: an input of the model; the model is as before after it.
-            reduce_in_bf16: send and add up the gradients in bfloat16: half the bytes, and 8 bits of precision.
+            example: An input for the model; it leaves the model unchanged.
+            reduce_in_bf16: Reduce gradients in bfloat16: half the bytes, and 8 bits of precision.
         """
         if self.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         distributed = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-        # Buffers are shared when they are read, before evaluation and saving: not at every step. Not as an argument,
-        # which torch 2.14 renames and before does not know by the new name.
+        # Buffers are broadcast before evaluation and saving (`share_buffers`), not at every step. This is not a
+        # constructor argument because torch 2.14 renames it, and earlier versions do not know the new name.
         distributed.broadcast_buffers = False
         if reduce_in_bf16:
             distributed.register_comm_hook(None, bf16_compress_hook)
@@ -212,19 +211,22 @@ class Runtime:
 @contextmanager
 def start(
     timeout: timedelta = timedelta(minutes=30),
-    patience: Callable[[], AbstractContextManager[None]] = nullcontext,
+    pause_watchdog: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Runtime]:
-    """Join the processes that torchrun started (or be the only one), and leave them at the end.
+    """Join torchrun's process group (or run as the only process), and leave it at the end.
 
     Args:
-        patience: see `Runtime`.
+        timeout: Time limit for joining and for each collective operation.
+        pause_watchdog: See `Runtime`.
 
     Raises:
-        UserError: more ranks on this node than GPUs, or the launcher's variables are not what torchrun sets.
+        UserError: This node has fewer GPUs than ranks, or the launcher's variables are not those of torchrun.
     """
     world_size, rank = launcher_variable("WORLD_SIZE", 1), launcher_variable("RANK", 0)
     if not 0 <= rank < world_size:
-        raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}: ranks count from 0 to WORLD_SIZE - 1; {START_RANKS}")
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={world_size}: ranks count from 0 to WORLD_SIZE - 1; {LAUNCHER_ADVICE}"
+        )
     local_rank, local_world_size = launcher_variable("LOCAL_RANK", 0), launcher_variable("LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
@@ -240,20 +242,22 @@ def start(
         _join(device, timeout, single_node=world_size == local_world_size)
         control = dist.new_group(backend="gloo", timeout=timeout)
     node = launcher_variable("GROUP_RANK", rank // local_world_size)
-    yield Runtime(rank, world_size, local_rank, local_world_size, device, control, node=node, patience=patience)
-    if world_size > 1:  # not after an error: a group that lost a rank may wait for it
+    yield Runtime(
+        rank, world_size, local_rank, local_world_size, device, control, node=node, pause_watchdog=pause_watchdog
+    )
+    if world_size > 1:  # not after an error, when the group may wait for a lost rank
         dist.destroy_process_group()
 
 
 def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:
-    """Let DDP arrange its buckets now: it does so after its first backward pass, by the order of the gradients.
+    """Make DDP arrange its buckets now. It does so once, after the first backward pass, in the order of the gradients.
 
-    Else a resumed run's first step would add up the ranks' gradients in another order than the run that never stopped.
+    Otherwise the first step after a resume would sum gradients in another order than an uninterrupted run.
     """
     modes = [(module, module.training) for module in distributed.modules()]
-    distributed.eval()  # draws nothing, and leaves running statistics alone
+    distributed.eval()  # uses no random numbers and does not update running statistics
     with torch.compiler.set_stance("force_eager"):
-        for _ in range(2):  # arranged at the beginning of the second
+        for _ in range(2):  # DDP arranges its buckets at the start of the second pass
             distributed(example).sum().backward()
     distributed.zero_grad(set_to_none=True)
     for module, training in modes:
@@ -263,13 +267,13 @@ def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> No
 def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-    except ValueError as error:  # rank 0's address is missing, or is none
+    except ValueError as error:  # rank 0's address is missing or invalid
         raise UserError(
-            f"WORLD_SIZE={launcher_variable('WORLD_SIZE', 1)}: {' '.join(str(error).split())}; {START_RANKS}"
+            f"WORLD_SIZE={launcher_variable('WORLD_SIZE', 1)}: {' '.join(str(error).split())}; {LAUNCHER_ADVICE}"
         ) from error
     if single_node:
-        # What torchrun starts again would find the addresses of its dead predecessors: all starts share one store. Not
-        # over several nodes: there each torchrun counts its own restarts.
+        # All restarts by torchrun share one store, so restarted ranks would find the addresses of dead ranks without a
+        # prefix. Not with several nodes, where each torchrun counts its own restarts.
         store = dist.PrefixStore(f"start-{launcher_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
     on_gpu = device.type == "cuda"
     dist.init_process_group(
@@ -278,5 +282,5 @@ def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if on_gpu else None,  # NCCL connects now: what is wrong with it shows here, not in a step
+        device_id=device if on_gpu else None,  # NCCL connects now, so its errors appear here and not in a step
     )

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, kept away from the processes that serve a rank."""
+"""The signals that ask a run to stop, and how to block them in child processes."""
 
 import signal
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 @contextmanager
 def blocked_in_children() -> Iterator[None]:
-    """Start processes that never receive a stop signal; this process receives them when the block ends.
+    """Block stop signals in processes started inside the block. This process receives them when the block ends.
 
-    Launchers signal a rank's whole process group, and a loader that ended before its rank would end the run. A signal
-    mask, unlike a handler, survives exec, so that there is no moment at which a signal could end the new process.
+    Launchers signal a rank's whole process group, and a loader that exits before its rank would end the run. Unlike a
+    handler, a signal mask survives exec, so a signal cannot end the new process at any moment.
     """
     former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

@@ -1,7 +1,4 @@
-"""stdout and stderr that may fail: the disk below them is full, or the program that reads them is gone.
-
-A run that lasts for days must not end because nobody can read what it prints.
-"""
+"""stdout and stderr that never raise errors, so that a full disk or a closed pipe does not end a long run."""
 
 import io
 import os
@@ -15,23 +12,23 @@ STDOUT, STDERR = "stdout", "stderr"
 
 
 class FailSafeFile(io.FileIO):
-    """The file descriptor of a stream, written until that fails; everything after that is dropped.
+    """The file descriptor of a stream. After the first failed write, everything is dropped.
 
-    Nothing is left in the buffers above it: Python's own flush at exit would turn the exit code into 120.
+    Nothing stays in the buffers above it: a failing flush at exit would make Python's exit code 120.
 
     Attributes:
-        failure: why it cannot be written; None as long as it can.
+        failure: Why the stream cannot be written, or None while it can.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream.fileno(), "w", closefd=False)
         self.failure: str | None = None
-        self._stream = stream  # which would close the descriptor when nobody has it any more
+        self._stream = stream  # keeps a reference: a garbage-collected stream closes its descriptor
 
     def write(self, content: Any, /) -> int:
         if self.failure is None:
             try:
-                while (written := super().write(content)) is None:  # not blocking, and full
+                while (written := super().write(content)) is None:  # non-blocking and full
                     select.select([], [self], [])
             except OSError as error:
                 self.failure = error.strerror or str(error)
@@ -40,15 +37,15 @@ class FailSafeFile(io.FileIO):
         return len(content)
 
 
-# A process has one stdout and one stderr; these are below them.
+# The files below this process's stdout and stderr.
 _files: dict[str, FailSafeFile] = {}
 
 
 def guard() -> None:
-    """Let whatever is printed from here on, by anyone in this process, raise no error. `failures` tells what is lost.
+    """Make stdout and stderr of this process never raise errors from now on; see `failures`.
 
-    Where the starting program has closed one of the first three file descriptors, it leads to /dev/null from here on,
-    so that no file of the run gets its number.
+    If the parent process closed any of the first three file descriptors, they are opened on /dev/null, so that no file
+    of the run gets their numbers.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -57,7 +54,7 @@ def guard() -> None:
 
 
 def failures() -> dict[str, str]:
-    """The reason for each of stdout and stderr that could not be written."""
+    """Return the reason for each of stdout and stderr that could not be written."""
     return {name: file.failure for name, file in _files.items() if file.failure is not None}
 
 
@@ -68,6 +65,6 @@ def _guarded(name: str, stream: TextIO | None) -> TextIO:
         stream.flush()
     _files[name] = FailSafeFile(stream)
     errors = "backslashreplace" if stream.errors == "strict" else stream.errors
-    # Unbuffered where Python was asked for that (python -u) means at each line here.
-    by_line = stream.line_buffering or getattr(stream, "write_through", False)
-    return io.TextIOWrapper(io.BufferedWriter(_files[name]), stream.encoding, errors, line_buffering=bool(by_line))
+    # An unbuffered stream (python -u) becomes a line-buffered one.
+    by_line = bool(stream.line_buffering or getattr(stream, "write_through", False))
+    return io.TextIOWrapper(io.BufferedWriter(_files[name]), stream.encoding, errors, line_buffering=by_line)

@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that names the field and the mend, before any training."""
+"""Tests that user errors end in one line that names the field and the fix, before any training."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.conftest import QUICK, REPOSITORY, launch
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> str:
-    """The message that a program ends with, run in this process."""
+    """Run a program in this process and return its error message."""
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *overrides])
     with pytest.raises(UserError) as caught:
         {"train": train.main, "validate": validate.main}[program]()
@@ -61,10 +61,10 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
 )  # fmt: skip
-def test_one_line_names_the_field_and_the_mend(
+def test_one_line_names_the_field_and_the_fix(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], parts: list[str]
 ) -> None:
-    """Each mistake is refused with what is wrong and what would be right; nothing is written."""
+    """Each mistake is rejected with what is wrong and how to fix it; nothing is written."""
     monkeypatch.chdir(tmp_path)
     message = error_of(monkeypatch, "train", f"data.root={images}", *QUICK, *overrides)
     for part in parts:
@@ -72,8 +72,8 @@ def test_one_line_names_the_field_and_the_mend(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_is_no_data_set(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No folder, an empty, a flat or a half-empty one, and splits that disagree, are named with the layout expected."""
+def test_folder_that_is_not_a_data_set(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing, empty, flat and half-empty folders, and splits with different classes, are named in the error."""
 
     def message() -> str:
         return error_of(monkeypatch, "train", f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'run'}")
@@ -97,7 +97,7 @@ def test_folder_that_is_no_data_set(images: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_imagenet_dir_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """data.root is $IMAGENET_DIR, or data/imagenet where that is not set."""
+    """data.root defaults to $IMAGENET_DIR, or to data/imagenet if that is not set."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IMAGENET_DIR", str(tmp_path / "elsewhere"))
     assert str(tmp_path / "elsewhere") in error_of(monkeypatch, "train")
@@ -106,7 +106,7 @@ def test_imagenet_dir_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_checkpoint_of_another_network(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of another network or class count, no weights, and half a file are refused with the file's name."""
+    """Weights of another network or class count, missing weights and half a file are rejected by name."""
     weights = tmp_path / "s12.safetensors"
     save_weights(create_model("poolformer_s12", num_classes=4), weights, "poolformer_s12")
     common = (f"data.root={images}", "image_size=32")
@@ -125,9 +125,9 @@ def test_checkpoint_of_another_network(images: Path, tmp_path: Path, monkeypatch
 
 
 def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder is not continued with another network, seed, batch or data, or with an average that it lacks.
+    """A run is not resumed with another network, seed or batch size, or with an EMA that it lacks.
 
-    Nor is it reused where resume=never.
+    It is not reused with resume=never either.
     """
     common = (f"data.root={images}", *QUICK, f"run_dir={tmp_path / 'run'}", "max_steps=1")
     monkeypatch.setattr(sys, "argv", ["train.py", *common])
@@ -141,7 +141,7 @@ def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: py
 def test_data_that_changed_since_the_start(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """A run does not go on with a file more, a file less or another file; with the old data back it does."""
+    """A run does not resume with a file added, removed or replaced; with the old data it does."""
     shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
     folder = tmp_path / "data" / "train" / "class_1"
     common = (f"data.root={tmp_path / 'data'}", *QUICK, f"run_dir={tmp_path / 'run'}")
@@ -163,7 +163,7 @@ def test_data_that_changed_since_the_start(
     train.main()
 
 
-UNPRIVILEGED = (  # root without the right to read everything; others are without it as they are
+UNPRIVILEGED = (  # drops root's right to read every file; other users do not have it
     ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 )
 
@@ -172,8 +172,8 @@ UNPRIVILEGED = (  # root without the right to read everything; others are withou
 @pytest.mark.parametrize(
     ("what", "loader"), [("class folder", "torch"), ("image", "torch"), ("image", "pil"), ("image", "dali")]
 )
-def test_what_may_not_be_read_is_named(images: Path, tmp_path: Path, what: str, loader: str) -> None:
-    """A class folder, and an image, that may not be read: one line with its path, whatever the loader."""
+def test_unreadable_paths_are_named(images: Path, tmp_path: Path, what: str, loader: str) -> None:
+    """A class folder or image without read permission gives one line with its path, with every loader."""
     shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
     closed = tmp_path / "data" / "train" / "class_1"
     closed = closed if what == "class folder" else closed / "005.JPEG"
@@ -191,7 +191,7 @@ def test_what_may_not_be_read_is_named(images: Path, tmp_path: Path, what: str, 
 
 
 def test_bad_image_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training that meets a damaged file stops and names it."""
+    """Training stops at a damaged file and names it."""
     shutil.copytree(images, tmp_path / "data")
     bad = tmp_path / "data" / "train" / "class_1" / "005.JPEG"
     bad.write_bytes(bad.read_bytes()[:100])
@@ -209,7 +209,7 @@ def test_bad_image_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_two_ranks_fail_together(images: Path, tmp_path: Path, program: str, overrides: tuple[str], part: str) -> None:
-    """Under torchrun the line appears once, no rank hangs, and the only traceback is torchrun's own at the end."""
+    """Under torchrun the error appears once, no rank hangs, and the only traceback is torchrun's own at the end."""
     quick = QUICK if program == "train" else ("image_size=32",)
     run_dir = (f"run_dir={tmp_path / 'run'}",) if program == "train" else ()
     done = launch(program, f"data.root={images}", *quick, *run_dir, *overrides, ranks=2, timeout=120)
@@ -221,7 +221,7 @@ def test_two_ranks_fail_together(images: Path, tmp_path: Path, program: str, ove
 
 
 def test_exit_code_without_torchrun(tmp_path: Path) -> None:
-    """Plain python ends with code 2 and nothing but the line."""
+    """With plain python the exit code is 2, and the error line is the only output."""
     done = launch("train", f"data.root={tmp_path}")
     assert done.code == 2
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""compile=true with the defaults, which include the fused operators, by inductor on a CPU."""
+"""Tests of compile=true with the default options, fused operators included, with inductor on a CPU."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inducto
 @needs_compiler
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16")])
 def test_compiled_training(images: Path, tmp_path: Path, ranks: int, precision: str) -> None:
-    """Two steps and a validation; the checkpoint has the usual keys, and validate.py, not compiled, scores it alike."""
+    """Two steps and a validation: the checkpoint has the usual keys, and uncompiled validate.py gives the same loss."""
     run_dir = tmp_path / "run"
     common = (f"data.root={images}", *QUICK, f"precision={precision}")
     done = launch("train", *common, "compile=true", "max_steps=2", f"run_dir={run_dir}", ranks=ranks, timeout=280)

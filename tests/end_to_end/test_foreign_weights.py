@@ -1,4 +1,4 @@
-"""validate.py and train.py with weights of timm and of the paper's authors, by path and by name."""
+"""Tests of validate.py and train.py with weights of timm and of the paper's authors, by path and by name."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ NAME, FILE = "official:poolformer_s12", "poolformer_s12.pth.tar"
 
 @pytest.fixture(scope="module")
 def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training images, and three validation images of each class."""
+    """A data set of the training images and three validation images of each class."""
     root = tmp_path_factory.mktemp("few")
     (root / "train").symlink_to(images / "train")
     for folder in (images / "val").iterdir():
@@ -35,7 +35,7 @@ def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One four-class PoolFormer-S12 as this project, the authors and timm write it, and another as timm's average."""
+    """One four-class PoolFormer-S12 in this project's, the authors' and timm's formats, and another as timm's EMA."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(1)
     model, average = create_model("poolformer_s12", num_classes=4), create_model("poolformer_s12", num_classes=4)
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    """The authors' release, here, and an empty cache."""
+    """A local server for the authors' release, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with serve() as server:
         monkeypatch.setattr(download, "OFFICIAL_RELEASE", server.url)
@@ -69,8 +69,8 @@ def error_of(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_one_network_in_every_format(few: Path, files: Path, server: Server, run_program: Run) -> None:
-    """The authors' file by path and by name and timm's checkpoint score as this project's file does; so does an EMA."""
+def test_every_format_gives_the_same_result(few: Path, files: Path, server: Server, run_program: Run) -> None:
+    """The authors' file, by path and name, and timm's checkpoint and EMA give the result of this project's files."""
     expected = run_program("validate", *options(few), f"checkpoint={files / 'ours'}")
     for checkpoint in (str(files / FILE), NAME, str(files / "timm")):
         result = run_program("validate", *options(few), f"checkpoint={checkpoint}")
@@ -81,7 +81,7 @@ def test_one_network_in_every_format(few: Path, files: Path, server: Server, run
 
 
 def test_training_starts_from_a_name(few: Path, files: Path, server: Server, tmp_path: Path, run_program: Run) -> None:
-    """init_weights= takes the same names: after one step at a tiny rate the weights are still the file's."""
+    """init_weights= accepts the same names; after one step at a tiny rate, the weights still equal the file's."""
     command = (*QUICK, f"data.root={few}", f"run_dir={tmp_path / 'run'}", "max_steps=1", "optimizer.lr=1e-9")
     run_program("train", *command, "optimizer.weight_decay=0", "schedule.warmup_epochs=0", f"init_weights={NAME}")
     trained = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
@@ -90,7 +90,7 @@ def test_training_starts_from_a_name(few: Path, files: Path, server: Server, tmp
 
 
 def test_two_ranks_download_once(few: Path, server: Server, tmp_path: Path) -> None:
-    """Under torchrun one rank asks for the file, and both load it."""
+    """Under torchrun only one rank downloads the file, and both load it."""
     program = tmp_path / "validate_here.py"
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -107,7 +107,7 @@ def test_two_ranks_download_once(few: Path, server: Server, tmp_path: Path) -> N
 
 
 def test_network_of_timm(few: Path, tmp_path: Path, run_program: Run) -> None:
-    """model=timm takes timm's training checkpoint as it is, once unwrapped."""
+    """model=timm loads timm's training checkpoint after removing its wrapper."""
     model = timm.create_model("resnet10t", num_classes=4)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "w")
     result = run_program(
@@ -116,8 +116,10 @@ def test_network_of_timm(few: Path, tmp_path: Path, run_program: Run) -> None:
     assert result["images"] == 12
 
 
-def test_refusals(few: Path, files: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other classes, another network, an unknown name, no average and no network end in a line that says the mend."""
+def test_rejected_weights(
+    few: Path, files: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong class counts, networks and names, a missing EMA, and a failed download give one line with the fix."""
 
     def message(checkpoint: object, *overrides: str) -> str:
         return error_of(monkeypatch, *options(few), f"checkpoint={checkpoint}", *overrides)

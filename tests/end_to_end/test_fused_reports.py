@@ -1,4 +1,4 @@
-"""What a run says about the fused operators, where they are used and where their check fails."""
+"""Tests of the reports about fused operators, when they are used and when their check fails."""
 
 import json
 from pathlib import Path
@@ -8,32 +8,32 @@ import pytest
 from tests.conftest import QUICK, Finished, launch
 
 
-def said(done: Finished) -> list[str]:
-    """The lines about it on both streams, the result's apart."""
+def fused_lines(done: Finished) -> list[str]:
+    """Return the output lines about fused operators, without the result."""
     lines = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("{")]
     return [line for line in lines if "fused" in line]
 
 
-def test_used(images: Path, tmp_path: Path) -> None:
-    """The first lines, status.json and the result say what computes."""
+def test_fused_operators_are_reported(images: Path, tmp_path: Path) -> None:
+    """The first lines, status.json and the result report what computes."""
     done = launch("train", f"data.root={images}", "max_steps=1", f"run_dir={tmp_path}", *QUICK)
     assert done.code == 0, done.stderr
     expected = "blocks on (in plain torch on a CPU); transform off (a CPU)"
-    assert said(done) == [f"fused        {expected}"]
+    assert fused_lines(done) == [f"fused        {expected}"]
     assert done.result["fused"] == expected
     assert json.loads((tmp_path / "status.json").read_text())["fused"] == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_check_that_fails(images: Path, tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said once, wherever someone looks, with the reason and the rank; all ranks compute plainly and agree."""
+    """A failed check is reported once, with its reason and rank; all ranks use the plain path and agree."""
     monkeypatch.setenv("FAULTY_RANK", str(ranks - 1))
     program, run_dir = "tests/end_to_end/wrong_kernels", tmp_path / "run"
     common = (f"data.root={images}", "image_size=32", "workers=1", "precision=fp32")
     plain = (*common, *QUICK, "max_steps=2", "guards.compare_ranks_every_steps=1")
     done = launch(program, "train", *plain, f"run_dir={run_dir}", ranks=ranks)
     assert done.code == 0, done.stderr
-    (line,) = said(done)
+    (line,) = fused_lines(done)
     start = "blocks off (rank 1: they differ from the plain path by " if ranks == 2 else "blocks off (they differ from "
     assert line.startswith(f"fused        {start}")
     assert done.result["fused"].startswith(start)

@@ -1,4 +1,4 @@
-"""Every advertised option together with every value of every other one, in pairs: two steps and a validation each."""
+"""Pairwise tests of all advertised options, each run with two steps and a validation."""
 
 import itertools
 import math
@@ -29,11 +29,11 @@ OPTIONS = {
     "clip_grad_norm": ("null", "1.0"),
     "workers": ("0", "2"),
 }
-COMPILED = 3  # runs with compile=true, which take the longest: as few as its pairs with options of three values need
+COMPILED = 3  # number of runs with compile=true, the slowest ones: the least that covers options with three values
 
 
 def combinations() -> list[dict[str, str]]:
-    """Runs that contain every pair of values: greedily, each run takes the values that add the most pairs."""
+    """Return runs that cover every pair of values, chosen greedily by the number of missing pairs that they add."""
     names = list(OPTIONS)
     missing = {
         frozenset([(a, x), (b, y)])
@@ -46,14 +46,14 @@ def combinations() -> list[dict[str, str]]:
         for name in names[1:]:
             chosen[name] = max(OPTIONS[name], key=partial(gain, name, chosen=chosen, missing=missing))
         pairs = {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
-        assert pairs & missing, "a run that adds nothing"
+        assert pairs & missing, "the run adds no pair"
         missing -= pairs
         runs.append(chosen)
     return runs
 
 
 def gain(name: str, value: str, chosen: dict[str, str], missing: set[frozenset[tuple[str, str]]]) -> tuple[int, int]:
-    """Missing pairs of a value with those chosen so far, and with any."""
+    """Return the missing pairs of a value with the chosen values, then those with any value."""
     new = sum(frozenset([(name, value), pair]) in missing for pair in chosen.items())
     return new, sum((name, value) in pair for pair in missing)
 
@@ -64,7 +64,7 @@ def test_options_work_together(
     options: dict[str, str], images: Path, tmp_path: Path, run_program: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The losses are numbers, all images are validated, and where the average is on it is validated too."""
+    """The losses are finite, all images are validated, and the EMA is validated too if it is enabled."""
     if options["loader"] == "dali" and not dali_is_installed():
         pytest.skip("needs nvidia-dali")
     monkeypatch.setitem(VARIANTS, "poolformer_s12", SMALL)

@@ -1,4 +1,4 @@
-"""Every network is evaluated and trained with the preprocessing that it was made for, unless the user gives another."""
+"""Tests that networks are evaluated and trained with their own preprocessing unless the user gives another."""
 
 import csv
 import json
@@ -29,9 +29,13 @@ from metaformer.models import create_model, save_weights
 from tests.conftest import QUICK, launch
 
 Run = Callable[..., dict[str, Any]]
-CLASSES, OF_A_CLASS = 8, 4
-AT_ITS_SIZE = (*(option for option in QUICK if not option.startswith("image_size")), "workers=0", "eval_batch_size=101")
-# Between them: sizes, test sizes, crops, filters, means and deviations, fixed sizes.
+CLASSES, IMAGES_PER_CLASS = 8, 4
+DEFAULT_SIZE_OPTIONS = (
+    *(option for option in QUICK if not option.startswith("image_size")),
+    "workers=0",
+    "eval_batch_size=101",
+)
+# They differ in size, test size, crop, filter, mean and standard deviation, and in whether the size is fixed.
 NETWORKS = (
     "efficientnet_lite0", "tf_efficientnet_lite0", "resnet18.a2_in1k", "resnet18.tv_in1k", "vit_tiny_patch16_224",
     "deit_tiny_patch16_224", "inception_v3", "convnext_atto", "mobilenetv3_small_050", "mixer_s32_224",
@@ -44,7 +48,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 JPEGs of many sizes in 8 classes: smooth colours, edges and fine texture, so that crop and filter matter."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(3)
-    for number in range(CLASSES * OF_A_CLASS):
+    for number in range(CLASSES * IMAGES_PER_CLASS):
         width, height = (int(side) for side in rng.integers(150, 420, 2))
         coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float64)
@@ -57,19 +61,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def timms_batch(photos: Path, wants: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """All images as timm's evaluation prepares them, and their labels."""
-    data = ImageFolder(str(photos / "val"), create_transform(**wants, is_training=False))
+def timm_batch(photos: Path, data_config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return all images as timm's evaluation prepares them, and their labels."""
+    data = ImageFolder(str(photos / "val"), create_transform(**data_config, is_training=False))
     (batch,) = DataLoader(data, batch_size=len(data))
     return tuple(batch)
 
 
 def sensitive_network(name: str, photos: Path) -> tuple[nn.Module, dict[str, float]]:
-    """A network with random weights whose logits tell the images apart, and what timm's evaluation of it finds."""
+    """Return a random network whose logits differ between images, and its results in timm's evaluation."""
     torch.manual_seed(5)
     model = timm.create_model(name, num_classes=CLASSES)
-    wants = resolve_data_config(model=model, use_test_size=True)
-    images, labels = timms_batch(photos, wants)
+    data_config = resolve_data_config(model=model, use_test_size=True)
+    images, labels = timm_batch(photos, data_config)
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.momentum = None  # the mean over all batches
@@ -93,27 +97,27 @@ def sensitive_network(name: str, photos: Path) -> tuple[nn.Module, dict[str, flo
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_evaluation_is_timms(photos: Path, tmp_path: Path, run_program: Run, name: str) -> None:
-    """validate.py finds timm's top-1, top-5 and loss to four digits, without a word on preprocessing; and says it."""
+def test_evaluation_equals_timms(photos: Path, tmp_path: Path, run_program: Run, name: str) -> None:
+    """Without preprocessing options, validate.py gives timm's results to four digits and reports the preprocessing."""
     model, expected = sensitive_network(name, photos)
     save_model(model, str(tmp_path / "w.safetensors"))
-    wants = resolve_data_config(model=model, use_test_size=True)
+    data_config = resolve_data_config(model=model, use_test_size=True)
     command = ("model=timm", f"model.name={name}", f"data.root={photos}", f"checkpoint={tmp_path / 'w.safetensors'}")
     table = tmp_path / "results.csv"
     found = run_program("validate", *command, "workers=0", "loader=pil", f"results_csv={table}")
     assert {figure: found[figure] for figure in expected} == pytest.approx(expected, rel=1e-4)
-    assert found["image_size"] == wants["input_size"][-1]
-    assert (found["mean"], found["std"]) == (list(wants["mean"]), list(wants["std"]))
+    assert found["image_size"] == data_config["input_size"][-1]
+    assert (found["mean"], found["std"]) == (list(data_config["mean"]), list(data_config["std"]))
     with table.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["crop_pct"], row["interpolation"]) == (str(wants["crop_pct"]), wants["interpolation"])
-    assert [float(value) for value in row["mean"].split()] == list(wants["mean"])
-    assert [float(value) for value in row["std"].split()] == list(wants["std"])
+    assert (row["crop_pct"], row["interpolation"]) == (str(data_config["crop_pct"]), data_config["interpolation"])
+    assert [float(value) for value in row["mean"].split()] == list(data_config["mean"])
+    assert [float(value) for value in row["std"].split()] == list(data_config["std"])
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "tinynet_e"])  # a bilinear and two bicubic resizes
-def test_every_loader_evaluates_as_timm(photos: Path, tmp_path: Path, run_program: Run, name: str) -> None:
-    """The fast loaders, which are not PIL in every pixel, come near to timm's loss."""
+def test_every_loader_is_close_to_timm(photos: Path, tmp_path: Path, run_program: Run, name: str) -> None:
+    """The fast loaders, whose pixels differ slightly from PIL's, give nearly timm's loss."""
     model, expected = sensitive_network(name, photos)
     save_model(model, str(tmp_path / "w.safetensors"))
     command = ("model=timm", f"model.name={name}", f"data.root={photos}", f"checkpoint={tmp_path / 'w.safetensors'}")
@@ -122,8 +126,8 @@ def test_every_loader_evaluates_as_timm(photos: Path, tmp_path: Path, run_progra
         assert found["loss"] == pytest.approx(expected["loss"], rel=0.03), loader
 
 
-def test_a_given_value_wins(photos: Path, tmp_path: Path, run_program: Run) -> None:
-    """Each field of preprocessing changes the evaluation as it changes timm's."""
+def test_given_values_take_precedence(photos: Path, tmp_path: Path, run_program: Run) -> None:
+    """Each preprocessing field changes the evaluation as it does in timm."""
     model, expected = sensitive_network("test_resnet", photos)
     save_model(model, str(tmp_path / "w.safetensors"))
     command = (
@@ -138,7 +142,7 @@ def test_a_given_value_wins(photos: Path, tmp_path: Path, run_program: Run) -> N
         ("model.mean=[0.4,0.4,0.4]", "mean", (0.4, 0.4, 0.4)),
         ("model.std=[0.3,0.2,0.3]", "std", (0.3, 0.2, 0.3)),
     ):
-        images, labels = timms_batch(photos, own | {field: value})
+        images, labels = timm_batch(photos, own | {field: value})
         with torch.inference_mode():
             loss = cross_entropy(model(images), labels).item()
         found = run_program("validate", *command, override)["loss"]
@@ -146,8 +150,8 @@ def test_a_given_value_wins(photos: Path, tmp_path: Path, run_program: Run) -> N
         assert found != pytest.approx(expected["loss"], rel=1e-3), override
 
 
-def test_names_of_weights_tell_the_preprocessing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A crop that is not there, an unknown tag and weights of another tag are one line that names the field."""
+def test_weight_names_select_the_preprocessing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An unsupported crop mode, an unknown tag and weights of another tag give one line that names the field."""
 
     def message(*overrides: str) -> str:
         command = ["validate.py", "model=timm", f"data.root={tmp_path}", "checkpoint=w", *overrides]
@@ -155,7 +159,9 @@ def test_names_of_weights_tell_the_preprocessing(monkeypatch: pytest.MonkeyPatch
 
     squash = "model.name=vit_so150m2_patch16_reg1_gap_448"
     assert message(squash).startswith("model.crop_mode: timm evaluates vit_so150m2_patch16_reg1_gap_448 with squash")
-    assert message(squash, "model.crop_mode=center").startswith("checkpoint=w"), "which then is looked for"
+    assert message(squash, "model.crop_mode=center").startswith("checkpoint=w"), (
+        "the crop is accepted, and the weights are looked for"
+    )
     assert message("model.name=deepseek_vit_412m_enc").startswith("model.crop_mode: timm evaluates")
     assert message("model.name=vit_large_patch16_sapiens2").startswith("image_size: timm's vit_large_patch16_sapiens2")
     assert message("model.name=resnet18.a9_in1k").startswith("model.name=resnet18.a9_in1k: unknown; did you mean")
@@ -165,15 +171,15 @@ def test_names_of_weights_tell_the_preprocessing(monkeypatch: pytest.MonkeyPatch
 
 
 def training_test_resnet(images: Path, run_dir: Path) -> tuple[str, ...]:
-    """Options that train timm's test_resnet at the size that it expects."""
+    """Return options that train timm's test_resnet at its default size."""
     network = ("model=timm", "model.name=test_resnet")
-    return (*AT_ITS_SIZE, f"data.root={images}", *network, f"run_dir={run_dir}", "epochs=1")
+    return (*DEFAULT_SIZE_OPTIONS, f"data.root={images}", *network, f"run_dir={run_dir}", "epochs=1")
 
 
 def test_training_uses_the_networks_preprocessing(
     images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network of timm is trained at its size with its mean and std; the run says so, records it, and keeps it."""
+    """A timm network is trained with its own size, mean and std, which the run logs and stores."""
     run_dir = tmp_path / "run"
     command = training_test_resnet(images, run_dir)
     plans: list[TrainingPlan] = []
@@ -185,7 +191,7 @@ def test_training_uses_the_networks_preprocessing(
     monkeypatch.setattr(sys.modules["metaformer.assembly.training"], "TrainingPlan", keep)
     run_program("train", *command, "max_steps=1")
     assert (plans[0].image_size, plans[0].crop_pct, plans[0].bicubic) == (160, 0.95, False)
-    assert plans[0].fill == (128, 128, 128), "RandAugment fills with the mean, as timm's"
+    assert plans[0].fill == (128, 128, 128), "RandAugment fills with the mean, as in timm"
     log = (run_dir / "log.txt").read_text()
     assert " images       160 px, evaluated with crop 0.95 (bilinear), mean 0.5 0.5 0.5, std 0.5 0.5 0.5" in log
     text = (run_dir / "config.yaml").read_text()
@@ -200,10 +206,10 @@ def test_training_uses_the_networks_preprocessing(
     [({"mean": (0.4, 0.4, 0.4)}, "model.mean"), ({"input_size": (3, 128, 128)}, "image_size"),
      ({"interpolation": "bicubic"}, "model.interpolation"), ({"crop_pct": 0.8}, "model.crop_pct")],
 )  # fmt: skip
-def test_another_timm_does_not_change_a_run(
+def test_another_timm_version_does_not_change_a_run(
     images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any], name: str
 ) -> None:
-    """Where timm comes to state something else, a resume is refused by the field's name; the old value resumes."""
+    """If timm's value for a network changes, a resume is rejected with the field's name; the old value resumes."""
     run_dir = tmp_path / "run"
     command = training_test_resnet(images, run_dir)
     run_program("train", *command, "max_steps=1")
@@ -221,7 +227,7 @@ def test_another_timm_does_not_change_a_run(
 
 @pytest.fixture(scope="module")
 def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an average, of a metaformer at 32 px, with values of its own in all fields of preprocessing."""
+    """A run with EMA of a MetaFormer at 32 px, with custom preprocessing."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     own = ("image_size=32", "model.crop_pct=0.8", "model.interpolation=bilinear", "model.mean=[0.4,0.5,0.6]")
     done = launch("train", *QUICK, *own, f"data.root={images}", "epochs=1", "ema=enabled", "ema.decay=0.5",
@@ -231,7 +237,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_evaluated_as_it_was_trained(images: Path, trained: Path) -> None:
-    """A run folder, a checkpoint in it or that one's file: the run's preprocessing, which gives its own accuracy."""
+    """A run folder, its checkpoint or its weights file is evaluated with the run's preprocessing and gives its loss."""
     last = trained / "checkpoints" / "last"
     logged = json.loads((last / "manifest.json").read_text())["progress"]["last_validation"]
     command = ("model=metaformer_s12_identity", f"data.root={images}", "eval_batch_size=32", "workers=1")
@@ -245,8 +251,8 @@ def test_a_run_is_evaluated_as_it_was_trained(images: Path, trained: Path) -> No
         assert "; the averaged weights are in ema.safetensors: use_ema=true" in done.stderr
 
 
-def test_values_that_are_not_the_runs_are_named(images: Path, trained: Path) -> None:
-    """A given value wins and a line names it and the run's; the rest stays the run's; two ranks agree."""
+def test_values_that_differ_from_the_run_are_reported(images: Path, trained: Path) -> None:
+    """A given value takes precedence and is reported with the run's; other values are the run's; two ranks agree."""
     command = ("model=metaformer_s12_identity", f"data.root={images}", "workers=1", f"checkpoint={trained}")
     given = ("image_size=64", "model.crop_pct=0.8", "model.interpolation=bicubic", "use_ema=true")
     done = launch("validate", *command, *given, ranks=2)
@@ -260,10 +266,10 @@ def test_values_that_are_not_the_runs_are_named(images: Path, trained: Path) -> 
     assert "use_ema=true" not in done.stderr
 
 
-def test_another_network_than_the_runs_is_refused(
+def test_another_network_than_the_runs_is_rejected(
     images: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default model= and a run of another network: the line says which to give; a broken config.yaml is named."""
+    """The error for a run of another network names the right model=; a broken config.yaml is named."""
     command = ["validate.py", f"data.root={images}", f"checkpoint={trained}"]
     message = error_of(monkeypatch, "validate", command)
     assert message == (
@@ -275,8 +281,8 @@ def test_another_network_than_the_runs_is_refused(
     assert message.startswith(f"{tmp_path / 'run' / 'config.yaml'}: not the configuration of a run (")
 
 
-def test_own_networks_crop_as_the_paper(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """224 px and .9 for PoolFormer-S12; by name alone too: model.name= of a larger network takes .95."""
+def test_own_networks_use_the_papers_crop(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """PoolFormer-S12 uses 224 px and 0.9; model.name= alone selects 0.95 for a network that needs it."""
     for name, crop_pct in (("poolformer_s12", 0.9), ("metaformer_s12_pppa", 0.95)):
         save_weights(create_model(name, num_classes=4), tmp_path / name, name)
         few = ("data.val_split=train", "data.train_split=null", "loader=torch", "workers=1", "eval_batch_size=48")
@@ -288,9 +294,9 @@ def test_own_networks_crop_as_the_paper(images: Path, tmp_path: Path, run_progra
         assert math.isfinite(found["loss"])
 
 
-def test_classes_without_images_are_refused(images: Path, tmp_path: Path, run_program: Run,
+def test_classes_without_images_are_rejected(images: Path, tmp_path: Path, run_program: Run,
                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """num_classes=1000 on four folders needs a yes; with it the network has 1000 outputs."""
+    """num_classes=1000 with four class folders needs allow_unused_classes=true; the network then has 1000 outputs."""
     command = (
         *QUICK,
         f"data.root={images}",
@@ -308,27 +314,27 @@ def test_classes_without_images_are_refused(images: Path, tmp_path: Path, run_pr
     assert "1000 classes" in (tmp_path / "r" / "log.txt").read_text()
 
 
-def test_a_resume_says_what_changed(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """Another lr, schedule, weight decay, augmentation, precision and length: each is named, with its step on file."""
+def test_a_resume_reports_changes(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """Changes of lr, schedule, weight decay, augmentation, precision and length are logged and stored with the step."""
     run_dir = tmp_path / "run"
     command = (*QUICK, f"data.root={images}", "model=timm", "model.name=test_resnet", f"run_dir={run_dir}", "workers=0")
     run_program("train", *command, "epochs=3", "max_steps=2")
     changed = ("optimizer.lr=2e-3", "optimizer.weight_decay=0.1", "schedule=cosine_per_step", "precision=bf16",
                "augmentation.erase_probability=0", "epochs=4", "max_steps=3")  # fmt: skip
     run_program("train", *command, *changed)
-    said = [line.split("changed", 1)[1].strip() for line in (run_dir / "log.txt").read_text().splitlines()
+    logged = [line.split("changed", 1)[1].strip() for line in (run_dir / "log.txt").read_text().splitlines()
             if " changed " in line]  # fmt: skip
     assert {"optimizer.lr: 0.001 -> 0.002", "optimizer.weight_decay: 0.05 -> 0.1", "precision.name: fp32 -> bf16",
             "schedule.unit: epoch -> step", "augmentation.erase_probability: 0.25 -> 0.0", "epochs: 3 -> 4",
-            } <= set(said)  # fmt: skip
+            } <= set(logged)  # fmt: skip
     (entry,) = map(json.loads, (run_dir / "changes.jsonl").read_text().splitlines())
     assert (entry["step"], entry["changes"]["optimizer.lr"]) == (2, [0.001, 0.002])
     assert set(entry) == {"step", "time", "changes"}
-    assert len(said) == len(entry["changes"])
+    assert len(logged) == len(entry["changes"])
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, program: str, command: list[str]) -> str:
-    """The one line that a program ends with, run in this process."""
+    """Run a program in this process and return its error message."""
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(UserError) as caught:
         {"train": train.main, "validate": validate.main}[program]()

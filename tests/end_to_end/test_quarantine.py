@@ -1,4 +1,4 @@
-"""A broken file, from the run that stops at it to the run that leaves it out."""
+"""Tests of the quarantine list, from the run that stops at a broken file to the run that skips it."""
 
 import json
 import re
@@ -17,12 +17,12 @@ from metaformer.models import create_model, save_weights
 from tests.conftest import QUICK, REPOSITORY, rows
 
 Run = Callable[..., dict[str, Any]]
-IMAGES = 20  # of each split
+IMAGES = 20  # per split
 
 
 @pytest.fixture
 def root(images: Path, tmp_path: Path) -> Path:
-    """A data set of 20 training and 20 validation files, one of each cut short."""
+    """A data set of 20 training and 20 validation images, with one truncated file in each."""
     root = tmp_path / "data"
     shutil.copytree(images, root, ignore=shutil.ignore_patterns(".metaformer", "0[2-9]?.JPEG", "[1-9]*"))
     for file in (root / "train" / "class_1" / "005.JPEG", root / "val" / "class_2" / "002.JPEG"):
@@ -36,7 +36,7 @@ def scan(root: Path, file: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_from_a_broken_file_to_a_result(root: Path, tmp_path: Path, run_program: Run) -> None:
-    """Training stops and names the file; scan_data lists it; the same command with the list trains to the end."""
+    """Training stops and names the file, scan_data lists it, and training with the list completes."""
     run_dir, broken = tmp_path / "run", tmp_path / "broken.txt"
     command = (f"data.root={root}", "epochs=1", "ema=enabled", *QUICK, "global_batch_size=10", f"run_dir={run_dir}")
     bad = root / "train" / "class_1" / "005.JPEG"
@@ -54,10 +54,10 @@ def test_from_a_broken_file_to_a_result(root: Path, tmp_path: Path, run_program:
     assert re.search(rf"data +{root}: {counts}\n", (run_dir / "log.txt").read_text())
 
 
-def test_validation_leaves_out(
+def test_validation_skips_listed_files(
     root: Path, tmp_path: Path, run_program: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """validate.py counts what it left out, in its result and on stderr; without a list it stops."""
+    """validate.py reports the skipped images in its result and on stderr; without a list it stops."""
     save_weights(create_model("poolformer_s12", 4), tmp_path / "w.safetensors", "poolformer_s12")
     command = (f"data.root={root}", "image_size=32", "workers=0", f"checkpoint={tmp_path / 'w.safetensors'}")
     with pytest.raises(UserError, match=r"val/class_2/002\.JPEG: cannot be read"):

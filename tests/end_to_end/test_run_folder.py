@@ -1,4 +1,4 @@
-"""Run folders on other file systems, copied, and damaged: whole runs, with a small network."""
+"""Tests of whole runs in run folders without symbolic links, in copies, and with a removed lock file."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ SMALL = (*QUICK, "model=timm", "model.name=test_resnet", "model.drop_path_rate=n
 def test_without_links_and_copied(
     images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained, validated and resumed where no links can be made; then in a copy whose links have become folders."""
+    """Training, validation and resume work without symbolic links, and in a copy whose links have become folders."""
     command = (f"data.root={images}", *SMALL, "epochs=1", "checkpoint.every_steps=1")
     refused = PermissionError(errno.EPERM, os.strerror(errno.EPERM))
     with monkeypatch.context() as patch:
@@ -31,8 +31,8 @@ def test_without_links_and_copied(
         checkpoints = tmp_path / "run" / "checkpoints"
         assert (checkpoints / "last").read_text() == "step-00000004\n"
         options = (f"data.root={images}", *(each for each in SMALL if each.startswith(("model", "workers"))))
-        for given in (tmp_path / "run", checkpoints / "last", checkpoints / "last" / "model.safetensors"):
-            result = run_program("validate", *options, "precision=fp32", "image_size=32", f"checkpoint={given}")
+        for source in (tmp_path / "run", checkpoints / "last", checkpoints / "last" / "model.safetensors"):
+            result = run_program("validate", *options, "precision=fp32", "image_size=32", f"checkpoint={source}")
             assert result["checkpoint"] == str(checkpoints / "step-00000004" / "model.safetensors")
 
     copy = tmp_path / "copy" / "checkpoints"
@@ -45,8 +45,10 @@ def test_without_links_and_copied(
     assert (copy / "last").readlink() == Path("epoch-001")
 
 
-def test_the_lock_file_goes(images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removed between two saves, it is there again, and the log says so; replaced, training ends without saving."""
+def test_the_lock_file_is_removed(
+    images: Path, tmp_path: Path, run_program: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removed lock file is restored and logged; if it was replaced, training ends without saving."""
     run_dir = tmp_path / "run"
     lock, save = run_dir / "lock", CheckpointFolder.save
 

@@ -1,4 +1,4 @@
-"""Packed shards, from the command that writes them to runs on them."""
+"""Tests of shards, from writing them to training and validation on them."""
 
 import shutil
 import subprocess
@@ -33,10 +33,10 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_a_run_begun_on_a_folder_goes_on_on_shards(
+def test_a_run_started_on_a_folder_resumes_on_shards(
     images: Path, shards: Path, tmp_path: Path, run_program: Run, loader: str
 ) -> None:
-    """A run that is stopped in an epoch on the folder and resumed on its shards ends as one that was always on it."""
+    """A run stopped within an epoch on a folder and resumed on its shards ends like a run on the folder alone."""
     common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
@@ -47,8 +47,8 @@ def test_a_run_begun_on_a_folder_goes_on_on_shards(
     assert_same_checkpoint(moved / "checkpoints" / "last", whole / "checkpoints" / "last")
 
 
-def test_validation_is_the_folders(images: Path, shards: Path, tmp_path: Path, run_program: Run) -> None:
-    """validate.py counts every image of the shards once, with the folder's result."""
+def test_validation_equals_the_folders(images: Path, shards: Path, tmp_path: Path, run_program: Run) -> None:
+    """validate.py counts every image of the shards once and gives the folder's result."""
     save_weights(create_model("poolformer_s12", 4), tmp_path / "w.safetensors", "poolformer_s12")
     common = ("image_size=32", "workers=1", f"checkpoint={tmp_path / 'w.safetensors'}")
     clock = ("seconds", "images_per_second", "date", "data", "command", "log")
@@ -64,7 +64,7 @@ def test_validation_is_the_folders(images: Path, shards: Path, tmp_path: Path, r
 
 
 def test_from_a_broken_image_to_a_list(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """scan_data names a broken image in a shard as in the folder; with its list, training goes through."""
+    """scan_data names a broken image in a shard as in the folder; training with its list completes."""
     root = tmp_path / "data"
     shutil.copytree(images, root, ignore=shutil.ignore_patterns(".metaformer", "[1-9]*"))
     bad = root / "train" / "class_1" / "005.JPEG"

@@ -1,4 +1,4 @@
-"""validate.py on ImageNet's test sets, in their own layouts, against timm and numpy on the same images."""
+"""Tests of validate.py on ImageNet's test sets in their own layouts, against timm and numpy."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ QUICK = ("image_size=32", "eval_batch_size=8", "workers=1", "loader=pil")
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """A PoolFormer-S12 whose untrained answers differ from image to image, mostly among a few classes."""
+    """An untrained PoolFormer-S12 whose predictions differ between images, mostly among a few classes."""
     torch.manual_seed(0)
     model = create_model("poolformer_s12").eval()
     head: Any = model.head
@@ -43,14 +43,14 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def weights(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its file."""
+    """The weights file of the model."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     save_weights(model, path, "poolformer_s12")
     return path
 
 
 def write_images(folder: Path, names: Sequence[str]) -> list[Path]:
-    """A JPEG of each name, of one colour or another with noise."""
+    """Write a JPEG with a random colour and noise for each name."""
     files = []
     for number, name in enumerate(names):
         rng = np.random.default_rng(number)
@@ -62,7 +62,7 @@ def write_images(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def logits_of(model: nn.Module, files: Sequence[Path]) -> NDArray[np.float64]:
-    """Float64 logits [N, 1000] of images that timm prepares."""
+    """Return float64 logits [N, 1000] of images prepared by timm."""
     prepare = create_transform(
         32,
         is_training=False,
@@ -78,7 +78,7 @@ def logits_of(model: nn.Module, files: Sequence[Path]) -> NDArray[np.float64]:
 
 
 def expected(logits: NDArray[np.float64], labels: Sequence[int], competing: NDArray[np.bool_]) -> dict[str, float]:
-    """Accuracy among the competing classes, by numpy."""
+    """Return accuracy and loss among the competing classes, computed with numpy."""
     logits = np.where(competing, logits, -np.inf)
     order = np.argsort(-logits, axis=1)
     right = order == np.array(labels)[:, None]
@@ -99,7 +99,7 @@ def expected(logits: NDArray[np.float64], labels: Sequence[int], competing: NDAr
 def test_labels_and_classes_of_each_set(
     tmp_path: Path, model: nn.Module, weights: Path, run_program: Run, name: str, labels: list[int]
 ) -> None:
-    """Class folders in data.root itself get ImageNet's labels; on A and R only their 200 classes compete."""
+    """Class folders directly in data.root get ImageNet's labels; on A and R only their 200 classes compete."""
     folders = [str(label) if name == "imagenet_v2" else WNIDS[label] for label in labels]
     files = write_images(tmp_path / "set", [f"{folders[i % 4]}/{i}.jpeg" for i in range(40)])
     competing = subset_mask(ClassSubset(name)) if name in ("imagenet_a", "imagenet_r") else np.ones(1000, np.bool_)
@@ -113,11 +113,11 @@ def test_labels_and_classes_of_each_set(
         f"results_csv={table}",
         *QUICK,
     )
-    wanted = expected(logits, targets, competing)
-    assert {key: result[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
-    assert 0 < wanted["top1"] < wanted["top5"]
+    reference = expected(logits, targets, competing)
+    assert {key: result[key] for key in reference} == pytest.approx(reference, rel=1e-4)
+    assert 0 < reference["top1"] < reference["top5"]
     unrestricted = expected(logits, targets, np.ones(1000, np.bool_))
-    assert (wanted["top1"] != unrestricted["top1"]) == (not competing.all())
+    assert (reference["top1"] != unrestricted["top1"]) == (not competing.all())
     assert (result["data"], result["classes"]) == (name, 4)
     assert result["expected_classes"] == competing.sum()
     with table.open(newline="") as file:
@@ -126,16 +126,18 @@ def test_labels_and_classes_of_each_set(
 
 
 def test_real_labels_at_any_world_size(tmp_path: Path, model: nn.Module, weights: Path) -> None:
-    """Accuracy is timm's RealLabelsImagenet's on 1 and 2 ranks, on images with labels; a part of the set is told."""
+    """On 1 and 2 ranks the accuracy equals timm's RealLabelsImagenet; an incomplete set gives a warning."""
     every_name = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, 50_001)]
     sets: dict[str, list[int]] = RealLabelsImagenet(every_name).real_labels
     files = write_images(tmp_path, [f"{i}.JPEG" for i in range(40)])
     logits = logits_of(model, files)
     names: list[str] = []
-    for i, best in enumerate(np.argsort(-logits, axis=1)[:, :5].tolist()):  # give each image a name that suits the test
+    for i, best in enumerate(
+        np.argsort(-logits, axis=1)[:, :5].tolist()
+    ):  # choose a name with suitable labels for each image
         suits = (
-            lambda labels, best=best: len(labels) > 1 and best[0] in labels,  # right, and not as the only label
-            lambda labels, best=best: best[0] not in labels and best[2] in labels,  # right among five
+            lambda labels, best=best: len(labels) > 1 and best[0] in labels,  # top-1 correct, with several labels
+            lambda labels, best=best: best[0] not in labels and best[2] in labels,  # only top-5 correct
             lambda labels: not labels,  # not scored
             lambda labels, best=best: labels and not set(best) & set(labels),  # wrong
         )[i % 4]
@@ -163,20 +165,20 @@ def test_real_labels_at_any_world_size(tmp_path: Path, model: nn.Module, weights
 
 @pytest.mark.parametrize("name", TEST_SETS)
 def test_missing_root_and_training(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Each set is looked for where its variable says; train.py refuses it before it looks."""
+    """Each set's root comes from its variable; train.py rejects the set before it looks for the root."""
     variable = "IMAGENET_DIR" if name == "imagenet_real" else f"{name.upper()}_DIR"
     monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
     message = error_of(monkeypatch, "validate", f"checkpoint={weights}", f"data={name}", *QUICK)
     assert f"data.root={tmp_path / 'nowhere'}: no folder {tmp_path / 'nowhere'}" in message
     assert "CLASS/*.JPEG" in message
-    refused = error_of(monkeypatch, "train", f"data={name}", "tracking=local", f"run_dir={tmp_path / 'run'}")
-    assert refused.startswith(f"data={name}: a test set")
-    assert "validate.py" in refused
+    message = error_of(monkeypatch, "train", f"data={name}", "tracking=local", f"run_dir={tmp_path / 'run'}")
+    assert message.startswith(f"data={name}: a test set")
+    assert "validate.py" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_folders_are_refused(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent of the right folder, a class that A has not, ImageNet-V2's numbers for wnids; another class count."""
+def test_wrong_folders_are_rejected(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names a parent folder, a class that is not in the set, a wnid in ImageNet-V2, or a class count."""
     write_images(tmp_path, [f"imagenet-a/{WNIDS[6]}/a.jpg", "imagenet-a/7/a.jpg"])
     common = (f"checkpoint={weights}", *QUICK)
     above = error_of(monkeypatch, "validate", *common, "data=imagenet_a", f"data.root={tmp_path}")
@@ -197,7 +199,7 @@ def test_wrong_folders_are_refused(tmp_path: Path, weights: Path, monkeypatch: p
 def test_no_training_split_is_needed(
     tmp_path: Path, model: nn.Module, weights: Path, monkeypatch: pytest.MonkeyPatch, run_program: Run
 ) -> None:
-    """A val folder alone is enough; where it has fewer classes than the network, its labels must be wnids."""
+    """A val folder is enough; if it has fewer classes than the network, data.labels=wnids is needed."""
     files = write_images(tmp_path / "val", [f"{WNIDS[label]}/{label}.JPEG" for label in (1, 11, 999)])
     command = (f"checkpoint={weights}", f"data.root={tmp_path}", *QUICK)
     assert "head.fc" in error_of(monkeypatch, "validate", *command)
@@ -205,6 +207,6 @@ def test_no_training_split_is_needed(
     assert message.startswith("num_classes=1000: ")
     assert "3 class folders" in message
     result = run_program("validate", *command, "data.labels=wnids")
-    wanted = expected(logits_of(model, files), [1, 11, 999], np.ones(1000, np.bool_))
-    assert {key: result[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
+    reference = expected(logits_of(model, files), [1, 11, 999], np.ones(1000, np.bool_))
+    assert {key: result[key] for key in reference} == pytest.approx(reference, rel=1e-4)
     assert "expected_images" not in result

@@ -1,4 +1,4 @@
-"""Whole runs: reproducible, resumable, the same for any number of processes."""
+"""Tests of whole runs: reproducible, resumable, and independent of the number of processes."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ STEPS_PER_EPOCH = TRAIN_IMAGES // 8
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
-    """Weights, average and trainer state equal bit for bit."""
+    """Check that weights, EMA and trainer state are equal bit for bit."""
     names = sorted(file.name for file in a.iterdir())
     assert names == sorted(file.name for file in b.iterdir())
     for name in names:
@@ -33,7 +33,7 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
 
 
 def test_two_ranks_repeat_and_resume_bit_for_bit(images: Path, tmp_path: Path) -> None:
-    """On two processes the same command gives the same losses, and stopping after epoch 2 of 4 changes nothing."""
+    """On two processes a repeated run has the same losses, and a resume after epoch 2 of 4 changes nothing."""
     common = (f"data.root={images}", "epochs=4", "ema=enabled", "ema.decay=0.9", *QUICK)
     whole, again, stopped = (tmp_path / name for name in ("whole", "again", "stopped"))
     first = launch("train", *common, f"run_dir={whole}", ranks=2)
@@ -61,7 +61,7 @@ def test_two_ranks_repeat_and_resume_bit_for_bit(images: Path, tmp_path: Path) -
     ],
 )
 def test_resumes_in_the_middle_of_an_epoch(images: Path, tmp_path: Path, run_program: Run, options: tuple[str]) -> None:
-    """With every loader, a run stopped in the middle of an epoch ends as the one that never stopped."""
+    """With every loader, a run resumed in the middle of an epoch ends like an uninterrupted one."""
     common = (f"data.root={images}", "epochs=2", "checkpoint.every_steps=3", *QUICK, *options)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_program("train", *common, f"run_dir={whole}")
@@ -72,7 +72,7 @@ def test_resumes_in_the_middle_of_an_epoch(images: Path, tmp_path: Path, run_pro
 
 
 def test_ranks_and_accumulation_do_not_change_training(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """Two processes, or one with two accumulation steps, follow one process's losses: same samples, crops, mixing."""
+    """Two processes, and one with two accumulation steps, have the losses of a single process."""
     common = (
         f"data.root={images}", "epochs=2", "model.drop_path_rate=0", "augmentation.mix_group_size=4", *QUICK,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_ranks_and_accumulation_do_not_change_training(images: Path, tmp_path: P
 
 
 def test_killed_run_resumes_from_its_last_checkpoint(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """After SIGKILL the same command goes on from the last saved step; lost rows are set aside, not doubled."""
+    """After SIGKILL the same command resumes from the last saved step; lost rows are superseded, not duplicated."""
     common = (f"data.root={images}", "epochs=3", "checkpoint.every_steps=4", *QUICK, f"run_dir={tmp_path / 'run'}")
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *common], stdout=subprocess.DEVNULL, start_new_session=True
@@ -105,8 +105,8 @@ def test_killed_run_resumes_from_its_last_checkpoint(images: Path, tmp_path: Pat
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
 
 
-def test_complete_run_says_so(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """The command of a complete run trains nothing and prints the same result."""
+def test_complete_run_is_not_trained_again(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """Repeating the command of a complete run trains nothing and prints the same result."""
     command = (f"data.root={images}", "epochs=1", *QUICK, f"run_dir={tmp_path / 'run'}")
     first = run_program("train", *command)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -115,7 +115,7 @@ def test_complete_run_says_so(images: Path, tmp_path: Path, run_program: Run) ->
 
 
 def test_learns(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """The loop learns: coloured classes are told apart after a few epochs, by a timm network too."""
+    """A network learns to distinguish the coloured classes within a few epochs; a timm network trains too."""
     common = (f"data.root={images}", *QUICK, "augmentation=none", "epochs=6", "model.drop_path_rate=0")
     ours = run_program("train", *common, "optimizer.lr=2e-3", f"run_dir={tmp_path / 'ours'}")
     assert ours["best_top1"] > 60

@@ -1,4 +1,4 @@
-"""validate.py: exact over processes, and its outputs."""
+"""Tests of validate.py: exact results over several processes, and its outputs."""
 
 import csv
 import json
@@ -24,14 +24,14 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fresh weights of a four-class PoolFormer-S12."""
+    """Untrained weights of a four-class PoolFormer-S12."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     save_weights(create_model("poolformer_s12", num_classes=4), path, "poolformer_s12")
     return path
 
 
 def test_every_image_counts_once_at_any_world_size(images: Path, weights: Path) -> None:
-    """403 images on 1, 2 and 3 processes with batches of 32: 403 counted, the same accuracy."""
+    """1, 2 and 3 processes with batches of 32 count 403 images and give the same accuracy."""
     command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", "eval_batch_size=32", "workers=1")
     results = []
     for ranks in (1, 2, 3):
@@ -45,7 +45,7 @@ def test_every_image_counts_once_at_any_world_size(images: Path, weights: Path) 
 
 @pytest.mark.parametrize("loader", ["torch", "pil", "dali"])
 def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: Run, loader: str) -> None:
-    """Each evaluation appends a row under timm's header; another header is refused."""
+    """Each evaluation appends a row under timm's header."""
     table = tmp_path / "results" / "table.csv"
     command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", f"loader={loader}", "workers=1")
     result = run_program("validate", *command, f"results_csv={table}")
@@ -65,7 +65,7 @@ def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: 
     ("value", "reason"),
     [(math.nan, "fc.weight holds numbers that are not finite"), (1e38, "computes overflows; give other weights")],
 )
-def test_outputs_that_are_no_numbers(
+def test_outputs_that_are_not_finite(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -73,7 +73,7 @@ def test_outputs_that_are_no_numbers(
     value: float,
     reason: str,
 ) -> None:
-    """NaN weights, and weights that overflow: JSON with null, a line that says why, no row, the code of divergence."""
+    """NaN or overflowing weights give null in the JSON, a one-line reason, no row, and exit code 3."""
     model = timm.create_model("test_resnet", num_classes=4)
     model.fc.weight.data.fill_(value)
     save_weights(model, tmp_path / "w", "test_resnet")
@@ -96,20 +96,20 @@ def test_outputs_that_are_no_numbers(
 def test_a_results_file_is_checked_first(
     images: Path, weights: Path, tmp_path: Path, run_program: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another header ends validate.py before the evaluation; a disk that is full after it takes only the file away."""
+    """Another header is rejected before the evaluation; if the disk is full afterwards, only the file is lost."""
     command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", "workers=0")
     (tmp_path / "other.csv").write_text("model,top1\n")
     with pytest.raises(UserError, match=r"results_csv=\S+other\.csv: unexpected header"):
         run_program("validate", *command, f"results_csv={tmp_path / 'other.csv'}")
     printed = capsys.readouterr()
-    assert (printed.out, "weights  " in printed.err) == ("", False), "nothing has been loaded"
+    assert (printed.out, "weights  " in printed.err) == ("", False), "no weights have been loaded"
     with pytest.raises(UserError, match=r"results_csv=/dev/full: cannot be written \(No space left on device\)"):
         run_program("validate", *command, "results_csv=/dev/full")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == VAL_IMAGES
 
 
 def test_a_result_that_cannot_be_printed(images: Path, weights: Path, tmp_path: Path) -> None:
-    """stdout on a full disk: the result is in its file, one line says what is missing, and so does the exit code."""
+    """With stdout on a full disk, the result is in its file, one line reports the loss, and the exit code is 2."""
     command = [f"checkpoint={weights}", f"data.root={images}", "image_size=32", "workers=0"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -125,7 +125,7 @@ def test_a_result_that_cannot_be_printed(images: Path, weights: Path, tmp_path: 
 
 
 def test_finds_the_weights_of_a_run(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """checkpoint= takes a run folder, one of its checkpoints, or a file; the accuracy is the one that training saw."""
+    """checkpoint= accepts a run folder, a checkpoint or a file; the accuracy equals that of training."""
     run_dir = tmp_path / "run"
     run_program(
         "train", f"data.root={images}", *QUICK, "epochs=1", "ema=enabled", "ema.decay=0.5", f"run_dir={run_dir}"

@@ -1,4 +1,4 @@
-"""train.py or validate.py (the first argument) where one of the fused kernels is wrong on the last rank."""
+"""Run train.py or validate.py (the first argument) with a wrong fused kernel on the rank $FAULTY_RANK."""
 
 import os
 import sys

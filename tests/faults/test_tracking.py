@@ -41,8 +41,8 @@ def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: 
     warnings = [line for line in job.stderr.splitlines() if line.startswith("warning: wandb")]
     if fault == "tracker-raises":
         first, second = warnings
-        assert "bad day; starting it again" in first
-        assert "bad day; off from here, training goes on; `wandb sync" in second
+        assert "bad day; restarting it" in first
+        assert "bad day; disabled from now on; training continues; `wandb sync" in second
     else:
         (warning,) = warnings
         assert re.search(f"still missing: {STEPS + EPOCHS + 1} rows and [12] files? to deliver", warning), warning

@@ -1,9 +1,9 @@
-"""A real SLURM cluster on one machine: `python -m tests.slurm.cluster` brings one up until Ctrl-C.
+"""A real SLURM cluster on one machine: `python -m tests.slurm.cluster` runs one until Ctrl-C.
 
-Each node is a slurmd in network, host-name, mount and process namespaces of its own: its own address, name, /dev/shm
-and process table. Jobs are tracked by cgroups, as on most clusters: a signal to a step then reaches torchrun alone.
-Needs root, Debian's packages munge, slurmctld, slurmd and slurm-client, network namespaces and version 1 of the freezer
-cgroup. It has no fallback: what is missing is said. /tmp is shared by the nodes; CPUs and GPUs are names only.
+Each node is a slurmd with its own network, host-name, mount and process namespaces: its own address, name, /dev/shm and
+process table. Jobs are tracked by cgroups, as on most clusters, so that a signal to a step reaches only torchrun. This
+needs root, Debian's packages munge, slurmctld, slurmd and slurm-client, network namespaces and the freezer cgroup of
+version 1; anything missing is reported. The nodes share /tmp; their CPUs and GPUs exist in name only.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ FREEZER = Path("/sys/fs/cgroup/freezer")
 BRIDGE = "mfslurm"
 SBIN = ":/usr/sbin:/sbin"
 
-# What a node's first process does before it becomes slurmd's parent, which reaps what jobs orphan.
+# The script of a node's first process, which starts slurmd and then reaps orphaned processes of jobs.
 START_NODE = """
 hostname "$1"
 mount --bind "$3/hosts" /etc/hosts
@@ -39,26 +39,26 @@ wait $!
 
 
 class ClusterError(Exception):
-    """The cluster cannot be brought up, or a part of it does not do what it should in time."""
+    """The cluster cannot be started, or a part of it does not respond in time."""
 
 
-def what_is_missing() -> str | None:
-    """Why there can be no cluster on this machine, in a few words; None where there can."""
+def find_missing_requirement() -> str | None:
+    """Return why no cluster can run on this machine, or None if one can."""
     if os.geteuid() != 0:
         return "SLURM's test cluster needs root"
     for program in PROGRAMS:
         if shutil.which(program, path=os.environ["PATH"] + SBIN) is None:
             return f"no {program}: SLURM is not installed; make test-slurm installs Debian's packages"
     if not os.access(FREEZER / "tasks", os.W_OK):
-        return f"no writable {FREEZER}, which SLURM's test cluster tracks processes with"
+        return f"no writable {FREEZER}, with which SLURM's test cluster tracks processes"
     probe = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
-        return "no network namespaces here, which SLURM's test cluster keeps its nodes in"
+        return "no network namespaces, in which SLURM's test cluster runs its nodes"
     return None
 
 
 class Cluster:
-    """The daemons, children of this process: they die with it."""
+    """A cluster whose daemons are children of this process and die with it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Cluster:
         """Write the configuration, start all daemons, and wait until the nodes are idle.
 
         Raises:
-            ClusterError: they are not in time; the end of the daemons' logs is in the message.
+            ClusterError: The nodes do not become idle in time; the message has the end of the daemons' logs.
         """
         self._write_settings()
         self._ip("link", "add", BRIDGE, "type", "bridge")
@@ -107,7 +107,7 @@ class Cluster:
             (self.folder / name).write_text(text)
 
     def stop(self) -> None:
-        """End all daemons and jobs, and remove what the kernel keeps for them."""
+        """End all daemons and jobs, and remove their network links and cgroups."""
         for name in reversed(self._daemons):
             self._kill(name)
         remove_links(*(f"{BRIDGE}-{node}" for node in NODES), BRIDGE)
@@ -116,22 +116,22 @@ class Cluster:
             group.rmdir()
 
     def crash(self, node: str) -> None:
-        """The node loses power: slurmd and all its jobs' processes are gone at once."""
+        """Kill slurmd and all processes of its jobs at once, as if the node lost power."""
         self._kill(node)
 
     def boot(self, node: str) -> None:
-        """A node starts; one that crashed comes back."""
+        """Start a node, or restart one that has crashed."""
         unshare = ["unshare", "--net", "--uts", "--mount", "--propagation=slave", "--pid", "--fork", "--kill-child"]
         start = ["--mount-proc", "bash", "-euc", START_NODE, "node", node, address(node), str(self.folder)]
         pid = self._spawn(node, [*unshare, *start])
         here = Path("/proc/self/ns/net").readlink()
         wait_for(lambda: Path(f"/proc/{pid}/ns/net").readlink() != here, 5, f"{node}'s namespace")
-        remove_links(f"{BRIDGE}-{node}")  # the kernel takes its time with a crashed node's
+        remove_links(f"{BRIDGE}-{node}")  # the kernel may not have removed a crashed node's link yet
         self._ip("link", "add", f"{BRIDGE}-{node}", "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         self._ip("link", "set", f"{BRIDGE}-{node}", "master", BRIDGE, "up")
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """A command's output, as of a user on the login node; its errors belong to it."""
+        """Run a command as a user on the login node would, and return its stdout and stderr."""
         done = subprocess.run(
             command,
             cwd=cwd,
@@ -147,16 +147,16 @@ class Cluster:
         return done.stdout
 
     def enter(self, node: str) -> list[str]:
-        """What to put before a command that runs on a node, outside of any job."""
+        """Return the prefix of a command that runs on a node outside of any job."""
         return ["nsenter", f"--target={self._daemons[node].pid}", "--net", "--uts", "--mount"]
 
     def node_states(self) -> dict[str, str]:
-        """Node to SLURM's word for its state; empty while the controller does not answer."""
+        """Return SLURM's state of each node; empty while the controller does not answer."""
         listed = self.run("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %t", check=False)
         return dict(line.split() for line in listed.splitlines() if len(line.split()) == 2)
 
     def logs(self) -> str:
-        """The last lines that each daemon wrote."""
+        """Return the last lines of each daemon's log."""
         files = sorted((self.folder / "log").glob("*"))
         return "\n".join(f"--- {file.name}\n" + "\n".join(file.read_text().splitlines()[-8:]) for file in files)
 
@@ -178,43 +178,43 @@ class Cluster:
 
 
 def is_empty(group: Path) -> bool:
-    """Whether a cgroup has no process left."""
+    """Return whether a cgroup has no processes."""
     return not (group / "tasks").read_text()
 
 
 def remove_links(*names: str) -> None:
-    """Network links, those of them that there are."""
+    """Remove the network links that exist among the given ones."""
     for name in names:
         environment = os.environ | {"PATH": os.environ["PATH"] + SBIN}
         subprocess.run(["ip", "link", "del", name], env=environment, capture_output=True, check=False)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Look again and again until it is so.
+    """Wait until a condition is true.
 
     Raises:
-        ClusterError: it is not, after that many seconds.
+        ClusterError: The condition is still false after the given number of seconds.
     """
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise ClusterError(f"waited {seconds:g} s in vain for {what}")
+            raise ClusterError(f"waited {seconds:g} s for {what}, without success")
         time.sleep(0.1)
 
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster of two nodes, gone at the end; one at a time on a machine.
+    """Run a cluster of two nodes inside the block. A lock allows one cluster at a time on a machine.
 
     Raises:
-        ClusterError: it cannot be brought up.
+        ClusterError: The cluster cannot be started.
     """
-    missing = what_is_missing()
+    missing = find_missing_requirement()
     if missing is not None:
         raise ClusterError(missing)
     with Path("/tmp/metaformer-slurm.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_links(*(f"{BRIDGE}-{node}" for node in NODES), BRIDGE)  # of one that was killed
+        remove_links(*(f"{BRIDGE}-{node}" for node in NODES), BRIDGE)  # left by a killed cluster
         folder = Path(tempfile.mkdtemp(prefix="metaformer-slurm-"))
         cluster = Cluster(folder)
         try:
@@ -226,7 +226,7 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def main() -> None:
-    """Bring one up for trying things by hand."""
+    """Run a cluster for manual experiments."""
     with running_cluster() as cluster:
         print(
             f"export SLURM_CONF={cluster.environment['SLURM_CONF']}   # {', '.join(NODES)} are idle; Ctrl-C ends them"

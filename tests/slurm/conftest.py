@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and a checkout of the repository that jobs are submitted from."""
+"""Fixtures for SLURM tests: one cluster for all tests, and a copy of the repository from which jobs are submitted."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import REPOSITORY
-from tests.slurm.cluster import Cluster, running_cluster, wait_for, what_is_missing
+from tests.slurm.cluster import Cluster, find_missing_requirement, running_cluster, wait_for
 
-# 2 x 50 steps of a small network on the demo data: some ten seconds, and as many to start.
+# 2 x 50 steps of a small network on the sample data: about ten seconds, and another ten to start.
 STEPS = 100
 RECIPE = (
     "model=timm", "model.name=test_resnet", "model.drop_path_rate=null", "data=sample", "augmentation=light",
@@ -31,9 +31,9 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark these tests, and skip them with a word where there can be no cluster; make test-slurm lets them fail."""
+    """Mark these tests, and skip them with a reason if no cluster can run; with make test-slurm they fail instead."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    missing = None if "METAFORMER_REQUIRE_SLURM" in os.environ or not here else what_is_missing()
+    missing = None if "METAFORMER_REQUIRE_SLURM" in os.environ or not here else find_missing_requirement()
     for item in here:
         item.add_marker(pytest.mark.slurm)
         item.add_marker(pytest.mark.timeout(600))
@@ -43,31 +43,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two idle nodes."""
+    """A cluster with two idle nodes."""
     with running_cluster() as running:
         yield running
 
 
 @dataclass
 class Job:
-    """A job of the cluster, or a task of an array."""
+    """A SLURM job, or a task of a job array."""
 
     cluster: Cluster
     id: str
     log_file: Path
 
     def fields(self) -> dict[str, str]:
-        """What SLURM says about it."""
+        """Return the job's fields in `scontrol show job`."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def log(self) -> str:
-        """What it printed so far, but for the lines of the steps."""
+        """Return the job's output so far, without the lines about steps."""
         text = self.log_file.read_text() if self.log_file.exists() else ""
         return "\n".join(line for line in text.splitlines() if not line.startswith("epoch "))
 
     def wait(self, seconds: float = 240) -> dict[str, str]:
-        """Wait until it has ended; returns its fields."""
+        """Wait until the job has ended, and return its fields."""
         try:
             wait_for(lambda: self.fields()["JobState"] in ENDED, seconds, f"the end of job {self.id}")
         except Exception as error:
@@ -75,23 +75,23 @@ class Job:
         return self.fields()
 
     def succeeds(self, seconds: float = 240) -> None:
-        """Wait until it has ended, as done."""
+        """Wait until the job has ended, and check that it has succeeded."""
         ended = self.wait(seconds)
         assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), self.log()
 
     def errors(self) -> list[str]:
-        """The lines in its log that tell a user what is wrong."""
+        """Return the error lines in the job's log."""
         return [line for line in self.log().splitlines() if line.startswith("error: ")]
 
     def result(self) -> dict[str, Any]:
-        """The JSON object that its program printed last."""
+        """Return the last JSON object that the program printed."""
         lines = [line for line in self.log().splitlines() if line.startswith("{")]
         found: dict[str, Any] = json.loads(lines[-1])
         return found
 
 
 class Checkout:
-    """A copy of the repository that lies where all nodes see it, and what a user does there."""
+    """A copy of the repository on storage shared by all nodes, and a user's actions in it."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster = cluster
@@ -107,44 +107,44 @@ class Checkout:
         }
 
     def sbatch(self, *arguments: str) -> Job:
-        """Submit a job; its log is in the working folder, as a user finds it."""
+        """Submit a job whose log is in the working folder, as for a user."""
         answer = self.cluster.run("sbatch", *arguments, cwd=self.folder, env=self.environment)
         number = answer.split()[-1]
         return Job(self.cluster, number, self.folder / f"slurm-{number}.out")
 
     def steps(self, run_dir: str) -> list[int]:
-        """The steps of a run's train rows so far."""
+        """Return the steps of a run's train rows so far."""
         file = self.folder / run_dir / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         return [row["step"] for row in rows if row["kind"] == "train"]
 
     def wait_for_step(self, job: Job, run_dir: str, step: int) -> None:
-        """Wait until training has passed a step."""
+        """Wait until training has reached a step."""
         try:
             wait_for(lambda: max(self.steps(run_dir), default=0) >= step, 150, f"step {step}")
         except Exception as error:
             raise AssertionError(job.log()) from error
 
     def weights(self, run_dir: str) -> dict[str, Tensor]:
-        """The run's last weights."""
+        """Return the run's last weights."""
         return load_file(self.folder / run_dir / "checkpoints" / "last" / "model.safetensors")
 
 
 @pytest.fixture(scope="session")
 def checkout(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The jobs' working folder."""
+    """The working folder of all jobs."""
     return Checkout(cluster, tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="session")
 def reference(checkout: Checkout) -> dict[str, Tensor]:
-    """The weights that the recipe ends with on one node with two ranks, never interrupted."""
+    """The final weights of an uninterrupted run of the recipe on one node with two ranks."""
     return trained_on_one_node(checkout, RECIPE, ranks=2)
 
 
 def trained_on_one_node(checkout: Checkout, recipe: Sequence[str], ranks: int) -> dict[str, Tensor]:
-    """A recipe's last weights, from a job that nothing happened to."""
+    """Return a recipe's final weights from an uninterrupted job on one node."""
     checkout.environment["NPROC_PER_NODE"] = str(ranks)
     run_dir = f"runs/reference-{ranks}"
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the test cluster runs: Debian's packages, without starting their services.
+# Install the Debian packages that the test cluster needs, without starting their services.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 missing=()
@@ -7,8 +7,8 @@ for program_package in munged:munge slurmctld:slurmctld slurmd:slurmd sbatch:slu
   command -v "${program_package%:*}" >/dev/null || missing+=("${program_package#*:}")
 done
 ((${#missing[@]})) || exit 0
-[[ $(id -u) == 0 ]] || { echo "error: ${missing[*]}: not installed, and only root can: apt-get install ${missing[*]}" >&2; exit 2; }
-command -v apt-get >/dev/null || { echo "error: ${missing[*]}: not installed, and there is no apt-get here" >&2; exit 2; }
+[[ $(id -u) == 0 ]] || { echo "error: ${missing[*]}: not installed, and only root can install them: apt-get install ${missing[*]}" >&2; exit 2; }
+command -v apt-get >/dev/null || { echo "error: ${missing[*]}: not installed, and this machine has no apt-get" >&2; exit 2; }
 
 no_services=/usr/sbin/policy-rc.d
 if [[ ! -e $no_services ]]; then

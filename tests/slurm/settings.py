@@ -3,10 +3,10 @@
 from pathlib import Path
 
 NODES = ("node1", "node2")
-SUBNET = "198.51.100"  # reserved for documentation: nobody's
+SUBNET = "198.51.100"  # reserved for documentation, so in use nowhere
 CONTROLLER = f"{SUBNET}.1"
-PORT = 16817  # the controller's; the nodes' is the next one
-GRACE = 20  # seconds from a preemption's SIGTERM to its SIGKILL
+PORT = 16817  # of the controller; the nodes use the next one
+GRACE = 20  # seconds from SIGTERM to SIGKILL at a preemption
 
 _SLURM_CONF = """
 ClusterName=metaformer
@@ -15,7 +15,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job starts again after cred_expire + 1 s: 5 is the least, 120 the usual.
+# A requeued job restarts after cred_expire + 1 s; the minimum is 5, the default 120.
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
@@ -32,7 +32,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 PropagateResourceLimits=NONE
-# `scontrol show job` knows a job that has ended for as long.
+# Seconds for which `scontrol show job` knows a job that has ended.
 MinJobAge=86400
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -44,7 +44,7 @@ JobRequeue=1
 ReturnToService=2
 # The nodes claim more than the machine has.
 SlurmdParameters=config_overrides
-# Seconds without an answer until a node counts as down.
+# Seconds without an answer after which a node counts as down.
 SlurmdTimeout=10
 SlurmctldTimeout=10
 MessageTimeout=5
@@ -56,12 +56,12 @@ GresTypes=gpu
 
 
 def address(node: str) -> str:
-    """A node's address."""
+    """Return the address of a node."""
     return f"{SUBNET}.{10 + NODES.index(node)}"
 
 
 def slurm_conf(folder: Path, controller_name: str) -> str:
-    """Two partitions over the same nodes: jobs in `urgent` preempt those in `batch`."""
+    """Return slurm.conf with two partitions on the same nodes, where jobs in `urgent` preempt those in `batch`."""
     common = _SLURM_CONF.format(folder=folder, controller_name=controller_name, controller=CONTROLLER, port=PORT)
     nodes = [
         f"NodeName={node} NodeAddr={address(node)} Port={PORT + 1} CPUs=4 RealMemory=32000 Gres=gpu:2" for node in NODES
@@ -74,16 +74,16 @@ def slurm_conf(folder: Path, controller_name: str) -> str:
 
 
 def gres_conf(folder: Path) -> str:
-    """Two GPUs a node, in name only: so that --gpus-per-node is accepted."""
+    """Return gres.conf with two GPUs per node, in name only, so that --gpus-per-node is accepted."""
     return f"Name=gpu File={folder}/dev/gpu[0-1]\n"
 
 
 def cgroup_conf(mount_point: Path) -> str:
-    """Version 1, which is there without systemd."""
+    """Return cgroup.conf for version 1 of cgroups, which works without systemd."""
     return f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={mount_point}\nCgroupAutomount=no\n"
 
 
 def hosts(controller_name: str) -> str:
-    """What a node sees as /etc/hosts."""
-    known = {"127.0.0.1": "localhost", CONTROLLER: controller_name} | {address(node): node for node in NODES}
-    return "".join(f"{number} {name}\n" for number, name in known.items())
+    """Return the /etc/hosts of the nodes."""
+    names = {"127.0.0.1": "localhost", CONTROLLER: controller_name} | {address(node): node for node in NODES}
+    return "".join(f"{number} {name}\n" for number, name in names.items())

@@ -1,4 +1,4 @@
-"""The other batch scripts and scripts/submit.py on a real SLURM, and jobs that cannot work."""
+"""Tests of the other batch scripts and scripts/submit.py on a real SLURM, and of jobs that cannot work."""
 
 import csv
 import shutil
@@ -18,7 +18,7 @@ ROWS = ("ablation/identity", "ablation/relu", "paper/poolformer_s12")
 
 
 def test_an_array_over_rows(checkout: Checkout, images: Path) -> None:
-    """Three rows end with three results and a table that has them."""
+    """An array over three rows produces three results and a table with them."""
     options = (*QUICK, f"data.root={images}", "epochs=1", "schedule.warmup_epochs=0", "workers=0")
     batch = ("--array=0-2%2", "slurm/reproduce_table.sbatch", "--runs=runs/rows", *ROWS)
     job = checkout.sbatch(*batch, "--", *options)
@@ -32,7 +32,7 @@ def test_an_array_over_rows(checkout: Checkout, images: Path) -> None:
 
 
 def test_validation(checkout: Checkout) -> None:
-    """validate.sbatch scores the weights that a training left, as that did."""
+    """validate.sbatch gives the result of the training job for its weights."""
     trained = checkout.sbatch("slurm/train.sbatch", *SMALL, "run_dir=runs/scored")
     trained.succeeds()
     options = [option for option in RECIPE if option.startswith(("model", "data", "image_size", "workers"))]
@@ -43,7 +43,7 @@ def test_validation(checkout: Checkout) -> None:
 
 
 def test_a_sweep_is_frozen(checkout: Checkout) -> None:
-    """submit.py starts a job for each value; an edit of conf/ after that reaches none of them."""
+    """submit.py submits a job per value; later edits of conf/ do not affect the jobs."""
     pytest.importorskip("submitit", reason="submitit is not installed")
     checkout.cluster.run("scontrol", "update", "PartitionName=batch", "State=DOWN")
     try:
@@ -66,33 +66,35 @@ def test_a_sweep_is_frozen(checkout: Checkout) -> None:
     assert [(config["optimizer"]["lr"], config["seed"]) for config in kept] == [(0.001, 0), (0.002, 0)]
 
 
-def test_a_lost_partition(checkout: Checkout) -> None:
-    """A partition that does not exist is refused in one line, and nothing is left queued."""
+def test_an_unknown_partition(checkout: Checkout) -> None:
+    """A partition that does not exist is rejected in one line, and no job stays in the queue."""
     pytest.importorskip("submitit", reason="submitit is not installed")
-    refused = submit(checkout, "--partition=nowhere", *SMALL, fails=True)
-    (line,) = [line for line in refused.splitlines() if line.startswith("error: ")]
+    output = submit(checkout, "--partition=nowhere", *SMALL, fails=True)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "invalid partition specified: nowhere" in line
     assert checkout.cluster.run("squeue", "--noheader").strip() == ""
 
 
 def test_a_port_in_use(cluster: Cluster, checkout: Checkout) -> None:
-    """The next port is taken, and the log says so."""
+    """If the job's port is in use, the next one is used, and the log says so."""
     listed = cluster.run("scontrol", "--oneliner", "show", "job")
     last = max(int(line.split()[0].removeprefix("JobId=")) for line in listed.splitlines() if line.startswith("JobId="))
     ports = [10000 + (last + offset) % 20000 for offset in range(1, 4)]
-    listen = f"import socket; kept = [socket.create_server(('', port)) for port in {ports}]; print(flush=True); input()"
+    listen = (
+        f"import socket; sockets = [socket.create_server(('', port)) for port in {ports}]; print(flush=True); input()"
+    )
     command = [*cluster.enter("node1"), sys.executable, "-c", listen]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as taker:
-        assert taker.stdout is not None
-        taker.stdout.readline()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
+        assert listener.stdout is not None
+        listener.stdout.readline()
         job = checkout.sbatch("--nodelist=node1", "slurm/train.sbatch", *SMALL, "run_dir=runs/other-port")
         job.succeeds()
-        taker.kill()
+        listener.kill()
     assert f"port {10000 + int(job.id) % 20000} is in use on node1" in job.log()
 
 
 def test_a_run_folder_of_one_node(checkout: Checkout) -> None:
-    """/dev/shm is there on both nodes, and another on each: refused in one line that names the node."""
+    """A run folder in /dev/shm, which differs between nodes, is rejected in one line that names the node."""
     job = checkout.sbatch("--nodes=2", "slurm/train.sbatch", *SMALL, "run_dir=/dev/shm/run")
     assert job.wait()["JobState"] == "FAILED"
     first = job.errors()[0]
@@ -101,12 +103,12 @@ def test_a_run_folder_of_one_node(checkout: Checkout) -> None:
 
 
 def test_a_node_with_other_code(checkout: Checkout) -> None:
-    """A site's own way to start torchrun gives one node an older copy of the code: refused in one line."""
+    """If a site's torchrun command gives one node other code, the job is rejected in one line."""
     other = checkout.folder / "other"
     for name in ("src", "conf"):
         shutil.copytree(checkout.folder / name, other / name)
     changed = other / "src" / "metaformer" / "errors.py"
-    changed.write_text(changed.read_text() + "\n# of yesterday\n")
+    changed.write_text(changed.read_text() + "\n# an older version\n")
     site = checkout.folder / "slurm" / "site.env"
     (other / "start.sh").write_text(
         f'[[ $(hostname) != node2 ]] || export PYTHONPATH="{other}/src:$PYTHONPATH"\nexec .venv/bin/torchrun "$@"\n'
@@ -121,7 +123,7 @@ def test_a_node_with_other_code(checkout: Checkout) -> None:
 
 
 def test_not_the_repositorys_root(checkout: Checkout, tmp_path: Path) -> None:
-    """Submitted from elsewhere, the job ends at once in one line that says what to do."""
+    """A job submitted from another folder ends at once with one line that says what to do."""
     job = checkout.sbatch(f"--chdir={tmp_path}", "slurm/train.sbatch", *SMALL)
     assert job.wait()["ExitCode"] == "2:0"
     (line,) = Job(checkout.cluster, job.id, tmp_path / job.log_file.name).errors()
@@ -130,6 +132,6 @@ def test_not_the_repositorys_root(checkout: Checkout, tmp_path: Path) -> None:
 
 
 def submit(checkout: Checkout, *arguments: str, fails: bool = False) -> str:
-    """What scripts/submit.py prints."""
+    """Run scripts/submit.py and return its output."""
     command = (sys.executable, "scripts/submit.py", *arguments)
     return checkout.cluster.run(*command, cwd=checkout.folder, env=checkout.environment, check=not fails)

@@ -1,7 +1,6 @@
-"""slurm/train.sbatch on a real SLURM of two nodes: what becomes of a run that jobs carry through interruptions.
+"""Tests of slurm/train.sbatch on a real SLURM with two nodes: runs across interruptions and requeues.
 
-Weights are compared bit by bit. Interrupted runs have two ranks: with more, the sums of a resumed run's first step are
-taken in another order, for DistributedDataParallel orders its buckets anew after its first step.
+Weights are compared bit for bit. Interrupted runs have two ranks, because with more ranks the order of sums can matter.
 """
 
 import json
@@ -22,12 +21,12 @@ def equal(ours: Weights, theirs: Weights) -> bool:
 
 
 def was_resumed(checkout: Checkout, job: Job, run_dir: str) -> bool:
-    """Whether the run went on in the same folder, each of its steps trained once as far as its metrics go."""
+    """Return whether the run was resumed in its folder and its metrics have each step once."""
     return "resuming" in job.log() and checkout.steps(run_dir) == list(range(1, STEPS + 1))
 
 
-def test_two_nodes_train_what_one_does(checkout: Checkout) -> None:
-    """Two nodes of two ranks end with the very weights of one node of four; overrides arrive as they were given."""
+def test_two_nodes_equal_one_node(checkout: Checkout) -> None:
+    """Two nodes with two ranks give the weights of one node with four; overrides are passed on literally."""
     run_dir = "runs/it's two words; $(touch evaluated) `touch evaluated`"
     quoted = run_dir.replace("'", "\\'")
     short = (*RECIPE, "max_steps=20")
@@ -40,12 +39,12 @@ def test_two_nodes_train_what_one_does(checkout: Checkout) -> None:
 
 
 def test_a_time_limit(checkout: Checkout, reference: Weights) -> None:
-    """Warned before its limit, the job saves and is requeued until the run is done: one run for wandb, too."""
+    """A job warned before its time limit saves and is requeued; it stays one run in wandb."""
     run_dir = "runs/time-limit"
     options = ("tracking=offline", f"run_dir={run_dir}")
     job = checkout.sbatch(*TWO_NODES, "slurm/train.sbatch", *RECIPE, *options)
     checkout.wait_for_step(job, run_dir, 20)
-    checkout.cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # what SLURM does at --signal's time
+    checkout.cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # as SLURM does at the time of --signal
     job.succeeds()
     assert job.fields()["Restarts"] == "1"
     assert was_resumed(checkout, job, run_dir)
@@ -56,7 +55,7 @@ def test_a_time_limit(checkout: Checkout, reference: Weights) -> None:
 
 
 def test_a_preemption(cluster: Cluster, checkout: Checkout, reference: Weights) -> None:
-    """A job of a higher partition takes the nodes: the run saves within the grace time and goes on after it."""
+    """When a job of a higher partition takes the nodes, the run saves within the grace time and resumes later."""
     run_dir = "runs/preempted"
     job = checkout.sbatch(*TWO_NODES, "slurm/train.sbatch", *RECIPE, f"run_dir={run_dir}")
     checkout.wait_for_step(job, run_dir, 20)
@@ -71,7 +70,7 @@ def test_a_preemption(cluster: Cluster, checkout: Checkout, reference: Weights) 
 
 
 def test_a_lost_node(cluster: Cluster, checkout: Checkout, reference: Weights) -> None:
-    """A node loses power: SLURM requeues the job, which goes on from its last checkpoint when the node is back."""
+    """When a node loses power, SLURM requeues the job, which resumes from its last checkpoint."""
     run_dir = "runs/lost-node"
     options = ("checkpoint.every_steps=20", f"run_dir={run_dir}")
     job = checkout.sbatch(*TWO_NODES, "slurm/train.sbatch", *RECIPE, *options)
@@ -86,7 +85,7 @@ def test_a_lost_node(cluster: Cluster, checkout: Checkout, reference: Weights) -
 
 
 def test_the_last_requeue(checkout: Checkout) -> None:
-    """Where the cap is reached, an interrupted job ends with its own exit code and says why."""
+    """When the limit of requeues is reached, an interrupted job ends with exit code 75 and says why."""
     checkout.environment["METAFORMER_MAX_REQUEUES"] = "0"
     run_dir = "runs/capped"
     options = ("epochs=1000", f"run_dir={run_dir}")
@@ -103,20 +102,20 @@ def test_the_last_requeue(checkout: Checkout) -> None:
 
 
 def test_a_cancelled_job(checkout: Checkout) -> None:
-    """scancel lets the run save; the job is gone then, for its user means it."""
+    """After scancel the run saves, and the job is not requeued."""
     run_dir = "runs/cancelled"
     job = checkout.sbatch("--time=10", "slurm/train.sbatch", *RECIPE, "epochs=1000", f"run_dir={run_dir}")
     checkout.wait_for_step(job, run_dir, 2)
     checkout.cluster.run("scancel", job.id)
-    wait_for(lambda: "interrupted and cancelled" in job.log(), 30, "the job's last words")
-    time.sleep(8)  # longer than a requeued job waits
+    wait_for(lambda: "interrupted and cancelled" in job.log(), 30, "the job's last message")
+    time.sleep(8)  # longer than a requeue takes
     ended = job.fields()
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     assert json.loads((checkout.folder / run_dir / "status.json").read_text())["state"] == "interrupted"
 
 
 def test_a_bad_override(checkout: Checkout) -> None:
-    """It fails at once, in one line of the job's log, and is not requeued."""
+    """A bad override fails at once with one line in the log, and the job is not requeued."""
     job = checkout.sbatch("slurm/train.sbatch", *RECIPE, "optimizer.lrr=1")
     ended = job.wait()
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")

@@ -1,4 +1,4 @@
-"""Open the trackers of a run in RUN_DIR, log so many rows, and close them; what wandb says is printed to stderr."""
+"""Open the trackers of a run in RUN_DIR, log COUNT rows and close them: `open_and_close.py RUN_DIR COUNT`."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from metaformer.tracking.make import make_tracker
 if __name__ == "__main__":
     run_dir, count = Path(sys.argv[1]), int(sys.argv[2])
     run_dir.mkdir()
-    background.SILENT_SECONDS = 60  # longer is not reasonable
+    background.SILENT_SECONDS = 60  # a longer wait is a failure
     console = ConsoleTracker(1, 1, 1, run_dir / "log.txt")
     tracker = make_tracker(TrackingConfig(WandbMode.offline), run_dir, console, 0, {})
     figures = {"images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1, "loss": 1.0, "grad_norm": 1.0}

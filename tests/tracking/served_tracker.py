@@ -1,6 +1,6 @@
-"""A tracker in a process of its own that writes its calls to files, with the faults that a test asks for.
+"""A program that serves a tracker which writes its calls to files, with a fault chosen by the test.
 
-FOLDER/start-N has a line for each call to the N-th start. A file FOLDER/go lets go of what waits.
+FOLDER/start-N has a line for each call to the N-th start. Creating the file FOLDER/go ends all waits.
 """
 
 import json
@@ -18,7 +18,7 @@ from metaformer.tracking.tracker import NullTracker
 
 
 class FileTracker(NullTracker):
-    """Fails as `fault` says, always or, where it ends in "-once", at the first start only."""
+    """A tracker with the fault `fault`, at every start or, if it ends in "-once", at the first start only."""
 
     _fault, _moved = "", 0
 
@@ -27,7 +27,7 @@ class FileTracker(NullTracker):
         self._folder, self._file = folder, folder / f"start-{number}"
         self._file.touch()
         self._fault = "" if fault.endswith("-once") and number > 1 else fault.removesuffix("-once")
-        self._note("first position", first_position)
+        self._record("first position", first_position)
         match self._fault:
             case "opening-raises":
                 raise ValueError("a\nreason")
@@ -45,16 +45,16 @@ class FileTracker(NullTracker):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "row-waits":
                 self._wait()
-        self._note("row", row["step"])
+        self._record("row", row["step"])
 
     def message(self, text: str) -> None:
-        self._note("message", text)
+        self._record("message", text)
 
     def picture(self, name: str, file: Path) -> None:
-        self._note("picture", name, str(file))
+        self._record("picture", name, str(file))
 
     def checkpoint(self, folder: Path, aliases: list[str]) -> None:
-        self._note("checkpoint", str(folder), aliases)
+        self._record("checkpoint", str(folder), aliases)
 
     def close(self, failed: bool) -> None:
         match self._fault:
@@ -62,7 +62,7 @@ class FileTracker(NullTracker):
                 self._wait()
             case "closing-kills":
                 os.kill(os.getpid(), signal.SIGKILL)
-        self._note("close", failed)
+        self._record("close", failed)
 
     def check(self) -> None:
         if self._fault in ("dies", "dies-opening") and (self._folder / "go").exists():
@@ -77,9 +77,9 @@ class FileTracker(NullTracker):
         while self._fault == "dies-opening" or not (self._folder / "go").exists():
             time.sleep(0.02)
 
-    def _note(self, *what: Any) -> None:
+    def _record(self, *call: Any) -> None:
         with self._file.open("a") as file:
-            file.write(json.dumps(what) + "\n")
+            file.write(json.dumps(call) + "\n")
 
 
 if __name__ == "__main__":

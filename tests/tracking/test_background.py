@@ -1,4 +1,4 @@
-"""A tracker that is slow, stuck, broken or killed neither holds up training nor loses a row in silence."""
+"""Tests that a slow, stuck, broken or killed tracker neither blocks training nor silently loses rows."""
 
 import json
 import os
@@ -25,12 +25,12 @@ def tracker_of(
 
 
 def calls(folder: Path, start: int = 1) -> list[list[Any]]:
-    """What a start was told, after the position of the first start."""
+    """Return the calls that a start received, without its first line, the position of the first start."""
     return [json.loads(line) for line in (folder / f"start-{start}").read_text().splitlines()][1:]
 
 
-def rows_and(count: int, *more: list[Any]) -> list[list[Any]]:
-    return [*(["row", step] for step in range(count)), *more]
+def rows_and(count: int, *other_calls: list[Any]) -> list[list[Any]]:
+    return [*(["row", step] for step in range(count)), *other_calls]
 
 
 def log(tracker: BackgroundTracker, *steps: int) -> None:
@@ -47,11 +47,11 @@ def wait_for(condition: Any) -> None:
 
 @pytest.mark.parametrize("failed", [True, False])
 def test_everything_arrives_in_order(failed: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """All kinds of calls, from one process to another; nothing is said, and the process has ended."""
+    """All kinds of calls reach the other process; nothing is printed, and the process has ended."""
     tracker = tracker_of(tmp_path)
     row = {"step": 1}
     tracker.metrics(row)
-    row["step"] = 5  # a row is what it was when it was logged
+    row["step"] = 5  # changes after logging do not count
     tracker.message("text")
     tracker.picture("name", Path("file"))
     tracker.checkpoint(Path("folder"), ["best"])
@@ -66,8 +66,8 @@ def test_everything_arrives_in_order(failed: bool, tmp_path: Path, capfd: pytest
     assert tracker._process.poll() == 0
 
 
-def test_a_slow_tracker_holds_nobody_up(tmp_path: Path) -> None:
-    """Neither opening it nor a call that is stuck costs the caller time; all arrives once it goes on."""
+def test_a_slow_tracker_does_not_block(tmp_path: Path) -> None:
+    """A slow `open` does not block the caller; everything arrives once it continues."""
     tracker = tracker_of(tmp_path, "opening-waits")
     began = time.monotonic()
     log(tracker, *range(10_000))
@@ -79,10 +79,10 @@ def test_a_slow_tracker_holds_nobody_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["opening-raises", "row-raises"])
-def test_a_broken_tracker_is_started_once_more_and_then_off(
+def test_a_broken_tracker_is_restarted_once_and_then_disabled(
     fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An error each time: a line when it happens, another when it happens again; the end does not wait."""
+    """If both starts raise an error, each prints a line when it happens, and `close` does not wait."""
     tracker = tracker_of(tmp_path, fault)
     log(tracker, 0, 1, 2)
     wait_for(lambda: tracker._ended)
@@ -92,8 +92,8 @@ def test_a_broken_tracker_is_started_once_more_and_then_off(
     assert time.monotonic() - began < 5
     upload = "`upload start-2` uploads what it has; " if fault == "row-raises" else ""
     assert capfd.readouterr().err.splitlines() == [
-        "warning: service: a reason; starting it again with all rows, training goes on",
-        f"warning: service: a reason; off from here, training goes on; {upload}the run folder has all rows",
+        "warning: service: a reason; restarting it with all rows; training continues",
+        f"warning: service: a reason; disabled from now on; training continues; {upload}the run folder has all rows",
     ]
 
 
@@ -101,53 +101,51 @@ def test_a_broken_tracker_is_started_once_more_and_then_off(
 def test_a_tracker_that_dies_once_gets_everything_again(
     fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL while a row is logged or the tracker closes, or an error when it opens: the second start has all rows."""
+    """After SIGKILL during a row or `close`, or an error in `open`, the second start receives all rows."""
     tracker = tracker_of(tmp_path, fault)
     log(tracker, 0, 1, 2, 3)
     tracker.close(failed=False)
     assert calls(tmp_path, 2) == rows_and(4, ["close", False])
     reason = "a reason" if fault == "opening-raises-once" else "its process ended (signal 9)"
     assert capfd.readouterr().err.splitlines() == [
-        f"warning: service: {reason}; starting it again with all rows, training goes on"
+        f"warning: service: {reason}; restarting it with all rows; training continues"
     ]
-    known = json.loads((tmp_path / "start-2").read_text().splitlines()[0])
-    assert known == ["first position", None if fault == "opening-raises-once" else 1]
+    first_line = json.loads((tmp_path / "start-2").read_text().splitlines()[0])
+    assert first_line == ["first position", None if fault == "opening-raises-once" else 1]
 
 
-def test_a_death_during_an_opening_that_hangs_is_noticed_at_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The service dies, and opening waits for it for ever: it is started again long before the bound."""
+def test_a_death_during_a_hanging_open_is_noticed_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """If the service dies and `open` hangs forever, the tracker is restarted long before `open_seconds`."""
     (tmp_path / "go").touch()
     tracker = tracker_of(tmp_path, "dies-opening-once")
     log(tracker, 0, 1)
     tracker.close(failed=False)
-    assert "the service died; starting it again" in capfd.readouterr().err
+    assert "the service died; restarting it" in capfd.readouterr().err
     assert calls(tmp_path, 2) == rows_and(2, ["close", False])
 
 
 def test_a_death_between_two_rows_is_noticed_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The service dies when nothing is being logged: it is said and started again without waiting for a row."""
+    """If the service dies while nothing is logged, it is reported and restarted without waiting for a row."""
     tracker = tracker_of(tmp_path, "dies-once")
     log(tracker, 0, 1)
     wait_for(lambda: (tmp_path / "start-1").exists() and calls(tmp_path) == rows_and(2))
     (tmp_path / "go").touch()
     wait_for(lambda: (tmp_path / "start-2").exists() and calls(tmp_path, 2) == rows_and(2))
-    assert "the service died; starting it again" in capfd.readouterr().err
+    assert "the service died; restarting it" in capfd.readouterr().err
     tracker.close(failed=False)
     assert calls(tmp_path, 2) == rows_and(2, ["close", False])
 
 
-def test_opening_late_is_said_and_everything_arrives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """After the bound one line at once, another when it has opened after all; the rows that waited arrive."""
+def test_opening_late_is_reported_and_everything_arrives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A line after `open_seconds`, another when the tracker opens after all; the queued rows arrive."""
     tracker = tracker_of(tmp_path, "opening-waits", open_seconds=0.3)
     log(tracker, 0, 1)
-    said = ""
+    printed = ""
     deadline = time.monotonic() + 60
-    while "not open" not in said:
+    while "not open" not in printed:
         assert time.monotonic() < deadline
-        said += capfd.readouterr().err
-    assert said == "warning: service: not open after 0.3 s; training goes on, rows wait for it\n"
+        printed += capfd.readouterr().err
+    assert printed == "warning: service: not open after 0.3 s; training continues, and rows are queued\n"
     (tmp_path / "go").touch()
     wait_for(lambda: (tmp_path / "start-1").exists() and calls(tmp_path) == rows_and(2))
     tracker.close(failed=False)
@@ -157,7 +155,7 @@ def test_opening_late_is_said_and_everything_arrives(tmp_path: Path, capfd: pyte
 
 
 def test_a_tracker_that_never_opened_is_not_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """When training ends after the bound, the end is at once, says what is missing, and leaves no process."""
+    """After `open_seconds`, `close` returns at once, reports what is missing, and leaves no process."""
     tracker = tracker_of(tmp_path, "opening-waits", open_seconds=0.3, close_seconds=300)
     log(tracker, 0, 1)
     tracker.picture("name", Path("file"))
@@ -175,11 +173,11 @@ def test_a_tracker_that_never_opened_is_not_waited_for(tmp_path: Path, capfd: py
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_a_stuck_tracker_is_left_behind(
+def test_a_stuck_tracker_is_given_up(
     failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """At the end it has its time, less where the run failed; then what is missing is counted, with what to do."""
-    monkeypatch.setattr(background, "CLOSE_SECONDS_OF_FAILED", 0.1)
+    """`close` waits for its limit, or less after a failure; then it counts what is missing and says what to do."""
+    monkeypatch.setattr(background, "FAILED_CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(background, "SILENT_SECONDS", 0.2)
     tracker = tracker_of(tmp_path, "row-waits", close_seconds=60 if failed else 1)
     log(tracker, *range(4))
@@ -197,8 +195,8 @@ def test_a_stuck_tracker_is_left_behind(
     )
 
 
-def test_progress_prolongs_the_final_wait(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Closing that takes several times its bound is waited for as long as bytes move."""
+def test_progress_extends_the_final_wait(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`close` waits as long as bytes move, even several times its limit."""
     tracker = tracker_of(tmp_path, "closing-moves", close_seconds=3)
     wait_for(lambda: tracker._opened)
     release = time.monotonic() + 8
@@ -215,8 +213,8 @@ def test_progress_prolongs_the_final_wait(tmp_path: Path, capfd: pytest.CaptureF
     assert capfd.readouterr().err == "waiting      service: the end of its upload, up to 3 s\n"
 
 
-def test_what_the_tracker_has_started_ends_with_it(tmp_path: Path) -> None:
-    """A service of a tracker that is given up does not outlive training."""
+def test_child_processes_of_the_tracker_end_with_it(tmp_path: Path) -> None:
+    """The service of a tracker that is given up does not outlive training."""
     tracker = tracker_of(tmp_path, "starts-another", close_seconds=0.5)
     wait_for(lambda: tracker._opened)
     other = int((tmp_path / "other").read_text())
@@ -226,17 +224,17 @@ def test_what_the_tracker_has_started_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_cannot_be_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """No such program: one line, and training goes on."""
+    """A missing program is reported in one line, and training continues."""
     tracker = BackgroundTracker("service", [str(tmp_path / "nothing")], (), 60, 60)
     log(tracker, 0)
     tracker.close(failed=False)
     assert capfd.readouterr().err == (
-        "warning: service: cannot be started (No such file or directory); training goes on without\n"
+        "warning: service: cannot be started (No such file or directory); training continues without it\n"
     )
 
 
 def test_a_stuck_tracker_does_not_outlive_training(tmp_path: Path) -> None:
-    """SIGKILL to the training process while a call is stuck: the tracker's process ends by itself."""
+    """After SIGKILL to the training process during a stuck call, the tracker's process ends by itself."""
     program = (
         "import sys, time; from pathlib import Path; from tests.tracking.test_background import log, tracker_of;"
         "tracker = tracker_of(Path(sys.argv[1]), 'row-waits'); log(tracker, 0);"

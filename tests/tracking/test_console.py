@@ -1,4 +1,4 @@
-"""What people see of a run: plain lines in a file or pipe, a bar in a terminal, all of it in log.txt."""
+"""Tests of console output: plain lines in a file or pipe, a bar in a terminal, and everything in log.txt."""
 
 import os
 import pty
@@ -27,7 +27,7 @@ def train_row(step: int, **figures: Any) -> dict[str, Any]:
 
 
 def run(log_file: Path) -> None:
-    """A run of 1000 steps, seen at two of them and at a validation."""
+    """Track a run of 1000 steps with two train rows, a validation and a final row."""
     tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=log_file)
     tracker.message("model        [tiny], 3 classes")
     tracker.metrics(train_row(10))
@@ -53,8 +53,8 @@ def without_times(log_file: Path) -> list[str]:
     return [line[20:] for line in lines]
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Into a pipe: one line for each row, not wrapped, without control characters; the same in log.txt with times."""
+def test_plain_lines_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A pipe gets one unwrapped line per row, without control characters; log.txt gets the same lines with times."""
     run(tmp_path / "log.txt")
     printed = capfd.readouterr().out
     assert printed.splitlines() == EXPECTED
@@ -63,7 +63,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
 
 
 def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
-    """In a terminal a bar is drawn in place; messages stay above it, and log.txt gets everything as before."""
+    """In a terminal, a bar is redrawn in place below the messages; log.txt gets the same lines as without one."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -72,19 +72,19 @@ def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
     try:
         while part := os.read(terminal, 4096):
             shown += part
-    except OSError:  # how Linux says that the other side has closed
+    except OSError:  # Linux's signal that the other side has closed
         pass
     _, status = os.waitpid(child, 0)
     text = shown.decode()
     assert os.waitstatus_to_exitcode(status) == 0, text
     assert "━" in text
-    assert "\x1b[2K" in text, "the bar's line is drawn anew"
+    assert "\x1b[2K" in text, "the bar's line is redrawn"
     assert EXPECTED[3] in text
     assert without_times(tmp_path / "log.txt") == EXPECTED
 
 
 def test_log_is_appended_to(tmp_path: Path) -> None:
-    """A resumed run's log goes on below the earlier one's."""
+    """A resumed run appends to the earlier log."""
     run(tmp_path / "log.txt")
     run(tmp_path / "log.txt")
     assert without_times(tmp_path / "log.txt") == EXPECTED * 2
@@ -94,7 +94,7 @@ def test_log_is_appended_to(tmp_path: Path) -> None:
     ("images_per_second", "eta"), [(8.0, "16m30s"), (1.0, "2h12m"), (0.02, "4d14h"), (8000.0, "0m00s")]
 )
 def test_time_left(tmp_path: Path, images_per_second: float, eta: str) -> None:
-    """ETA: the images left at the present speed, in two units."""
+    """The ETA is the remaining images at the current speed, in two units of time."""
     tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=tmp_path / "log.txt")
     tracker.metrics(train_row(10, images_per_second=images_per_second))
     tracker.close(failed=False)

@@ -1,4 +1,4 @@
-"""Files of a run folder with random damage: read as they were, or refused in one line; never a traceback."""
+"""Tests with randomly damaged files of a run folder: they are read, or rejected in one line without a traceback."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from metaformer.tracking.jsonl import JsonlTracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import FAILED, StatusFile
 
-MUTATIONS = 150  # of each file
+MUTATIONS = 150  # per file
 CONFIG = """model:
   name: poolformer_s12
   library: metaformer
@@ -40,7 +40,7 @@ TOKENS = [b"\0", b"\xff\xfe", b"\n", b"{", b"[", b"[" * 5000, b"${", b"]", b"nul
 
 
 def mutate(rng: random.Random, content: bytes) -> bytes:
-    """Cut, flip, insert, exchange words, repeat: once or a few times."""
+    """Cut, insert or replace parts of a content, once or a few times."""
     for _ in range(rng.choice((1, 1, 1, 3))):
         start, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
         token = rng.choice(TOKENS)
@@ -62,7 +62,7 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
     return content
 
 
-def refusal(use: Callable[[], None]) -> str | None:
+def error_of(use: Callable[[], None]) -> str | None:
     try:
         use()
     except UserError as error:
@@ -99,10 +99,10 @@ def validate(run: Path) -> None:
     ],
 )
 def test_random_damage(tmp_path: Path, name: str, use: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """150 seeded mutations of each file: what reads it goes on, or ends in one line that names the file."""
+    """With 150 seeded mutations per file, the reader continues, or ends with one line that names the file."""
     monkeypatch.setattr("metaformer.tracking.run_folder.describe_environment", dict)
-    monkeypatch.setattr("metaformer.files.fsync", lambda path: None)  # of thousands of files that nobody needs
-    rng, refused = random.Random(7), 0
+    monkeypatch.setattr("metaformer.files.fsync", lambda path: None)  # not needed for thousands of temporary files
+    rng, rejected = random.Random(7), 0
     for number in range(MUTATIONS):
         run = tmp_path / str(number)
         (run / "checkpoints").mkdir(parents=True)
@@ -114,12 +114,12 @@ def test_random_damage(tmp_path: Path, name: str, use: Callable[[Path], None], m
         status.end(FAILED, 1, "KeyError: 'x'")
         damaged = mutate(rng, (run / name).read_bytes())
         (run / name).write_bytes(damaged)
-        error = refusal(partial(use, run))
+        error = error_of(partial(use, run))
         if error is not None:
-            refused += 1
+            rejected += 1
             assert len(error.splitlines()) == 1
             assert error.startswith(f"{run / name}: ")
-            assert (run / name).read_bytes() == damaged, "what is refused stays as it is"
+            assert (run / name).read_bytes() == damaged, "a rejected file is not changed"
         outcome = read_run(run, {"data": {"name": "imagenet"}, "optimizer": {"lr": 0.001}})
         assert len(outcome.note.splitlines()) == 1
-    assert refused > MUTATIONS // 10, "the mutations do damage"
+    assert rejected > MUTATIONS // 10, "too few mutations do damage"

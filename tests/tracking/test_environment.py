@@ -1,4 +1,4 @@
-"""What is written about the machine and the code."""
+"""Tests of the description of the environment."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from metaformer.tracking import environment
 
 
 def test_a_diff_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file in Latin-1 that was changed: the diff is kept, with replacement characters, and can be stored as JSON."""
+    """The diff of a changed Latin-1 file is kept with replacement characters and can be stored as JSON."""
     for command in (["init", "--quiet"], ["config", "user.name", "x"], ["config", "user.email", "x@example.org"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     file = tmp_path / "environment.py"

@@ -1,4 +1,4 @@
-"""metrics.jsonl and summary.csv."""
+"""Tests of metrics.jsonl and summary.csv."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ def row(step: int, kind: str = "train", **figures: Any) -> dict[str, Any]:
 
 
 def write(run_dir: Path, resumed_at: int, *new: dict[str, Any], validated: bool = True) -> None:
-    """What a process adds that starts at a step."""
+    """Log rows as a process does that resumes at a step."""
     tracker = JsonlTracker(run_dir, resumed_at, validated)
     for each in new:
         tracker.metrics(each)
@@ -29,18 +29,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_after_the_resume_point_are_set_aside(tmp_path: Path) -> None:
-    """Rows of steps that are done again go to metrics.superseded.jsonl, which grows with each resume."""
+    """Rows of repeated steps move to metrics.superseded.jsonl, which grows with each resume."""
     write(tmp_path, 0, *(row(step, loss=1.0) for step in range(1, 7)))
     write(tmp_path, 4, *(row(step, loss=2.0) for step in range(5, 8)))
     write(tmp_path, 6, row(7, loss=3.0))
     kept = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.jsonl")]
     assert kept == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 3.0)]
-    aside = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.superseded.jsonl")]
-    assert aside == [(5, 1.0), (6, 1.0), (7, 2.0)]
+    superseded = [(each["step"], each["loss"]) for each in read(tmp_path / "metrics.superseded.jsonl")]
+    assert superseded == [(5, 1.0), (6, 1.0), (7, 2.0)]
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    """Every line is JSON, which has neither NaN nor infinity, also after rows were written again at a resume."""
+    """No line has NaN or infinity, which JSON lacks, even after a resume has rewritten rows."""
     write(tmp_path, 0, row(1, loss=math.nan, ranks=[math.inf, {"wait": -math.inf}]), row(2, loss=1.0))
     write(tmp_path, 1, row(2, "validation", loss=math.inf))
     for name in ("metrics.jsonl", "metrics.superseded.jsonl"):
@@ -51,8 +51,8 @@ def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert (tmp_path / "summary.csv").read_text() == "epoch,step,samples,loss\n1,2,16,\n"
 
 
-def test_a_validation_that_is_done_again(tmp_path: Path) -> None:
-    """A checkpoint from before its step's validation: that row and the end's are set aside, in summary.csv too."""
+def test_a_repeated_validation(tmp_path: Path) -> None:
+    """Resuming from a checkpoint saved before its step's validation supersedes the validation and final rows."""
     old = [row(5, top1=0.0), row(5, "validation", top1=1.0), row(5, "final", top1=1.0)]
     write(tmp_path, 0, *old)
     write(tmp_path, 5, validated=False)
@@ -65,17 +65,17 @@ def test_a_validation_that_is_done_again(tmp_path: Path) -> None:
 
 
 def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
-    """A killed process loses no row that it has logged."""
+    """A killed process does not lose rows that it has logged."""
     tracker = JsonlTracker(tmp_path, 0)
     tracker.metrics(row(1, loss=1.0))
     assert [each["step"] for each in read(tmp_path / "metrics.jsonl")] == [1]
     tracker.close(failed=True)
 
 
-@pytest.mark.parametrize("resumed_at", [2, 1], ids=["all-rows-count", "a-row-is-redone"])
+@pytest.mark.parametrize("resumed_at", [2, 1], ids=["all-rows-count", "a-row-is-repeated"])
 @pytest.mark.parametrize("ending", ['{"kind": "tr', json.dumps(row(3))], ids=["half", "no-newline"])
 def test_half_written_last_line(tmp_path: Path, resumed_at: int, ending: str) -> None:
-    """What a machine left that died while it wrote a row is no obstacle, now or at the resume after."""
+    """A row that a crash left half-written does not prevent this resume or the next."""
     write(tmp_path, 0, row(1), row(2))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(ending)
@@ -84,8 +84,8 @@ def test_half_written_last_line(tmp_path: Path, resumed_at: int, ending: str) ->
     assert [each["step"] for each in read(tmp_path / "metrics.jsonl")] == list(range(1, resumed_at + 3))
 
 
-def test_another_file_is_refused(tmp_path: Path) -> None:
-    """A metrics.jsonl that is something else is named with its line, and left as it is."""
+def test_another_file_is_rejected(tmp_path: Path) -> None:
+    """The error for a metrics.jsonl with other content names the line, and the file is not changed."""
     text = "epoch,loss\n1,2.0\n" + json.dumps(row(1)) + "\n"
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is not JSON; move the file away"):
@@ -93,8 +93,8 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
-def test_summary_has_a_line_an_epoch(tmp_path: Path) -> None:
-    """summary.csv: the validation rows' fields but the kind, a line each, over a resume too, without redone epochs."""
+def test_summary_has_a_line_per_epoch(tmp_path: Path) -> None:
+    """summary.csv has a line per validation, with all fields but the kind; a resume adds no epoch twice."""
     write(tmp_path, 0, row(5), row(5, "validation", top1=1.0, loss=3.0), row(10, "validation", top1=2.0, loss=2.0))
     write(tmp_path, 5, row(10, "validation", top1=2.5, loss=2.0), row(10, "final", top1=2.5))
     with (tmp_path / "summary.csv").open(newline="") as file:
@@ -103,8 +103,8 @@ def test_summary_has_a_line_an_epoch(tmp_path: Path) -> None:
     assert [(line["step"], line["top1"]) for line in lines] == [("5", "1.0"), ("10", "2.5")]
 
 
-def test_figures_that_come_later_have_a_column(tmp_path: Path) -> None:
-    """EMA switched on at a resume: its figures are in summary.csv, and empty in the epochs before."""
+def test_later_figures_get_a_column(tmp_path: Path) -> None:
+    """Figures that first appear after a resume are in summary.csv, and are empty in earlier epochs."""
     write(tmp_path, 0, row(5, "validation", top1=1.0))
     write(tmp_path, 5, row(10, "validation", top1=2.0, ema_top1=3.0))
     with (tmp_path / "summary.csv").open(newline="") as file:

@@ -1,4 +1,4 @@
-"""Lines on a disk that is full for a while."""
+"""Tests of appending lines to a disk that may be full for a while."""
 
 from pathlib import Path
 
@@ -9,19 +9,19 @@ from tests.ranks import fill, small_disk
 
 
 def test_appends_whole_lines(tmp_path: Path) -> None:
-    """At once, and below what was there."""
+    """Lines are written at once, below earlier content."""
     file = tmp_path / "log"
     for number in range(2):
         lines = LineFile(file)
         for word in ("one", "zwölf"):
             lines.write(f"{word} {number}")
-            assert file.read_text().endswith(f"{word} {number}\n"), "not only when it is closed"
+            assert file.read_text().endswith(f"{word} {number}\n"), "written before the file is closed"
         lines.close()
     assert file.read_text() == "one 0\nzwölf 0\none 1\nzwölf 1\n"
 
 
 def test_a_full_disk_delays_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """While it is full only whole lines are there and one warning is given; with room again all come, in order."""
+    """A full disk has whole lines only and gives one warning; once there is room, all lines follow in order."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         file = disk / "log"
         lines, expected = LineFile(file), ""
@@ -44,8 +44,8 @@ def test_a_full_disk_delays_lines(tmp_path: Path, capfd: pytest.CaptureFixture[s
         assert capfd.readouterr().err == ""
 
 
-def test_says_what_is_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Closed while the disk is still full: how many lines are missing. Nothing is raised."""
+def test_lost_lines_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Closing while the disk is still full reports the number of missing lines and raises no error."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         lines = LineFile(disk / "log")
         fill(disk)
@@ -57,6 +57,6 @@ def test_says_what_is_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    """Before the run that is an error."""
+    """A file that cannot be opened is an error, since this happens before the run."""
     with pytest.raises(FileNotFoundError):
         LineFile(tmp_path / "gone" / "log")

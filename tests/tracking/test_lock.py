@@ -1,4 +1,4 @@
-"""One run in a run folder: real processes that hold it, are killed, and leave children behind."""
+"""Tests of the lock of a run folder, with real processes that hold it, are killed, and leave children behind."""
 
 import fcntl
 import multiprocessing
@@ -27,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def hold(run_dir: Path, ready: Any, leave_child: bool) -> None:
-    """Hold the folder until killed; perhaps with a child, as data workers are."""
+    """Hold the lock until killed, optionally with a forked child such as a data worker."""
     with lock_run_folder(run_dir):
         if leave_child and os.fork() == 0:
             time.sleep(30)
@@ -38,7 +38,7 @@ def hold(run_dir: Path, ready: Any, leave_child: bool) -> None:
 
 @contextmanager
 def holder(run_dir: Path, leave_child: bool = False) -> Iterator[Any]:
-    """Another process that holds the folder."""
+    """Start another process that holds the lock."""
     ready = FORK.Event()
     process = FORK.Process(target=hold, args=(run_dir, ready, leave_child))
     process.start()
@@ -48,8 +48,8 @@ def holder(run_dir: Path, leave_child: bool = False) -> Iterator[Any]:
     process.join()
 
 
-def refused(run_dir: Path) -> bool:
-    """Whether a process of its own cannot have the folder; this one, which may hold it, could."""
+def is_locked(run_dir: Path) -> bool:
+    """Return whether another process cannot lock the folder. This process could, if it holds the lock itself."""
 
     def attempt() -> None:
         try:
@@ -64,37 +64,37 @@ def refused(run_dir: Path) -> bool:
     return process.exitcode == 3
 
 
-def test_a_second_run_is_refused(tmp_path: Path) -> None:
-    """While one holds it, another ends in one line that says which process, and on which machine."""
+def test_a_second_run_is_rejected(tmp_path: Path) -> None:
+    """A second run ends with one line that names the process and the machine of the first."""
     with holder(tmp_path / "run") as process:
-        expected = rf"^run_dir=\S+: process {process.pid} on {socket.gethostname()} trains in it; wait"
+        expected = rf"^run_dir=\S+: in use by process {process.pid} on {socket.gethostname()}; wait"
         with pytest.raises(UserError, match=expected), lock_run_folder(tmp_path / "run"):
             pass
-    assert (tmp_path / "run" / LOCK_FILE).exists(), "a refused run removes nothing"
+    assert (tmp_path / "run" / LOCK_FILE).exists(), "a rejected run removes nothing"
 
 
 @pytest.mark.parametrize("leave_child", [False, True])
 def test_a_dead_run_holds_nothing(tmp_path: Path, leave_child: bool) -> None:
-    """After SIGKILL the folder is free at once, also while a child of the dead process lives on."""
+    """After SIGKILL the folder is free at once, even while a child of the dead process is alive."""
     with holder(tmp_path / "run", leave_child) as process:
-        assert refused(tmp_path / "run")
+        assert is_locked(tmp_path / "run")
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert not refused(tmp_path / "run")
+        assert not is_locked(tmp_path / "run")
 
 
-def test_a_childs_end_does_not_let_go(tmp_path: Path) -> None:
-    """A forked data worker that ends, or closes all its files, leaves the lock to its parent."""
+def test_a_child_that_ends_does_not_release_the_lock(tmp_path: Path) -> None:
+    """A forked data worker that closes all its files and ends does not release its parent's lock."""
     with lock_run_folder(tmp_path / "run"):
         worker = FORK.Process(target=os.closerange, args=(3, 256))
         worker.start()
         worker.join()
-        assert refused(tmp_path / "run")
-    assert not refused(tmp_path)
+        assert is_locked(tmp_path / "run")
+    assert not is_locked(tmp_path)
 
 
-def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
-    """All that this process opens and closes in its folder; closing the lock file itself would give up the lock."""
+def test_the_runs_own_files_do_not_release_the_lock(tmp_path: Path) -> None:
+    """Opening and closing the run's files keeps the lock; only closing the lock file itself would release it."""
     run_dir = tmp_path / "run"
     with lock_run_folder(run_dir):
         check_empty(run_dir)
@@ -108,14 +108,14 @@ def test_the_runs_own_files_do_not_let_go(tmp_path: Path) -> None:
             tracker.close(failed=False)
         status.end(DONE, 1, "")
         write_text_atomically(run_dir / "other", "text")
-        assert refused(run_dir)
+        assert is_locked(run_dir)
         descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
         os.close(descriptor)
-        assert not refused(run_dir), "this test can fail"
+        assert not is_locked(run_dir), "otherwise this test could not fail"
 
 
-def test_folders_that_stay_empty_go_again(tmp_path: Path) -> None:
-    """A run that fails before anything is written leaves no folder; one that was there, or has a file, stays."""
+def test_created_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:
+    """A run that fails before it writes anything leaves no folder; existing or used folders stay."""
     with pytest.raises(KeyError), lock_run_folder(tmp_path / "a" / "b"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
@@ -129,7 +129,7 @@ def test_folders_that_stay_empty_go_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_gone_hides_no_error(tmp_path: Path) -> None:
-    """Somebody removes the run folder: the error that training ends with comes through, not one about the lock."""
+    """If the run folder was removed, the original error of training is raised, not one about the lock."""
 
     def fail() -> None:
         with lock_run_folder(tmp_path / "run"):
@@ -141,7 +141,7 @@ def test_a_folder_that_is_gone_hides_no_error(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock on a file that another run has just removed keeps nobody out: it does not count."""
+    """A lock on a file that another run has just removed does not count, since it keeps nobody out."""
     lock: Callable[[int, int], None] = fcntl.lockf
 
     def late(descriptor: int, how: int) -> None:
@@ -150,21 +150,24 @@ def test_a_lock_file_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pyt
         lock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "lockf", late)
-    with pytest.raises(UserError, match=r"another run has just left it"):
+    with pytest.raises(UserError, match=r"another run has just ended and removed its lock file"):
         RunLock(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["", "run"])
-def test_a_folder_that_cannot_be(tmp_path: Path, below: str) -> None:
-    """In place of the folder, or above it, there is a file: one line."""
+def test_a_folder_that_cannot_be_created(tmp_path: Path, below: str) -> None:
+    """A file in place of the folder or of its parent gives a one-line error."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^run_dir=\S+: cannot be made \("), lock_run_folder(tmp_path / "file" / below):
+    with (
+        pytest.raises(UserError, match=r"^run_dir=\S+: cannot be created \("),
+        lock_run_folder(tmp_path / "file" / below),
+    ):
         pass
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
-def test_a_folder_that_takes_no_files() -> None:
-    """A folder that cannot be written is refused before anything is trained, whoever is asking, root too."""
+def test_a_folder_that_cannot_be_written() -> None:
+    """A folder that cannot be written is rejected before training, for root too."""
     with (
         pytest.raises(UserError, match=r"^run_dir=/proc/self: cannot be written \("),
         lock_run_folder(Path("/proc/self")),
@@ -173,7 +176,7 @@ def test_a_folder_that_takes_no_files() -> None:
 
 
 def test_a_lock_file_removed_during_a_run(tmp_path: Path) -> None:
-    """Removed: the run takes it again, once, with a line. Replaced: another run has been there, and this one ends."""
+    """A removed lock file is locked again, with a warning; if it was replaced by another run, this run ends."""
     run_dir = tmp_path / "run"
     with lock_run_folder(run_dir) as lock:
         assert lock.check() is None
@@ -182,7 +185,7 @@ def test_a_lock_file_removed_during_a_run(tmp_path: Path) -> None:
             lock.check() == f"warning      {run_dir / LOCK_FILE} was removed during the run; it has been locked again"
         )
         assert lock.check() is None
-        assert refused(run_dir)
+        assert is_locked(run_dir)
         (run_dir / LOCK_FILE).unlink()
         with (
             holder(run_dir) as process,
@@ -190,4 +193,4 @@ def test_a_lock_file_removed_during_a_run(tmp_path: Path) -> None:
         ):
             lock.check()
         shutil.rmtree(run_dir)
-        assert lock.check() is None, "whoever writes there says so"
+        assert lock.check() is None, "the next write reports the missing folder"

@@ -1,4 +1,4 @@
-"""The run folder: what was run, with what, on what."""
+"""Tests of the records in a run folder."""
 
 import json
 import subprocess
@@ -19,15 +19,15 @@ from tests.conftest import QUICK, REPOSITORY
 Run = Callable[..., dict[str, Any]]
 
 
-def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """Configuration, overrides, environment; after a change the earlier ones too, and what changed, before and now."""
+def test_files_of_a_run(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """Configuration, overrides and environment are written; a change keeps the earlier files and is recorded."""
     run_dir = tmp_path / "run"
     small = ("model=timm", "model.name=test_resnet", "model.drop_path_rate=null", "workers=0")
     command = (f"data.root={images}", *QUICK, *small, "epochs=2", f"run_dir={run_dir}")
     run_program("train", *command, "max_steps=6")
     written = (run_dir / "config.yaml").read_text()
     assert "max_steps: 6\n" in written
-    assert "weight_decay: 0.05\n" in written, "defaults too"
+    assert "weight_decay: 0.05\n" in written, "defaults are written too"
     assert '- "max_steps=6"\n' in (run_dir / "overrides.yaml").read_text()
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["packages"]["torch"] == version("torch")
@@ -48,7 +48,7 @@ def test_what_a_run_leaves(images: Path, tmp_path: Path, run_program: Run) -> No
 
 
 def test_same_configuration_is_no_change(tmp_path: Path) -> None:
-    """Opened again with the same configuration, nothing is reported or set aside."""
+    """Opening the folder again with the same configuration reports and renames nothing."""
     (tmp_path / "run").mkdir()
     assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n", 0) == []
     assert open_run_folder(tmp_path / "run", "a: 1\nb: 2\n", 0) == []
@@ -56,7 +56,7 @@ def test_same_configuration_is_no_change(tmp_path: Path) -> None:
 
 
 def test_changes_are_json(tmp_path: Path) -> None:
-    """An infinity among the options is null in changes.jsonl; the earlier config.yaml has it."""
+    """An infinity among the options is null in changes.jsonl; the earlier config.yaml keeps it."""
     (tmp_path / "run").mkdir()
     open_run_folder(tmp_path / "run", "clip: .inf\nlr: [.nan]\n", 0)
     open_run_folder(tmp_path / "run", "clip: 1.0\nlr: [.inf]\n", 2)
@@ -64,7 +64,7 @@ def test_changes_are_json(tmp_path: Path) -> None:
 
 
 def test_a_resume_on_other_ranks_is_a_change(tmp_path: Path) -> None:
-    """What follows from the number of ranks is compared, too; not with a folder of a version that did not keep it."""
+    """Values derived from the number of ranks are compared too, except with older folders that lack them."""
     ranks = {"ranks": 1, "images that share one mixing": 8}
     assert open_run_folder(tmp_path, "a: 1\n", 0) == []
     assert open_run_folder(tmp_path, "a: 1\n", 0, ranks) == []
@@ -79,7 +79,7 @@ def test_a_resume_on_other_ranks_is_a_change(tmp_path: Path) -> None:
 
 
 def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
-    """Changes follow each other within a second, and none is lost."""
+    """No earlier configuration is lost when several changes happen within a second."""
     (tmp_path / "run").mkdir()
     for value in range(4):
         changed = open_run_folder(tmp_path / "run", f"a: {value}\nb: 2\n", 0)
@@ -88,15 +88,15 @@ def test_every_earlier_configuration_is_kept(tmp_path: Path) -> None:
     assert kept == {f"a: {value}\nb: 2\n" for value in range(3)}
 
 
-def test_a_change_to_a_value_that_stands_elsewhere(tmp_path: Path) -> None:
-    """A change is reported by the field's whole name, where another field has the same name and value."""
+def test_a_change_to_a_value_that_occurs_elsewhere(tmp_path: Path) -> None:
+    """A change is reported with the full field name, even if another field has the same name and value."""
     (tmp_path / "run").mkdir()
     open_run_folder(tmp_path / "run", "one:\n  name: a\ntwo:\n  name: b\n", 0)
     assert open_run_folder(tmp_path / "run", "one:\n  name: b\ntwo:\n  name: b\n", 0) == ["one.name: a -> b"]
 
 
 def test_environment(tmp_path: Path) -> None:
-    """environment.json: versions of Python and packages, devices, and the commit that git names."""
+    """environment.json has the versions of Python and packages, the devices and the git commit."""
     open_run_folder(tmp_path, "a: 1\n", 0)
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -109,7 +109,7 @@ def test_environment(tmp_path: Path) -> None:
 
 
 def test_only_an_empty_folder_is_new(tmp_path: Path) -> None:
-    """resume=never: an empty folder will do, though this run holds it; one with a file will not."""
+    """resume=never accepts an empty folder with this run's lock, but not a folder with a file."""
     with lock_run_folder(tmp_path / "empty"):
         check_empty(tmp_path / "empty")
     (tmp_path / "file").touch()
@@ -118,7 +118,7 @@ def test_only_an_empty_folder_is_new(tmp_path: Path) -> None:
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
-    """A run folder below a file ends in one line."""
+    """A run folder below a file gives a one-line error."""
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run_dir=\S+run: cannot be written \(Not a directory\)"):
         open_run_folder(tmp_path / "file" / "run", "a: 1\n", 0)

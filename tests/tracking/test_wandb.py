@@ -1,4 +1,4 @@
-"""Weights & Biases, by what real offline runs leave on disk."""
+"""Tests of Weights & Biases tracking, with the files of real offline runs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = (
 
 
 def wandb_logs(run_dir: Path) -> list[WandbLog]:
-    """Those of a run folder, oldest first, each complete: wandb's own process may write on for a moment."""
+    """Return the logs of a run folder, oldest first, and wait until wandb's process has completed them."""
     deadline = time.monotonic() + 20
     while True:
         logs = [read_wandb_log(folder) for folder in sorted((run_dir / "wandb").glob("offline-run-*"))]
@@ -32,8 +32,8 @@ def wandb_logs(run_dir: Path) -> list[WandbLog]:
         time.sleep(0.1)
 
 
-def test_records_the_run_and_goes_on_with_it(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """Two epochs, then a third by the same run: configuration, all rows, the picture, checkpoints; one id."""
+def test_records_the_run_and_resumes_it(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """Two epochs and a third after a resume: configuration, all rows, the image, checkpoints, and a single run id."""
     run_dir = tmp_path / "run"
     command = (f"data.root={images}", *SMALL, "epochs=3", "tracking=offline", f"run_dir={run_dir}")
     result = run_program("train", *command, f"max_steps={2 * STEPS_PER_EPOCH}")
@@ -65,7 +65,7 @@ def test_records_the_run_and_goes_on_with_it(images: Path, tmp_path: Path, run_p
 
 
 def assert_history_is_that_of_the_file(log: WandbLog, run_dir: Path, last_step: int) -> None:
-    """Each row of metrics.jsonl is in wandb's history, its figures below its kind, on the axis of samples."""
+    """Check that wandb's history has each row of metrics.jsonl, with figures named KIND/FIGURE and the counts."""
     for kind in ("train", "validation"):
         expected = rows(run_dir, kind)
         assert expected[-1]["step"] == last_step
@@ -79,7 +79,7 @@ def assert_history_is_that_of_the_file(log: WandbLog, run_dir: Path, last_step: 
 
 
 def test_failed_run_is_marked(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """A run that diverges ends as failed in wandb, with the rows up to there."""
+    """A run that diverges is marked as failed in wandb, with all rows up to that point."""
     run_dir = tmp_path / "run"
     options = ("epochs=3", "tracking=offline", "optimizer.lr=1e18", f"run_dir={run_dir}")
     with pytest.raises(Exception, match="the validation loss is"):
@@ -90,7 +90,7 @@ def test_failed_run_is_marked(images: Path, tmp_path: Path, run_program: Run) ->
 
 
 def test_off_leaves_nothing(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """tracking=local starts no wandb."""
+    """tracking=local does not start wandb."""
     run_dir = tmp_path / "run"
     run_program("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=local", f"run_dir={run_dir}")
     assert not (run_dir / "wandb").exists()
@@ -98,7 +98,7 @@ def test_off_leaves_nothing(images: Path, tmp_path: Path, run_program: Run) -> N
 
 
 def test_dead_server(images: Path, tmp_path: Path) -> None:
-    """With a key and a server that nobody runs, the default trains to the end offline; the key is written nowhere."""
+    """With a key but an unreachable server, training completes offline; the key is not written to any file."""
     run_dir, key = tmp_path / "run", "0123456789" * 4
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
         "WANDB_BASE_URL": "http://127.0.0.1:9",
@@ -112,7 +112,7 @@ def test_dead_server(images: Path, tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "offline" not in done.stderr, "it does not first try the server for half a minute"
+    assert "offline" not in done.stderr, "the unreachable server is not tried for half a minute"
     assert json.loads(done.stdout.splitlines()[-1])["images"] == 403
     (log,) = wandb_logs(run_dir)
     assert log.exit_code == 0
@@ -123,7 +123,7 @@ def test_dead_server(images: Path, tmp_path: Path) -> None:
 
 
 def test_broken_wandb_does_not_stop_training(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where wandb cannot start (a setting that it refuses), two lines say so, and training goes on to its result."""
+    """If wandb cannot start because of an invalid setting, two lines report it and training completes."""
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
     run_dir = tmp_path / "run"
     done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
@@ -131,36 +131,36 @@ def test_broken_wandb_does_not_stop_training(images: Path, tmp_path: Path, monke
     assert done.result["images"] == 403
     assert len(rows(run_dir)) == STEPS_PER_EPOCH
     first, second = warnings_of(done.stderr)
-    assert "starting it again with all rows, training goes on" in first
-    assert "off from here, training goes on" in second
+    assert "restarting it with all rows; training continues" in first
+    assert "disabled from now on; training continues" in second
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    ("variable", "value", "message"),
     [
         ("WANDB_API_KEY", "malformed", "the key cannot be used, the run is offline (WANDB_API_KEY invalid"),
-        ("WANDB_MODE", "", "WANDB_MODE='' is none of online, offline,"),
-        ("WANDB_MODE", "ofline", "WANDB_MODE='ofline' is none of online, offline,"),
+        ("WANDB_MODE", "", "WANDB_MODE='' is not one of online, offline,"),
+        ("WANDB_MODE", "ofline", "WANDB_MODE='ofline' is not one of online, offline,"),
     ],
 )
 def test_a_mistake_in_the_environment_makes_an_offline_run(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
-    """A malformed key, an empty or misspelt mode: one line, and a whole run that can be uploaded later."""
+    """A malformed key or an empty or misspelt mode gives one warning and a complete run that can be uploaded later."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv(variable, value)
     run_dir = tmp_path / "run"
     done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
     assert done.code == 0, done.stderr
     (warning,) = warnings_of(done.stderr)
-    assert warning.startswith(f"warning: wandb: {said}")
+    assert warning.startswith(f"warning: wandb: {message}")
     (log,) = wandb_logs(run_dir)
     assert log.exit_code == 0
     assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS_PER_EPOCH)
 
 
-def test_a_mode_that_turns_wandb_off_is_said(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """WANDB_MODE=disabled is taken at its word, in one line."""
+def test_a_disabled_mode_is_reported(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WANDB_MODE=disabled records nothing and is reported in one line."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run_dir = tmp_path / "run"
     done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
@@ -170,5 +170,5 @@ def test_a_mode_that_turns_wandb_off_is_said(images: Path, tmp_path: Path, monke
 
 
 def warnings_of(stderr: str) -> list[str]:
-    """The lines about wandb, without those of a machine that is slow."""
+    """Return the warnings about wandb, without progress lines that a slow machine prints."""
     return [line for line in stderr.splitlines() if line.startswith(("warning: wandb", "wandb"))]

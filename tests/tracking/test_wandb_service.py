@@ -1,4 +1,4 @@
-"""wandb's service process dies, or the machine is busy: every row is in wandb, and nothing is waited for long."""
+"""Tests with a dying or unresponsive wandb service and a busy machine: no row is lost, and no wait is long."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.tracking.service import child_processes
-from metaformer.tracking.wandb import SUPERSEDED
+from metaformer.tracking.wandb import SUPERSEDED_PREFIX
 from tests.conftest import REPOSITORY, rows
 from tests.faults.conftest import status
 from tests.tracking.test_wandb import SMALL, STEPS_PER_EPOCH, assert_history_is_that_of_the_file, wandb_logs
@@ -28,12 +28,12 @@ OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"
 def training(
     images: Path, run_dir: Path, *options: str, server: WandbServer | None = None
 ) -> Iterator["subprocess.Popen[str]"]:
-    """train.py as a user starts it, offline, or online at a server."""
+    """Run train.py as a user does, offline or with a server."""
     command = [sys.executable, str(REPOSITORY / "train.py"), f"data.root={images}", *SMALL, f"epochs={EPOCHS}"]
     command += [f"run_dir={run_dir}", "tracking=offline" if server is None else "tracking=wandb", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if server is not None:
-        command += ["tracking.artifacts=false"]  # the server takes none
+        command += ["tracking.artifacts=false"]  # the test server does not support them
         environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}
         environment |= {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds between two uploads of rows
     with (run_dir.parent / "stderr").open("w") as stderr:
@@ -46,7 +46,7 @@ def training(
 
 
 def finish(program: "subprocess.Popen[str]", run_dir: Path) -> list[str]:
-    """Wait until training has ended well; return what it said of wandb."""
+    """Wait until training has ended successfully, and return its output lines about wandb."""
     stdout, _ = program.communicate(timeout=180)
     stderr = (run_dir.parent / "stderr").read_text()
     assert program.returncode == 0, stderr
@@ -63,33 +63,34 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def services(program: "subprocess.Popen[str]") -> list[int]:
-    """wandb's services below a training program, which have not ended."""
+    """Return the living wandb services of a training program."""
     found = []
     for process in (child for tracker in child_processes(program.pid) for child in child_processes(tracker)):
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(" ")[0].split(" (wandb-core) ")[1][0] != "Z":
                 found.append(process)
         except (OSError, IndexError):
-            continue  # it has ended, or is another program
+            continue  # the process has ended, or is another program
     return found
 
 
 def records_rows(program: "subprocess.Popen[str]", run_dir: Path) -> bool:
-    """Whether wandb is open and has rows."""
+    """Return whether wandb is open and has rows."""
     return bool(services(program)) and any(
         file.stat().st_size > 20_000 for file in (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     )
 
 
 def superseded(run_dir: Path) -> int:
-    """How many starts of wandb have been replaced by others."""
-    return len(list((run_dir / "wandb").glob(f"{SUPERSEDED}offline-run-*")))
+    """Return the number of wandb starts that a later start has superseded."""
+    return len(list((run_dir / "wandb").glob(f"{SUPERSEDED_PREFIX}offline-run-*")))
 
 
 @pytest.mark.parametrize("when", ["starting", "recording", "ending"])
-def test_a_killed_service_is_started_again(images: Path, tmp_path: Path, when: str) -> None:
-    """SIGKILL to wandb-core as soon as it is there, between rows, or when training is done and it has not answered:
-    said in one line, every row is in the one folder that is left to upload.
+def test_a_killed_service_is_restarted(images: Path, tmp_path: Path, when: str) -> None:
+    """SIGKILL to wandb-core when it starts, between rows, or when it hangs after the end of training.
+
+    It is reported in one line, and every row is in the one folder that remains to be uploaded.
     """
     run_dir = tmp_path / "run"
     with training(images, run_dir) as program:
@@ -99,10 +100,10 @@ def test_a_killed_service_is_started_again(images: Path, tmp_path: Path, when: s
             os.kill(service, signal.SIGSTOP)
             wait_for(lambda: status(run_dir)["state"] == "done")
         os.kill(service, signal.SIGKILL)
-        first, *more = finish(program, run_dir)
-    assert "; starting it again with all rows, training goes on" in first
+        first, *other_lines = finish(program, run_dir)
+    assert "; restarting it with all rows; training continues" in first
     assert when == "starting" or "its service, wandb-core, died (signal 9)" in first
-    assert all(line.startswith("waiting      wandb: ") for line in more), more
+    assert all(line.startswith("waiting      wandb: ") for line in other_lines), other_lines
     (log,) = wandb_logs(run_dir)
     assert log.exit_code == 0
     assert log.run_id == (run_dir / "wandb_id").read_text().strip()
@@ -110,8 +111,8 @@ def test_a_killed_service_is_started_again(images: Path, tmp_path: Path, when: s
     assert when == "starting" or superseded(run_dir) == 1
 
 
-def test_a_service_that_dies_again_is_off(images: Path, tmp_path: Path) -> None:
-    """Both deaths are said at once, the second with the command that uploads what there is; training ends as ever."""
+def test_a_service_that_dies_again_is_disabled(images: Path, tmp_path: Path) -> None:
+    """Both deaths are reported at once, the second with the upload command; training completes as usual."""
     run_dir = tmp_path / "run"
     with training(images, run_dir) as program:
         for deaths in range(2):
@@ -120,16 +121,16 @@ def test_a_service_that_dies_again_is_off(images: Path, tmp_path: Path) -> None:
             os.kill(service, signal.SIGKILL)
         warnings = finish(program, run_dir)
     first, second = [line for line in warnings if line.startswith("warning: ")]
-    assert "its service, wandb-core, died (signal 9); starting it again" in first
+    assert "its service, wandb-core, died (signal 9); restarting it" in first
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     assert second.endswith(
-        f"died (signal 9); off from here, training goes on; `wandb sync {folder}` uploads what it has; "
+        f"died (signal 9); disabled from now on; training continues; `wandb sync {folder}` uploads what it has; "
         "the run folder has all rows"
     )
 
 
 def test_a_service_that_does_not_answer_is_given_up(images: Path, tmp_path: Path) -> None:
-    """SIGSTOP to wandb-core: the end says what it waits for and, after the bound, how to upload; nothing is left."""
+    """With SIGSTOP to wandb-core, closing reports what it waits for, then how to upload, and leaves no process."""
     run_dir = tmp_path / "run"
     with training(images, run_dir, "tracking.close_seconds=4") as program:
         wait_for(lambda: records_rows(program, run_dir))
@@ -145,64 +146,66 @@ def test_a_service_that_does_not_answer_is_given_up(images: Path, tmp_path: Path
 
 
 def test_online_every_row_is_sent(images: Path, tmp_path: Path) -> None:
-    """A run at a server that answers: all rows, in order, and nothing is said."""
+    """With a working server, all rows arrive in order, without a warning."""
     run_dir = tmp_path / "run"
     with serve_wandb() as server, training(images, run_dir, server=server) as program:
-        said = finish(program, run_dir)
-    assert [line for line in said if line.startswith("warning: ")] == []
+        lines = finish(program, run_dir)
+    assert [line for line in lines if line.startswith("warning: ")] == []
     assert_history_is_that_of_the_file(WandbLog(history=server.history), run_dir, last_step=STEPS)
     assert server.exit_code == 0
 
 
 def test_online_a_killed_service_sends_each_row_once(images: Path, tmp_path: Path) -> None:
-    """SIGKILL to wandb-core when the server has some rows: the next start sends exactly those that it does not have."""
+    """After SIGKILL to wandb-core, the next start sends exactly the rows that the server does not have."""
     run_dir = tmp_path / "run"
     with serve_wandb() as server, training(images, run_dir, server=server) as program:
         wait_for(lambda: len(server.history) > 20)
         (service,) = services(program)
         os.kill(service, signal.SIGKILL)
         assert len(server.history) < STEPS
-        first, *more = finish(program, run_dir)
-    assert "its service, wandb-core, died (signal 9); starting it again" in first
-    assert [line for line in more if line.startswith("warning: ")] == []
+        first, *other_lines = finish(program, run_dir)
+    assert "its service, wandb-core, died (signal 9); restarting it" in first
+    assert [line for line in other_lines if line.startswith("warning: ")] == []
     assert_history_is_that_of_the_file(WandbLog(history=server.history), run_dir, last_step=STEPS)
     assert server.exit_code == 0
 
 
 def test_online_a_server_that_falls_silent_is_given_up(images: Path, tmp_path: Path) -> None:
-    """Requests that are never answered are no progress: the end comes after the bound, with the command to upload."""
+    """Unanswered requests are no progress: closing ends after its limit and gives the upload command."""
     run_dir = tmp_path / "run"
     with serve_wandb() as server, training(images, run_dir, "tracking.close_seconds=4", server=server) as program:
         wait_for(lambda: len(server.history) > 20)
         server.silent.set()
         assert server.exit_code is None
-        said = finish(program, run_dir)
-    assert len(said) == 2, said
-    waiting, warning = said
+        lines = finish(program, run_dir)
+    assert len(lines) == 2, lines
+    waiting, warning = lines
     assert waiting.startswith("waiting      wandb: ")
     (folder,) = (run_dir / "wandb").glob("run-*")
     assert warning.startswith("warning: wandb: no progress in 4 s; still missing: the end of its upload; ")
     assert f"`wandb sync {folder}` uploads what it has" in warning
     logged = [row["step"] for row in read_wandb_log(folder).history if "train/loss" in row]
     assert len(logged) > 20
-    assert logged == [row["step"] for row in rows(run_dir)][: len(logged)]  # wandb-core keeps the last ones in memory
+    assert (
+        logged == [row["step"] for row in rows(run_dir)][: len(logged)]
+    )  # the last rows are still in wandb-core's memory
 
 
 def test_a_server_that_does_not_open_the_run(images: Path, tmp_path: Path) -> None:
-    """A server that takes requests and never answers: the run is offline, which is said, with every row."""
+    """If the server never answers, the run continues offline with every row, and one line reports it."""
     run_dir = tmp_path / "run"
     with serve_wandb() as server:
         server.silent.set()
         with training(images, run_dir, server=server) as program:
-            said = finish(program, run_dir)
-    (warning,) = [line for line in said if line.startswith("warning: ")]
+            lines = finish(program, run_dir)
+    (warning,) = [line for line in lines if line.startswith("warning: ")]
     assert warning.startswith("warning: wandb: cannot go online, the run is offline (")
     (log,) = wandb_logs(run_dir)
     assert_history_is_that_of_the_file(log, run_dir, last_step=STEPS)
 
 
 def test_a_killed_training_leaves_no_process(images: Path, tmp_path: Path) -> None:
-    """SIGKILL to training: wandb's processes end by themselves, and what was logged is on disk."""
+    """After SIGKILL to training, wandb's processes end by themselves."""
     run_dir = tmp_path / "run"
     with training(images, run_dir) as program:
         wait_for(lambda: records_rows(program, run_dir))
@@ -218,7 +221,7 @@ def test_a_killed_training_leaves_no_process(images: Path, tmp_path: Path) -> No
 
 
 def test_twenty_starts_in_a_row_on_a_busy_machine(tmp_path: Path) -> None:
-    """Each opens wandb in a process of its own, logs, and closes, beside two busy processes: every row, no warning."""
+    """Twenty processes in turn log to wandb beside two busy processes: every row is recorded, without a warning."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         for number in range(20):

@@ -1,4 +1,4 @@
-"""What an offline run's log file holds, read with wandb's own record format."""
+"""A reader for the log file of an offline wandb run."""
 
 import json
 import struct
@@ -11,18 +11,18 @@ from typing import Any
 from wandb.proto.wandb_internal_pb2 import Record
 
 MAGIC, BLOCK, HEADER = b":W&B\xe1\xbe\x00", 32768, 7
-FULL, FIRST, LAST = 1, 2, 4  # kinds of a chunk of a record; 3 is a middle one
+FULL, FIRST, LAST = 1, 2, 4  # types of a record's chunk; 3 is a middle chunk
 
 
 @dataclass
 class WandbLog:
-    """One offline run."""
+    """The content of an offline run's log."""
 
     run_id: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)  # as set by hand
-    maxima: set[str] = field(default_factory=set)  # metrics of which the summary keeps the maximum
+    summary: dict[str, Any] = field(default_factory=dict)  # only explicitly set values
+    maxima: set[str] = field(default_factory=set)  # metrics whose maximum is in the summary
     artifacts: list[tuple[str, list[str]]] = field(default_factory=list)  # type and aliases
     exit_code: int | None = None
 
@@ -50,7 +50,7 @@ def read_wandb_log(folder: Path) -> WandbLog:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log: blocks of chunks, each with checksum, length and kind."""
+    """Yield the records of a LevelDB log: blocks of chunks, each with checksum, length and type."""
     assert data[: len(MAGIC)] == MAGIC
     position, record = len(MAGIC), b""
     while position + HEADER <= len(data):
@@ -61,7 +61,7 @@ def _records(data: bytes) -> Iterator[bytes]:
         checksum, size, kind = struct.unpack_from("<IHB", data, position)
         chunk = data[position + HEADER : position + HEADER + size]
         if zlib.crc32(data[position + HEADER - 1 : position + HEADER + size]) != checksum:
-            return  # it is still being written
+            return  # the chunk is still being written
         position += HEADER + size
         record = chunk if kind in (FULL, FIRST) else record + chunk
         if kind in (FULL, LAST):

@@ -1,4 +1,4 @@
-"""As much of wandb's server as a run needs, on this machine: it keeps the history and answers where a run resumes."""
+"""A local substitute for wandb's server that stores the history of one run and answers resume requests."""
 
 import json
 import re
@@ -10,10 +10,12 @@ from typing import Any
 
 
 class WandbServer:
-    """One run: its history as it was sent, and what was asked.
+    """A server for one run.
 
     Attributes:
-        silent: while set, requests are taken and not answered.
+        history: The rows that were sent.
+        exit_code: The exit code that was sent, or None.
+        silent: While set, requests are accepted but not answered.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,7 @@ class WandbServer:
         self._run_known = False
 
     def answer(self, path: str, request: Any) -> dict[str, Any]:
-        """The answer to a POST."""
+        """Return the answer to a POST request."""
         if path == "/graphql":
             found = re.search(r"(?:query|mutation) (\w+)", request["query"])
             return {"data": self._graphql(found[1] if found else "", request["variables"])}
@@ -69,7 +71,7 @@ class WandbServer:
 
 @contextmanager
 def serve_wandb() -> Iterator[WandbServer]:
-    """A server at a free port, in a thread, until the end."""
+    """Run a server on a free port in a thread, inside the block."""
     server = WandbServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -94,7 +96,7 @@ def serve_wandb() -> Iterator[WandbServer]:
 
     class Http(ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:
-            pass  # clients are killed here
+            pass  # tests kill clients
 
     http = Http(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{http.server_port}"

@@ -1,1 +1,1 @@
-"""Where metrics, messages, pictures and checkpoints of a run go."""
+"""Recording of a run: metrics, messages, images and checkpoints, and the files of its run folder."""

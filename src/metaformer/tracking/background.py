@@ -1,4 +1,4 @@
-"""A tracker that may be slow, stuck or broken, in a process of its own, kept out of training's way."""
+"""A tracker in a separate process, so that it never blocks training when it is slow, stuck or broken."""
 
 import os
 import pickle
@@ -18,207 +18,216 @@ from typing import Any, NamedTuple
 from metaformer.interfaces import Row
 from metaformer.tracking.service import Delivered, Failed, Opened, Report, child_processes
 
-# When training was interrupted or failed: less than the other ranks wait for rank 0 to say why.
-CLOSE_SECONDS_OF_FAILED = 4.0
-SILENT_SECONDS = 1.5  # of the final wait, before a line says what it waits for
+# Limit for closing after a failure or an interruption: less than the other ranks wait for rank 0 to report the reason.
+FAILED_CLOSE_SECONDS = 4.0
+SILENT_SECONDS = 1.5  # time that `close` waits before it prints what it is waiting for
 
 
 class _Call(NamedTuple):
-    """One call, kept until the end for a second start: a row takes 300 bytes."""
+    """A call to the tracker, kept until the end for a possible restart; a row takes 300 bytes."""
 
-    kind: str  # "row", "file", or "" where it is not worth counting
+    kind: str  # "row", "file", or "" for calls that are not counted
     pickled: bytes
 
 
 class BackgroundTracker:
-    """Hands every call to a process that opens the tracker and passes it the calls in order; never blocks the caller.
+    """A tracker that forwards all calls, in order, to a separate process, and never blocks the caller.
 
-    A process that ends before it is told to is started once more and gets all calls again.
+    If the process ends early, it is restarted once and receives all calls again.
 
     Args:
-        name: for messages.
-        command: starts the process; the number of a file descriptor is added to it.
-        opening: what the process needs to open the tracker (see `Server`).
-        open_seconds: after which opening counts as late, which is said, and not waited for at the end.
-        close_seconds: without progress, after which what is not delivered when training has ended is given up.
+        name: Name of the tracker in messages.
+        command: Command that starts the process; the number of a file descriptor is appended.
+        open_arguments: Arguments for `ServedTracker.open`.
+        open_seconds: Time after which a tracker that is not open is reported, and is not waited for when training ends.
+        close_seconds: Time without progress after which undelivered calls are given up when training ends.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], opening: tuple[Any, ...], open_seconds: float, close_seconds: float
+        self,
+        name: str,
+        command: Sequence[str],
+        open_arguments: tuple[Any, ...],
+        open_seconds: float,
+        close_seconds: float,
     ) -> None:
-        self._name, self._command, self._opening = name, command, opening
+        self._name, self._command, self._open_arguments = name, command, open_arguments
         self._open_seconds, self._close_seconds = open_seconds, close_seconds
         self._calls: list[_Call] = []
-        self._news = os.eventfd(0, os.EFD_CLOEXEC)  # counts calls that the thread has not seen
-        self._changed = threading.Condition()  # guards all below
+        self._new_calls = os.eventfd(0, os.EFD_CLOEXEC)  # wakes the thread
+        self._changed = threading.Condition()  # protects all fields below
         self._delivered = 0
         self._opened = self._closing = self._given_up = self._ended = False
-        self._first: Opened | None = None
-        self._latest: Opened | None = None
-        self._began = self._progressed = 0.0
+        self._first_opened: Opened | None = None
+        self._last_opened: Opened | None = None
+        self._started_at = self._progress_at = 0.0
         try:
-            self._start()  # here, where no other thread of training starts processes
+            self._start()  # here, while no other thread starts processes
         except OSError as error:
             self._ended = True
-            self._warn(f"cannot be started ({error.strerror or error}); training goes on without")
+            self._warn(f"cannot be started ({error.strerror or error}); training continues without it")
             return
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def metrics(self, row: Row) -> None:
-        self._hand_over("row", methodcaller("metrics", row))
+        self._enqueue("row", methodcaller("metrics", row))
 
     def message(self, text: str) -> None:
-        self._hand_over("", methodcaller("message", text))
+        self._enqueue("", methodcaller("message", text))
 
     def picture(self, name: str, file: Path) -> None:
-        self._hand_over("file", methodcaller("picture", name, file))
+        self._enqueue("file", methodcaller("picture", name, file))
 
     def checkpoint(self, folder: Path, aliases: list[str]) -> None:
-        self._hand_over("file", methodcaller("checkpoint", folder, aliases))
+        self._enqueue("file", methodcaller("checkpoint", folder, aliases))
 
     def close(self, failed: bool) -> None:
-        """Wait until all is delivered, as long as there is progress; not for long where training failed."""
-        began, said = time.monotonic(), failed
+        """Wait until all calls are delivered or progress stops; after a failure, wait only briefly."""
+        began, announced = time.monotonic(), failed
         with self._changed:
-            self._hand_over("", methodcaller("close", failed))
-            self._closing, self._progressed = True, began
-            while not self._ended and (now := time.monotonic()) < (end := self._end_of_patience(began, failed)):
-                if not said and now >= began + SILENT_SECONDS:
-                    self._say(f"waiting      {self._name}: {self._awaited()}, up to {end - now:.0f} s")
-                    said = True
-                self._changed.wait((end if said else min(end, began + SILENT_SECONDS)) - now)
+            self._enqueue("", methodcaller("close", failed))
+            self._closing, self._progress_at = True, began
+            while not self._ended and (now := time.monotonic()) < (end := self._close_deadline(began, failed)):
+                if not announced and now >= began + SILENT_SECONDS:
+                    self._print(f"waiting      {self._name}: {self._undelivered()}, up to {end - now:.0f} s")
+                    announced = True
+                self._changed.wait((end if announced else min(end, began + SILENT_SECONDS)) - now)
             if not self._ended:
                 self._given_up = True
-                self._warn(f"{self._why_given_up(failed)}; still missing: {self._awaited()}; {self._advice()}")
+                self._warn(f"{self._close_failure(failed)}; still missing: {self._undelivered()}; {self._advice()}")
                 self._kill()
 
-    def _end_of_patience(self, began: float, failed: bool) -> float:
+    def _close_deadline(self, began: float, failed: bool) -> float:
         if failed:
-            return began + min(CLOSE_SECONDS_OF_FAILED, self._close_seconds)
-        patience = self._progressed + self._close_seconds
-        return patience if self._opened else min(patience, self._began + self._open_seconds)
+            return began + min(FAILED_CLOSE_SECONDS, self._close_seconds)
+        deadline = self._progress_at + self._close_seconds
+        return deadline if self._opened else min(deadline, self._started_at + self._open_seconds)
 
-    def _why_given_up(self, failed: bool) -> str:
+    def _close_failure(self, failed: bool) -> str:
         if not self._opened:
             return "has not opened"
         return "had no time to finish" if failed else f"no progress in {self._close_seconds:g} s"
 
-    def _awaited(self) -> str:
+    def _undelivered(self) -> str:
         kinds = Counter(call.kind for call in self._calls[self._delivered :])
         if not kinds["row"] + kinds["file"]:
             return "the end of its upload"
         return f"{_count(kinds['row'], 'row')} and {_count(kinds['file'], 'file')} to deliver"
 
     def _advice(self) -> str:
-        upload = f"`{self._latest.upload}` uploads what it has; " if self._latest else ""
+        upload = f"`{self._last_opened.upload_command}` uploads what it has; " if self._last_opened else ""
         return f"{upload}the run folder has all rows"
 
-    def _hand_over(self, kind: str, call: Any) -> None:
+    def _enqueue(self, kind: str, call: Any) -> None:
         with self._changed:
             if not self._ended:
                 self._calls.append(_Call(kind, pickle.dumps(call)))
-                os.eventfd_write(self._news, 1)
+                os.eventfd_write(self._new_calls, 1)
 
     def _start(self) -> None:
-        ours, theirs = Pipe()
-        with theirs:
+        own_end, child_end = Pipe()
+        with child_end:
             process = subprocess.Popen(
-                [*self._command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [*self._command, str(child_end.fileno())],
+                pass_fds=[child_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # stdout is for results
-                start_new_session=True,  # a Ctrl-C is for training
+                stdout=2,  # stderr: stdout is for results
+                start_new_session=True,  # so that Ctrl-C reaches only training
             )
         with self._changed:
-            self._process, self._connection = process, ours
-            self._began = self._progressed = time.monotonic()
+            self._process, self._connection = process, own_end
+            self._started_at = self._progress_at = time.monotonic()
             self._opened, self._delivered = False, 0
             if self._given_up:
                 self._kill()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            self._serve_twice_at_most()
+            self._serve_with_one_restart()
         finally:
             with self._changed:
                 self._ended = True
                 self._calls.clear()
-                os.close(self._news)
+                os.close(self._new_calls)
                 self._changed.notify_all()
 
-    def _serve_twice_at_most(self) -> None:
+    def _serve_with_one_restart(self) -> None:
         reason = self._serve()
         if reason and not self._given_up:
-            self._warn(f"{reason}; starting it again with all rows, training goes on")
+            self._warn(f"{reason}; restarting it with all rows; training continues")
             try:
                 self._start()
                 reason = self._serve()
             except OSError as error:
                 reason = f"cannot be started ({error.strerror or error})"
             if reason and not self._given_up:
-                self._warn(f"{reason}; off from here, training goes on; {self._advice()}")
+                self._warn(f"{reason}; disabled from now on; training continues; {self._advice()}")
 
     def _serve(self) -> str:
-        """Pass all calls to the process, until `close` is delivered; return why it ended before that, or nothing."""
+        """Forward calls to the process until `close` is delivered. Return why it ended early, or an empty string."""
         with self._connection as connection:
             try:
-                connection.send((*self._opening, self._first and self._first.position))
-                reason = self._converse(connection)
+                connection.send((*self._open_arguments, self._first_opened and self._first_opened.position))
+                reason = self._forward_calls(connection)
             except (EOFError, OSError):
-                reason = f"its process ended ({_ending(self._process.wait())})"
+                reason = f"its process ended ({_describe_exit(self._process.wait())})"
         self._process.wait()
         return reason
 
-    def _converse(self, connection: Connection) -> str:
+    def _forward_calls(self, connection: Connection) -> str:
         sent, idle, late = 0, False, False
         while True:
             if idle and sent < len(self._calls):
                 connection.send_bytes(self._calls[sent].pickled)
                 sent, idle = sent + 1, False
-            patience = None if late or self._opened else max(0.0, self._began + self._open_seconds - time.monotonic())
-            ready = wait([connection, self._news], patience)
-            if self._news in ready:
-                os.eventfd_read(self._news)
+            remaining = self._started_at + self._open_seconds - time.monotonic()
+            timeout = None if late or self._opened else max(0.0, remaining)
+            ready = wait([connection, self._new_calls], timeout)
+            if self._new_calls in ready:
+                os.eventfd_read(self._new_calls)
             if connection in ready:
                 report: Report = connection.recv()
                 if isinstance(report, Failed):
                     return report.reason
                 idle |= isinstance(report, Opened | Delivered)
-                if self._note(report, late):
+                if self._handle_report(report, late):
                     return ""
             elif not ready:
                 late = True
-                self._warn(f"not open after {self._open_seconds:g} s; training goes on, rows wait for it")
+                self._warn(f"not open after {self._open_seconds:g} s; training continues, and rows are queued")
 
-    def _note(self, report: Report, late: bool) -> bool:
-        """Note what the process reports; return whether all is done."""
+    def _handle_report(self, report: Report, late: bool) -> bool:
+        """Record a report of the process; return whether all calls are delivered and the tracker is closed."""
         with self._changed:
-            self._progressed = time.monotonic()
+            self._progress_at = time.monotonic()
             if isinstance(report, Opened):
-                self._opened, self._first, self._latest = True, self._first or report, report
+                self._opened = True
+                self._first_opened, self._last_opened = self._first_opened or report, report
                 if late:
-                    self._say(f"{self._name}: open after {self._progressed - self._began:.0f} s; it gets all rows")
+                    self._print(
+                        f"{self._name}: open after {self._progress_at - self._started_at:.0f} s; it gets all rows"
+                    )
             elif isinstance(report, Delivered):
                 self._delivered += 1
             self._changed.notify_all()
             return self._closing and self._delivered == len(self._calls)
 
     def _kill(self) -> None:
-        """End the process and what it has started."""
+        """Kill the process and its child processes."""
         if self._process.poll() is None:
             for process in (*child_processes(self._process.pid), self._process.pid):
-                with suppress(ProcessLookupError):  # it has ended
+                with suppress(ProcessLookupError):  # it has already ended
                     os.kill(process, signal.SIGKILL)
 
     def _warn(self, text: str) -> None:
-        self._say(f"warning: {self._name}: {text}")
+        self._print(f"warning: {self._name}: {text}")
 
-    def _say(self, text: str) -> None:
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece
+    def _print(self, text: str) -> None:
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write, so that lines of threads do not mix
 
 
-def _ending(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 

@@ -8,9 +8,9 @@ from metaformer.errors import UserError
 
 
 class WandbMode(Enum):
-    """Whether a run goes to Weights & Biases."""
+    """How a run is recorded in Weights & Biases."""
 
-    auto = "auto"  # online where there are a key and a server, else offline
+    auto = "auto"  # online if there is a key and the server is reachable, else offline
     online = "online"
     offline = "offline"
     off = "off"
@@ -18,16 +18,16 @@ class WandbMode(Enum):
 
 @dataclass
 class TrackingConfig:
-    """Console, log.txt and metrics.jsonl are always on; this is wandb."""
+    """Configuration of wandb; console, log.txt and metrics.jsonl are always on."""
 
     wandb: WandbMode = WandbMode.auto
     project: str = "metaformer"
     entity: str | None = None
     name: str | None = None  # None: the run folder's name
     tags: list[str] = field(default_factory=list)
-    artifacts: bool = True  # keep the best and the last checkpoint in wandb
-    open_seconds: float = 60.0  # after which wandb that has not opened is reported, and not waited for at the end
-    close_seconds: float = 300.0  # without progress, to finish uploads when training has ended
+    artifacts: bool = True  # upload the best and the last checkpoint
+    open_seconds: float = 60.0  # until wandb that has not opened is reported, and not waited for when training ends
+    close_seconds: float = 300.0  # without progress, until uploads are given up when training has ended
 
     def __post_init__(self) -> None:
         for name in ("open_seconds", "close_seconds"):

@@ -1,4 +1,4 @@
-"""Progress for people: a bar where stdout is a terminal, else a plain line at each log row; both also in log.txt."""
+"""Progress on stdout, as a bar in a terminal and as plain lines elsewhere, and in log.txt."""
 
 import time
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from metaformer.tracking.tracker import NullTracker
 
 
 class ConsoleTracker(NullTracker):
-    """Prints to stdout and appends to a log file.
+    """A tracker that prints to stdout and appends to a log file.
 
     Args:
-        epochs, steps: of the whole run, for the progress and the time left.
-        log_file: gets every line with its time.
-        alarm: gets a line when stdout or stderr cannot be written any more; so does the log file.
+        epochs, steps: Totals of the run, for the progress and the time left.
+        log_file: File to which every line is appended, with its time.
+        alarm: Called with a message when stdout or stderr can no longer be written; the log file gets it too.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class ConsoleTracker(NullTracker):
         )
 
     def _note_failures(self) -> None:
-        """Say once of stdout and of stderr that it cannot be written any more."""
+        """Report, once for each, that stdout or stderr can no longer be written."""
         failures = streams.failures()
         if failures != self._failures:
-            said = "; ".join(f"{name} cannot be written ({reason})" for name, reason in failures.items())
-            self._write(f"ALARM        {said}; training continues, this file has all lines of the run")
-            self._alarm(said)
+            problem = "; ".join(f"{name} cannot be written ({reason})" for name, reason in failures.items())
+            self._write(f"ALARM        {problem}; training continues, this file has all lines of the run")
+            self._alarm(problem)
             self._failures = failures
 
     def _write(self, line: str) -> None:

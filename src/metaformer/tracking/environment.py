@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, code. Written once into the run folder."""
+"""A description of the software, devices and code of a run."""
 
 import hashlib
 import importlib.metadata
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "wandb", "nvidia-dali-
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions of Python and packages, devices, the command, and the state of the code's git repository."""
+    """Return the versions of Python and packages, the devices, the command and the state of the git repository."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def code_fingerprint() -> str:
-    """Equal where the package's files and the version of torch are equal."""
+    """Return a hash of the package's source files and the version of torch."""
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
@@ -42,10 +42,10 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """Output of git in the code's folder; empty where the code is not in a repository or git is missing."""
+    """Return the output of git in the code's folder; it is empty without a repository or without git."""
     folder = Path(__file__).parent
     try:
         output = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return output.decode(errors="replace")  # a diff holds files in any encoding
+    return output.decode(errors="replace")  # a diff can contain files in any encoding

@@ -1,6 +1,7 @@
-"""Metrics as files in the run folder: metrics.jsonl, a row a line, and summary.csv, a line an epoch.
+"""Metrics files in the run folder: metrics.jsonl with one row per line, and summary.csv with one line per epoch.
 
-A full disk does not stop training: rows wait until they can be written (`LineFile`), the summary until the next epoch.
+A full disk does not stop training: rows are kept until they can be written (`LineFile`), and the summary is written
+again after the next epoch.
 """
 
 import csv
@@ -15,27 +16,27 @@ from metaformer.tracking.tracker import NullTracker
 
 
 class JsonlTracker(NullTracker):
-    """Appends to RUN/metrics.jsonl and rewrites RUN/summary.csv after each validation.
+    """A tracker that appends to RUN/metrics.jsonl and rewrites RUN/summary.csv after each validation.
 
-    Rows that training writes again, left by a run that died after its last checkpoint, go to metrics.superseded.jsonl:
-    those after step `resumed_at`, and the validation and final rows of that step unless the checkpoint is `validated`.
+    At a resume, rows that training will write again are moved to metrics.superseded.jsonl: rows after step
+    `resumed_at`, and the validation and final rows of that step unless `validated`.
 
     Args:
-        resumed_at: the checkpoint's step; 0 at the beginning.
-        validated: the checkpoint was saved after the validation of its step.
+        resumed_at: Step of the checkpoint from which training resumes; 0 for a new run.
+        validated: Whether the checkpoint was saved after the validation of its step.
     """
 
     def __init__(self, run_dir: Path, resumed_at: int, validated: bool = False) -> None:
         self._path, self._summary = run_dir / "metrics.jsonl", run_dir / "summary.csv"
         rows = _read(self._path)
         kept: list[Row] = []
-        again: list[Row] = []
+        superseded: list[Row] = []
         for row in rows:
             done = row["step"] < resumed_at or (row["step"] == resumed_at and (validated or row["kind"] == "train"))
-            (kept if done else again).append(row)
-        if again:
-            _write(run_dir / "metrics.superseded.jsonl", _read(run_dir / "metrics.superseded.jsonl") + again)
-        if self._path.exists():  # also without a last line that was half written
+            (kept if done else superseded).append(row)
+        if superseded:
+            _write(run_dir / "metrics.superseded.jsonl", _read(run_dir / "metrics.superseded.jsonl") + superseded)
+        if self._path.exists():  # also drops a partial last line
             _write(self._path, kept)
         self._validations = [row for row in kept if row["kind"] == "validation"]
         if self._summary.exists():
@@ -56,13 +57,13 @@ class JsonlTracker(NullTracker):
 
 
 def ends_with_final(run_dir: Path, step: int) -> bool:
-    """Whether the last row of RUN/metrics.jsonl is the final one of a run that ended at this step."""
+    """Return whether RUN/metrics.jsonl ends with the final row of a run that ended at this step."""
     rows = _read(run_dir / "metrics.jsonl")
     return bool(rows) and (rows[-1]["kind"], rows[-1]["step"]) == ("final", step)
 
 
 def _read(path: Path) -> list[Row]:
-    return read_objects(path, {"kind": str, "epoch": int, "step": int, "samples": int}, may_end_within=True)
+    return read_objects(path, {"kind": str, "epoch": int, "step": int, "samples": int}, allow_partial_last_line=True)
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -1,4 +1,4 @@
-"""A text file that grows by whole lines, and that a full disk does not stop; and reading such files of JSON."""
+"""Appending whole lines to a text file, even across a full disk, and reading files of JSON lines."""
 
 import json
 import os
@@ -9,20 +9,22 @@ from metaformer.errors import UserError, warn
 
 
 class LineFile:
-    """Appends lines; those that the disk refuses are kept, and written before the next ones. Nothing is raised.
+    """A file to which lines are appended.
+
+    Lines that cannot be written are kept and written before the next ones. `write` and `close` raise no errors.
 
     Raises:
-        OSError: at the beginning, if the file cannot be opened.
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-        self._end = os.lseek(self._descriptor, 0, os.SEEK_END)  # of the last whole line
+        self._end = os.lseek(self._descriptor, 0, os.SEEK_END)  # end of the last whole line
         self._pending: list[str] = []
 
     def write(self, line: str) -> None:
-        """Add a line, without its end."""
+        """Append a line, given without a line break."""
         self._pending.append(line + "\n")
         content = "".join(self._pending).encode(errors="surrogateescape")
         try:
@@ -36,26 +38,26 @@ class LineFile:
         self._pending = []
 
     def close(self) -> None:
-        """Say what is lost, if something is."""
+        """Close the file, and warn about lines that could not be written."""
         os.close(self._descriptor)
         if self._pending:
-            _print(f"{self._path}: {len(self._pending)} lines could not be written")
+            warn(f"{self._path}: {len(self._pending)} lines could not be written")
 
     def _warn(self, reason: str) -> None:
         if len(self._pending) == 1:
-            _print(f"{self._path}: cannot be written ({reason}); training goes on, lines are kept until it can")
+            warn(f"{self._path}: cannot be written ({reason}); training continues, and lines are kept until it can")
 
 
-def read_objects(path: Path, types: dict[str, type], may_end_within: bool = False) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, one a line; none if there is no file.
+def read_objects(path: Path, types: dict[str, type], allow_partial_last_line: bool = False) -> list[dict[str, Any]]:
+    """Return the JSON objects in a file with one object per line, or an empty list if there is no file.
 
     Args:
-        types: what each object must have.
-        may_end_within: leave out a last line that is no JSON: a machine died while it was written.
+        types: Fields that each object must have, with their types.
+        allow_partial_last_line: Skip a last line that is not JSON, as a crash in the middle of a write leaves it.
 
     Raises:
-        UserError: a line is damaged.
-        OSError: the file cannot be read.
+        UserError: A line is damaged.
+        OSError: The file cannot be read.
     """
     if not path.exists():
         return []
@@ -65,7 +67,7 @@ def read_objects(path: Path, types: dict[str, type], may_end_within: bool = Fals
         try:
             found = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
-            if may_end_within and number == len(lines):
+            if allow_partial_last_line and number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not JSON; move the file away") from error
         if not isinstance(found, dict) or not all(type(found.get(name)) is kind for name, kind in types.items()):
@@ -73,7 +75,3 @@ def read_objects(path: Path, types: dict[str, type], may_end_within: bool = Fals
             raise UserError(f"{path}: line {number} is damaged: not an object with {expected}; move the file away")
         objects.append(found)
     return objects
-
-
-def _print(warning: str) -> None:
-    warn(warning)

@@ -1,4 +1,4 @@
-"""One run in a run folder at a time."""
+"""The lock that keeps two runs out of one run folder."""
 
 import fcntl
 import json
@@ -16,35 +16,36 @@ LOCK_FILE = "lock"
 
 @contextmanager
 def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
-    """The run folder, made if need be, for this process alone; removed again if nothing comes into it.
+    """Create the run folder if needed and lock it for this process. At the end, a created folder is removed if empty.
 
     Raises:
-        UserError: another run holds it, or it cannot be made or written.
+        UserError: Another run holds the lock, or the folder cannot be created or written.
     """
     try:
-        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+        created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir={run_dir}: cannot be made ({error.strerror or error})") from error
+        raise UserError(f"run_dir={run_dir}: cannot be created ({error.strerror or error})") from error
     lock = RunLock(run_dir)
     try:
         yield lock
     finally:
-        with suppress(OSError):  # the folder is gone, or another run has begun beside this one
-            if run_dir in made and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
+        with suppress(OSError):  # the folder is gone, or another run has started in it
+            if run_dir in created and [entry.name for entry in run_dir.iterdir()] == [LOCK_FILE]:
                 (run_dir / LOCK_FILE).unlink()
-                for folder in made:
+                for folder in created:
                     folder.rmdir()
         lock.release()
 
 
 class RunLock:
-    """A POSIX record lock on RUN/lock: it ends with the process that holds it, however that ends.
+    """A POSIX record lock on RUN/lock, which is released when its process ends for any reason.
 
-    Not flock(2): a child that is forked would hold that too. The file says who holds it; it stays behind, unlocked.
+    It is not a flock(2) lock, which forked children would hold too. The file names the process that holds the lock. It
+    is not deleted when the lock is released.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: Another process holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -63,13 +64,13 @@ class RunLock:
             holder = _read(file)
             os.close(descriptor)
             raise UserError(
-                f"run_dir={run_dir}: {holder} trains in it; wait for its end, or give another run_dir"
+                f"run_dir={run_dir}: in use by {holder}; wait until it ends, or give another run_dir"
             ) from error
         except OSError as error:
             os.close(descriptor)
             raise UserError(
-                f"run_dir={run_dir}: its file system has no locks ({error.strerror}), which keep two runs apart; "
-                "give a run_dir on another, or mount it with locks"
+                f"run_dir={run_dir}: its file system does not support locks ({error.strerror}), which keep two runs "
+                "apart; give a run_dir on another file system, or mount this one with locks"
             ) from error
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         try:
@@ -81,16 +82,16 @@ class RunLock:
             raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
         if not os.path.samestat(current, os.fstat(descriptor)):
             os.close(descriptor)
-            raise UserError(f"run_dir={run_dir}: another run has just left it, and removed its lock; start again")
+            raise UserError(f"run_dir={run_dir}: another run has just ended and removed its lock file; start again")
         self._descriptor = descriptor
 
     def check(self) -> str | None:
-        """Return None while the file is the one that is locked; take it again if it was removed, and say so.
+        """Check that the lock file is still the locked one. If it was removed, lock it again and return a warning.
 
-        A folder that is gone, or cannot be looked at, is left to whoever writes there.
+        A folder that is gone or unreadable is no error here, but is one for the next write to it.
 
         Raises:
-            UserError: another run has been in the folder since, or is.
+            UserError: Another run is in the folder, or was there meanwhile.
         """
         file = self._run_dir / LOCK_FILE
         try:
@@ -107,11 +108,11 @@ class RunLock:
             return None
         raise UserError(
             f"{file}: was replaced during the run: another run has started in this folder, and this one ends without "
-            f"saving (now there: {_read(file)}); keep one of the two, and do not remove the file"
+            f"saving (now locked by {_read(file)}); keep only one of the two, and do not remove the file"
         )
 
     def release(self) -> None:
-        """Let another run in."""
+        """Release the lock."""
         os.close(self._descriptor)
 
 
@@ -120,4 +121,4 @@ def _read(file: Path) -> str:
         holder: dict[str, Any] = json.loads(file.read_text())
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # it has only just taken the lock
+        return "another process"  # that has not written its name yet

@@ -1,4 +1,4 @@
-"""The trackers of a run, from its configuration."""
+"""Construction of a run's trackers from its configuration."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
 from metaformer.tracking.tracker import FanOut
-from metaformer.tracking.wandb import check_wandb, folders
+from metaformer.tracking.wandb import check_wandb, wandb_folders
 
 WANDB_PROCESS = (sys.executable, "-m", "metaformer.tracking.wandb_process")
 
@@ -23,16 +23,16 @@ def make_tracker(
     settings: dict[str, Any],
     validated: bool = False,
 ) -> Tracker:
-    """Console and files always, wandb where it is on.
+    """Return a tracker for console, files and, unless it is off, wandb.
 
     Args:
-        resumed_at: the step at which training goes on; 0 at its beginning.
-        settings: the run's whole configuration, for wandb.
-        validated: the checkpoint that it resumes from was saved after the validation of its step.
+        resumed_at: Step at which training resumes; 0 for a new run.
+        settings: The run's complete configuration, for wandb.
+        validated: Whether the checkpoint to resume from was saved after the validation of its step.
     """
     trackers: list[Tracker] = [console, JsonlTracker(run_dir, resumed_at, validated)]
     if config.wandb is not WandbMode.off:
         check_wandb()
-        opening = (sys.argv, config, run_dir, settings, folders(run_dir))
-        trackers.append(BackgroundTracker("wandb", WANDB_PROCESS, opening, config.open_seconds, config.close_seconds))
+        arguments = (sys.argv, config, run_dir, settings, wandb_folders(run_dir))
+        trackers.append(BackgroundTracker("wandb", WANDB_PROCESS, arguments, config.open_seconds, config.close_seconds))
     return FanOut(trackers)

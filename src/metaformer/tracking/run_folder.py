@@ -1,4 +1,4 @@
-"""The run folder: what was run, with which configuration, on what."""
+"""The run folder: records of a run's configuration, command and environment, and of their changes."""
 
 import itertools
 import json
@@ -22,36 +22,29 @@ from metaformer.tracking.line_file import read_objects
 from metaformer.tracking.lock import LOCK_FILE
 
 CHANGES_FILE = "changes.jsonl"
-# What OmegaConf raises on what is not YAML, not a configuration, or nested too deeply.
-_DAMAGE = (
+# Raised by OmegaConf for text that is not YAML, not a configuration, or nested too deeply.
+_PARSE_ERRORS = (
     YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, RecursionError
 )  # fmt: skip
 
 
 def check_empty(run_dir: Path) -> None:
-    """For a run that must not continue another.
-
-    Raises:
-        UserError: something is there.
-    """
+    """Raise an error if the run folder is not empty, for a run that must not resume another."""
     if any(entry.name != LOCK_FILE for entry in run_dir.iterdir()):
         raise UserError(f"run_dir={run_dir}: not empty, and resume=never; give another run_dir, or resume=auto")
 
 
-def check_shared(run_dir: Path, runtime: Runtime, patience: float = 5.0) -> None:
-    """All nodes must see what rank 0 writes: each rank reads the checkpoint that it resumes from.
+def check_shared(run_dir: Path, runtime: Runtime, timeout: float = 5.0) -> None:
+    """Raise an error unless all ranks see the files that rank 0 writes, such as the checkpoint to resume from.
 
     Args:
-        patience: seconds that a network file system may take to show a new file.
-
-    Raises:
-        UserError: a node does not see it.
+        timeout: Seconds that a network file system may take to show a new file.
     """
     if runtime.world_size == 1:
         return
     token = run_dir / f".shared-{runtime.from_main(lambda: uuid.uuid4().hex)}"
     runtime.main_only(lambda: _write(token), None)
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     while not (seen := token.exists()) and time.monotonic() < end:
         time.sleep(0.1)
     hosts = runtime.gather_objects((seen, socket.gethostname()))
@@ -59,8 +52,8 @@ def check_shared(run_dir: Path, runtime: Runtime, patience: float = 5.0) -> None
     for rank, (sees, host) in enumerate(hosts):
         if not sees:
             raise UserError(
-                f"run_dir={run_dir}: rank {rank} on {host} does not see what rank 0 writes there on {hosts[0][1]}; "
-                "give a folder that all nodes share"
+                f"run_dir={run_dir}: rank {rank} on {host} does not see files that rank 0 writes there on "
+                f"{hosts[0][1]}; give a folder that all nodes share"
             )
 
 
@@ -72,21 +65,21 @@ def _write(file: Path) -> None:
 
 
 def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, Any] | None = None) -> list[str]:
-    """Write config.yaml, overrides.yaml and environment.json into the folder; earlier ones are kept under a date.
+    """Write config.yaml, overrides.yaml and environment.json. Earlier versions that differ are renamed with a date.
 
-    Where the configuration, or what is derived, differs from the folder's earlier one, CHANGES_FILE gets a line: an
-    object with `step`, `time` and `changes`, an object of [before, now] by the fields' names.
+    If configuration or derived values differ from those in the folder, a line is appended to CHANGES_FILE: an object
+    with `step`, `time` and `changes`, which maps field names to [before, now].
 
     Args:
-        config: as YAML.
-        step: where training continues.
-        derived: what follows from the configuration and the number of ranks; environment.json keeps it.
+        config: The configuration as YAML.
+        step: Step at which training resumes.
+        derived: Values that follow from the configuration and the number of ranks; stored in environment.json.
 
     Returns:
-        A text for each field that differs: its name, before and now.
+        A line for each field that differs, with its name, its earlier and its new value.
 
     Raises:
-        UserError: the folder cannot be written, or its config.yaml, CHANGES_FILE or environment.json is damaged.
+        UserError: The folder cannot be written, or its config.yaml, CHANGES_FILE or environment.json is damaged.
     """
     environment = describe_environment() | {"derived": derived or {}}
     contents = {
@@ -102,7 +95,7 @@ def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, An
             path = run_dir / name
             earlier = path.read_bytes() if path.exists() else content.encode()
             if earlier != content.encode():
-                path.rename(_name_for_earlier(path))
+                path.rename(_backup_path(path))
             write_text_atomically(path, content)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})") from error
@@ -110,7 +103,7 @@ def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, An
 
 
 def _all_changes(run_dir: Path, contents: dict[str, str]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Fields of the configuration that differ, then what is derived, which folders of earlier versions do not have."""
+    """Yield changed fields of the configuration, then changed derived values, which older run folders do not have."""
     path = run_dir / "config.yaml"
     content = contents[path.name].encode()
     if path.exists() and path.read_bytes() != content:
@@ -126,18 +119,18 @@ def _all_changes(run_dir: Path, contents: dict[str, str]) -> Iterator[tuple[str,
 
 
 def parse_config(content: bytes) -> dict[str, Any]:
-    """Return a configuration that a run folder keeps, nested, interpolations as they are written.
+    """Parse the config.yaml of a run folder into nested dicts, without resolving interpolations.
 
     Raises:
-        ValueError: it is damaged; says how, in one line.
+        ValueError: The file is damaged; the message is one line.
     """
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.create(content.decode()))
         if not isinstance(parsed, dict) or not all(isinstance(name, str) for name in parsed):
-            raise ValueError("not fields by name")
+            raise ValueError("not a mapping of field names")
         return parsed
-    except _DAMAGE as error:
-        raise ValueError(one_line(error) or "not YAML that a run writes") from error
+    except _PARSE_ERRORS as error:
+        raise ValueError(one_line(error) or "not the YAML of a run") from error
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
@@ -148,7 +141,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], parent: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Dotted names of the fields that differ, each with both values; a field that is not there counts as null."""
+    """Yield the dotted name and both values of each field that differs; a missing field counts as null."""
     for name in before | now:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -164,12 +157,12 @@ def _record(path: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value as the command line has it."""
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _name_for_earlier(path: Path) -> Path:
-    """NAME.until-DATE.SUFFIX, with a number where two changes fall into one second."""
+def _backup_path(path: Path) -> Path:
+    """Return an unused path NAME.until-DATE.SUFFIX, with a number if two changes fall into the same second."""
     stem = f"{path.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return next(free for name in names if not (free := path.with_name(name + path.suffix)).exists())

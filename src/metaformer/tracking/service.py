@@ -1,4 +1,4 @@
-"""A tracker in a process of its own: what the two sides say to each other, and the tracker's side."""
+"""The process that serves a `BackgroundTracker`: its messages and its main loop."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from metaformer.interfaces import Tracker
 from metaformer.signals import STOP_SIGNALS
 
-WATCH_SECONDS = 0.25  # between two looks at the service
+WATCH_SECONDS = 0.25  # between two checks of the service
 
 Call = Callable[[Tracker], None]
 
@@ -22,24 +22,25 @@ class Opened(NamedTuple):
     """The tracker is ready.
 
     Attributes:
-        upload: the command that uploads later what the tracker has on disk.
-        position: rows that the service had already, where it counts them; the next start is told those of the first.
+        upload_command: Command that uploads later what the tracker has written to disk.
+        position: Number of rows that the service already had, or None if it does not count them. A restarted process
+            receives the position of the first start.
     """
 
-    upload: str
+    upload_command: str
     position: int | None
 
 
 class Delivered(NamedTuple):
-    """The tracker has done what the last call asked for."""
+    """The tracker has finished the last call."""
 
 
 class Progressed(NamedTuple):
-    """Bytes moved since the last report."""
+    """Bytes were moved since the last report."""
 
 
 class Failed(NamedTuple):
-    """The tracker's process ends."""
+    """The tracker has failed, and its process ends."""
 
     reason: str
 
@@ -50,22 +51,21 @@ Report = Opened | Delivered | Progressed | Failed
 class ServedTracker(Tracker, Protocol):
     """A tracker that can be watched from another thread."""
 
-    def open(self, *opening: Any) -> Opened:
-        """Make it ready, which may take long, and fail."""
+    def open(self, *arguments: Any) -> Opened:
+        """Open the tracker; this may take long, and may fail."""
 
     def check(self) -> None:
-        """Raise an error where the service that the tracker depends on has died, also while it opens."""
+        """Raise an error if the service that the tracker depends on has died; called during `open` too."""
 
     def bytes_moved(self) -> int:
-        """Return a number that grows as long as closing makes progress."""
+        """Return a number that grows while closing makes progress."""
 
 
 class Server:
-    """Opens a tracker and passes it every call that arrives, until the other side goes away.
+    """The main loop of a tracker's process, which opens the tracker and forwards calls to it.
 
-    Any failure is reported and ends the process: nothing of the tracker is left in an unknown state.
-
-    The first message holds what the tracker opens with, each other one a call.
+    The first message contains the arguments of `open`; each later message is a call. Any failure is reported and ends
+    the process, so that no tracker continues in an unknown state.
     """
 
     def __init__(self, connection: Connection, tracker: ServedTracker) -> None:
@@ -73,7 +73,7 @@ class Server:
         self._sending = threading.Lock()
 
     def run(self) -> None:
-        """Serve, and end the process."""
+        """Serve until the connection closes, then exit the process."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the training process decides when to stop
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
@@ -87,7 +87,7 @@ class Server:
             self._fail(error)
 
     def _cause(self) -> Exception | None:
-        """Return what `check` says of a dead service, which shows in other errors too: its connection is lost first."""
+        """Return the error of `check` if the service has died; its lost connection may raise another error first."""
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             try:
@@ -101,7 +101,7 @@ class Server:
         try:
             return self._connection.recv()
         except (EOFError, OSError):
-            os._exit(0)  # the training process has what it wanted, or is gone
+            os._exit(0)  # the training process has closed the connection, or has ended
 
     def _watch(self, parent: int) -> None:
         moved = 0
@@ -114,7 +114,7 @@ class Server:
                     self._report(Progressed())
             except Exception as error:
                 self._fail(error)
-        os._exit(1)  # training is gone
+        os._exit(1)  # the training process has ended
 
     def _report(self, report: Report) -> None:
         with self._sending:
@@ -129,7 +129,7 @@ class Server:
 
 
 def child_processes(process: int) -> list[int]:
-    """The processes that a process has started; none where it has ended."""
+    """Return the child processes of a process, or an empty list if it has ended."""
     children: list[int] = []
     try:
         for file in Path(f"/proc/{process}/task").glob("*/children"):

@@ -1,4 +1,4 @@
-"""RUN/status.json: how a run stands, for batch scripts, and how often it has begun in vain."""
+"""RUN/status.json: the state of a run, for batch scripts, and a count of failed starts."""
 
 import json
 import time
@@ -20,20 +20,21 @@ RUNNING, DONE, INTERRUPTED, FAILED = "running", "done", "interrupted", "failed"
 
 @dataclass
 class Status:
-    """What the file says. `running` under which no process lives means that one was killed.
+    """The content of the status file.
 
     Attributes:
-        state: running; done: all steps that were asked for; interrupted: asked to stop, and saved; failed.
-        step: optimizer steps when it was written.
-        reason: why it ended; empty where there is nothing to say.
-        starts_without_progress: starts in a row before this one that began at the same step and crashed.
-        started_at_step: the step that this start began at.
-        fused: which fused parts this start uses, or why it does not.
-        goodput: percent of the run's time, over all starts, that was training.
-        starts: of the run.
-        seconds: where its time went, over all starts.
-        unsaved: of these seconds, what no checkpoint holds.
-        console: which of stdout and stderr cannot be written any more, and why; empty where both can.
+        state: "running", "done" (all requested steps), "interrupted" (stopped on request and saved) or "failed".
+            "running" without a living process means that the process was killed.
+        step: Number of optimizer steps when the file was written.
+        reason: Why the run ended; may be empty.
+        starts_without_progress: Number of consecutive earlier starts that began at the same step and crashed.
+        started_at_step: Step at which this start began.
+        fused: Which fused parts this start uses, or why it uses none.
+        goodput: Percentage of the run's time, over all starts, spent in training.
+        starts: Number of starts of the run.
+        seconds: Seconds by phase, over all starts.
+        unsaved: The part of `seconds` that no checkpoint contains, by phase.
+        console: Which of stdout and stderr can no longer be written, and why; empty if both can.
     """
 
     state: str
@@ -50,11 +51,11 @@ class Status:
 
 
 class StatusFile(NullTracker):
-    """Writes the status of one run: at its start, at times while it runs, at its end.
+    """Writer of a run's status file at the start, periodically during the run, and at the end.
 
     Args:
-        goodput: of this process; the starts before it are added.
-        copy: a second file for the same, where a batch script wants to read it.
+        copy: A second file for the same content, where a batch script expects it.
+        goodput: Time counter of this process; the time of earlier starts is added to it.
     """
 
     def __init__(self, run_dir: Path, copy: Path | None, goodput: Goodput) -> None:
@@ -62,44 +63,43 @@ class StatusFile(NullTracker):
         self._updated = 0.0
         self._status = Status(RUNNING, 0, "", 0, 0)
 
-    def start(self, step: int, most_in_vain: int, fused: str = "") -> None:
-        """A process begins at a step.
+    def start(self, step: int, max_failed_starts: int, fused: str = "") -> None:
+        """Record that this process starts at a step.
 
         Raises:
-            UserError: so many before it have begun there, and crashed, that there is no sense in another; or the file
-                cannot be written.
+            UserError: `max_failed_starts` consecutive starts at this step have crashed, or the file cannot be written.
         """
         before = self._read()
-        in_vain = 0
+        failed_starts = 0
         if before is not None and before.state in (RUNNING, FAILED) and before.started_at_step == step:
-            in_vain = before.starts_without_progress + 1
-        if before is not None and in_vain >= most_in_vain:
+            failed_starts = before.starts_without_progress + 1
+        if before is not None and failed_starts >= max_failed_starts:
             reason = " ".join(before.reason.split()) or "killed"
             raise UserError(
-                f"{self._file}: {in_vain} starts in a row have ended without a checkpoint after step {step} (the last: "
-                f"{reason}); mend the cause, then remove this file to start again"
+                f"{self._file}: {failed_starts} starts in a row have ended without a checkpoint after step {step} (the "
+                f"last: {reason}); fix the cause, then remove this file to start again"
             )
         if before is not None:
             self._goodput.continue_from(TimeSpent(before.starts, before.seconds, before.unsaved))
-        self._status = Status(RUNNING, step, "", in_vain, step, fused)
+        self._status = Status(RUNNING, step, "", failed_starts, step, fused)
         failures = self._write()
         if failures:
             raise UserError(failures[0])
 
     def metrics(self, row: Row) -> None:
-        """Bring the file up to date, unless it was a moment ago; a disk that refuses it is no reason to stop."""
+        """Update the file, for train rows at most every ten seconds. Disk errors are ignored."""
         if row["kind"] != "train" or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._updated = time.monotonic()
             self._status.step = row["step"]
             self._write()
 
-    def console_failed(self, what: str) -> None:
-        """Training continues without stdout or stderr."""
-        self._status.console = what
+    def console_failed(self, problem: str) -> None:
+        """Record that stdout or stderr can no longer be written."""
+        self._status.console = problem
         self._write()
 
     def end(self, state: str, step: int, reason: str) -> None:
-        """The run ends; a disk that refuses the file is no reason to end otherwise."""
+        """Record the end of the run. A file that cannot be written is only a warning."""
         self._status.state, self._status.step, self._status.reason = state, step, reason
         for failure in self._write():
             warn(failure)
@@ -111,11 +111,11 @@ class StatusFile(NullTracker):
                 raise ValueError("not an object")
             content.pop("time")
             status = Status(**content)
-            for known in fields(status):
-                value, expected = getattr(status, known.name), get_origin(known.type) or known.type
+            for each in fields(status):
+                value, expected = getattr(status, each.name), get_origin(each.type) or each.type
                 items = value.values() if expected is dict and isinstance(value, dict) else ()
                 if type(value) is not expected or any(type(item) is not float for item in items):
-                    raise ValueError(f"{known.name} is of another type")
+                    raise ValueError(f"{each.name} has the wrong type")
             return status
         except FileNotFoundError:
             return None
@@ -124,7 +124,7 @@ class StatusFile(NullTracker):
             raise UserError(f"{self._file}: damaged ({reason}); remove it to start again") from error
 
     def _write(self) -> list[str]:
-        """Returns a line for each file that cannot be written; the other one is, nevertheless."""
+        """Write both files, and return a line for each that cannot be written."""
         spent = self._goodput.spent()
         self._status.goodput = round(spent.goodput, 2)
         self._status.starts, self._status.seconds, self._status.unsaved = spent.starts, spent.seconds, spent.unsaved

@@ -1,4 +1,4 @@
-"""The tracker that does nothing, and the one that passes everything to several others."""
+"""Basic trackers: one that does nothing, and one that forwards to several others."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ class NullTracker:
 
 
 class FanOut:
-    """A tracker that tells several, in order."""
+    """A tracker that forwards every call to several trackers, in order."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers

@@ -1,4 +1,4 @@
-"""Weights & Biases: online where it can be, offline otherwise. Runs in a process of its own (`wandb_process`)."""
+"""Tracker for Weights & Biases, which runs in a separate process (`wandb_process`)."""
 
 import importlib.util
 import os
@@ -19,19 +19,19 @@ from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.service import Opened, child_processes
 from metaformer.tracking.tracker import NullTracker
 
-CONNECT_SECONDS = 3.0  # to find out whether a server is there
-INIT_SECONDS = 30.0  # for the server to open the run
-POLL_SECONDS = 5.0  # for the service to say how far an upload is
-MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")  # that wandb takes from WANDB_MODE
-SUPERSEDED = "superseded-"  # begins the name of a wandb folder whose rows are all in a later one, too
+CONNECT_SECONDS = 3.0  # timeout for a connection to the server
+INIT_SECONDS = 30.0  # timeout for opening the run on the server
+POLL_SECONDS = 5.0  # timeout for asking the service about the progress of an upload
+MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")  # values of WANDB_MODE that wandb accepts
+SUPERSEDED_PREFIX = "superseded-"  # of a wandb folder whose rows are all in a later folder too
 
 
 class WandbTracker(NullTracker):
-    """One wandb run for one run folder, also over interruptions: its id is kept in RUN/wandb_id."""
+    """The wandb run of a run folder, continued by resumed runs. Its id is stored in RUN/wandb_id."""
 
     def __init__(self) -> None:
         self._service: int | None = None  # the process that wandb starts
-        self._ending = self._closing = False  # the service is being ended; the run is being closed
+        self._ending = self._closing = False  # whether the service is being ended, and the run closed
 
     def open(
         self,
@@ -39,21 +39,21 @@ class WandbTracker(NullTracker):
         config: TrackingConfig,
         run_dir: Path,
         settings: dict[str, Any],
-        earlier: list[str],
+        earlier_folders: list[str],
         first_step: int | None,
     ) -> Opened:
-        """Start the run, or go on with it.
+        """Start or resume the wandb run.
 
         Args:
-            arguments: the training program's sys.argv.
-            settings: what the run records as its configuration.
-            earlier: names in RUN/wandb when training started. A folder there that has been added since is of a start
-                that died, and all its rows come again.
-            first_step: rows that the server had when training started; None at the first start, and where that was
-                offline.
+            arguments: The training program's sys.argv.
+            settings: Configuration that wandb records.
+            earlier_folders: Names of the folders in RUN/wandb when training started. Any newer folder belongs to a
+                wandb process that died, and all its rows will be sent again.
+            first_step: Number of rows that the server had when training started; None at the first start, or if that
+                was offline.
         """
-        sys.argv[:] = arguments  # wandb records them
-        # wandb's reports of its own errors wait where no network answers, and forever if wandb-core dies as it starts.
+        sys.argv[:] = arguments  # wandb records sys.argv
+        # wandb's own error reports block without a network, and forever if wandb-core dies while it starts.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         from wandb.analytics.opentelemetry import opentelemetry_proxy
@@ -61,14 +61,14 @@ class WandbTracker(NullTracker):
         opentelemetry_proxy.disable()
         self._wandb: Any = wandb
         self._artifacts = config.artifacts
-        dead = [name for name in folders(run_dir) if name not in earlier]
-        if dead:
-            time.sleep(1)  # wandb names folders by the second
+        superseded = [name for name in wandb_folders(run_dir) if name not in earlier_folders]
+        if superseded:
+            time.sleep(1)  # wandb's folder names have a resolution of a second
         self._run = self._start(config, run_dir, settings)
         online = not self._run.offline
         self._skip = self._run.starting_step - first_step if online and first_step is not None else 0
-        for name in dead:
-            (run_dir / "wandb" / name).rename(run_dir / "wandb" / f"{SUPERSEDED}{name}")
+        for name in superseded:
+            (run_dir / "wandb" / name).rename(run_dir / "wandb" / f"{SUPERSEDED_PREFIX}{name}")
         folder = Path(self._run.settings.sync_dir)
         self._log = folder / f"run-{self._run.id}.wandb"
         return Opened(f"wandb sync {run_dir / 'wandb' / folder.name}", self._run.starting_step if online else None)
@@ -87,7 +87,7 @@ class WandbTracker(NullTracker):
     def checkpoint(self, folder: Path, aliases: list[str]) -> None:
         if self._artifacts:
             artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", type="model")
-            artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # refers to the files, copies none
+            artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # without copying the files
             self._run.log_artifact(artifact, aliases=aliases)
 
     def close(self, failed: bool) -> None:
@@ -96,12 +96,12 @@ class WandbTracker(NullTracker):
         self._end_service()
 
     def check(self) -> None:
-        """Raise an error where wandb's service has died."""
+        """Raise an error if wandb's service process has died."""
         service = self._service = self._service or _find_service()
         if service is None or self._ending:
             return
-        how = "has gone"
-        with suppress(ChildProcessError):  # wandb has waited for it
+        how = "has ended"
+        with suppress(ChildProcessError):  # wandb has already collected its exit status
             ended = os.waitid(os.P_PID, service, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return
@@ -110,7 +110,7 @@ class WandbTracker(NullTracker):
             raise RuntimeError(f"its service, wandb-core, {how}")
 
     def bytes_moved(self) -> int:
-        """Bytes that closing has written to disk, or online, sent to the server; 0 before."""
+        """Return the bytes written to disk (offline) or sent to the server (online) while closing; 0 before."""
         if not self._closing or self._ending or self._service is None:
             return 0
         if self._run.offline:
@@ -120,18 +120,18 @@ class WandbTracker(NullTracker):
             answer = handle.wait_or(timeout=POLL_SECONDS).response.poll_exit_response
             return int(answer.pusher_stats.uploaded_bytes)
         except Exception:
-            if self._ending:  # meanwhile
+            if self._ending:  # since the check above
                 return 0
             raise
 
     def _append(self, row: Callable[[], dict[str, Any]]) -> None:
-        """Add a row to the history, unless the server has it from a start that died."""
+        """Add a row to the history, unless the server already has it from an earlier start that died."""
         if self._skip > 0:
             self._skip -= 1
         else:
             self._run.log(row())
 
-    def _start(self, config: TrackingConfig, run_dir: Path, recorded: dict[str, Any]) -> Any:
+    def _start(self, config: TrackingConfig, run_dir: Path, run_config: dict[str, Any]) -> Any:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             write_text_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
@@ -143,9 +143,9 @@ class WandbTracker(NullTracker):
             "name": config.name or run_dir.name,
             "tags": config.tags,
             "dir": str(run_dir),
-            "config": recorded,
+            "config": run_config,
         }
-        # Of the training process: the figures of this one are of no interest.
+        # Program and system metrics of the training process, not of this one.
         training = {"program": sys.argv[0], "x_stats_pid": os.getppid()}
         settings = self._wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, **training)
         chosen = self._choose_mode(config.wandb, settings)
@@ -154,11 +154,11 @@ class WandbTracker(NullTracker):
         except Exception as error:
             if chosen == "offline":
                 raise
-            _warn(f"cannot go online, the run is offline ({_one_line(error)})")
-            self._end_service()  # else the run's id counts as in use
+            _warn(f"cannot go online, the run is offline ({one_line(error)})")
+            self._end_service()  # otherwise the run's id counts as in use
             self._wandb.setup(settings)
             run = self._wandb.init(mode="offline", settings=settings, **options)
-        # Over images seen, so that runs with other batch sizes compare.
+        # Plot over samples, so that runs with different batch sizes can be compared.
         for name in ("train/*", "validation/*"):
             run.define_metric(name, step_metric="samples")
         for name in ("validation/top1", "validation/ema_top1"):
@@ -172,42 +172,38 @@ class WandbTracker(NullTracker):
         self._ending = False
 
     def _choose_mode(self, mode: WandbMode, settings: Any) -> str:
-        given = os.environ.get("WANDB_MODE")
-        if given is not None and given not in MODES:
-            del os.environ["WANDB_MODE"]  # wandb refuses to do anything with it
-            _warn(f"WANDB_MODE={given!r} is none of {', '.join(MODES)}; the run is offline")
-            given = "offline"
+        requested = os.environ.get("WANDB_MODE")
+        if requested is not None and requested not in MODES:
+            del os.environ["WANDB_MODE"]  # wandb raises errors for an unknown mode
+            _warn(f"WANDB_MODE={requested!r} is not one of {', '.join(MODES)}; the run is offline")
+            requested = "offline"
         server = self._wandb.setup(settings).settings.base_url
         if mode is not WandbMode.auto:
             return str(mode.value)
-        if given == "disabled":
+        if requested == "disabled":
             _warn("WANDB_MODE=disabled: nothing is recorded")
-        if given is not None:
-            return given
+        if requested is not None:
+            return requested
         try:
-            return "online" if self._wandb.login(prompt=False, verify=False) and _answers(server) else "offline"
+            return "online" if self._wandb.login(prompt=False, verify=False) and _is_reachable(server) else "offline"
         except self._wandb.errors.AuthenticationError as error:
-            _warn(f"the key cannot be used, the run is offline ({_one_line(error)})")
+            _warn(f"the key cannot be used, the run is offline ({one_line(error)})")
             return "offline"
 
 
 def check_wandb() -> None:
-    """Before training starts.
-
-    Raises:
-        UserError: wandb is not installed.
-    """
+    """Raise an error if wandb is not installed."""
     if importlib.util.find_spec("wandb") is None:
-        raise UserError("tracking: wandb is not installed; `uv pip install wandb`, or tracking=local")
+        raise UserError("tracking: wandb is not installed; run `uv pip install wandb`, or use tracking=local")
 
 
-def folders(run_dir: Path) -> list[str]:
-    """Names of the run's wandb folders, one for each start."""
+def wandb_folders(run_dir: Path) -> list[str]:
+    """Return the names of the run's wandb folders, one per start."""
     return [folder.name for pattern in ("run-*", "offline-run-*") for folder in (run_dir / "wandb").glob(pattern)]
 
 
 def _find_service() -> int | None:
-    """The process that wandb has started to do its work; None where there is none, as in a disabled run."""
+    """Return wandb's service process, or None if there is none, as in a disabled run."""
     for process in child_processes(os.getpid()):
         try:
             if Path(f"/proc/{process}/comm").read_text() == "wandb-core\n":
@@ -217,7 +213,7 @@ def _find_service() -> int | None:
     return None
 
 
-def _answers(server: str) -> bool:
+def _is_reachable(server: str) -> bool:
     url = urlparse(server)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
@@ -229,7 +225,3 @@ def _answers(server: str) -> bool:
 
 def _warn(text: str) -> None:
     warn(f"wandb: {text}")
-
-
-def _one_line(error: Exception) -> str:
-    return one_line(error)

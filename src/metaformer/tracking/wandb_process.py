@@ -1,6 +1,6 @@
-"""The process that runs wandb: nothing of wandb can hold up, fork beside, or outlive training.
+"""The program of the separate process that runs wandb, so that wandb cannot block, fork or outlive training.
 
-Started by `BackgroundTracker` with the number of the file descriptor on which calls arrive.
+`BackgroundTracker` starts it with the number of the file descriptor from which it receives calls.
 """
 
 import sys

@@ -195,7 +195,7 @@ class Trainer:
         self._check_loss(float(state.loss_sum), int(state.skipped_in_a_row))
         with self.goodput.phase(SAVING):
             self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
-        self.goodput.saved()
+        self.goodput.record_save()
         self._saved_step = state.progress.step
         self.watchdog.beat()
 

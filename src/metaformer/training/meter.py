@@ -84,7 +84,7 @@ class Meter:
         loss_sum, waited, waited_for_first, _ = ranks.mean(dim=0).tolist()
         _, waits, first_waits, forward_passes = ranks.unbind(dim=1)
         elapsed = time.perf_counter() - window.started
-        self._goodput.waited(window.waited)
+        self._goodput.record_wait(window.waited)
         self.bottleneck.add(waited - waited_for_first, elapsed - waited_for_first)
         progress.skipped_steps += skipped
         row = progress.row("train") | {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.data.index.image_index import load_index
-from metaformer.files import LONGEST_TEMPORARY_FOLDER
+from metaformer.files import MAX_TEMPORARY_FOLDER_BYTES
 from tests.conftest import BIN, QUICK, REPOSITORY
 
 # Imported by every Python process at its start. Notes at each fork: the process, and its threads of any kind.
@@ -159,7 +159,7 @@ if __name__ == "__main__":
 def test_a_temporary_folder_with_too_long_a_name(image_root: Path, tmp_path: Path) -> None:
     """Refused at the start by one line; the longest that is let through works."""
     base = str(tmp_path)
-    for length, code in ((LONGEST_TEMPORARY_FOLDER, 0), (LONGEST_TEMPORARY_FOLDER + 1, 2)):
+    for length, code in ((MAX_TEMPORARY_FOLDER_BYTES, 0), (MAX_TEMPORARY_FOLDER_BYTES + 1, 2)):
         folder = Path(base + "/" + "x" * (length - len(base) - 1))
         folder.mkdir()
         program = start(

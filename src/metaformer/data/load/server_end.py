@@ -2,6 +2,6 @@
 
 import signal
 
-from metaformer.death_signal import send_at_parents_death
+from metaformer.death_signal import set_parent_death_signal
 
-send_at_parents_death(signal.SIGKILL)
+set_parent_death_signal(signal.SIGKILL)

@@ -19,7 +19,7 @@ from metaformer.data.load.image_file import Encoded
 from metaformer.data.load.shared_index import SharedIndex
 from metaformer.data.load.worker_server import start_worker_server, worker_context
 from metaformer.data.plan.plan import BatchPlan, Plan
-from metaformer.death_signal import send_at_parents_death
+from metaformer.death_signal import set_parent_death_signal
 from metaformer.errors import UserError
 
 ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
@@ -145,7 +145,7 @@ def _prepare_worker(worker: int) -> None:
     # The server is killed with the training process, and its workers with the server, those too that are stopped.
     # DataLoader has a check of its own, which sees only the death of the server, and the server by itself lives as
     # long as its workers: each would wait for the other.
-    send_at_parents_death(signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     torch.set_num_threads(1)
     # The thread that sends batches would drop one that it cannot send, and the training process wait for it forever.
     queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
