@@ -160,7 +160,7 @@ def test_full_disk(tmp_path: Path) -> None:
             filler.unlink()
             saver.save(state, "step-00000009", is_best=False)
             saver.wait(must_succeed=True)
-        assert [line.split("; ")[1] for line in lines] == [
+        assert [line.partition("; ")[2] for line in lines] == [
             f"failure {number} in a row; training stops after 3" for number in (1, 2, 1, 2)
         ]
         assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == [
