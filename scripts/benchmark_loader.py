@@ -138,7 +138,9 @@ def _fill_page_cache(index: ImageIndex) -> None:
             try:
                 stored.read(sample)
             except OSError as error:
-                raise UserError(f"{index.place(sample)}: cannot be read ({error}); mend or remove the file") from error
+                raise UserError(
+                    f"{index.location(sample)}: cannot be read ({error}); mend or remove the file"
+                ) from error
 
 
 def _uncounted_batches(arguments: argparse.Namespace) -> int:
