@@ -36,7 +36,21 @@ both_crops = pytest.mark.parametrize(("crop_pct", "resize_to"), [(0.9, 248), (0.
 @pytest.fixture(scope="module")
 def draws() -> CropDraws:
     """The plan's draws for one batch of the default recipe."""
-    crop = TrainingPlan(DRAWS, DRAWS, 1, 0, 1, 6, 224, 0.9, AugmentationConfig()).batch(2, 0).crop
+    crop = (
+        TrainingPlan(
+            num_samples=DRAWS,
+            global_batch_size=DRAWS,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=6,
+            image_size=224,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        )
+        .batch(2, 0)
+        .crop
+    )
     assert crop is not None
     return crop
 
@@ -133,7 +147,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluation_images_are_timms(root: Path, crop_pct: float, resize_to: int, interpolation: str) -> None:
     """The pil loader's images exactly equal those of timm's evaluation transform before normalization."""
     index = load_index(root, "val")
-    plan = EvaluationPlan(len(index), len(index), 0, 1, 224, crop_pct, bicubic=interpolation == "bicubic")
+    plan = EvaluationPlan(
+        num_samples=len(index),
+        batch_size=len(index),
+        rank=0,
+        world_size=1,
+        image_size=224,
+        crop_pct=crop_pct,
+        bicubic=interpolation == "bicubic",
+    )
     with closing(WorkerLoader(read_with_pil, index, plan, workers=0, prefetch_batches=2, pin_memory=False)) as loader:
         (images,) = loader.epoch(0)
     transform: Any = create_transform(

@@ -46,7 +46,17 @@ def timms_erasing() -> RandomErasing:
 
 def draws(images: int, size: int) -> EraseDraws:
     """Return the plan's draws for one batch."""
-    plan = TrainingPlan(images, images, 1, 0, 1, 2, size, 0.9, AugmentationConfig()).batch(1, 0)
+    plan = TrainingPlan(
+        num_samples=images,
+        global_batch_size=images,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=2,
+        image_size=size,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    ).batch(1, 0)
     assert plan.erase is not None
     return plan.erase
 

@@ -138,7 +138,17 @@ class Reference:
 
     def _batch(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
         """Return images float32 [B, 3, S, S] and soft targets [B, classes] of all ranks."""
-        plan = TrainingPlan(IMAGES, BATCH, 1, 0, 1, SEED, SIZE, 0.9, AugmentationConfig()).batch(epoch, position)
+        plan = TrainingPlan(
+            num_samples=IMAGES,
+            global_batch_size=BATCH,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=SEED,
+            image_size=SIZE,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        ).batch(epoch, position)
         files = sorted((self.root / "train").glob("*/*.JPEG"))
         classes = sorted({file.parent.name for file in files})
         labels = torch.tensor([classes.index(files[sample].parent.name) for sample in plan.samples])

@@ -22,7 +22,17 @@ LEAST_P = 1e-3  # of the statistical tests; the draws are fixed
 
 def drawn(position: int, size: int, batch: int) -> MixDraws:
     """Return the plan's mixing of one batch."""
-    plan = TrainingPlan(100 * batch, batch, 1, 0, 1, SEED, size, 0.9, AugmentationConfig())
+    plan = TrainingPlan(
+        num_samples=100 * batch,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=SEED,
+        image_size=size,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    )
     draws = plan.batch(EPOCH, position).mix
     assert draws is not None
     return draws
@@ -130,7 +140,17 @@ def raw() -> Drawn:
 def draws() -> MixDraws:
     """The plan's draws for the same groups."""
     augmentation = AugmentationConfig(mix_group_size=2)
-    plan = TrainingPlan(2 * GROUPS, 2 * GROUPS, 1, 0, 1, SEED, SIZE, 0.9, augmentation).batch(EPOCH, 0)
+    plan = TrainingPlan(
+        num_samples=2 * GROUPS,
+        global_batch_size=2 * GROUPS,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=SEED,
+        image_size=SIZE,
+        crop_pct=0.9,
+        augmentation=augmentation,
+    ).batch(EPOCH, 0)
     assert plan.mix is not None
     return plan.mix
 

@@ -74,7 +74,17 @@ def timms() -> Applied:
 @pytest.fixture(scope="module")
 def draws() -> RandAugmentDraws:
     """The plan's draws for one batch."""
-    plan = TrainingPlan(IMAGES, IMAGES, 1, 0, 1, 9, 224, 0.9, AugmentationConfig()).batch(3, 0)
+    plan = TrainingPlan(
+        num_samples=IMAGES,
+        global_batch_size=IMAGES,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=9,
+        image_size=224,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    ).batch(3, 0)
     assert plan.randaugment is not None
     return plan.randaugment
 

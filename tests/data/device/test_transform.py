@@ -146,7 +146,17 @@ def test_noise_is_standard_normal_and_independent() -> None:
 
 def training_batch(images: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     augmentation = AugmentationConfig(erase_probability=1.0, **options)
-    plan = TrainingPlan(6, 6, 1, 0, 1, 0, 16, 0.9, augmentation).batch(0, 0)
+    plan = TrainingPlan(
+        num_samples=6,
+        global_batch_size=6,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=16,
+        crop_pct=0.9,
+        augmentation=augmentation,
+    ).batch(0, 0)
     return TrainingTransform(10, 0.1)(images, labels, plan)
 
 
@@ -164,7 +174,17 @@ def test_whole_transform_keeps_layout_and_types(images: Tensor, layout: torch.me
 def test_whole_transform_erases_after_mixing(images: Tensor) -> None:
     """The transform normalizes, smooths, mixes and erases, in this order, with the plan's draws."""
     labels = torch.tensor([0, 1, 2, 2, 4, 9])
-    plan = TrainingPlan(6, 6, 1, 0, 1, 0, 16, 0.9, AugmentationConfig(erase_probability=1.0)).batch(0, 0)
+    plan = TrainingPlan(
+        num_samples=6,
+        global_batch_size=6,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=16,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(erase_probability=1.0),
+    ).batch(0, 0)
     assert plan.mix is not None
     assert plan.erase is not None
     mixed, targets = mix_both(normalize(images), smooth_one_hot(labels, 10, 0.1), plan.mix)

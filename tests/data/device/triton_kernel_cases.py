@@ -26,7 +26,17 @@ def images(batch: int, height: int, width: int) -> Tensor:
 
 
 def plan_with(batch: int, mixing: MixDraws | None, erasing: EraseDraws | None) -> BatchPlan:
-    plan = TrainingPlan(batch, batch, 1, 0, 1, 0, 32, 0.9, AugmentationConfig()).batch(0, 0)
+    plan = TrainingPlan(
+        num_samples=batch,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=32,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    ).batch(0, 0)
     return BatchPlan(**{**plan.__dict__, "mix": mixing, "erase": erasing})
 
 

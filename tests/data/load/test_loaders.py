@@ -52,11 +52,23 @@ def index(image_root: Path) -> ImageIndex:
 
 def training_plan(size: int = 48, batch: int = 4, **options: AugmentationConfig) -> TrainingPlan:
     augmentation = options.get("augmentation", WITHOUT_RANDAUGMENT)
-    return TrainingPlan(IMAGES, batch, 1, 0, 1, seed=1, image_size=size, crop_pct=0.9, augmentation=augmentation)
+    return TrainingPlan(
+        num_samples=IMAGES,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=1,
+        image_size=size,
+        crop_pct=0.9,
+        augmentation=augmentation,
+    )
 
 
 def evaluation_plan(size: int = 48, batch: int = 4, rank: int = 0, world_size: int = 1) -> EvaluationPlan:
-    return EvaluationPlan(IMAGES, batch, rank, world_size, size, crop_pct=0.9)
+    return EvaluationPlan(
+        num_samples=IMAGES, batch_size=batch, rank=rank, world_size=world_size, image_size=size, crop_pct=0.9
+    )
 
 
 @contextmanager
@@ -159,7 +171,7 @@ def test_torch_loader_converts_colours_as_pil(tmp_path: Path, mode: str, format_
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     image.save(folder / "x.JPEG", format=format_)
-    plan = EvaluationPlan(1, 1, 0, 1, 40, crop_pct=1.0)
+    plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=40, crop_pct=1.0)
     index = load_index(tmp_path, "train")
     assert same(read_epoch("torch", index, plan), read_epoch("pil", index, plan))
 
@@ -367,7 +379,7 @@ def test_a_thin_image_takes_little_memory(read: ReadImage, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(module, "resize_and_center_crop", count)
-    plan = EvaluationPlan(1, 1, 0, 1, 224, 0.9).batch(0, 0)
+    plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=224, crop_pct=0.9).batch(0, 0)
     image = read(np.frombuffer(bytearray(buffer.getvalue()), np.uint8), plan, 0)
     assert image.shape == (3, 224, 224)
     assert sizes[0] <= 248 * 248 * 64
@@ -407,7 +419,8 @@ from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.load.worker_loader import WorkerLoader
 
 index = load_index(Path(sys.argv[1]), "train")
-loader = WorkerLoader(read_with_pil, index, EvaluationPlan(len(index), 1, 0, 1, 32, 0.9), 1, 2, False)
+plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+loader = WorkerLoader(read_with_pil, index, plan, workers=1, prefetch_batches=2, pin_memory=False)
 batches = loader.epoch(0)
 next(batches)
 loader.close()
@@ -430,7 +443,7 @@ def test_relative_roots_and_unusual_names(own_root: Path, name: str, monkeypatch
     shutil.copytree(own_root / "train" / "a", folder)
     monkeypatch.chdir(own_root.parent)
     index = load_index(Path(own_root.name), "train")
-    plan = EvaluationPlan(len(index), 32, 0, 1, 32, 0.9)
+    plan = EvaluationPlan(num_samples=len(index), batch_size=32, rank=0, world_size=1, image_size=32, crop_pct=0.9)
     (images,) = read_epoch(name, index, plan)
     copies = [sample for sample in range(len(index)) if index.classes[index.labels[sample]] == folder.name]
     originals = [sample for sample in range(len(index)) if index.classes[index.labels[sample]] == "a"]

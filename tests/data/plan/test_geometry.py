@@ -68,7 +68,21 @@ def test_first_try_that_fits_is_taken() -> None:
 @given(width=SIDES, height=SIDES, seed=st.integers(0, 1000), epoch=st.integers(0, 400))
 def test_training_crop_lies_inside(width: int, height: int, seed: int, epoch: int) -> None:
     """For images of any size, the drawn crop has at least one pixel and is inside the image."""
-    crop = TrainingPlan(4, 4, 1, 0, 1, seed, 224, 0.9, AugmentationConfig()).batch(epoch, 0).crop
+    crop = (
+        TrainingPlan(
+            num_samples=4,
+            global_batch_size=4,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=seed,
+            image_size=224,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        )
+        .batch(epoch, 0)
+        .crop
+    )
     assert crop is not None
     box = random_resized_crop(crop.tries[0], crop.position[0], crop.aspects, width, height)
     assert box.width > 0
@@ -81,7 +95,21 @@ def test_training_crop_lies_inside(width: int, height: int, seed: int, epoch: in
 def test_training_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     """Left, top, width and height of many crops are distributed as those of torchvision's RandomResizedCrop."""
     count = 3000
-    crop = TrainingPlan(count, count, 1, 0, 1, 0, 224, 0.9, AugmentationConfig()).batch(0, 0).crop
+    crop = (
+        TrainingPlan(
+            num_samples=count,
+            global_batch_size=count,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            image_size=224,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        )
+        .batch(0, 0)
+        .crop
+    )
     assert crop is not None
     ours = np.array([random_resized_crop(t, p, ASPECTS, *size) for t, p in zip(crop.tries, crop.position, strict=True)])
     torch.manual_seed(0)

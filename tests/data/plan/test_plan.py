@@ -129,7 +129,17 @@ def test_a_filled_last_batch_leaves_no_image_out(cut: Cut, epoch: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 8, 1024])
 def test_a_thousand_ranks_read_one_order(world_size: int) -> None:
     """At ImageNet's size, 2 to 1,024 ranks read and augment a step's 4,096 images as one rank does."""
-    one = TrainingPlan(1_281_167, 4096, 1, 0, 1, 7, 224, 0.9, AugmentationConfig(mix_group_size=4))
+    one = TrainingPlan(
+        num_samples=1_281_167,
+        global_batch_size=4096,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=7,
+        image_size=224,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(mix_group_size=4),
+    )
     expected = one.batch(3, 300)
     parts = [replace(one, rank=rank, world_size=world_size).batch(3, 300) for rank in range(world_size)]
     assert np.array_equal(np.concatenate([part.samples for part in parts]), expected.samples)
@@ -211,7 +221,12 @@ def test_by_default_each_ranks_batch_is_mixed_by_itself() -> None:
 @pytest.mark.parametrize("world_size", range(1, 6))
 def test_evaluation_covers_each_image_exactly_once(num_samples: int, world_size: int) -> None:
     """All ranks' batches together contain every image once, even with fewer images than ranks."""
-    plans = [EvaluationPlan(num_samples, 32, rank, world_size, 224, 0.9) for rank in range(world_size)]
+    plans = [
+        EvaluationPlan(
+            num_samples=num_samples, batch_size=32, rank=rank, world_size=world_size, image_size=224, crop_pct=0.9
+        )
+        for rank in range(world_size)
+    ]
     batches = [plan.batch(0, position) for plan in plans for position in range(plan.batches_per_epoch)]
     assert sorted(np.concatenate([batch.samples for batch in batches]).tolist()) == list(range(num_samples))
     assert all(0 < len(batch) <= 32 for batch in batches)
@@ -221,7 +236,12 @@ def test_evaluation_covers_each_image_exactly_once(num_samples: int, world_size:
 @pytest.mark.parametrize(("crop_pct", "resize_to"), [(0.9, 248), (0.95, 235), (1.0, 224)])
 def test_evaluation_resizes_as_the_paper(crop_pct: float, resize_to: int) -> None:
     """The short side before the crop is that of the paper: 248 at .9, 235 at .95."""
-    assert EvaluationPlan(1, 1, 0, 1, 224, crop_pct).batch(0, 0).resize_to == resize_to
+    assert (
+        EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=224, crop_pct=crop_pct)
+        .batch(0, 0)
+        .resize_to
+        == resize_to
+    )
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -129,7 +129,7 @@ def test_damaged_images_are_read_or_have_a_reason(format_: str) -> None:
     """After any of 150 random changes to a file, the scan and both readers give an image or one of BAD_FILE."""
     buffer, rng = BytesIO(), random.Random(0)
     picture(40, 30, 0).save(buffer, format_)
-    plan = EvaluationPlan(1, 1, 0, 1, 32, 0.9).batch(0, 0)
+    plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9).batch(0, 0)
     for _ in range(150):
         content = bytearray(buffer.getvalue())
         for _ in range(rng.choice((1, 3, 10))):

@@ -55,7 +55,17 @@ def find_fault(device: torch.device, image_size: int) -> str | None:
 
     def compare() -> str | None:
         for augmentation, position in itertools.product(augmentations, range(4)):
-            plan = TrainingPlan(64, 16, 1, 0, 1, 0, image_size, 0.9, augmentation).batch(0, position)
+            plan = TrainingPlan(
+                num_samples=64,
+                global_batch_size=16,
+                accumulation_steps=1,
+                rank=0,
+                world_size=1,
+                seed=0,
+                image_size=image_size,
+                crop_pct=0.9,
+                augmentation=augmentation,
+            ).batch(0, position)
             result = transform_by_triton(pixels, plan, IMAGENET)
             expected = transform_plainly(pixels, plan, IMAGENET)
             error = float((result - expected).abs().max())
