@@ -126,7 +126,7 @@ def _fill_page_cache(index: ImageIndex) -> None:
                 stored.read(sample)
             except OSError as error:
                 raise UserError(
-                    f"{index.place(sample)}: cannot be read ({error}); repair or remove the file"
+                    f"{index.location(sample)}: cannot be read ({error}); repair or remove the file"
                 ) from error
 
 

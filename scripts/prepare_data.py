@@ -22,9 +22,9 @@ from metaformer.data.index.image_index import check_same_classes, load_index
 from metaformer.data.prepare.conversion import SPLITS, convert, convert_built
 from metaformer.data.prepare.imagenet_archives import Archives, unpack_imagenet
 from metaformer.data.prepare.imagenette import SIZES, unpack_imagenette
-from metaformer.data.prepare.processes import Report
+from metaformer.data.prepare.processes import ProgressCallback
 from metaformer.data.prepare.progress import progress_bars
-from metaformer.data.prepare.reencoding import Cost
+from metaformer.data.prepare.reencoding import ReencodingEffect
 from metaformer.data.prepare.sample import build_sample
 from metaformer.data.prepare.shard_writer import Packing
 from metaformer.errors import UserError
@@ -41,21 +41,23 @@ def main() -> None:
         raise UserError(f"--out {out}: exists already; give another folder, or remove it")
     packing = _packing(arguments)
     with progress_bars() as report:
-        costs = _prepare(arguments, packing, report)
+        effects = _prepare(arguments, packing, report)
     indices = {split: load_index(out, split) for split in SPLITS if (out / split).is_dir()}
     if len(indices) == len(SPLITS):
         check_same_classes(*indices.values())
     for note in (note for index in indices.values() for note in index.notes):
         print(note)
-    for split, cost in costs.items():
-        _print_cost(split, cost)
+    for split, effect in effects.items():
+        _print_effect(split, effect)
     counts = " and ".join(
         f"{len(index):,} {'training' if split == 'train' else 'validation'}" for split, index in indices.items()
     )
     print(f"{out}: {counts} images, {len(next(iter(indices.values())).classes)} classes")
 
 
-def _prepare(arguments: argparse.Namespace, packing: Packing | None, report: Report) -> dict[str, Cost]:
+def _prepare(
+    arguments: argparse.Namespace, packing: Packing | None, report: ProgressCallback
+) -> dict[str, ReencodingEffect]:
     """Make --out; what reducing images cost."""
     out: Path = arguments.out
     if arguments.source == "imagenet":
@@ -115,12 +117,13 @@ def _packing(arguments: argparse.Namespace) -> Packing | None:
     return Packing((arguments.shard_size or SHARD_MB) * 10**6, arguments.max_side, arguments.quality or QUALITY)
 
 
-def _print_cost(split: str, cost: Cost) -> None:
+def _print_effect(split: str, effect: ReencodingEffect) -> None:
     """Size and fidelity."""
-    share = 100 * cost.after / cost.before
+    share = 100 * effect.bytes_after / effect.bytes_before
     print(
-        f"{split}: {cost.before:,} bytes of images before, {cost.after:,} after ({share:.1f} %); at 224 px, crop .9, "
-        f"{cost.compared} images differ by {cost.difference:.2f} of 255 on average, PSNR {cost.psnr:.1f} dB"
+        f"{split}: {effect.bytes_before:,} bytes of images before, {effect.bytes_after:,} after ({share:.1f} %); "
+        f"at 224 px, crop .9, {effect.images_compared} images differ by {effect.mean_difference:.2f} of 255 on "
+        f"average, PSNR {effect.psnr:.1f} dB"
     )
 
 

@@ -13,8 +13,8 @@ import pytest
 from benchmarks import loader as loader_benchmark
 from benchmarks.loader import main
 from metaformer.data.index.image_index import load_index
-from metaformer.data.prepare.pieces import pieces_of
 from metaformer.data.prepare.shard_writer import Packing, write_shards
+from metaformer.data.prepare.source_images import list_source_images
 from metaformer.errors import UserError
 from tests.conftest import REPOSITORY, Finished
 
@@ -82,7 +82,7 @@ def test_shards_are_measured_for_loaders_that_read_them(
     """On a folder of shards this project's loaders are measured; timm's and torchvision's are left out, or refused."""
     folder = tmp_path / "train"
     with ThreadPoolExecutor(1) as pool:
-        write_shards(pieces_of(load_index(images, "train")), folder, Packing(30_000), pool, lambda *step: None)
+        write_shards(list_source_images(load_index(images, "train")), folder, Packing(30_000), pool, lambda *step: None)
     monkeypatch.setattr(sys, "argv", ["loader.py", str(folder), "--only", "torch", "timm"])
     with pytest.raises(
         UserError, match=r"^--only: timm cannot read shards, and \S+train contains shards; give a folder of images$"

@@ -1,4 +1,4 @@
-"""Small real image folders, and shards of them."""
+"""Fixtures with small folders of real images, and shards made of them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from metaformer.data.index.image_index import load_index
-from metaformer.data.prepare.pieces import pieces_of
 from metaformer.data.prepare.shard_writer import Packing, write_shards
+from metaformer.data.prepare.source_images import list_source_images
 
-# (width, height) of the images of class "a"; odd, extreme and tiny ones among them
+# (width, height) of the images of class "a", including odd, extreme and tiny sizes
 SIZES = ((97, 64), (64, 97), (120, 90), (75, 75), (33, 200), (260, 21), (47, 61), (19, 23))
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A smooth RGB picture with some noise, as photographs are."""
+    """Make a smooth RGB picture with some noise, similar to a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float64)
@@ -24,7 +24,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 def write_images(folder: Path, first_seed: int) -> None:
-    """Three classes: RGB JPEGs of many sizes; gray, CMYK and progressive JPEGs; PNGs in the guise of JPEGs."""
+    """Write three classes: RGB JPEGs of many sizes; gray, CMYK and progressive JPEGs; a PNG and a rotated JPEG."""
     for name in ("a", "b", "c"):
         (folder / name).mkdir(parents=True)
     for number, size in enumerate(SIZES):
@@ -35,13 +35,13 @@ def write_images(folder: Path, first_seed: int) -> None:
     odd.save(folder / "b" / "progressive.JPEG", progressive=True, subsampling="4:2:0")
     odd.save(folder / "c" / "png.JPEG", format="PNG")
     turned = Image.Exif()
-    turned[0x0112] = 6  # "rotate by 90 degrees", which PIL, timm and so every loader here ignore
+    turned[0x0112] = 6  # "rotate by 90 degrees", which PIL, timm and all loaders ignore
     odd.save(folder / "c" / "turned.JPEG", exif=turned)
 
 
 @pytest.fixture(scope="session")
 def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of 13 training and 13 validation images in 3 classes; tests must leave it as it is."""
+    """A data set of 13 training and 13 validation images in 3 classes; tests must not modify it."""
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", first_seed=0)
     write_images(root / "val", first_seed=1000)
@@ -50,7 +50,7 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As `image_root`, for one test to change; caches outside it go to a folder of this test."""
+    """A copy of `image_root` that a test may modify; caches outside it go to a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "data" / "train", first_seed=0)
     write_images(tmp_path / "data" / "val", first_seed=1000)
@@ -58,21 +58,21 @@ def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pack(source: Path, out: Path, shard_bytes: int = 20_000, max_side: int | None = None) -> Path:
-    """The data set as shards of a few images each, written in this process; returns `out`."""
+    """Pack the data set into shards of a few images each, in this process; return `out`."""
     for split in ("train", "val"):
-        pieces = pieces_of(load_index(source, split))
+        sources = list_source_images(load_index(source, split))
         with ThreadPoolExecutor(1) as pool:
-            write_shards(pieces, out / split, Packing(shard_bytes, max_side), pool, lambda *step: None)
+            write_shards(sources, out / split, Packing(shard_bytes, max_side), pool, lambda *step: None)
     return out
 
 
 @pytest.fixture(scope="session")
 def shard_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`image_root` as shards, several of each split; tests must leave it as it is."""
+    """`image_root` packed into several shards per split; tests must not modify it."""
     return pack(image_root, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture
 def own_shards(own_root: Path) -> Path:
-    """`own_root` as shards, for one test to change."""
+    """`own_root` packed into shards that a test may modify."""
     return pack(own_root, own_root.parent / "shards")

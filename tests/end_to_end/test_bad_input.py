@@ -85,7 +85,7 @@ def test_folder_that_is_not_a_data_set(images: Path, tmp_path: Path, monkeypatch
     (tmp_path / "data" / "train").mkdir(parents=True)
     assert "empty" in message()
     Image.new("RGB", (40, 40)).save(tmp_path / "data" / "train" / "flat.JPEG")
-    assert "without class folders" in message()
+    assert "no class folders" in message()
     shutil.rmtree(tmp_path / "data")
     shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
     (tmp_path / "data" / "train" / "void").mkdir()

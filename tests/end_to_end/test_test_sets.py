@@ -171,9 +171,9 @@ def test_missing_root_and_training(tmp_path: Path, weights: Path, monkeypatch: p
     message = error_of(monkeypatch, "validate", f"checkpoint={weights}", f"data={name}", *QUICK)
     assert f"data.root={tmp_path / 'nowhere'}: no folder {tmp_path / 'nowhere'}" in message
     assert "CLASS/*.JPEG" in message
-    message = error_of(monkeypatch, "train", f"data={name}", "tracking=local", f"run_dir={tmp_path / 'run'}")
-    assert message.startswith(f"data={name}: a test set")
-    assert "validate.py" in message
+    refused = error_of(monkeypatch, "train", f"data={name}", "tracking=local", f"run_dir={tmp_path / 'run'}")
+    assert refused.startswith(f"data={name}: this test set has no training split")
+    assert "validate.py" in refused
     assert list(tmp_path.iterdir()) == []
 
 

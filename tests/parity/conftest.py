@@ -1,4 +1,4 @@
-"""timm's own operations, given this project's random numbers in place of their source of randomness."""
+"""Tools that run timm's operations with this project's random numbers instead of their own."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,13 +12,13 @@ from timm.data import transforms as timm_transforms
 
 from metaformer.data.plan.draws import Float64
 
-Box = tuple[int, int, int, int]  # top, bottom, left, right, as timm has it
+Box = tuple[int, int, int, int]  # top, bottom, left, right, as in timm
 
 
 def papers_box(shape: tuple[int, ...], keep: float, margin: float = 0.0, count: int | None = None) -> Box:
-    """Cutmix's box as the paper's program drew it: `cut // 2` pixels to each side of the centre, then clipped.
+    """Draw cutmix's box as the paper's code did: `cut // 2` pixels to each side of the centre, then clipped.
 
-    timm has since given an odd cut's last pixel to the far side; its signature is kept.
+    timm now adds the last pixel of an odd cut to the far side. The signature is timm's.
     """
     height, width = shape[-2:]
     share = np.sqrt(1 - keep)
@@ -31,7 +31,7 @@ def papers_box(shape: tuple[int, ...], keep: float, margin: float = 0.0, count: 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Many small tensors: threads would cost more than they bring, above all while other programs run."""
+    """Limit torch to one thread, because threads slow down many small tensors, especially beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 def papers_mixup(
     rng: np.random.Generator, num_classes: int, kind: type[Mixup] = Mixup, draw_box: Callable[..., Box] = papers_box
 ) -> Iterator[Mixup]:
-    """timm's Mixup with the paper's options and boxes; it draws from `rng` instead of numpy's global generator."""
+    """Provide timm's Mixup with the paper's options and boxes, drawing from `rng` instead of NumPy's global state."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "rand", rng.random)
         patch.setattr(np.random, "beta", rng.beta)
@@ -52,32 +52,32 @@ def papers_mixup(
 
 
 class CropNumbers:
-    """Stands for the module `random` in timm's random resized crop: the plan's numbers of one image, in timm's order.
+    """Replacement for `random` in timm's random resized crop: the plan's numbers of one image, in timm's order.
 
     Args:
         tries: [T, 2], rows of sqrt(area * aspect) and sqrt(area / aspect).
-        position: [2], place in the room that a rectangle has, horizontally and vertically, in [0, 1).
+        position: [2], horizontal and vertical position of the rectangle within its free range, in [0, 1).
     """
 
     def __init__(self, tries: Float64, position: Float64) -> None:
         pairs = ((width * height, math.log(width / height)) for width, height in tries)
         self._areas_and_aspects = iter([number for pair in pairs for number in pair])
-        self._places = iter(position[::-1])
+        self._positions = iter(position[::-1])
 
     def uniform(self, low: float, high: float) -> float:
-        """An area's share or an aspect's logarithm, in turn; both lie where timm wants them."""
+        """Return an area's share and an aspect's logarithm in turn, both within timm's limits."""
         number = next(self._areas_and_aspects)
         assert low - 1e-12 <= number <= high + 1e-12
         return number
 
     def randint(self, low: int, high: int) -> int:
-        """The vertical, then the horizontal place."""
-        return low + math.floor(float(next(self._places)) * (high - low + 1))
+        """Return the vertical, then the horizontal position."""
+        return low + math.floor(float(next(self._positions)) * (high - low + 1))
 
 
 @contextmanager
 def crop_drawn_from(tries: Float64, position: Float64) -> Iterator[None]:
-    """While this lasts, timm's random resized crop takes these numbers."""
+    """Make timm's random resized crop use these numbers within the block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timm_transforms, "random", CropNumbers(tries, position))
         yield

@@ -1,4 +1,4 @@
-"""Random erasing, held against timm's as its loader builds it: which images, which rectangles, what noise."""
+"""Tests of random erasing against timm's, as its loader builds it: images, rectangles and noise."""
 
 import random
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.data.plan.plan import EraseDraws, TrainingPlan
 
 IMAGES, SIZE = 12_000, 224
-LEAST_P = 1e-3  # of the statistics, whose draws are fixed
+LEAST_P = 1e-3  # of the statistical tests; the draws are fixed
 
 
 class Rectangles(NamedTuple):
-    """Of the erased images; pixels."""
+    """Rectangles of the erased images, in pixels."""
 
     top: np.ndarray
     left: np.ndarray
@@ -28,25 +28,35 @@ class Rectangles(NamedTuple):
 
     @property
     def properties(self) -> dict[str, np.ndarray]:
-        """What is compared: all that a rectangle is, and its place as a share of the room it has."""
+        """The compared properties; a position is a share of the rectangle's free range."""
         return {
             "height": self.height,
             "width": self.width,
             "area": self.height * self.width,
             "aspect": self.height / self.width,
-            "vertical place": self.top / (SIZE - self.height),
-            "horizontal place": self.left / (SIZE - self.width),
+            "vertical position": self.top / (SIZE - self.height),
+            "horizontal position": self.left / (SIZE - self.width),
         }
 
 
 def timms_erasing() -> RandomErasing:
-    """As timm's PrefetchLoader makes it for `--reprob 0.25 --remode pixel`."""
+    """Make RandomErasing as timm's PrefetchLoader does for `--reprob 0.25 --remode pixel`."""
     return RandomErasing(probability=0.25, mode="pixel", max_count=1, num_splits=0, device=torch.device("cpu"))
 
 
 def draws(images: int, size: int) -> EraseDraws:
-    """The plan's, for one batch."""
-    plan = TrainingPlan(images, images, 1, 0, 1, 2, size, 0.9, AugmentationConfig()).batch(1, 0)
+    """Return the plan's draws for one batch."""
+    plan = TrainingPlan(
+        num_samples=images,
+        global_batch_size=images,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=2,
+        image_size=size,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    ).batch(1, 0)
     assert plan.erase is not None
     return plan.erase
 
@@ -59,7 +69,7 @@ def ours() -> Rectangles:
 
 @pytest.fixture(scope="module")
 def timms() -> Rectangles:
-    """Read off images of one channel that were all zero."""
+    """timm's rectangles, measured on single-channel images of zeros."""
     random.seed(0)
     torch.manual_seed(0)
     erasing, found = timms_erasing(), []
@@ -73,19 +83,19 @@ def timms() -> Rectangles:
 
 
 def test_a_quarter_of_the_images_is_erased(ours: Rectangles, timms: Rectangles) -> None:
-    """In both, the number of erased images is binomial with probability .25."""
+    """In both implementations, the number of erased images is binomial with probability .25."""
     for rectangles in (ours, timms):
         assert stats.binomtest(len(rectangles.top), IMAGES, 0.25).pvalue > LEAST_P
 
 
 def test_rectangles_are_distributed_as_timms(ours: Rectangles, timms: Rectangles) -> None:
-    """Size, area, aspect and place pass two-sample Kolmogorov-Smirnov tests of about 3000 rectangles each."""
+    """Size, area, aspect and position of about 3000 rectangles each pass two-sample Kolmogorov-Smirnov tests."""
     for name, values in ours.properties.items():
         assert stats.ks_2samp(values, timms.properties[name]).pvalue > LEAST_P, name
 
 
 def test_rectangles_keep_timms_bounds(ours: Rectangles, timms: Rectangles) -> None:
-    """Area .02 to 1/3 of the image, aspect .3 to 1/.3, but for rounding sides to pixels; in both."""
+    """In both, the area is .02 to 1/3 of the image and the aspect .3 to 1/.3, except for rounding sides to pixels."""
     for rectangles in (ours, timms):
         area, aspect = rectangles.properties["area"] / SIZE**2, rectangles.properties["aspect"]
         assert 0.0195 < area.min() < 0.025
@@ -96,15 +106,15 @@ def test_rectangles_keep_timms_bounds(ours: Rectangles, timms: Rectangles) -> No
         assert (rectangles.left + rectangles.width).max() == SIZE
 
 
-def test_rectangles_do_not_depend_on_their_place(ours: Rectangles) -> None:
-    """Area, aspect and the two places of a rectangle are unrelated."""
-    names = ("area", "aspect", "vertical place", "horizontal place")
+def test_rectangles_do_not_depend_on_their_position(ours: Rectangles) -> None:
+    """Area, aspect and the two position coordinates of a rectangle are independent."""
+    names = ("area", "aspect", "vertical position", "horizontal position")
     ranks = stats.spearmanr(np.stack([ours.properties[name] for name in names], axis=1))
     assert ranks.pvalue[np.triu_indices(4, 1)].min() > LEAST_P
 
 
 def erased_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """400 images before and after erasing, and what lies in a rectangle: bool [B, 1, S, S]."""
+    """Return 400 images before and after erasing, and a mask of the rectangles: bool [B, 1, S, S]."""
     size = 64
     plan = draws(400, size)
     pixels = torch.randint(0, 256, (400, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -116,14 +126,14 @@ def erased_batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_outside_of_the_rectangle_nothing_changes() -> None:
-    """Of a whole batch, exactly the rectangles' pixels change, in all three channels."""
+    """In a whole batch, exactly the pixels of the rectangles change, in all three channels."""
     before, after, inside = erased_batch()
     assert torch.equal(after != before, inside.expand_as(before))
     assert 80 < inside.flatten(1).any(1).sum() < 120
 
 
 def test_noise_is_standard_normal_as_timms() -> None:
-    """The rectangles' pixels have mean 0, deviation 1, and pass tests against the normal law and timm's noise."""
+    """The noise has mean 0, standard deviation 1, and passes tests against the normal distribution and timm's noise."""
     _, after, inside = erased_batch()
     noise = after[inside.expand_as(after)].double().numpy()
     assert len(noise) > 100_000
@@ -137,7 +147,7 @@ def test_noise_is_standard_normal_as_timms() -> None:
 
 
 def test_noise_is_drawn_for_each_pixel_and_channel() -> None:
-    """Channels of a pixel, and neighbouring pixels, are unrelated: not one colour for a rectangle."""
+    """Channels of a pixel, and neighbouring pixels, are independent: a rectangle is not filled with one colour."""
     _, after, inside = erased_batch()
     channels = after.movedim(1, -1)[inside[:, 0]].double().numpy()
     bound = 4.5 / len(channels) ** 0.5

@@ -1,8 +1,8 @@
-"""The whole program against a plain loop over timm's parts: 30 steps with everything random switched on.
+"""Tests of the whole program against a plain loop over timm's parts: 30 steps with all augmentation enabled.
 
-The reference shares with the program the network, the plan's numbers, the erasing noise, and how torch's generator is
-seeded before each batch of a rank, for drop path. All else (reading, augmentation, mixing, loss, parameter groups,
-optimizer, schedule) is PIL's, torch's and timm's own code, put together in the order of timm's training program.
+The reference shares with the program the network, the plan's numbers, the erasing noise, and the seeding of torch's
+generator before each batch of a rank, for drop path. Everything else (reading, augmentation, mixing, loss, parameter
+groups, optimizer, schedule) is code of PIL, torch and timm, combined in the order of timm's training script.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tests.parity.conftest import crop_drawn_from, papers_mixup
 CLASSES, IMAGES, SIZE, BATCH, SEED = 10, 83, 64, 16, 3
 STEPS_PER_EPOCH, EPOCHS, WARMUP, COOLDOWN = 5, 5, 2, 1
 LR = 4e-3  # the paper's peak
-LOSS_TOLERANCE = 1e-5  # relative; seen: 3e-7, which is float32's rounding of a loss
+LOSS_TOLERANCE = 1e-5  # relative; observed: 3e-7, which is float32 rounding of a loss
 COMMAND = (
     f"image_size={SIZE}", f"seed={SEED}", f"global_batch_size={BATCH}", f"optimizer.lr={LR}", f"epochs={EPOCHS}",
     f"schedule.warmup_epochs={WARMUP}", f"schedule.cooldown_epochs={COOLDOWN}", "loader=pil", "precision=fp32",
@@ -47,7 +47,7 @@ COMMAND = (
 
 
 class Step(NamedTuple):
-    """What the program logs of a step and the reference computes."""
+    """The values of a step that the program logs and the reference computes."""
 
     loss: float
     lr: float
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """83 training and 10 validation JPEGs of 70 to 120 pixels in 10 classes, each with a colour cast of its own."""
+    """83 training and 10 validation JPEGs of 70 to 120 pixels in 10 classes, each class with its own colour cast."""
     folder = tmp_path_factory.mktemp("golden")
     rng = np.random.default_rng(0)
     casts = rng.integers(-60, 61, (CLASSES, 3))
@@ -76,7 +76,7 @@ def filter_name(bicubic: bool) -> str:
 
 
 def augmented(file: Path, plan: BatchPlan, row: int) -> Tensor:
-    """The image in position `row` of a batch by timm's transforms, with the plan's numbers: uint8 [3, S, S]."""
+    """Augment the image at position `row` of a batch with timm's transforms and the plan's numbers: uint8 [3, S, S]."""
     crop, randaugment = plan.crop, plan.randaugment
     assert crop is not None
     assert randaugment is not None
@@ -86,7 +86,7 @@ def augmented(file: Path, plan: BatchPlan, row: int) -> Tensor:
         image = RandomResizedCropAndInterpolation(SIZE, interpolation=filter_name(crop.bicubic[row]))(image)
     if crop.flip[row]:
         image = hflip(image)
-    for name, magnitude, negative, bicubic, fill in randaugment.of_sample(row):
+    for name, magnitude, negative, bicubic, fill in randaugment.operations_for(row):
         sign = -1 if negative else 1
         hparams = {"img_mean": fill, "interpolation": Image.Resampling[filter_name(bicubic).upper()]}
         with pytest.MonkeyPatch.context() as patch:
@@ -98,11 +98,11 @@ def augmented(file: Path, plan: BatchPlan, row: int) -> Tensor:
 
 @dataclass
 class Reference:
-    """A training run in this process.
+    """Reference training run in this process.
 
     Attributes:
-        ranks: processes that it stands for; each has its share of a batch, and draws for it alone.
-        mix_group_size: images that are mixed with each other.
+        ranks: number of processes to emulate; each has a share of the batch and its own draws for drop path.
+        mix_group_size: number of images that are mixed with each other.
     """
 
     root: Path
@@ -111,7 +111,7 @@ class Reference:
     weight_decay: float = 0.05
 
     def run(self) -> Iterator[Step]:
-        """The steps of all epochs."""
+        """Yield the steps of all epochs."""
         torch.manual_seed(SEED)
         model = create_model("poolformer_s12", CLASSES).train()
         groups = param_groups_weight_decay(model, self.weight_decay)
@@ -137,8 +137,18 @@ class Reference:
             scheduler.step(epoch + 1)
 
     def _batch(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
-        """Images float32 [B, 3, S, S] and soft targets [B, classes] of all ranks."""
-        plan = TrainingPlan(IMAGES, BATCH, 1, 0, 1, SEED, SIZE, 0.9, AugmentationConfig()).batch(epoch, position)
+        """Return images float32 [B, 3, S, S] and soft targets [B, classes] of all ranks."""
+        plan = TrainingPlan(
+            num_samples=IMAGES,
+            global_batch_size=BATCH,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=SEED,
+            image_size=SIZE,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        ).batch(epoch, position)
         files = sorted((self.root / "train").glob("*/*.JPEG"))
         classes = sorted({file.parent.name for file in files})
         labels = torch.tensor([classes.index(files[sample].parent.name) for sample in plan.samples])
@@ -162,7 +172,7 @@ class Reference:
 
 
 def program_and_reference(reference: Reference, run_dir: Path, *options: str) -> tuple[list[Step], list[Step]]:
-    """Train with train.py, in processes of its own, and with the reference; the steps of both."""
+    """Train with train.py in separate processes, and with the reference; return the steps of both."""
     command = (*COMMAND, *options, f"data.root={reference.root}", f"run_dir={run_dir}")
     with ThreadPoolExecutor() as background:
         program = background.submit(launch, "train", *command, ranks=reference.ranks)
@@ -172,7 +182,7 @@ def program_and_reference(reference: Reference, run_dir: Path, *options: str) ->
 
 
 def assert_same(steps: list[Step], expected: list[Step]) -> None:
-    """Learning rates equal to the last bit, losses and norms but for rounding; and this says something."""
+    """Check that learning rates are equal, that losses and norms differ by rounding only, and that steps differ."""
     assert len(expected) == (EPOCHS + COOLDOWN) * STEPS_PER_EPOCH == 30
     losses, rates, norms = zip(*steps, strict=True)
     expected_losses, expected_rates, expected_norms = zip(*expected, strict=True)
@@ -185,24 +195,24 @@ def assert_same(steps: list[Step], expected: list[Step]) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Step], list[Step]]:
-    """The default recipe on one process, by the program and by the reference."""
+    """Steps of the default recipe on one process, from the program and the reference."""
     return program_and_reference(Reference(root), tmp_path_factory.mktemp("one") / "run")
 
 
 def test_one_process_follows_timms_recipe(one_process: tuple[list[Step], list[Step]]) -> None:
-    """On one process every step of six epochs has the reference's loss, learning rate and norm of the gradient."""
+    """On one process, every step of six epochs has the reference's loss, learning rate and gradient norm."""
     assert_same(*one_process)
 
 
 def test_two_processes_follow_timms_recipe(root: Path, tmp_path: Path) -> None:
-    """So it is on two processes, mixed in groups of four; each rank draws drop path for its own half of a batch."""
+    """The same holds on two processes with mixing groups of four; each rank draws drop path for half of a batch."""
     reference = Reference(root, ranks=2, mix_group_size=4)
     assert_same(*program_and_reference(reference, tmp_path / "run", "augmentation.mix_group_size=4"))
 
 
-def test_a_reference_without_weight_decay_is_told_apart(root: Path, one_process: tuple[list[Step], list[Step]]) -> None:
-    """The bound is narrow: weight decay, which moves a loss by 4e-4 at most in this run, is missed after ten steps."""
+def test_missing_weight_decay_exceeds_the_tolerance(root: Path, one_process: tuple[list[Step], list[Step]]) -> None:
+    """The tolerance detects missing weight decay, which changes a loss by at most 4e-4 in this run, in ten steps."""
     expected = [step.loss for step in one_process[1]]
     without = [step.loss for step in islice(Reference(root, weight_decay=0.0).run(), 10)]
-    assert without[:6] == pytest.approx(expected[:6], rel=LOSS_TOLERANCE), "at a rate of 1e-6 nothing is decayed yet"
+    assert without[:6] == pytest.approx(expected[:6], rel=LOSS_TOLERANCE), "at a rate of 1e-6, decay has no effect yet"
     assert abs(without[9] / expected[9] - 1) > 4 * LOSS_TOLERANCE

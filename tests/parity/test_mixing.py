@@ -1,4 +1,4 @@
-"""Mixup and cutmix: what timm makes of the same draws, and how the plan draws."""
+"""Tests of mixup and cutmix: equality with timm for the same draws, and the distribution of the draws."""
 
 from typing import NamedTuple
 
@@ -17,19 +17,29 @@ from metaformer.data.plan.plan import _MIX_STREAM, MixDraws, TrainingPlan
 from tests.parity.conftest import Box, papers_mixup
 
 CLASSES, SEED, EPOCH = 1000, 11, 4
-LEAST_P = 1e-3  # of the statistics, whose draws are fixed
+LEAST_P = 1e-3  # of the statistical tests; the draws are fixed
 
 
 def drawn(position: int, size: int, batch: int) -> MixDraws:
-    """The plan's mixing of one batch."""
-    plan = TrainingPlan(100 * batch, batch, 1, 0, 1, SEED, size, 0.9, AugmentationConfig())
+    """Return the plan's mixing of one batch."""
+    plan = TrainingPlan(
+        num_samples=100 * batch,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=SEED,
+        image_size=size,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    )
     draws = plan.batch(EPOCH, position).mix
     assert draws is not None
     return draws
 
 
 def random_batch(position: int, size: int, batch: int = 6) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 [B, 3, S, S] and labels int64 [B]."""
+    """Return pixels uint8 [B, 3, S, S] and labels int64 [B]."""
     rng = torch.Generator().manual_seed(position)
     pixels = torch.randint(0, 256, (batch, 3, size, size), generator=rng, dtype=torch.uint8)
     return pixels, torch.randint(0, CLASSES, (batch,), generator=rng)
@@ -37,9 +47,9 @@ def random_batch(position: int, size: int, batch: int = 6) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize(("size", "classes"), [(32, 1000), (45, 10)])
 def test_batches_are_timms(size: int, classes: int) -> None:
-    """100 batches: timm's Mixup, drawing from the plan's generator, gives the images and targets of the plan's draws.
+    """For 100 batches, timm's Mixup with the plan's generator gives the images and targets of the plan's draws.
 
-    Cutmix moves pixels bit for bit; mixup and targets differ by float32's rounding.
+    Cutmix copies pixels exactly; mixup and targets differ by float32 rounding.
     """
     kinds = []
     for position in range(100):
@@ -57,7 +67,7 @@ def test_batches_are_timms(size: int, classes: int) -> None:
 
 
 def test_batches_are_those_of_timms_collate_function() -> None:
-    """timm's program mixes uint8 images as it collates them, and rounds: half a level of 255 is all that differs."""
+    """timm's training code mixes uint8 images when collating and rounds, so images differ by at most half a level."""
     half_a_level = 0.5 / 255 / torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1) + 1e-5
     rounded = 0
     for position in range(40):
@@ -73,11 +83,11 @@ def test_batches_are_those_of_timms_collate_function() -> None:
         if draws.keep.item() == 1:
             assert not difference.any()
         rounded += bool((difference > 0.4 * half_a_level).any())
-    assert rounded > 10, "where this fails, timm no longer rounds: hold the images to its own"
+    assert rounded > 10, "if this fails, timm no longer rounds: compare the images without this tolerance"
 
 
 def test_todays_timm_gives_an_odd_cuts_last_pixel_to_the_far_side() -> None:
-    """The one difference to timm 1.0.31, on purpose: its boxes of odd size reach one pixel further down and right."""
+    """The one intended difference from timm 1.0.31: its boxes of odd size extend one pixel further down and right."""
     todays_box, size, longer = mixup.rand_bbox, 45, 0
     for position in range(100):
         found: list[tuple[Box, float]] = []
@@ -102,7 +112,7 @@ def test_todays_timm_gives_an_odd_cuts_last_pixel_to_the_far_side() -> None:
 
 
 class Drawn(NamedTuple):
-    """The raw numbers of many batches, in timm's order: whether cutmix, the share kept, the centre's row and column."""
+    """The raw numbers of many batches, in timm's order: cutmix or mixup, share kept, row and column of the centre."""
 
     is_cutmix: np.ndarray
     keep: np.ndarray
@@ -115,11 +125,11 @@ GROUPS, SIZE = 6000, 224
 
 @pytest.fixture(scope="module")
 def raw() -> Drawn:
-    """What each group's generator gives."""
+    """The numbers that each group's generator draws."""
     rows = []
     for position in range(GROUPS):
         rng = generator(SEED, EPOCH, _MIX_STREAM, position)
-        rng.random()  # whether to mix at all: always
+        rng.random()  # whether to mix at all, which is always true here
         is_cutmix = rng.random() < 0.5
         alpha = 1.0 if is_cutmix else 0.8
         rows.append((is_cutmix, rng.beta(alpha, alpha), rng.integers(SIZE), rng.integers(SIZE)))
@@ -130,13 +140,23 @@ def raw() -> Drawn:
 def draws() -> MixDraws:
     """The plan's draws for the same groups."""
     augmentation = AugmentationConfig(mix_group_size=2)
-    plan = TrainingPlan(2 * GROUPS, 2 * GROUPS, 1, 0, 1, SEED, SIZE, 0.9, augmentation).batch(EPOCH, 0)
+    plan = TrainingPlan(
+        num_samples=2 * GROUPS,
+        global_batch_size=2 * GROUPS,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=SEED,
+        image_size=SIZE,
+        crop_pct=0.9,
+        augmentation=augmentation,
+    ).batch(EPOCH, 0)
     assert plan.mix is not None
     return plan.mix
 
 
 def test_half_of_the_batches_get_cutmix(raw: Drawn, draws: MixDraws) -> None:
-    """Cutmix or mixup with equal chance, whatever the group before had."""
+    """Cutmix and mixup are equally likely, independently of the previous group."""
     is_cutmix = draws.keep == 1
     assert np.array_equal(is_cutmix, raw.is_cutmix)
     assert stats.binomtest(int(is_cutmix.sum()), GROUPS, 0.5).pvalue > LEAST_P
@@ -145,7 +165,7 @@ def test_half_of_the_batches_get_cutmix(raw: Drawn, draws: MixDraws) -> None:
 
 
 def test_shares_follow_their_beta_distributions(raw: Drawn, draws: MixDraws) -> None:
-    """Mixup's share is Beta(.8, .8), not uniform; cutmix's, before the box is clipped, Beta(1, 1)."""
+    """Mixup's share is Beta(.8, .8), not uniform; cutmix's share, before the box is clipped, is Beta(1, 1)."""
     mixup_share = draws.keep[~raw.is_cutmix]
     assert np.array_equal(mixup_share, raw.keep[~raw.is_cutmix])
     assert np.array_equal(mixup_share, draws.label_keep[~raw.is_cutmix])
@@ -155,7 +175,7 @@ def test_shares_follow_their_beta_distributions(raw: Drawn, draws: MixDraws) -> 
 
 
 def test_centres_are_uniform(raw: Drawn) -> None:
-    """A box's centre is any pixel of the image, its row and column unrelated to each other and to the box's size."""
+    """A box's centre is uniform over the image; its row, its column and the box's size are independent."""
     rows, columns = raw.row[raw.is_cutmix], raw.column[raw.is_cutmix]
     for places in (rows, columns):
         assert (places.min(), places.max()) == (0, SIZE - 1)
@@ -165,7 +185,7 @@ def test_centres_are_uniform(raw: Drawn) -> None:
 
 
 def test_boxes_and_labels_follow_the_raw_numbers(raw: Drawn, draws: MixDraws) -> None:
-    """Each box is its centre and size clipped to the image, and the label's share what the clipped box leaves."""
+    """Each box follows from its centre and size clipped to the image; the label weight is the area outside it."""
     cut = raw.is_cutmix
     half = (SIZE * np.sqrt(1 - raw.keep[cut])).astype(int) // 2
     centre = np.stack([raw.row[cut], raw.column[cut]], axis=1)
@@ -179,7 +199,7 @@ def test_boxes_and_labels_follow_the_raw_numbers(raw: Drawn, draws: MixDraws) ->
 
 
 def test_label_shares_are_distributed_as_timms(draws: MixDraws) -> None:
-    """Two-sample Kolmogorov-Smirnov test against timm's Mixup with numpy's generator: labels' shares of both kinds."""
+    """Label weights of both kinds pass a two-sample Kolmogorov-Smirnov test against timm's Mixup."""
     rng = np.random.default_rng(5)
     target, images = torch.tensor([0, 1]), torch.zeros(2, 1, SIZE, SIZE)
     with papers_mixup(rng, 2) as timms:

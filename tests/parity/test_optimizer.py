@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: timm's, torch's, and those of the formula."""
+"""Tests of AdamW and its parameter groups against timm, torch and the published formula."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from metaformer.models import create_model
 from metaformer.training.optimizer import OptimizerConfig, make_optimizer
 
 DECAY, BETAS, EPS, STEPS = 0.05, (0.9, 0.999), 1e-8, 20
-# Every step has another rate, and the decay of a step, 1 - .05 * lr, is far above the tolerances.
+# Every step has a different rate, and the decay of a step, 1 - .05 * lr, is far above the tolerances.
 RATES = [0.02 * (1 - step / STEPS) for step in range(STEPS)]
 
 
 class Small(nn.Module):
-    """One of each kind of parameter of the paper's networks, hybrids included."""
+    """Module with one of each kind of parameter in the paper's networks, including hybrids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Small(nn.Module):
 
 
 def decay_of_names(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, float]:
-    """Parameter names and their weight decay; each parameter is in one group, once."""
+    """Return the weight decay by parameter name; check that each parameter is in exactly one group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     pairs = [(names[id(parameter)], group["weight_decay"]) for group in groups for parameter in group["params"]]
     assert len(pairs) == len(names)
@@ -39,7 +39,7 @@ def decay_of_names(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, 
 
 
 def random_gradients(model: nn.Module) -> list[list[Tensor]]:
-    """Gradients of all steps, [STEPS][parameters], from 1e-10 to 1e2 in size, so that eps matters in some."""
+    """Return gradients of all steps, [STEPS][parameters], scaled by 1e-10 to 1e2, so that eps matters in some."""
     generator = torch.Generator().manual_seed(1)
     scales = [10 ** (12 * torch.rand(p.shape, generator=generator) - 10) for p in model.parameters()]
     return [
@@ -49,7 +49,7 @@ def random_gradients(model: nn.Module) -> list[list[Tensor]]:
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: list[list[Tensor]]) -> dict[str, Tensor]:
-    """The parameters after one step at each of RATES."""
+    """Return the parameters after one step at each of RATES."""
     for lr, step in zip(RATES, gradients, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -60,7 +60,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: list[list
 
 
 def adamw(parameter: Tensor, gradients: list[Tensor]) -> NDArray[np.float64]:
-    """AdamW (arXiv 1711.05101, algorithm 2) in float64; what has one dimension is not decayed."""
+    """Compute AdamW (arXiv 1711.05101, algorithm 2) in float64, without decay for one-dimensional parameters."""
     x = parameter.detach().double().numpy().copy()
     first, second = np.zeros_like(x), np.zeros_like(x)
     decay = 0.0 if x.ndim <= 1 else DECAY
@@ -74,7 +74,7 @@ def adamw(parameter: Tensor, gradients: list[Tensor]) -> NDArray[np.float64]:
 
 
 def test_groups_of_poolformer_are_timms() -> None:
-    """PoolFormer-S12's groups are those of both of timm's functions, and of the rule "one dimension: no decay"."""
+    """PoolFormer-S12's groups equal those of two functions of timm, and of the rule "one dimension: no decay"."""
     model = create_model("poolformer_s12")
     ours = decay_of_names(model, make_optimizer(OptimizerConfig(), model, 1e-3).param_groups)
     timms = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=DECAY).param_groups
@@ -84,7 +84,7 @@ def test_groups_of_poolformer_are_timms() -> None:
 
 
 def test_groups_of_poolformer_by_kind() -> None:
-    """Counted by hand: the weights of 28 convolutions and the head are decayed; biases, norms, LayerScales are not."""
+    """By a manual count, the weights of 28 convolutions and the head are decayed; other parameters are not."""
     model = create_model("poolformer_s12")
     decay = decay_of_names(model, make_optimizer(OptimizerConfig(), model, 1e-3).param_groups)
     decayed = {name for name, value in decay.items() if value}
@@ -94,7 +94,7 @@ def test_groups_of_poolformer_by_kind() -> None:
 
 
 def test_position_embeddings_are_decayed() -> None:
-    """A parameter [1, C, H, W] is in the group with weight decay, here as in timm; one [C] is not."""
+    """A parameter [1, C, H, W] is in the group with weight decay, as in timm; a parameter [C] is not."""
     model = Small()
     decay = decay_of_names(model, make_optimizer(OptimizerConfig(), model, 1e-3).param_groups)
     assert decay == decay_of_names(model, timm.optim.param_groups_weight_decay(model, DECAY))
@@ -103,7 +103,7 @@ def test_position_embeddings_are_decayed() -> None:
 
 
 def test_adamw_follows_the_formula() -> None:
-    """20 steps with gradients of all sizes: within 2e-6 of the formula in float64, where one step is up to .02."""
+    """After 20 steps of up to .02 with gradients of all sizes, parameters are within 2e-6 of the float64 formula."""
     model = Small()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gradients = random_gradients(model)
@@ -115,7 +115,7 @@ def test_adamw_follows_the_formula() -> None:
 
 
 def test_adamw_is_torchs() -> None:
-    """Fused as the program has it, the same steps are those of torch's plain loop over the groups that timm makes."""
+    """The fused optimizer of the program gives the same steps as torch's plain loop over timm's groups."""
     ours, theirs = Small(), Small()
     gradients = random_gradients(ours)
     groups = timm.optim.param_groups_weight_decay(theirs, DECAY)
@@ -126,7 +126,7 @@ def test_adamw_is_torchs() -> None:
 
 
 def test_weight_decay_is_decoupled() -> None:
-    """With a gradient of zero a decayed parameter shrinks by 1 - lr * .05 a step, and the others stay."""
+    """With zero gradients, decayed parameters shrink by a factor of 1 - lr * .05 per step, and others do not change."""
     model = Small()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     nothing = [[torch.zeros_like(parameter) for parameter in model.parameters()]] * STEPS

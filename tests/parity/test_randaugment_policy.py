@@ -1,4 +1,4 @@
-"""RandAugment's draws, held against what timm's `rand-m9-mstd0.5-inc1` was seen to do over many images."""
+"""Tests of RandAugment's draws against those of timm's `rand-m9-mstd0.5-inc1`, recorded over many images."""
 
 import random
 from collections.abc import Callable
@@ -24,20 +24,20 @@ from metaformer.data.plan.randaugment import (
 )
 
 IMAGES = 8000
-LEAST_P = 1e-3  # of the statistics, whose draws are fixed
+LEAST_P = 1e-3  # of the statistical tests; the draws are fixed
 SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 ENHANCING = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
 
-Applied = list[list[Operation]]  # by image; the sign of operations without one says nothing
+Applied = list[list[Operation]]  # by image; the sign is meaningless for operations without one
 
 
 def timms_policy() -> Any:
-    """As timm's create_transform makes it for 224 pixels, ImageNet's mean and random interpolation."""
+    """Make the policy as timm's create_transform does for 224 pixels, ImageNet's mean and random interpolation."""
     return rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 100, "img_mean": (124, 116, 104)})
 
 
 def watch(operation: AugmentOp, seen: list[Operation]) -> None:
-    """Have one of timm's operations note what it was about to do, instead of changing the image."""
+    """Make one of timm's operations record its arguments instead of changing the image."""
     to_argument: Callable[..., tuple[Any, ...]] | None = operation.level_fn
     magnitudes: list[float] = []
 
@@ -73,15 +73,25 @@ def timms() -> Applied:
 
 @pytest.fixture(scope="module")
 def draws() -> RandAugmentDraws:
-    """The plan's, for one batch."""
-    plan = TrainingPlan(IMAGES, IMAGES, 1, 0, 1, 9, 224, 0.9, AugmentationConfig()).batch(3, 0)
+    """The plan's draws for one batch."""
+    plan = TrainingPlan(
+        num_samples=IMAGES,
+        global_batch_size=IMAGES,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=9,
+        image_size=224,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    ).batch(3, 0)
     assert plan.randaugment is not None
     return plan.randaugment
 
 
 @pytest.fixture(scope="module")
 def ours(draws: RandAugmentDraws) -> Applied:
-    return [draws.of_sample(row) for row in range(IMAGES)]
+    return [draws.operations_for(row) for row in range(IMAGES)]
 
 
 def flat(applied: Applied) -> list[Operation]:
@@ -89,13 +99,13 @@ def flat(applied: Applied) -> list[Operation]:
 
 
 def counts(applied: Applied) -> NDArray[np.int64]:
-    """How often each operation was applied, in the order of OPERATIONS."""
+    """Count how often each operation was applied, in the order of OPERATIONS."""
     names = [operation.name for operation in flat(applied)]
     return np.array([names.count(name) for name in OPERATIONS])
 
 
 def test_policies_have_the_same_operations(ours: Applied, timms: Applied) -> None:
-    """timm's policy has two layers of these 15 operations at magnitude 9 with deviation .5, and both apply them all."""
+    """timm's policy has two layers of the same 15 operations at magnitude 9, deviation .5; both apply all of them."""
     policy = timms_policy()
     assert tuple(operation.name for operation in policy.ops) == OPERATIONS
     assert (policy.num_layers, policy.choice_weights) == (2, None)
@@ -106,7 +116,7 @@ def test_policies_have_the_same_operations(ours: Applied, timms: Applied) -> Non
 
 
 def test_a_quarter_of_the_images_stays_unchanged(ours: Applied, timms: Applied) -> None:
-    """Images with 0, 1 and 2 operations: one quarter, one half, one quarter, in both."""
+    """In both, a quarter of the images get no operation, half get one and a quarter get two."""
     for applied in (ours, timms):
         number = np.bincount([len(operations) for operations in applied], minlength=3)
         assert stats.binomtest(int(number[0]), IMAGES, 0.25).pvalue > LEAST_P
@@ -114,7 +124,7 @@ def test_a_quarter_of_the_images_stays_unchanged(ours: Applied, timms: Applied) 
 
 
 def test_operations_are_equally_likely(ours: Applied, timms: Applied) -> None:
-    """All 15 uniformly, in both, and drawn with replacement: the same one twice in a fifteenth of the pairs."""
+    """In both, all 15 are equally likely and drawn with replacement: a fifteenth of the pairs are equal."""
     for applied in (ours, timms):
         assert stats.chisquare(counts(applied)).pvalue > LEAST_P
         pairs = [operations for operations in applied if len(operations) == 2]
@@ -124,7 +134,7 @@ def test_operations_are_equally_likely(ours: Applied, timms: Applied) -> None:
 
 
 def test_magnitudes_are_normal_clipped_at_ten(ours: Applied, timms: Applied) -> None:
-    """Magnitudes are Normal(9, .5), those above 10 become 10, in both, and pass the two-sample test."""
+    """In both, magnitudes are Normal(9, .5) clipped at 10, and they pass the two-sample test."""
     samples = [np.array([operation.magnitude for operation in flat(applied)]) for applied in (ours, timms)]
     below_ten = stats.truncnorm(-np.inf, 2, loc=9, scale=0.5)
     for magnitudes in samples:
@@ -136,7 +146,7 @@ def test_magnitudes_are_normal_clipped_at_ten(ours: Applied, timms: Applied) -> 
 
 
 def test_layers_are_drawn_apart(draws: RandAugmentDraws) -> None:
-    """The two layers of an image share nothing: neither the operation nor the magnitude tells of the other's."""
+    """Operations and magnitudes of the two layers of an image are independent."""
     first, second = draws.operation.T
     both = (first >= 0) & (second >= 0)
     table = np.zeros((15, 15))
@@ -148,7 +158,7 @@ def test_layers_are_drawn_apart(draws: RandAugmentDraws) -> None:
 
 @pytest.mark.parametrize("names", [SIGNED, ENHANCING], ids=["geometric", "enhancing"])
 def test_half_of_the_arguments_are_negative(names: tuple[str, ...], ours: Applied, timms: Applied) -> None:
-    """Both directions are equally likely, in both, for each operation that has one."""
+    """In both, the two directions are equally likely for each operation that has a direction."""
     for applied in (ours, timms):
         for name in names:
             signs = [operation.negative for operation in flat(applied) if operation.name == name]
@@ -157,7 +167,7 @@ def test_half_of_the_arguments_are_negative(names: tuple[str, ...], ours: Applie
 
 
 def test_half_of_the_warps_are_bicubic(ours: Applied, timms: Applied) -> None:
-    """The filter is drawn anew for each operation, bilinear or bicubic, in both."""
+    """In both, the filter is drawn for each operation independently, bilinear or bicubic."""
     for applied in (ours, timms):
         filters = [operation.bicubic for operation in flat(applied)]
         assert stats.binomtest(sum(filters), len(filters), 0.5).pvalue > LEAST_P
@@ -168,7 +178,7 @@ def test_half_of_the_warps_are_bicubic(ours: Applied, timms: Applied) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_arguments_at_every_level_are_timms(name: str) -> None:
-    """At magnitudes 0, .1, ..., 10 the arguments of both signs are exactly those that timm draws between."""
+    """At magnitudes 0, .1, ..., 10 the arguments for the two signs are exactly those between which timm draws."""
     random.seed(0)
     to_argument = LEVEL_TO_ARG[name]
     for tenths in range(101):
@@ -179,8 +189,8 @@ def test_arguments_at_every_level_are_timms(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SIGNED + ENHANCING)
-def test_a_negative_argument_lies_on_the_other_side(name: str) -> None:
-    """The sign turns geometric arguments about 0 and factors about 1, down to .1."""
+def test_a_negative_argument_is_mirrored(name: str) -> None:
+    """The sign mirrors geometric arguments at 0 and enhancement factors at 1, down to .1."""
     for magnitude in np.linspace(0.1, 10, 100):
         (positive,), (negative,) = (ARGUMENTS[name](float(magnitude) / MAX_MAGNITUDE, sign) for sign in (False, True))
         if name in SIGNED:

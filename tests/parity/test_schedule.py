@@ -1,4 +1,4 @@
-"""The paper's learning rates, to the last bit those that timm's training program sets."""
+"""Tests that learning rates equal those of timm's training script exactly."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ batches = pytest.mark.parametrize("batch", [1024, 4096])
 
 
 def paper(epoch: float, peak: float) -> float:
-    """The recipe's formula."""
+    """Return the learning rate by the recipe's formula."""
     if epoch < 5:
         return 1e-6 + epoch * (peak - 1e-6) / 5
     if epoch < EPOCHS:
@@ -26,21 +26,22 @@ def paper(epoch: float, peak: float) -> float:
 
 
 def optimizer(lr: float) -> torch.optim.Optimizer:
-    """Two parameter groups, as weight decay makes them."""
+    """Make an optimizer with two parameter groups, as weight decay requires."""
     return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=lr)
 
 
 def ours(batch: int, unit: ScheduleUnit) -> Schedule:
-    """The default configuration's schedule."""
+    """Make the schedule of the default configuration."""
     peak = OptimizerConfig().learning_rate(batch)
     return Schedule(ScheduleConfig(unit=unit), optimizer(peak), EPOCHS, IMAGES // batch)
 
 
 def timms(batch: int, on_updates: bool) -> list[float]:
-    """The rate of every epoch, or of every step, in timm's train.py with the paper's arguments.
+    """Return the rate of every epoch, or of every step, of timm's train.py with the paper's arguments.
 
-    It builds the schedule from its arguments, trains as many epochs as that answers, and sets the rate after an epoch
-    for the next, or after a step for the next; the first has what the schedule set when it was built.
+    timm's script builds the schedule from its arguments and trains for the number of epochs that the schedule returns.
+    It sets the rate of the next epoch after each epoch, or of the next step after each step; the first rate is set when
+    the schedule is built.
     """
     args = argparse.Namespace(
         sched="cosine", epochs=EPOCHS, warmup_epochs=5, cooldown_epochs=COOLDOWN, min_lr=1e-5, warmup_lr=1e-6,
@@ -61,7 +62,7 @@ def timms(batch: int, on_updates: bool) -> list[float]:
 
 @batches
 def test_every_epoch_has_timms_rate(batch: int) -> None:
-    """All 310 epochs at batch 1024 and 4096, in their first, a middle and their last step."""
+    """All 310 epochs at batch 1024 and 4096 have timm's rate in their first, middle and last step."""
     schedule, steps = ours(batch, ScheduleUnit.epoch), IMAGES // batch
     expected = timms(batch, on_updates=False)
     assert len(expected) == 310
@@ -71,7 +72,7 @@ def test_every_epoch_has_timms_rate(batch: int) -> None:
 
 @batches
 def test_every_step_has_timms_rate(batch: int) -> None:
-    """The per-step variant: each of the 310 epochs' steps has the rate of timm's `--sched-on-updates`."""
+    """In the per-step variant, every step of the 310 epochs has the rate of timm's `--sched-on-updates`."""
     schedule, expected = ours(batch, ScheduleUnit.step), timms(batch, on_updates=True)
     assert len(expected) == 310 * (IMAGES // batch)
     assert [schedule.set(step) for step in range(len(expected))] == expected
@@ -79,7 +80,7 @@ def test_every_step_has_timms_rate(batch: int) -> None:
 
 @batches
 def test_timm_and_the_program_follow_the_recipe(batch: int) -> None:
-    """timm's rates and ours are the recipe's formula; epoch 0 runs at 1e-6, the peak is 1e-3 for each 1024 images."""
+    """timm's rates and ours follow the recipe's formula: epoch 0 runs at 1e-6, and the peak is 1e-3 per 1024 images."""
     peak = {1024: 1e-3, 4096: 4e-3}[batch]
     formula = [paper(epoch, peak) for epoch in range(310)]
     schedule, steps = ours(batch, ScheduleUnit.epoch), IMAGES // batch

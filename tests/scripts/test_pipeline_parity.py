@@ -60,7 +60,7 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     """A missing folder, an empty one and no images asked for: one line, exit code 2."""
     for arguments, words in (
         ((str(tmp_path / "none"),), "no such folder"),
-        ((str(tmp_path),), "holds no image"),
+        ((str(tmp_path),), "contains no images"),
     ):
         refused = compare(*arguments)
         assert refused.code == 2

@@ -128,13 +128,13 @@ def test_checked_archives_are_not_read_again(
     """After an interruption the hash of an archive that was right stays right until the archive changes."""
     out, train = tmp_path / "data", Path(archives[archives.index("--train-tar") + 1])
     monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 6})
-    with pytest.raises(UserError, match=r"^val: 5 images in the archive, not 6; get it again$"):
+    with pytest.raises(UserError, match=r"^val: 5 images in the archive, not 6; download it again$"):
         prepare("imagenet", *archives, "--out", str(out))
     monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 5})
     monkeypatch.setitem(imagenet_archives.MD5, "train", "what no archive has")
     times = train.stat()
     os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
-    with pytest.raises(UserError, match=r"train: not the known archive"):
+    with pytest.raises(UserError, match=r"train: not the published archive"):
         prepare("imagenet", *archives, "--out", str(out))
     os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
     prepare("imagenet", *archives, "--out", str(out))
@@ -149,7 +149,8 @@ def test_labels_of_other_images(
     val = Path(archives[archives.index("--val-tar") + 1])
     val.write_bytes(tar({f"ILSVRC2012_val_{number:08}.JPEG": jpeg(9) for number in range(1, len(VAL_LABELS))}))
     monkeypatch.setitem(imagenet_archives.MD5, "val", hashlib.md5(val.read_bytes()).hexdigest())
-    with pytest.raises(UserError, match=rf"^{val}: 4 images, but {tmp_path}/devkit has labels for 5; get both again$"):
+    message = rf"^{val}: 4 images, but {tmp_path}/devkit has labels for 5; download both again$"
+    with pytest.raises(UserError, match=message):
         prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
@@ -157,7 +158,7 @@ def test_labels_of_other_images(
 def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
     """An archive that is not there is named, before anything is unpacked."""
     Path(archives[archives.index("--val-tar") + 1]).unlink()
-    with pytest.raises(UserError, match=r"val: no such file; get it from image-net\.org"):
+    with pytest.raises(UserError, match=r"val: no such file; download it from image-net\.org"):
         prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
@@ -219,7 +220,7 @@ def test_imagenette_refuses_what_it_does_not_know(
 
     other = tmp_path / "other.tgz"
     other.write_bytes(tgz.read_bytes() + b"\0")
-    assert "not the known archive" in refusal(other)
+    assert "not the published archive" in refusal(other)
     assert "no such file" in refusal(tmp_path / "none.tgz")
     known_tgz(other, tgz.read_bytes()[:-50], monkeypatch)
     assert "imagenette: " in refusal(other)
@@ -262,7 +263,7 @@ def test_imagenet_shards_of_archives_that_lack_images(
 ) -> None:
     """Another number of images than published is refused before any shard is written."""
     monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 10, "val": 5})
-    with pytest.raises(UserError, match=r"^train: 9 images in the archive, not 10; get it again$"):
+    with pytest.raises(UserError, match=r"^train: 9 images in the archive, not 10; download it again$"):
         prepare("imagenet", *archives, "--out", str(tmp_path / "out"), "--format", "shards")
     assert not list(tmp_path.rglob("*.tar"))
     assert not (tmp_path / "out").exists()
@@ -326,7 +327,7 @@ def test_options_that_do_not_fit(images: Path, tmp_path: Path, prepare: Prepare)
         (images, (*shards, "--max-side", "0"), "--max-side 0: must be from 32"),
         (images, (*shards, "--shard-size", "0"), "--shard-size 0: must be from 1"),
         (images, ("--workers", "0"), "--workers 0: must be from 1"),
-        (tmp_path / "empty", shards, f"--from {tmp_path / 'empty'}: no train and no val folder in it"),
+        (tmp_path / "empty", shards, f"--from {tmp_path / 'empty'}: contains no train or val folder"),
         (images, (*shards, "--out", str(tmp_path / "mine")), f"--out {tmp_path / 'mine'}: exists already"),
     ):
         with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""From a loader's images to batches on the device, as the network takes them."""
+"""Batches on the device, made from the images of a loader."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Transform = Callable[[Tensor, Tensor, BatchPlan], tuple[Tensor, Tensor]]
 
 
 class Placement(NamedTuple):
-    """Where batches go, and how their images lie in memory."""
+    """Device and memory format of the batches' images."""
 
     device: torch.device
     memory_format: torch.memory_format
@@ -31,7 +31,7 @@ class Feed:
         self._transform, self._device, self._memory_format = transform, target.device, target.memory_format
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Batches from position `first` of an epoch to its end."""
+        """Yield the batches of an epoch from position `first` on."""
         loaded = self._loader.epoch(epoch, first)
         for position in range(first, self._plan.batches_per_epoch):
             started = time.perf_counter()
@@ -45,9 +45,9 @@ class Feed:
 
     @property
     def rounds_per_epoch(self) -> int:
-        """Batches of the rank that has the most."""
+        """Number of batches of the rank that has the most."""
         return self._plan.rounds_per_epoch
 
     def close(self) -> None:
-        """Stop the loader."""
+        """Close the loader."""
         self._loader.close()

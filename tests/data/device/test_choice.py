@@ -1,4 +1,4 @@
-"""Triton's transform of training images and its check; it runs in Triton's interpreter, in a process of its own."""
+"""Tests of the Triton transform and its check, with the Triton interpreter in a separate process."""
 
 import math
 
@@ -17,29 +17,29 @@ CPU = torch.device("cpu")
 
 @needs_triton
 def test_interpreted_transform_is_the_plain_one() -> None:
-    """All of triton_kernel_cases.py."""
+    """All tests of triton_kernel_cases.py pass in the interpreter."""
     run_interpreted("tests/data/device/triton_kernel_cases.py")
 
 
 @pytest.mark.parametrize(
     ("error", "fault"),
-    [(0.0, None), (0.01, "it differs from the plain one by 0.01 at 37 px"), (math.nan, "by nan at 37 px")],
+    [(0.0, None), (0.01, "it differs from the plain transform by 0.01 at 37 px"), (math.nan, "by nan at 37 px")],
 )
 def test_wrong_values_are_found(monkeypatch: pytest.MonkeyPatch, error: float, fault: str | None) -> None:
-    """One value that is off by a hundredth, or no number."""
+    """A single value that is off by a hundredth or is NaN is found."""
 
-    def off(images: Tensor, plan: BatchPlan, statistics: ColourStatistics) -> Tensor:
-        found = transform_plainly(images, plan, statistics)
-        found[-1, -1, -1, -1] += error
-        return found
+    def transform_with_error(images: Tensor, plan: BatchPlan, statistics: ColourStatistics) -> Tensor:
+        result = transform_plainly(images, plan, statistics)
+        result[-1, -1, -1, -1] += error
+        return result
 
-    monkeypatch.setattr(choice, "transform_by_triton", off)
+    monkeypatch.setattr(choice, "transform_by_triton", transform_with_error)
     found = find_fault(CPU, 37)
     assert found is None if fault is None else found is not None and fault in found
 
 
 def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the compiler says, in one line."""
+    """An error of the compiler is reported in one line."""
 
     def fail(*_: object) -> Tensor:
         raise OverflowError("no such instruction\nand more")

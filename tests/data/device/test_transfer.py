@@ -1,4 +1,4 @@
-"""Copies to the device; those to a GPU need one."""
+"""Tests of copies to the device that do not need a GPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from metaformer.data.device.transfer import to_device
 
 
 def test_a_tensor_that_is_not_on_the_cpu_is_not_pinned() -> None:
-    """Only memory of the CPU can be page-locked: a tensor that is elsewhere, as DALI's are, is passed on as it is."""
+    """Only CPU memory can be page-locked, so a tensor on another device (such as DALI's) is returned as is."""
     elsewhere = torch.empty(2, device="meta")
     assert to_device(elsewhere, torch.device("meta")) is elsewhere
     with pytest.raises((RuntimeError, AssertionError, NotImplementedError)) as error:  # no GPU, or nothing to copy
@@ -16,6 +16,6 @@ def test_a_tensor_that_is_not_on_the_cpu_is_not_pinned() -> None:
 
 
 def test_the_cpu_keeps_its_tensors() -> None:
-    """On the CPU nothing is copied."""
+    """Nothing is copied if the device is the CPU."""
     tensor = torch.arange(3)
     assert to_device(tensor, torch.device("cpu")) is tensor

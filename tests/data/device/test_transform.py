@@ -1,4 +1,4 @@
-"""Normalising, mixing and erasing, as batches on the device."""
+"""Tests of batched normalization, mixing and erasing on the device."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ ERASE = EraseDraws(np.array([1, 4]), np.array([[0, 2, 7, 16], [5, 5, 9, 6]]), np
 
 @pytest.fixture
 def images() -> Tensor:
-    """Six images, uint8, channels last, as loaders give them."""
+    """Six uint8 channels_last images, as loaders provide them."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
     return pixels.to(memory_format=torch.channels_last)
@@ -40,7 +40,7 @@ def mix_both(images: Tensor, targets: Tensor, draws: MixDraws) -> tuple[Tensor, 
 
 
 def test_normalize_is_torchvisions(images: Tensor) -> None:
-    """Normalised values are (x / 255 - mean) / std with ImageNet's numbers; the input stays as it was."""
+    """Normalized values are (x / 255 - mean) / std with ImageNet's statistics; the input is not modified."""
     before = images.clone()
     expected = torchvision_normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(normalize(images), expected, rtol=1e-5, atol=1e-5)
@@ -48,7 +48,7 @@ def test_normalize_is_torchvisions(images: Tensor) -> None:
 
 
 def test_denormalize_is_the_inverse(images: Tensor) -> None:
-    """Denormalised images are the pixels / 255 again; values beyond a pixel's range are clipped."""
+    """Denormalized images are the original pixels / 255; values outside a pixel's range are clipped."""
     torch.testing.assert_close(denormalize(normalize(images)), images / 255, rtol=0, atol=1e-6)
     extreme = denormalize(torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4))
     assert torch.equal(extreme[0], torch.zeros(3, 4, 4))
@@ -56,7 +56,7 @@ def test_denormalize_is_the_inverse(images: Tensor) -> None:
 
 
 def test_smoothed_targets_are_the_papers() -> None:
-    """At 1000 classes and smoothing .1 the label gets .9001 and the others .0001; without smoothing 1 and 0."""
+    """With 1000 classes and smoothing .1 the label gets .9001 and the others .0001; without smoothing 1 and 0."""
     targets = smooth_one_hot(torch.tensor([3, 999]), 1000, 0.1)
     assert targets.shape == (2, 1000)
     assert targets[0, 3].item() == pytest.approx(0.9001)
@@ -68,7 +68,7 @@ def test_smoothed_targets_are_the_papers() -> None:
 
 @pytest.mark.parametrize("draws", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
 def test_mixing_is_timms(images: Tensor, draws: MixDraws, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images and targets are those of timm's Mixup in batch mode for the same lambda and box."""
+    """Images and targets equal those of timm's Mixup in batch mode with the same lambda and box."""
     top, left, bottom, right = draws.box[0].tolist()
     cut = bottom > 0
     monkeypatch.setattr(mixup.Mixup, "_params_per_batch", lambda self: (0.5 if cut else draws.keep.item(), cut))
@@ -82,7 +82,7 @@ def test_mixing_is_timms(images: Tensor, draws: MixDraws, monkeypatch: pytest.Mo
 
 
 def test_cutmix_swaps_exactly_the_box(images: Tensor) -> None:
-    """Pixels inside the box are bit for bit the partner's, pixels outside it the image's own."""
+    """Pixels inside the box are exactly the partner's, and pixels outside it the image's own."""
     before = normalize(images)
     mixed = mix(before.clone(), CUTMIX)
     expected = before.clone()
@@ -91,7 +91,7 @@ def test_cutmix_swaps_exactly_the_box(images: Tensor) -> None:
 
 
 def test_groups_are_mixed_by_themselves(images: Tensor) -> None:
-    """A batch of groups, mixed, is each group mixed alone: how a batch is cut into groups does not show."""
+    """Mixing a batch of groups equals mixing each group alone."""
     targets = smooth_one_hot(torch.arange(6), 6, 0.1)
     both = [np.concatenate(pair) for pair in zip(MIXUP, CUTMIX, strict=True)]
     mixed = mix_both(normalize(images), targets, MixDraws(*both))
@@ -102,7 +102,7 @@ def test_groups_are_mixed_by_themselves(images: Tensor) -> None:
 
 
 def test_no_mixing_leaves_the_batch(images: Tensor) -> None:
-    """A group that the probability spared keeps its images and targets bit for bit."""
+    """A group without mixing keeps its images and targets exactly."""
     draws = MixDraws(np.ones(1), np.zeros((1, 4), np.int64), np.ones(1))
     targets = smooth_one_hot(torch.arange(6), 6, 0.1)
     mixed = mix_both(normalize(images), targets, draws)
@@ -111,7 +111,7 @@ def test_no_mixing_leaves_the_batch(images: Tensor) -> None:
 
 
 def test_only_the_boxes_are_erased(images: Tensor) -> None:
-    """Every pixel of the boxes changes, in all channels, and no other pixel of any image."""
+    """All channels of every pixel in the boxes change, and no other pixel of any image."""
     before = normalize(images)
     inside = torch.zeros(6, 1, 16, 16, dtype=torch.bool)
     inside[1, :, 0:7, 2:16] = True
@@ -120,7 +120,7 @@ def test_only_the_boxes_are_erased(images: Tensor) -> None:
 
 
 def test_noise_belongs_to_the_image_and_not_to_its_place(images: Tensor) -> None:
-    """An image is erased the same with the same key, wherever in a batch it stands; another key, other noise."""
+    """Equal keys erase an image in the same way at any position in a batch; another key gives other noise."""
     erased = erase(normalize(images), ERASE)
     alone = EraseDraws(np.array([0]), ERASE.boxes[:1], ERASE.noise_keys[:1])
     assert torch.equal(erase(normalize(images[1:2]), alone)[0], erased[1])
@@ -129,7 +129,7 @@ def test_noise_belongs_to_the_image_and_not_to_its_place(images: Tensor) -> None
 
 
 def test_noise_is_standard_normal_and_independent() -> None:
-    """Noise has mean 0, deviation 1, a normal's quantiles, and no correlation between pixels, channels or near keys."""
+    """Noise has mean 0, standard deviation 1 and normal quantiles; pixels, channels and near keys are uncorrelated."""
     noise = counter_normal(torch.tensor([7, 8, 2**31, 2**32 - 1, 0]), torch.Size((3, 128, 128)))
     assert noise.shape == (5, 3, 128, 128)
     assert noise.dtype == torch.float32
@@ -146,13 +146,23 @@ def test_noise_is_standard_normal_and_independent() -> None:
 
 def training_batch(images: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     augmentation = AugmentationConfig(erase_probability=1.0, **options)
-    plan = TrainingPlan(6, 6, 1, 0, 1, 0, 16, 0.9, augmentation).batch(0, 0)
+    plan = TrainingPlan(
+        num_samples=6,
+        global_batch_size=6,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=16,
+        crop_pct=0.9,
+        augmentation=augmentation,
+    ).batch(0, 0)
     return TrainingTransform(10, 0.1)(images, labels, plan)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_whole_transform_keeps_layout_and_types(images: Tensor, layout: torch.memory_format) -> None:
-    """Images come out float32 in the layout they had, targets float32, each row summing to 1."""
+    """Images become float32 and keep their memory format; targets are float32 and each row sums to 1."""
     images = images.contiguous(memory_format=layout)
     out, targets = training_batch(images, torch.arange(6))
     assert out.shape == images.shape
@@ -162,9 +172,19 @@ def test_whole_transform_keeps_layout_and_types(images: Tensor, layout: torch.me
 
 
 def test_whole_transform_erases_after_mixing(images: Tensor) -> None:
-    """A transform is normalise, smooth, mix, erase, in this order, with the plan's draws."""
+    """The transform normalizes, smooths, mixes and erases, in this order, with the plan's draws."""
     labels = torch.tensor([0, 1, 2, 2, 4, 9])
-    plan = TrainingPlan(6, 6, 1, 0, 1, 0, 16, 0.9, AugmentationConfig(erase_probability=1.0)).batch(0, 0)
+    plan = TrainingPlan(
+        num_samples=6,
+        global_batch_size=6,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=16,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(erase_probability=1.0),
+    ).batch(0, 0)
     assert plan.mix is not None
     assert plan.erase is not None
     mixed, targets = mix_both(normalize(images), smooth_one_hot(labels, 10, 0.1), plan.mix)
@@ -175,12 +195,12 @@ def test_whole_transform_erases_after_mixing(images: Tensor) -> None:
 
 @pytest.mark.parametrize("off", [{"mix_probability": 0.0}, {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}])
 def test_transform_without_mixing_smooths_only(images: Tensor, off: dict[str, float]) -> None:
-    """Where nothing is mixed the targets are the smoothed labels."""
+    """Without mixing, the targets are the smoothed labels."""
     labels = torch.arange(6)
     assert torch.equal(training_batch(images, labels, **off)[1], smooth_one_hot(labels, 10, 0.1))
 
 
 def test_empty_boxes_erase_nothing(images: Tensor) -> None:
-    """A box without pixels leaves its image as it was."""
+    """A box without pixels does not change its image."""
     draws = EraseDraws(np.array([2]), np.array([[5, 5, 5, 9]]), np.array([1]))
     assert torch.equal(erase(normalize(images), draws), normalize(images))

@@ -1,4 +1,4 @@
-"""Triton's transform of training images, compiled, on a GPU."""
+"""Tests of the compiled Triton transform on a GPU."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Triton's transform of training images against the plain one: test functions for two runners.
+"""Tests of the Triton transform against the plain transform, shared by two test modules.
 
-`test_choice.py` runs them in Triton's interpreter, `test_triton_kernel_gpu.py` compiled, on a GPU.
+`test_choice.py` runs them in the Triton interpreter, and `test_triton_kernel_gpu.py` runs them compiled on a GPU.
 """
 
 import os
@@ -26,7 +26,17 @@ def images(batch: int, height: int, width: int) -> Tensor:
 
 
 def plan_with(batch: int, mixing: MixDraws | None, erasing: EraseDraws | None) -> BatchPlan:
-    plan = TrainingPlan(batch, batch, 1, 0, 1, 0, 32, 0.9, AugmentationConfig()).batch(0, 0)
+    plan = TrainingPlan(
+        num_samples=batch,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=32,
+        crop_pct=0.9,
+        augmentation=AugmentationConfig(),
+    ).batch(0, 0)
     return BatchPlan(**{**plan.__dict__, "mix": mixing, "erase": erasing})
 
 
@@ -49,16 +59,16 @@ ERASING = {
 @pytest.mark.parametrize("mixing", MIXING)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (37, 21)])
 def test_images_are_the_plain_ones(mixing: str, erasing: str, height: int, width: int) -> None:
-    """Values equal but for rounding, float32, channels_last; boxes may be empty or reach over the edge."""
+    """Both transforms give equal values except for rounding, also for boxes that are empty or exceed the image."""
     pixels, plan = images(6, height, width), plan_with(6, MIXING[mixing], ERASING[erasing])
     before = pixels.clone()
-    found, expected = transform_by_triton(pixels, plan, IMAGENET), transform_plainly(pixels, plan, IMAGENET)
-    assert found.dtype == torch.float32
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    result, expected = transform_by_triton(pixels, plan, IMAGENET), transform_plainly(pixels, plan, IMAGENET)
+    assert result.dtype == torch.float32
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(pixels, before)
 
 
 def test_self_check_passes() -> None:
-    """On batches of the paper's plan."""
+    """The check finds no fault in the kernel."""
     assert find_fault(DEVICE, 37) is None

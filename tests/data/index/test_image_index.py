@@ -1,4 +1,4 @@
-"""The index of a data set."""
+"""Tests of the index of a data set."""
 
 import json
 import os
@@ -25,12 +25,12 @@ def refusal(root: Path, split: str) -> str:
 
 
 def age(folder: Path) -> None:
-    """Set the time of a folder's last change back, past the resolution of the file system's clock."""
+    """Set a folder's modification time back, to avoid the limited resolution of the file system's clock."""
     os.utime(folder, ns=(10**18, 10**18))
 
 
 def test_order_and_labels_equal_image_folders(own_root: Path) -> None:
-    """Classes, files and labels are torchvision's ImageFolder's, for names whose order is easily got wrong."""
+    """Classes, files and labels equal those of torchvision's ImageFolder, for names that are easily sorted wrongly."""
     train = own_root / "train"
     for name in ("B", "n10", "n2", "é", "a b", "a-b", "a.d"):
         shutil.copytree(train / "c", train / name)
@@ -45,7 +45,7 @@ def test_order_and_labels_equal_image_folders(own_root: Path) -> None:
 
 
 def test_hidden_files_are_left_out_and_folders_below_a_class_are_read(own_root: Path) -> None:
-    """macOS's `._x.JPEG` and hidden folders are no images and no classes; images in folders below a class count."""
+    """Hidden files and folders, such as macOS's `._x.JPEG`, are ignored; images in folders below a class count."""
     train = own_root / "train"
     before = len(load_index(own_root, "train"))
     (train / "a" / "._0.JPEG").write_bytes(b"x")
@@ -58,7 +58,7 @@ def test_hidden_files_are_left_out_and_folders_below_a_class_are_read(own_root: 
 
 
 def test_cache_is_used_while_nothing_changed(own_root: Path) -> None:
-    """The second index is the first, from the memory-mapped files of then, without a scan."""
+    """The second index equals the first and uses its memory-mapped files, without a scan."""
     first = load_index(own_root, "train")
     assert isinstance(first.labels, np.memmap)
     second = load_index(own_root, "train")
@@ -71,8 +71,8 @@ def test_cache_is_used_while_nothing_changed(own_root: Path) -> None:
 
 
 @pytest.mark.parametrize("check", IndexCheck)
-def test_files_rewritten_in_place_are_seen(own_root: Path, check: IndexCheck) -> None:
-    """Another size or time of one file makes a new scan, though no folder has changed; one set of arrays is kept."""
+def test_files_rewritten_in_place_are_detected(own_root: Path, check: IndexCheck) -> None:
+    """A changed size or time of one file triggers a new scan, though no folder changed; old arrays are removed."""
     first = load_index(own_root, "train", check)
     file = own_root / "train" / "a" / "0.JPEG"
     file.write_bytes(b"longer or shorter")
@@ -87,7 +87,7 @@ def test_files_rewritten_in_place_are_seen(own_root: Path, check: IndexCheck) ->
 
 
 def test_quick_check_looks_at_some_files_and_the_full_one_at_all(tmp_path: Path) -> None:
-    """Of 3,000 files a thousand are looked at each time; a change of another is seen by the check of all files."""
+    """Of 3,000 files the quick check looks at a thousand; the full check detects a change of another file."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     for number in range(3000):
         (tmp_path / "train" / "a" / f"{number:04}.JPEG").write_bytes(b"x")
@@ -97,8 +97,8 @@ def test_quick_check_looks_at_some_files_and_the_full_one_at_all(tmp_path: Path)
     assert load_index(tmp_path, "train", IndexCheck.files).fingerprint != first.fingerprint
 
 
-def test_added_and_removed_files_and_classes_are_seen(own_root: Path) -> None:
-    """A file added or removed, or a class added, makes a new scan in spite of the cache."""
+def test_added_and_removed_files_and_classes_are_detected(own_root: Path) -> None:
+    """A file added or removed, or a class added, triggers a new scan despite the cache."""
     train = own_root / "train"
     for folder in ("a", "b", "c"):
         age(train / folder)
@@ -115,8 +115,8 @@ def test_added_and_removed_files_and_classes_are_seen(own_root: Path) -> None:
     assert load_index(own_root, "train").classes == ("a", "b", "c", "d")
 
 
-def test_files_added_below_a_class_are_seen(own_root: Path) -> None:
-    """A file added to a folder inside a class folder makes a new scan too."""
+def test_files_added_below_a_class_are_detected(own_root: Path) -> None:
+    """A file added to a folder inside a class folder also triggers a new scan."""
     more = own_root / "train" / "a" / "more"
     shutil.copytree(own_root / "train" / "b", more)
     for folder in (more, *(own_root / "train").iterdir()):
@@ -127,7 +127,7 @@ def test_files_added_below_a_class_are_seen(own_root: Path) -> None:
 
 
 def flip(content: bytes) -> bytes:
-    """The last byte another one."""
+    """Flip a bit of the last byte."""
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
@@ -144,24 +144,24 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", ["train.json", "train-*/paths.npy", "train-*/labels.npy", "train-*/changed.npy"])
 def test_damaged_cache_is_replaced(own_root: Path, name: str) -> None:
-    """A cache that is not as it was written, by a single bit, is said to be damaged, once, and made anew."""
+    """A cache with even a single changed bit is reported as damaged once, and rebuilt."""
     first = load_index(own_root, "train")
     for kind, damage in DAMAGE.items():
         (file,) = (own_root / ".metaformer").glob(name)
         content = file.read_bytes()
         if damage(content) == content:
             continue
-        file.unlink()  # the index of before maps it
+        file.unlink()  # the previous index maps it
         file.write_bytes(damage(content))
         again, later = load_index(own_root, "train"), load_index(own_root, "train")
         assert (again.fingerprint, again.labels.tolist()) == (first.fingerprint, first.labels.tolist()), kind
         (note,) = again.notes
-        assert note.endswith("train.json: the index's cache was damaged; the data set is scanned anew"), kind
+        assert note.endswith("train.json: the index cache is damaged; scanning the data set again"), kind
         assert later.notes == (), kind
 
 
 def test_damaged_descriptions_never_escape(own_root: Path) -> None:
-    """Whatever 100 random changes make of the cache's description, the index is the data's."""
+    """After any of 100 random changes to the cache's description, the index matches the data."""
     first, rng = load_index(own_root, "train"), random.Random(0)
     file = own_root / ".metaformer" / "train.json"
     for _ in range(100):
@@ -172,8 +172,8 @@ def test_damaged_descriptions_never_escape(own_root: Path) -> None:
         assert load_index(own_root, "train").fingerprint == first.fingerprint
 
 
-def test_splits_have_caches_of_their_own(own_root: Path) -> None:
-    """The cached index of one split is never taken for the other's."""
+def test_splits_have_separate_caches(own_root: Path) -> None:
+    """The cached index of one split is never used for the other."""
     for _ in range(2):
         train, val = load_index(own_root, "train"), load_index(own_root, "val")
         assert train.fingerprint != val.fingerprint
@@ -181,18 +181,18 @@ def test_splits_have_caches_of_their_own(own_root: Path) -> None:
 
 
 def test_cache_moves_to_the_user_where_the_data_is_read_only(own_root: Path, tmp_path: Path) -> None:
-    """Where no cache can lie beside the data it lies in XDG_CACHE_HOME, and is used from there."""
+    """If no cache can be written beside the data, it is written to XDG_CACHE_HOME and used from there."""
     (own_root / ".metaformer").write_text("a file where the cache's folder would be")
     first = load_index(own_root, "train")
-    (kept,) = (tmp_path / "cache" / "metaformer").glob("*/train.json")
-    inode = kept.stat().st_ino
+    (cached,) = (tmp_path / "cache" / "metaformer").glob("*/train.json")
+    inode = cached.stat().st_ino
     assert load_index(own_root, "train").sizes.tolist() == first.sizes.tolist()
-    assert kept.stat().st_ino == inode
+    assert cached.stat().st_ino == inode
 
 
 @pytest.mark.parametrize("change", [{"format": 3}, {"kind": "ShardScan"}])
 def test_a_scan_of_something_else_is_not_used(own_root: Path, change: dict[str, object]) -> None:
-    """What was kept in another format or of another kind, or of a folder of another name, is scanned anew, silently."""
+    """A cache of another format, kind or folder is ignored without a message, and the data is scanned again."""
 
     def stored(root: Path) -> Path:
         (arrays,) = root.glob(".metaformer/train-*")
@@ -210,7 +210,7 @@ def test_a_scan_of_something_else_is_not_used(own_root: Path, change: dict[str, 
 
 
 def test_a_cache_that_fills_the_disk_leaves_nothing(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays that cannot all be written are removed, and the scan is used as it is."""
+    """Arrays that cannot all be written are removed, and the scan is used without a cache."""
 
     def save(file: Path, array: object) -> None:
         file.write_bytes(b"half")
@@ -222,14 +222,14 @@ def test_a_cache_that_fills_the_disk_leaves_nothing(own_root: Path, monkeypatch:
 
 
 def test_index_works_where_nothing_can_be_cached(own_root: Path, tmp_path: Path) -> None:
-    """Without any place for a cache the scan is repeated and nothing fails."""
+    """Without any place for a cache, the scan is repeated and nothing fails."""
     for place in (own_root / ".metaformer", tmp_path / "cache"):
         place.write_text("in the way")
     assert load_index(own_root, "train").fingerprint == load_index(own_root, "train").fingerprint
 
 
 def test_fingerprint_follows_content_and_not_place(own_root: Path, tmp_path: Path) -> None:
-    """Equal data elsewhere has an equal fingerprint; another size, file name or class name changes it."""
+    """A copy of the data has the same fingerprint; another size, file name or class name changes it."""
     seen = {load_index(own_root, "train").fingerprint}
     shutil.copytree(own_root, tmp_path / "copy")
     assert load_index(tmp_path / "copy", "train").fingerprint in seen
@@ -255,22 +255,22 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_flat_and_empty_splits_are_refused(tmp_path: Path) -> None:
-    """Images without class folders, which would score 0.1 %, and an empty split are told apart."""
+    """An empty split and one without class folders, which would score 0.1 %, give different messages."""
     (tmp_path / "val").mkdir()
     assert f"{tmp_path / 'val'} is not a data set: it is empty" in refusal(tmp_path, "val")
     (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x")
-    assert f"{tmp_path / 'val'} is not a data set: images lie in it without class folders" in refusal(tmp_path, "val")
+    assert f"{tmp_path / 'val'} is not a data set: it contains no class folders" in refusal(tmp_path, "val")
 
 
 def test_empty_class_folder_is_named(own_root: Path) -> None:
-    """A class folder without an image is refused by name: it would shift every label after it."""
+    """A class folder without an image is rejected by name, because dropping it would shift the labels after it."""
     (own_root / "train" / "bb").mkdir()
     (own_root / "train" / "bb" / "notes.txt").write_text("no image")
     assert str(own_root / "train" / "bb") in refusal(own_root, "train")
 
 
 def test_splits_must_have_the_same_classes(own_root: Path) -> None:
-    """Class folders that one split alone has are named, with the split that lacks them, in either direction."""
+    """Class folders that only one split has are named with the split that lacks them, in both directions."""
     train, val = load_index(own_root, "train"), load_index(own_root, "val")
     check_same_classes(train, val)
     (own_root / "val" / "b").rename(own_root / "val" / "z")
@@ -282,8 +282,8 @@ def test_splits_must_have_the_same_classes(own_root: Path) -> None:
         check_same_classes(load_index(own_root, "train"), changed)
 
 
-def test_what_is_no_data_is_passed_over(own_root: Path) -> None:
-    """Thumbnails of a NAS and of macOS are no images; files of other kinds are counted and said, at each start."""
+def test_files_that_are_not_data_are_skipped(own_root: Path) -> None:
+    """Thumbnails of a NAS or macOS are ignored; files without an image suffix are counted and reported each time."""
     before = load_index(own_root, "train")
     assert before.notes == ()
     train = own_root / "train"
@@ -295,39 +295,37 @@ def test_what_is_no_data_is_passed_over(own_root: Path) -> None:
     for _ in range(2):
         index = load_index(own_root, "train")
         assert index.fingerprint == before.fingerprint
-        assert index.notes == (
-            f"{train}: passed over 4 files that are not named as images: 2 .jpe, 1 without suffix, 1 .jfif",
-        )
+        assert index.notes == (f"{train}: skipped 4 files without an image suffix: 2 .jpe, 1 without suffix, 1 .jfif",)
     for file in (train / "a").glob("*.JPEG"):
         if file.is_file():
             file.rename(file.with_suffix(".avif"))
-    assert "holds no image, but 8 .avif; images are .jpg .jpeg " in refusal(own_root, "train")
+    assert "contains no images, only 8 .avif; image suffixes are .jpg .jpeg " in refusal(own_root, "train")
 
 
-def test_a_fifo_is_refused_by_its_name(own_root: Path) -> None:
-    """What would make a reader wait for ever is named when the folders are scanned."""
+def test_a_fifo_is_rejected_by_its_name(own_root: Path) -> None:
+    """A FIFO, which would block a reader forever, is named when the folders are scanned."""
     os.mkfifo(own_root / "train" / "a" / "x.JPEG")
-    assert f"{own_root}/train/a/x.JPEG is named as an image but is a FIFO" in refusal(own_root, "train")
+    assert f"{own_root}/train/a/x.JPEG has an image suffix but is a FIFO" in refusal(own_root, "train")
 
 
 def test_one_class_is_refused(tmp_path: Path, own_root: Path) -> None:
-    """A folder too many makes one class; the split that was meant is named."""
+    """An extra folder level gives a single class; the error names the split that was probably meant."""
     (tmp_path / "x" / "train").mkdir(parents=True)
     (own_root / "train").rename(tmp_path / "x" / "train" / "images")
     root = tmp_path / "x"
     index, config = load_index(root, "train"), DataConfig(root=str(root))
-    with pytest.raises(UserError, match=r"one class folder, images; .*: give data\.train_split=train/images$"):
+    with pytest.raises(UserError, match=r"one class folder, images; .*: set data\.train_split=train/images$"):
         check_several_classes(index, config, "train")
     check_several_classes(load_index(root, "train/images"), config, "train/images")
     check_several_classes(index, replace(config, labels=Labels.wnids), "train")
     shutil.rmtree(root / "train" / "images" / "b")
     shutil.rmtree(root / "train" / "images" / "c")
-    with pytest.raises(UserError, match=r"one class folder, a; give the folder that holds the class folders$"):
+    with pytest.raises(UserError, match=r"one class folder, a; give the folder that contains the class folders$"):
         check_several_classes(load_index(root, "train/images"), config, "train/images")
 
 
 def test_names_that_look_alike_are_told_apart(own_root: Path) -> None:
-    """Classes that differ in Unicode normalisation alone are shown in escapes."""
+    """Classes that differ only in Unicode normalisation are printed with escapes."""
     for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
         (own_root / split / "a").rename(own_root / split / name)
     train, val = load_index(own_root, "train"), load_index(own_root, "val")
@@ -336,10 +334,10 @@ def test_names_that_look_alike_are_told_apart(own_root: Path) -> None:
 
 
 def test_names_are_printed_in_one_line(own_root: Path) -> None:
-    """Line breaks, escape sequences and bytes that are no text are escaped in messages."""
+    """Line breaks, escape sequences and undecodable bytes are escaped in messages."""
     name = os.fsdecode(b"b\n\x1b[31m\xff")
     (own_root / "train" / name).mkdir()
-    assert "/train/b\\n\\x1b[31m\\udcff holds no image" in refusal(own_root, "train")
+    assert "/train/b\\n\\x1b[31m\\udcff contains no images" in refusal(own_root, "train")
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Leaving out the files that a list names."""
+"""Tests of quarantine lists."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from metaformer.errors import UserError
 
 
 def config(root: Path, *lines: str) -> DataConfig:
-    """A data set with a list of these lines."""
+    """Configure a data set with a quarantine list of the given lines."""
     file = root.parent / "broken.txt"
     write_quarantine(file, lines)
     return DataConfig(root=str(root), quarantine=str(file))
@@ -32,12 +32,12 @@ def refusal(root: Path, *lines: str) -> str:
 
 
 def test_listed_files_are_left_out(own_root: Path) -> None:
-    """First, last and inner files go, the others keep their order, labels and sizes; each split counts its own."""
+    """First, last and inner files are excluded, other files are unchanged, and each split counts its own files."""
     index = load_index(own_root, "train")
-    gone = ["train/a/0.JPEG", "train/b/gray.JPEG", "train/c/turned.JPEG"]
-    listed = config(own_root, *gone, "val/a/1.JPEG", gone[0])
+    excluded = ["train/a/0.JPEG", "train/b/gray.JPEG", "train/c/turned.JPEG"]
+    listed = config(own_root, *excluded, "val/a/1.JPEG", excluded[0])
     left = drop_quarantined(index, listed, "train")
-    kept = np.flatnonzero([str(file.relative_to(own_root)) not in gone for file in files(index)])
+    kept = np.flatnonzero([str(file.relative_to(own_root)) not in excluded for file in files(index)])
     assert files(left) == [index.path(int(sample)) for sample in kept]
     assert left.labels.tolist() == index.labels[kept].tolist()
     assert left.sizes.tolist() == index.sizes[kept].tolist()
@@ -49,7 +49,7 @@ def test_listed_files_are_left_out(own_root: Path) -> None:
 
 
 def test_fingerprint_follows_what_is_left(own_root: Path) -> None:
-    """What is left out changes the fingerprint; the lines' order and the other split's lines do not."""
+    """Excluded files change the fingerprint; the order of the lines and the other split's lines do not."""
     index = load_index(own_root, "train")
 
     def fingerprint(*lines: str) -> str:
@@ -62,7 +62,7 @@ def test_fingerprint_follows_what_is_left(own_root: Path) -> None:
 
 
 def test_names_of_any_bytes(own_root: Path) -> None:
-    """Spaces, letters beyond ASCII, bytes that are no UTF-8 and folders below a class go through a list."""
+    """Lists support spaces, non-ASCII letters, bytes that are not UTF-8, and folders below a class."""
     folder = own_root / "train" / "a" / "é b"
     folder.mkdir()
     names = [" x.JPEG", "ü.JPEG", "\udcff.JPEG"]
@@ -86,32 +86,32 @@ def test_class_folders_in_the_root(own_root: Path) -> None:
     "line", ["other/a/0.JPEG", "a/0.JPEG", "/train/a/0.JPEG", "./../train/a/0.JPEG", "train/../train/a/0.JPEG", "x"]
 )
 def test_lines_of_no_split(own_root: Path, line: str) -> None:
-    """A line that lies in neither split is refused, with the splits there are."""
+    """A line in neither split is rejected with a message that names the splits."""
     assert f"{line!r} is in no split of data=imagenet (train, val); remove the line" in refusal(own_root, line)
 
 
 @pytest.mark.parametrize("line", ["train/a/none.JPEG", "train/z/0.JPEG", "train/a", "train", "train/a/0.JPEG\r"])
 def test_lines_of_no_image(own_root: Path, line: str) -> None:
-    """A line of this split that names no image in it, as one that was deleted since, is refused."""
+    """A line of this split that names no image, for example a deleted one, is rejected."""
     message = refusal(own_root, line)
     assert f"{line!r}: no such image in {own_root / 'train'}; remove the line if the file is gone" in message
 
 
 def test_empty_class(own_root: Path) -> None:
-    """A list that leaves a class without images is refused by the class's folder."""
+    """A list that leaves a class without images is rejected with a message that names the class folder."""
     listed = [f"train/c/{file.name}" for file in (own_root / "train" / "c").iterdir()]
     assert f"leaves no image in class folder {own_root / 'train' / 'c'}; repair" in refusal(own_root, *listed)
 
 
 def test_missing_list(own_root: Path, tmp_path: Path) -> None:
-    """A list that is not there, or is a folder, is refused with the command that writes one."""
+    """A list that does not exist, or is a folder, is rejected with the command that writes one."""
     for file in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(UserError, match=rf"^data\.quarantine={file}: cannot be read \([^\n]*scan_data\.py[^\n]*$"):
             drop_quarantined(load_index(own_root, "train"), DataConfig(quarantine=str(file)), "train")
 
 
 def test_labels_of_a_test_set(own_root: Path) -> None:
-    """What was left out stays counted where ReaL's labels are put on the rest."""
+    """The number of excluded images is kept when ReaL's labels are applied."""
     folder = own_root / "val" / "a"
     for number, file in enumerate(sorted(folder.parent.rglob("*.JPEG")), 1):
         file.rename(file.with_name(f"ILSVRC2012_val_{number:08}.JPEG"))

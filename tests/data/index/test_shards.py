@@ -1,4 +1,4 @@
-"""Data sets in shards: the folder's index, what changes, what is refused."""
+"""Tests of the index of shards: equality with the folders' index, detected changes, rejected shards."""
 
 import json
 import os
@@ -28,14 +28,14 @@ def refusal(root: Path, check: IndexCheck = IndexCheck.quick) -> str:
 
 
 def shard_of(root: Path, sample: int) -> tuple[Path, int]:
-    """The tar of an image, and where its bytes begin."""
+    """Return the tar of an image, and the image's offset in it."""
     index = load_index(root, "train")
     assert index.shards is not None
     return root / "train" / index.shards.names[index.shards.numbers[sample]], int(index.shards.offsets[sample])
 
 
 def test_index_is_the_folders(image_root: Path, shard_root: Path) -> None:
-    """Order, labels, classes, sizes, fingerprint and bytes of images in several shards are those of the folder."""
+    """Order, labels, classes, sizes, fingerprint and bytes of images in several shards equal those of the folder."""
     for split in ("train", "val"):
         files, packed = load_index(image_root, split), load_index(shard_root, split)
         assert packed.shards is not None
@@ -52,16 +52,15 @@ def assert_same_bytes(packed: ImageIndex, files: ImageIndex) -> None:
     stored.close()
 
 
-def test_reads_that_end_early_go_on(image_root: Path, shard_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system may give less than was asked for: the rest is read, from where it ended."""
+def test_short_reads_are_continued(image_root: Path, shard_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the file system returns less than requested, the rest is read from there."""
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:700]], offset))
     assert_same_bytes(load_index(shard_root, "train"), load_index(image_root, "train"))
 
 
 def test_order_of_difficult_names(own_root: Path) -> None:
-    """Classes and folders below them whose order is easily got wrong, names beyond ASCII and of 150 bytes, are in the
-    order that the folder's index has, whatever shards they are in."""
+    """Order and contents equal the folder's for names that are easily sorted wrongly, long or not ASCII."""
     train = own_root / "train"
     for name in ("B", "n10", "n2", "é", "a-b", "a.d", "x" * 100, "a/more", "a/B"):
         shutil.copytree(train / "c", train / name)
@@ -74,7 +73,7 @@ def test_order_of_difficult_names(own_root: Path) -> None:
 
 
 def test_shards_in_another_order(image_root: Path, shard_root: Path, tmp_path: Path) -> None:
-    """Shards under each other's numbers give the same order, labels and bytes."""
+    """Renumbered shards give the same order, labels and bytes."""
     train, shuffled = shard_root / "train", tmp_path / "train"
     shuffled.mkdir()
     listed = json.loads((train / "shards.json").read_text())["shards"]
@@ -89,8 +88,8 @@ def test_shards_in_another_order(image_root: Path, shard_root: Path, tmp_path: P
     assert_same_bytes(packed, files)
 
 
-def test_scan_is_kept_until_a_shard_changes(own_shards: Path) -> None:
-    """A second start maps the kept arrays; a tar or an index with another time is read again."""
+def test_scan_is_cached_until_a_shard_changes(own_shards: Path) -> None:
+    """A second start maps the cached arrays; a tar or an index with another time is read again."""
     first = load_index(own_shards, "train")
     assert isinstance(first.labels, np.memmap)
     (stored,) = own_shards.glob(".metaformer/train-*")
@@ -99,13 +98,13 @@ def test_scan_is_kept_until_a_shard_changes(own_shards: Path) -> None:
         assert list(own_shards.glob(".metaformer/train-*")) == [stored]
         os.utime(own_shards / "train" / file, ns=(10**18, 10**18))
         assert load_index(own_shards, "train").notes == ()
-        former = stored
+        previous = stored
         (stored,) = own_shards.glob(".metaformer/train-*")
-        assert stored != former
+        assert stored != previous
 
 
-def test_a_folder_that_becomes_shards_is_seen(own_root: Path, own_shards: Path) -> None:
-    """The kept scan of class folders is not taken for that of the shards in their place, nor the other way round."""
+def test_a_folder_replaced_by_shards_is_detected(own_root: Path, own_shards: Path) -> None:
+    """The cached scan of class folders is not used for shards that replace them, nor vice versa."""
     train = own_root / "train"
     for source, has_shards in ((own_shards / "train", True), (own_root / "val", False), (own_shards / "train", True)):
         load_index(own_root, "train")
@@ -116,7 +115,7 @@ def test_a_folder_that_becomes_shards_is_seen(own_root: Path, own_shards: Path) 
 
 
 def test_quarantine_selects_from_shards(own_root: Path, own_shards: Path) -> None:
-    """A list of SPLIT/CLASS/IMAGE leaves the same images out of shards as out of the folder, with their bytes."""
+    """A list of SPLIT/CLASS/IMAGE excludes the same images from shards as from the folder."""
     file = own_root.parent / "broken.txt"
     write_quarantine(file, ["train/a/0.JPEG", "train/b/gray.JPEG"])
     left = [
@@ -129,7 +128,7 @@ def test_quarantine_selects_from_shards(own_root: Path, own_shards: Path) -> Non
 
 
 def test_labels_by_file_name(own_root: Path) -> None:
-    """ReaL's labels find ImageNet's validation images in shards by their names; another name is said with its shard."""
+    """ReaL's labels are found by file names in shards; the error about another name contains the shard."""
     for number, file in enumerate(sorted((own_root / "val").rglob("*.JPEG")), 1):
         file.rename(file.with_name(f"ILSVRC2012_val_{number:08}.JPEG"))
     config = DataConfig(train_split=None, labels=Labels.real)
@@ -138,7 +137,7 @@ def test_labels_by_file_name(own_root: Path) -> None:
     assert of_files.fingerprint == of_shards.fingerprint
     assert np.array_equal(of_files.labels, of_shards.labels)
     assert_same_bytes(of_shards, of_files)
-    with pytest.raises(UserError, match=r"shard-000000\.tar: a/0\.JPEG is not named as ImageNet's validation"):
+    with pytest.raises(UserError, match=r"shard-000000\.tar: a/0\.JPEG is not named like an ImageNet validation image"):
         relabel(load_index(packed, "train"), config)
 
 
@@ -155,14 +154,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tar": (lambda train: (train / "shard-000001.tar").unlink(), "shard-000001.tar: missing; shards.json lists"),
     "last tar gone": (lambda train: max(train.glob("*.tar")).unlink(), ".tar: missing; shards.json lists"),
     "no index": (lambda train: (train / "shard-000001.idx").unlink(), "shard-000001.idx: missing; shards.json lists"),
-    "no list": (lambda train: (train / "shards.json").unlink(), "shards.json: missing, so shards beside it may be"),
+    "no list": (lambda train: (train / "shards.json").unlink(), "shards.json: missing, so shards may be missing too"),
     "damaged list": (lambda train: (train / "shards.json").write_text("[1"), "shards.json: damaged"),
     "deep list": (lambda train: (train / "shards.json").write_text("[" * 10**5), "shards.json: damaged"),
     "list of no counts": (lambda train: (train / "shards.json").write_text('{"shards": [[1e999, 1]]}'), "damaged"),
     "list of signs": (lambda train: (train / "shards.json").write_text('{"shards": [[-1, 9]]}'), "damaged"),
     "a FIFO for an index": (
         lambda train: replace_by_fifo(train / "shard-000001.idx"),
-        "shard-000001.tar: it or its index is no file",
+        "shard-000001.tar: it or its index is a FIFO",
     ),
     "a FIFO for the list": (
         lambda train: replace_by_fifo(train / "shards.json"),
@@ -174,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut tar": (
         lambda train: rewrite(train / "shard-000001.tar", lambda content: content[:-5000]),
-        "shard-000001.tar: cut short or changed: ",
+        "shard-000001.tar: truncated or changed: ",
     ),
     "cut index": (
         lambda train: rewrite(train / "shard-000001.idx", lambda content: content[:-30]),
@@ -182,14 +181,17 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index without its last line": (
         lambda train: rewrite(train / "shard-000001.idx", lambda content: content[: content[:-1].rindex(b"\n") + 1]),
-        "shard-000001.idx: damaged (not ",
+        "shard-000001.idx: damaged (expected ",
     ),
-    "empty index": (lambda train: (train / "shard-000001.idx").write_bytes(b""), "shard-000001.idx: damaged (not "),
+    "empty index": (
+        lambda train: (train / "shard-000001.idx").write_bytes(b""),
+        "shard-000001.idx: damaged (expected ",
+    ),
     "another version": (
         lambda train: rewrite(train / "shard-000001.idx", lambda content: content.replace(b"v1.2", b"v1.1")),
-        "shard-000001.idx: damaged (not ",
+        "shard-000001.idx: damaged (expected ",
     ),
-    "no number": (
+    "not a number": (
         lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" 512 ", b" 5l2 ")),
         "shard-000000.idx: damaged (b'JPEG 5l2 ",
     ),
@@ -223,15 +225,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "twice": (
         lambda train: rewrite(train / "shard-000000.idx", lambda content: content.replace(b" a/1.", b" a/0.")),
-        "'a/0.JPEG' is in it twice",
+        "'a/0.JPEG' occurs twice",
     ),
-    "class folder beside": (lambda train: (train / "d").mkdir(), "d: lies among shards"),
-    "further shard": (lambda train: (train / "shard-000099.tar").touch(), "shard-000099.tar: lies among shards"),
+    "class folder beside": (lambda train: (train / "d").mkdir(), "d: beside shards, but not listed in"),
+    "further shard": (lambda train: (train / "shard-000099.tar").touch(), "shard-000099.tar: beside shards, but not"),
 }  # fmt: skip
 
 
 def another_size(content: bytes) -> bytes:
-    """The first image a byte longer."""
+    """Make the first image in an index a byte longer."""
     header, first, rest = content.split(b"\n", 2)
     extension, offset, size, *others = first.split(b" ")
     return b"\n".join([header, b" ".join([extension, offset, b"%d" % (int(size) + 1), *others]), rest])
@@ -239,7 +241,7 @@ def another_size(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_shards_that_are_not_whole_are_refused(own_shards: Path, kind: str) -> None:
-    """Each fault is one line that names the file, also where the scan of before is still kept."""
+    """Each fault gives one line that names the file, even if an earlier scan is still cached."""
     load_index(own_shards, "train")
     spoil, message = REFUSED[kind]
     spoil(own_shards / "train")
@@ -248,7 +250,7 @@ def test_shards_that_are_not_whole_are_refused(own_shards: Path, kind: str) -> N
 
 @pytest.mark.parametrize("name", ["shards.json", "shard-000000.idx", "shard-000001.tar"])
 def test_damaged_shards_end_in_one_line(own_shards: Path, name: str) -> None:
-    """Whatever 100 random changes make of a file, the shards are read or refused in one printable line."""
+    """After any of 100 random changes to a file, the shards are read or rejected in one printable line."""
     file, rng = own_shards / "train" / name, random.Random(0)
     whole = file.read_bytes()
     for _ in range(100):
@@ -263,17 +265,17 @@ def test_damaged_shards_end_in_one_line(own_shards: Path, name: str) -> None:
 
 
 def test_shards_without_an_image(own_shards: Path) -> None:
-    """Shards of no image at all are refused."""
+    """Shards without any image are rejected."""
     train = own_shards / "train"
     listed = json.loads((train / "shards.json").read_text())["shards"]
     (train / "shards.json").write_text(json.dumps({"shards": [[0, size] for _, size in listed]}))
     for idx in train.glob("*.idx"):
         idx.write_bytes(b"v1.2 0\n")
-    assert "its shards hold no image; pack the data again" in refusal(own_shards)
+    assert "its shards contain no images; pack the data again" in refusal(own_shards)
 
 
 def test_full_check_compares_every_image(own_shards: Path) -> None:
-    """A header in the middle of a tar that names another file is found by data.check=files, not by the quick one."""
+    """A tar header that names another file is found by data.check=files, but not by the quick check."""
     tar, offset = shard_of(own_shards, 1)
     times = tar.stat()
     with tar.open("r+b") as file:
@@ -282,11 +284,13 @@ def test_full_check_compares_every_image(own_shards: Path) -> None:
     os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
     load_index(own_shards, "train")
     message = refusal(own_shards, IndexCheck.files)
-    assert message.startswith(f"{tar}: a/1.JPEG is not where {tar.stem}.idx says; copy both again, or make the index")
+    assert message.startswith(
+        f"{tar}: a/1.JPEG is not where {tar.stem}.idx says; copy both again, or rebuild the index"
+    )
 
 
 def test_shards_that_cannot_all_be_open(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More shards than the process may open are refused before the first batch; a soft limit is raised."""
+    """More shards than the process may open are rejected before the first batch; a soft limit is raised."""
     import resource
 
     index, limits = load_index(own_shards, "train"), resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -295,7 +299,9 @@ def test_shards_that_cannot_all_be_open(own_shards: Path, monkeypatch: pytest.Mo
         ImageBytes(index).close()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256 + 3
         monkeypatch.setattr("resource.getrlimit", lambda which: (200, 250))
-        with pytest.raises(UserError, match=r"^data\.root: its shards need \d+ open files, 250 are allowed; raise"):
+        with pytest.raises(
+            UserError, match=r"^data\.root: its shards need \d+ open files, but only 250 are allowed; raise"
+        ):
             ImageBytes(index)
     finally:
         monkeypatch.undo()

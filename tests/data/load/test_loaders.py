@@ -1,4 +1,4 @@
-"""The three loaders, fed by one plan: they read the same images."""
+"""Tests that the three loaders read the same images from one plan."""
 
 import shutil
 import struct
@@ -52,11 +52,23 @@ def index(image_root: Path) -> ImageIndex:
 
 def training_plan(size: int = 48, batch: int = 4, **options: AugmentationConfig) -> TrainingPlan:
     augmentation = options.get("augmentation", WITHOUT_RANDAUGMENT)
-    return TrainingPlan(IMAGES, batch, 1, 0, 1, seed=1, image_size=size, crop_pct=0.9, augmentation=augmentation)
+    return TrainingPlan(
+        num_samples=IMAGES,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=1,
+        image_size=size,
+        crop_pct=0.9,
+        augmentation=augmentation,
+    )
 
 
 def evaluation_plan(size: int = 48, batch: int = 4, rank: int = 0, world_size: int = 1) -> EvaluationPlan:
-    return EvaluationPlan(IMAGES, batch, rank, world_size, size, crop_pct=0.9)
+    return EvaluationPlan(
+        num_samples=IMAGES, batch_size=batch, rank=rank, world_size=world_size, image_size=size, crop_pct=0.9
+    )
 
 
 @contextmanager
@@ -77,7 +89,7 @@ def read_epoch(name: str, index: ImageIndex, plan: Plan, epoch: int = 0, workers
 
 
 def difference(one: list[Tensor], other: list[Tensor]) -> Tensor:
-    """Mean absolute difference of each image, of 255."""
+    """Return the mean absolute difference of each image, on a scale of 255."""
     return (torch.cat(one).float() - torch.cat(other).float()).abs().mean((1, 2, 3))
 
 
@@ -101,7 +113,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize(("name", "bound"), [("torch", 0.05), ("dali", 0.5)])
 def test_loaders_equal_pil(index: ImageIndex, plan: Plan, name: str, bound: float) -> None:
-    """Over many sizes, gray, CMYK, progressive, rotated and PNG files, each image is PIL's but for rounding."""
+    """Images of many sizes, gray, CMYK, progressive, rotated and PNG files equal PIL's except for rounding."""
     images, reference = (read_epoch(which, index, plan) for which in (name, "pil"))
     assert [batch.shape for batch in images] == [batch.shape for batch in reference]
     assert {batch.dtype for batch in images} == {torch.uint8}
@@ -118,7 +130,7 @@ def samples_of(plan: Plan, epoch: int = 0) -> list[int]:
 
 @pytest.mark.parametrize(("name", "bound"), [("torch", 0.5), ("dali", 3.0)])
 def test_randaugment_is_pils_in_every_loader(index: ImageIndex, name: str, bound: float) -> None:
-    """Each loader's images get the operations of PIL's: they stay as close as these let rounding grow."""
+    """Each loader applies the same operations as the PIL loader, within the rounding that these amplify."""
     plan = training_plan(augmentation=AugmentationConfig())
     images, reference, plain = (
         read_epoch(name, index, plan),
@@ -128,7 +140,7 @@ def test_randaugment_is_pils_in_every_loader(index: ImageIndex, name: str, bound
     assert difference(images, reference).max() < bound
     changed = difference(reference, plain) > 0
     expected = [
-        bool(batch.randaugment and batch.randaugment.of_sample(row))
+        bool(batch.randaugment and batch.randaugment.operations_for(row))
         for batch in (plan.batch(0, position) for position in range(plan.batches_per_epoch))
         for row in range(len(batch))
     ]
@@ -137,7 +149,7 @@ def test_randaugment_is_pils_in_every_loader(index: ImageIndex, name: str, bound
 
 
 def test_pil_loader_equals_torchvisions_evaluation(index: ImageIndex) -> None:
-    """The reference loader's evaluation images are those of Resize, CenterCrop and PIL, in the index's order."""
+    """The reference loader's evaluation images equal those of PIL, Resize and CenterCrop, in the index's order."""
     images = torch.cat(read_epoch("pil", index, evaluation_plan()))
     for sample in range(IMAGES):
         with Image.open(index.path(sample)) as file:
@@ -152,21 +164,21 @@ def test_pil_loader_equals_torchvisions_evaluation(index: ImageIndex) -> None:
     + [("TIFF", mode) for mode in ("CMYK", "RGB")],
 )
 def test_torch_loader_converts_colours_as_pil(tmp_path: Path, mode: str, format_: str) -> None:
-    """Gray, CMYK, palette, alpha and 16-bit files under a JPEG's name decode to PIL's RGB pixels, bit for bit."""
+    """Gray, CMYK, palette, alpha and 16-bit files named as JPEGs decode exactly to PIL's RGB pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     smooth = Image.fromarray(pixels).resize((5, 4)).resize((50, 40), Image.Resampling.BICUBIC)
     image = smooth.convert(mode) if mode != "I;16" else Image.fromarray(np.asarray(smooth.convert("L"), np.uint16) * 99)
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     image.save(folder / "x.JPEG", format=format_)
-    plan = EvaluationPlan(1, 1, 0, 1, 40, crop_pct=1.0)
+    plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=40, crop_pct=1.0)
     index = load_index(tmp_path, "train")
     assert same(read_epoch("torch", index, plan), read_epoch("pil", index, plan))
 
 
 @every_loader
 def test_resumed_epoch_is_the_rest_of_the_epoch(index: ImageIndex, name: str) -> None:
-    """From position k an epoch gives exactly its later batches, also after an epoch that was left half-way."""
+    """An epoch from position k gives exactly its remaining batches, even after an unfinished epoch."""
     plan = training_plan(batch=2)
     with open_loader(name, index, plan) as loader:
         full = list(loader.epoch(1))
@@ -175,12 +187,12 @@ def test_resumed_epoch_is_the_rest_of_the_epoch(index: ImageIndex, name: str) ->
             assert same(list(loader.epoch(1, first)), full[first:]), first
         for _ in range(2):
             next(loader.epoch(0))
-        assert same(list(loader.epoch(1, 1)), full[1:]), "after an epoch left half-way"
+        assert same(list(loader.epoch(1, 1)), full[1:]), "after an unfinished epoch"
 
 
 @every_loader
-def test_batches_stay_as_they_were_given(index: ImageIndex, name: str) -> None:
-    """A batch that the caller keeps is not overwritten by later ones."""
+def test_batches_are_not_overwritten(index: ImageIndex, name: str) -> None:
+    """A batch that the caller keeps is not overwritten by later batches."""
     with open_loader(name, index, training_plan(batch=2)) as loader:
         kept = [(batch, batch.clone()) for epoch in range(2) for batch in loader.epoch(epoch)]
     assert all(torch.equal(batch, copy) for batch, copy in kept)
@@ -188,30 +200,30 @@ def test_batches_stay_as_they_were_given(index: ImageIndex, name: str) -> None:
 
 @every_loader
 def test_epochs_differ_in_order_and_crops(index: ImageIndex, name: str) -> None:
-    """Two epochs hold other images at each place, and the same image is cropped otherwise."""
+    """Two epochs have different orders, and crop the same image differently."""
     plan = training_plan(batch=13)
     with open_loader(name, index, plan) as loader:
         (first,), (second,) = loader.epoch(0), loader.epoch(1)
-    places = [np.argsort(plan.batch(epoch, 0).samples) for epoch in (0, 1)]
-    assert (places[0] != places[1]).sum() > 8
-    same_images = (first[places[0]].float() - second[places[1]].float()).abs().mean((1, 2, 3))
+    positions = [np.argsort(plan.batch(epoch, 0).samples) for epoch in (0, 1)]
+    assert (positions[0] != positions[1]).sum() > 8
+    same_images = (first[positions[0]].float() - second[positions[1]].float()).abs().mean((1, 2, 3))
     assert (same_images > 1).sum() > 8
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_images(index: ImageIndex, workers: int) -> None:
-    """One and two worker processes give the batches of none, in order, over two epochs and a resumed one."""
+    """One or two worker processes give the same batches as none, over two epochs and a resumed one."""
     plan = training_plan(batch=3, augmentation=AugmentationConfig())
     with open_loader("torch", index, plan) as alone, open_loader("torch", index, plan, workers) as loader:
         for epoch, first in ((0, 0), (1, 0), (1, 2)):
             assert same(list(loader.epoch(epoch, first)), list(alone.epoch(epoch, first))), (epoch, first)
         next(loader.epoch(2))
-        assert same(list(loader.epoch(0)), list(alone.epoch(0))), "after an epoch left half-way"
+        assert same(list(loader.epoch(0)), list(alone.epoch(0))), "after an unfinished epoch"
 
 
 @every_loader
 def test_a_samples_image_is_the_same_in_any_world(index: ImageIndex, name: str) -> None:
-    """Over two ranks with two accumulation steps each sample gives bit for bit the image it gives to one rank."""
+    """With two ranks and two accumulation steps, each sample's image is exactly that of a single rank."""
     whole = training_plan(batch=12)
     (expected,) = read_epoch(name, index, whole)
     by_sample = dict(zip(whole.batch(0, 0).samples.tolist(), expected, strict=True))
@@ -225,7 +237,7 @@ def test_a_samples_image_is_the_same_in_any_world(index: ImageIndex, name: str) 
 
 @every_loader
 def test_evaluation_reads_each_image_once_over_uneven_ranks(index: ImageIndex, name: str) -> None:
-    """Three ranks with short last batches, and ranks that have fewer batches, read all images and no other."""
+    """Three ranks with short last batches and different numbers of batches read each image once."""
     everything = torch.cat(read_epoch("pil", index, evaluation_plan()))
     for rank in range(3):
         batches = read_epoch(name, index, evaluation_plan(batch=4, rank=rank, world_size=3))
@@ -234,7 +246,7 @@ def test_evaluation_reads_each_image_once_over_uneven_ranks(index: ImageIndex, n
 
 
 def damage(root: Path, kind: str) -> Path:
-    """Damage one training image; its path."""
+    """Damage one training image; return its path."""
     path = root / "train" / "a" / "3.JPEG"
     content = path.read_bytes()
     if kind == "truncated":
@@ -245,13 +257,13 @@ def damage(root: Path, kind: str) -> Path:
         path.write_text("<html>\n404 not found\n</html>\n" * 9)
     elif kind == "empty":
         path.write_bytes(b"")
-    elif kind == "broken PNG":  # PIL raises SyntaxError for it
+    elif kind == "broken PNG":  # PIL raises SyntaxError
         buffer = BytesIO()
         picture(40, 40, seed=0).save(buffer, "PNG")
         png = buffer.getvalue()
         length_at = png.index(b"IDAT") - 4
         path.write_bytes(png[:length_at] + (100).to_bytes(4) + png[length_at + 4 :])  # the next chunk starts too early
-    elif kind == "absurd size":  # PIL raises DecompressionBombError, which is no ValueError
+    elif kind == "absurd size":  # PIL raises DecompressionBombError, which is not a ValueError
         path.write_bytes(b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6))
     elif kind == "missing":
         path.unlink()
@@ -262,7 +274,7 @@ def damage(root: Path, kind: str) -> Path:
 @pytest.mark.parametrize("plan", [training_plan(batch=13), evaluation_plan(batch=13)], ids=["training", "evaluation"])
 @every_loader
 def test_a_bad_file_is_named(own_root: Path, name: str, plan: Plan, kind: str) -> None:
-    """A damaged or missing image is a UserError of one line that starts with its path."""
+    """A damaged or missing image raises a one-line UserError that starts with its path."""
     index = load_index(own_root, "train")
     path = damage(own_root, kind)
     with pytest.raises(UserError) as error:
@@ -273,7 +285,7 @@ def test_a_bad_file_is_named(own_root: Path, name: str, plan: Plan, kind: str) -
 
 
 def save_cmyk_without_marker(path: Path) -> None:
-    """Without Adobe's marker PIL takes CMYK as it stands, and DALI would invert it."""
+    """Write a CMYK JPEG without Adobe's marker, which PIL reads as is and DALI would invert."""
     picture(40, 40, seed=0).convert("CMYK").save(path, "JPEG")
     content = path.read_bytes()
     start = content.index(b"\xff\xee")
@@ -299,7 +311,7 @@ UNUSUAL: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("plan", [training_plan(batch=13), evaluation_plan(batch=13)], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_unusual_files_are_pils_in_every_loader(own_root: Path, plan: Plan, kind: str) -> None:
-    """Whatever is read at all under a JPEG's name has PIL's pixels in each loader."""
+    """Every supported kind of file named as a JPEG has PIL's pixels in each loader."""
     UNUSUAL[kind](own_root / "train" / "a" / "3.JPEG")
     index = load_index(own_root, "train")
     reference = read_epoch("pil", index, plan)
@@ -309,7 +321,7 @@ def test_unusual_files_are_pils_in_every_loader(own_root: Path, plan: Plan, kind
 
 
 def header_of(width: int, height: int) -> bytes:
-    """A small JPEG whose header gives another size."""
+    """Make a small JPEG whose header claims the given size."""
     buffer = BytesIO()
     picture(40, 40, seed=0).save(buffer, "JPEG")
     content = bytearray(buffer.getvalue())
@@ -319,17 +331,17 @@ def header_of(width: int, height: int) -> bytes:
 
 
 NOT_READ = {
-    "QOI": (b"qoif" + bytes(30), "not an image of a kind that is read"),
-    "PSD": (b"8BPS\0\1" + b"\xff" * 60, "not an image of a kind that is read"),
-    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image of a kind that is read"),
+    "QOI": (b"qoif" + bytes(30), "not in a supported image format"),
+    "PSD": (b"8BPS\0\1" + b"\xff" * 60, "not in a supported image format"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not in a supported image format"),
     "huge JPEG": (header_of(65_500, 65_500), "65,500 x 65,500 pixels, more than loader.max_pixels=100000000"),
     "large": (header_of(20_000, 5_001), "20,000 x 5,001 pixels, more than loader.max_pixels=100000000"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", NOT_READ)
-def test_what_is_not_meant_is_refused_by_every_loader_and_the_scan(own_root: Path, kind: str) -> None:
-    """Other kinds and images of too many pixels are named alike, from their headers."""
+def test_unsupported_images_are_rejected_by_every_loader_and_the_scan(own_root: Path, kind: str) -> None:
+    """Unsupported formats and images with too many pixels give the same message everywhere, from their headers."""
     path, (content, reason) = own_root / "train" / "a" / "3.JPEG", NOT_READ[kind]
     path.write_bytes(content)
     index = load_index(own_root, "train")
@@ -341,7 +353,7 @@ def test_what_is_not_meant_is_refused_by_every_loader_and_the_scan(own_root: Pat
 
 
 def test_pixel_limit_is_configured(index: ImageIndex) -> None:
-    """`loader.max_pixels` reaches each loader, and each names the same file."""
+    """Each loader applies `loader.max_pixels`, and all name the same file."""
     for name in LoaderName:
         if name is not LoaderName.auto:
             config = LoaderConfig(name, max_pixels=97 * 64 - 1)
@@ -356,7 +368,7 @@ def test_pixel_limit_is_configured(index: ImageIndex) -> None:
 
 @pytest.mark.parametrize("read", [read_with_pil, read_with_torch])
 def test_a_thin_image_takes_little_memory(read: ReadImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 20,000 x 1 pixels the part around the crop is resized: 12 MB in place of 4 GB."""
+    """Only the part around the crop of a 20,000 x 1 image is resized: 12 MB instead of 4 GB."""
     buffer, sizes = BytesIO(), list[int]()
     picture(20_000, 1, seed=0).save(buffer, "JPEG")
     module = sys.modules[read.__module__]
@@ -367,7 +379,7 @@ def test_a_thin_image_takes_little_memory(read: ReadImage, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(module, "resize_and_center_crop", count)
-    plan = EvaluationPlan(1, 1, 0, 1, 224, 0.9).batch(0, 0)
+    plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=224, crop_pct=0.9).batch(0, 0)
     image = read(np.frombuffer(bytearray(buffer.getvalue()), np.uint8), plan, 0)
     assert image.shape == (3, 224, 224)
     assert sizes[0] <= 248 * 248 * 64
@@ -375,7 +387,7 @@ def test_a_thin_image_takes_little_memory(read: ReadImage, monkeypatch: pytest.M
 
 @every_loader
 def test_batches_before_a_bad_file_are_good(own_root: Path, name: str) -> None:
-    """Reading ahead does not bring an error forward: batches before the bad file's come out first, as they were."""
+    """Despite reading ahead, the batches before a bad file are returned unchanged before its error."""
     index, plan = load_index(own_root, "train"), evaluation_plan(batch=1)
     good = read_epoch(name, index, plan)[:3]
     path = damage(own_root, "truncated")
@@ -391,7 +403,7 @@ def test_batches_before_a_bad_file_are_good(own_root: Path, name: str) -> None:
 
 
 def test_a_bad_file_is_named_from_a_worker(own_root: Path) -> None:
-    """The error keeps its type and its line on the way out of a worker process."""
+    """The error of a worker process keeps its type and message."""
     index = load_index(own_root, "train")
     path = damage(own_root, "truncated")
     with pytest.raises(UserError, match=rf"^{path}: cannot be read as an image [^\n]*$"):
@@ -407,7 +419,8 @@ from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.load.worker_loader import WorkerLoader
 
 index = load_index(Path(sys.argv[1]), "train")
-loader = WorkerLoader(read_with_pil, index, EvaluationPlan(len(index), 1, 0, 1, 32, 0.9), 1, 2, False)
+plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+loader = WorkerLoader(read_with_pil, index, plan, workers=1, prefetch_batches=2, pin_memory=False)
 batches = loader.epoch(0)
 next(batches)
 loader.close()
@@ -416,7 +429,7 @@ raise RuntimeError("a failure in the middle of an epoch")
 
 
 def test_a_program_that_fails_in_an_epoch_ends(image_root: Path) -> None:
-    """Workers of a closed loader end though the failure's frames still hold the epoch: the program does not hang."""
+    """Workers of a closed loader end, although the traceback still refers to the epoch, so the program ends too."""
     command = [sys.executable, "-c", PROGRAM, str(image_root)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 1
@@ -425,12 +438,12 @@ def test_a_program_that_fails_in_an_epoch_ends(image_root: Path) -> None:
 
 @every_loader
 def test_relative_roots_and_unusual_names(own_root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files below a relative root, with spaces, brackets and letters beyond ASCII in their paths, are read."""
+    """Files below a relative root, with spaces, brackets and non-ASCII letters in their paths, are read."""
     folder = own_root / "train" / "é ü [1] %d"
     shutil.copytree(own_root / "train" / "a", folder)
     monkeypatch.chdir(own_root.parent)
     index = load_index(Path(own_root.name), "train")
-    plan = EvaluationPlan(len(index), 32, 0, 1, 32, 0.9)
+    plan = EvaluationPlan(num_samples=len(index), batch_size=32, rank=0, world_size=1, image_size=32, crop_pct=0.9)
     (images,) = read_epoch(name, index, plan)
     copies = [sample for sample in range(len(index)) if index.classes[index.labels[sample]] == folder.name]
     originals = [sample for sample in range(len(index)) if index.classes[index.labels[sample]] == "a"]
@@ -438,7 +451,7 @@ def test_relative_roots_and_unusual_names(own_root: Path, name: str, monkeypatch
 
 
 def test_feed_gives_the_plans_labels_and_transforms(index: ImageIndex) -> None:
-    """A feed's batches are the loader's images, transformed, with the labels of the plan's samples, from `first` on."""
+    """A feed's batches from `first` on are the loader's images, transformed, with the labels of the plan's samples."""
     plan = evaluation_plan()
     with open_loader("pil", index, plan) as loader:
         images = list(loader.epoch(0))
@@ -451,7 +464,7 @@ def test_feed_gives_the_plans_labels_and_transforms(index: ImageIndex) -> None:
 
 
 def test_training_feed_is_the_same_from_any_resume_point(index: ImageIndex) -> None:
-    """Images and soft targets, mixed and erased, of a resumed epoch are bit for bit those of the whole epoch."""
+    """Mixed and erased images and soft targets of a resumed epoch exactly equal those of the whole epoch."""
     plan = training_plan(augmentation=AugmentationConfig(erase_probability=0.5))
     with open_loader("torch", index, plan) as loader:
         feed = Feed(index, plan, loader, TrainingTransform(3, 0.1), Placement(CPU, torch.channels_last))

@@ -1,4 +1,4 @@
-"""The three loaders on shards: bit for bit the folder's batches, and what is wrong with an image is said."""
+"""Tests of the three loaders on shards: batches identical to the folder's, and errors that name the image."""
 
 import os
 from dataclasses import replace
@@ -47,7 +47,7 @@ def shards(shard_root: Path) -> ImageIndex:
 @every_plan
 @every_loader
 def test_batches_are_the_folders(files: ImageIndex, shards: ImageIndex, name: str, plan: Plan) -> None:
-    """Two epochs, the second from every resume point, also after one that was left half-way, equal the folder's."""
+    """Two epochs equal the folder's, the second from every resume point, even after an unfinished epoch."""
     for epoch in (0, 1):
         expected = read_epoch(name, files, plan, epoch)
         with open_loader(name, shards, plan) as loader:
@@ -59,7 +59,7 @@ def test_batches_are_the_folders(files: ImageIndex, shards: ImageIndex, name: st
 @pytest.mark.parametrize("name", ["torch", "pil"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_images(files: ImageIndex, shards: ImageIndex, name: str, workers: int) -> None:
-    """Processes that read from the same shards give the folder's batches."""
+    """Worker processes that read the same shards give the folder's batches."""
     plan = PLANS["training"]
     expected = read_epoch(name, files, plan)
     with open_loader(name, shards, plan, workers) as loader:
@@ -69,7 +69,7 @@ def test_workers_do_not_change_the_images(files: ImageIndex, shards: ImageIndex,
 
 @every_loader
 def test_a_shard_is_opened_once_and_closed(shards: ImageIndex, name: str) -> None:
-    """While a loader lives it has each shard open once; when it is closed, none."""
+    """A loader has each shard open once, and none after it is closed."""
 
     def open_shards() -> list[str]:
         links = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
@@ -86,13 +86,13 @@ def test_a_shard_is_opened_once_and_closed(shards: ImageIndex, name: str) -> Non
 @pytest.mark.parametrize("kind", ["truncated", "header only", "text", "empty", "broken PNG", "absurd size"])
 @every_loader
 def test_a_bad_image_is_named(own_root: Path, tmp_path: Path, name: str, kind: str) -> None:
-    """An image that cannot be read is a UserError of one line that starts with its shard and its name in it."""
+    """An unreadable image raises a one-line UserError that starts with its shard and its name in it."""
     damage(own_root, kind)
     index = load_index(pack(own_root, tmp_path / "shards"), "train")
     with pytest.raises(UserError) as error:
         read_epoch(name, index, training_plan(batch=13))
     place = f"{tmp_path}/shards/train/shard-000000.tar: a/3.JPEG"
-    assert index.place(3) == place
+    assert index.location(3) == place
     assert str(error.value).startswith(f"{place}: cannot be read as an image (")
     assert "0x" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -100,13 +100,16 @@ def test_a_bad_image_is_named(own_root: Path, tmp_path: Path, name: str, kind: s
 
 @every_loader
 def test_a_shard_that_vanishes_is_named(own_shards: Path, name: str) -> None:
-    """A tar that is cut short or gone since the start stops at its first image, after the batches before it."""
+    """A tar that was truncated or removed since the start fails at its first image, after the batches before it."""
     index, plan = load_index(own_shards, "train"), evaluation_plan(batch=1)
     assert index.shards is not None
     good = read_epoch(name, index, plan)
     first = int((index.shards.numbers == 1).argmax())
     tar = own_shards / "train" / "shard-000001.tar"
-    for spoil, reason in ((lambda: os.truncate(tar, 600), "the shard ends before it"), (tar.unlink, "No such file")):
+    for spoil, reason in (
+        (lambda: os.truncate(tar, 600), "the shard ends before the image"),
+        (tar.unlink, "No such file"),
+    ):
         spoil()
         with open_loader(name, index, plan) as loader:
             batches = loader.epoch(0)

@@ -1,4 +1,4 @@
-"""An index in worker processes: the same arrays, in shared memory, whatever becomes of the files behind them."""
+"""Tests of an index shared with worker processes: equal, memory-mapped arrays, even if the cache files are removed."""
 
 import mmap
 import shutil
@@ -15,46 +15,46 @@ from metaformer.data.load.worker_server import start_worker_server, worker_conte
 
 
 def arrays_of(index: ImageIndex) -> list[NDArray[Any]]:
-    """All of them."""
+    """Return all arrays of an index."""
     of_shards = [index.shards.numbers, index.shards.offsets] if index.shards else []
     return [index.paths, index.labels, index.sizes, *of_shards]
 
 
 def describe(shared: SharedIndex, results: Any) -> None:
-    """In a worker: what it sees, and whether each array is mapped."""
+    """Send, from a worker, the contents of the index and whether all arrays are mapped."""
     index = shared.index
     mapped = all(isinstance(array.base, mmap.mmap) for array in arrays_of(index))
     results.put((*contents(index), mapped))
 
 
 def contents(index: ImageIndex) -> tuple[Any, ...]:
-    """Everything that a worker may ask an index."""
-    return index.fingerprint, index.classes, [array.tolist() for array in arrays_of(index)], index.place(1)
+    """Return everything that a worker uses of an index."""
+    return index.fingerprint, index.classes, [array.tolist() for array in arrays_of(index)], index.location(1)
 
 
 def in_worker(shared: SharedIndex) -> Any:
-    """What a worker says that is started now."""
+    """Start a worker and return what it sends."""
     start_worker_server()
     results = worker_context().Queue()
     worker = worker_context().Process(target=describe, args=(shared, results))
     worker.start()
-    found = results.get(timeout=60)
+    result = results.get(timeout=60)
     worker.join()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
 @pytest.mark.parametrize("part", ["all", "selected"])
 def test_a_worker_maps_the_same_index(own_root: Path, own_shards: Path, kind: str, part: str) -> None:
-    """Every array is equal and mapped, that of a kept scan and that of a selection, which has no file."""
+    """Every array is equal and mapped, both for a cached scan and for a selection, which has no file."""
     index = load_index(own_root if kind == "files" else own_shards, "train")
     if part == "selected":
         index = index.select(np.array([3, 1, 2]))
     assert in_worker(SharedIndex(index)) == (*contents(index), True)
 
 
-def test_a_worker_started_after_the_kept_scan_has_gone(own_root: Path) -> None:
-    """The first validation may be hours after the start; another program has scanned the data anew meanwhile."""
+def test_a_worker_started_after_the_cache_was_removed(own_root: Path) -> None:
+    """Workers for validation may start hours later, when another program has replaced the cached scan."""
     index = load_index(own_root, "train")
     shared = SharedIndex(index)
     assert in_worker(shared) == (*contents(index), True)

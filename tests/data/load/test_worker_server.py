@@ -1,4 +1,4 @@
-"""Workers come from a process without threads, and no signal to the process group ends them before the trainer."""
+"""Tests of the worker server: workers are forked without threads, and end with the trainer, not by stop signals."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from metaformer.data.index.image_index import load_index
 from metaformer.files import MAX_TEMPORARY_FOLDER_BYTES
 from tests.conftest import BIN, QUICK, REPOSITORY
 
-# Imported by every Python process at its start. Notes at each fork: the process, and its threads of any kind.
+# Imported by every Python process at its start. Records each fork: the process, and its number of threads.
 AT_EACH_FORK = """
 import os
 
@@ -26,7 +26,7 @@ os.register_at_fork(before=note)
 """
 
 
-# A loader of single images with two workers, in a program of its own.
+# Beginning of a separate program that makes a loader of single images.
 PRELUDE = """
 import os, signal, sys
 from multiprocessing import forkserver
@@ -39,13 +39,13 @@ from metaformer.data.load.worker_loader import WorkerLoader
 index = load_index(Path(sys.argv[1]), "train")
 
 def make_loader(workers):
-    plan = EvaluationPlan(len(index), 1, 0, 1, 32, 0.9)
+    plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
     return WorkerLoader(read_with_pil, index, plan, workers, prefetch_batches=1, pin_memory=False)
 """
 
 
 def start(script: str, image_root: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Run a program of its own, in a process group of its own."""
+    """Run a program in a separate process group."""
     return subprocess.Popen(
         [sys.executable, "-c", PRELUDE + script, str(image_root), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -54,7 +54,7 @@ def start(script: str, image_root: Path, *arguments: object) -> subprocess.Popen
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_with_threads_is_forked(images: Path, tmp_path: Path, ranks: int) -> None:
-    """Training with workers and wandb: each fork is of a process with one thread, and none is the trainer's."""
+    """When training with workers and wandb, only processes with one thread fork, and never the trainer."""
     (tmp_path / "sitecustomize.py").write_text(AT_EACH_FORK)
     forks = tmp_path / "forks"
     launcher = [sys.executable] if ranks == 1 else [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
@@ -66,12 +66,12 @@ def test_nothing_with_threads_is_forked(images: Path, tmp_path: Path, ranks: int
     )  # fmt: skip
     notes = [tuple(map(int, line.split())) for line in forks.read_text().splitlines()]
     assert len(notes) >= 4 * ranks, "two workers for training and two for validation, on each rank"
-    assert len({pid for pid, _ in notes}) == ranks, "a rank's server forks, and nobody else"
+    assert len({pid for pid, _ in notes}) == ranks, "only the server of each rank forks"
     assert {threads for _, threads in notes} == {1}
 
 
 def test_stop_signals_do_not_reach_workers(image_root: Path) -> None:
-    """SIGTERM, SIGUSR1, SIGINT and SIGHUP to the server and each worker: the epoch is read to its end."""
+    """The epoch is read to its end after SIGTERM, SIGUSR1, SIGINT and SIGHUP to the server and each worker."""
     program = start(
         """
 loader = make_loader(workers=2)
@@ -98,10 +98,10 @@ loader.close()
 
 @pytest.mark.parametrize("read", [1, 12], ids=["busy", "waiting"])
 def test_workers_end_with_a_trainer_that_is_killed(image_root: Path, read: int) -> None:
-    """After SIGKILL to the trainer alone, server, tracker and workers end by themselves, busy or waiting."""
+    """After SIGKILL to the trainer only, server, tracker and workers end, whether busy or waiting."""
     program = start(
         """
-loader = make_loader(workers=2)  # must outlive the kill: a loader that is dropped ends its workers itself
+loader = make_loader(workers=2)  # must exist at the kill: a deleted loader ends its workers itself
 batches = loader.epoch(0)
 for _ in range(int(sys.argv[2])):
     next(batches)
@@ -109,13 +109,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 """,
         image_root, read,
     )  # fmt: skip
-    # Each process of the group holds the pipes: they close when the last has ended.
+    # Each process of the group has the pipes open, so they close when the last one has ended.
     assert program.communicate(timeout=120) == ("", "")
     assert program.returncode == -signal.SIGKILL
 
 
 def test_a_stopped_worker_ends_with_its_trainer(image_root: Path) -> None:
-    """Also one that has been stopped, and cannot act itself."""
+    """A stopped worker, which cannot act itself, also ends with its trainer."""
     program = start(
         """
 loader = make_loader(workers=1)
@@ -130,7 +130,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_batch_that_cannot_be_sent_ends_the_worker(image_root: Path, tmp_path: Path) -> None:
-    """Not the batch alone, for which the trainer would wait forever: one line says why."""
+    """The worker ends with a one-line message, instead of dropping the batch while the trainer waits forever."""
     program = tmp_path / "program.py"  # a file, which workers can import
     program.write_text(
         PRELUDE
@@ -146,18 +146,18 @@ def read_unsendable(encoded, plan, row):
     return read_with_pil(encoded, plan, row)
 
 if __name__ == "__main__":
-    plan = EvaluationPlan(len(index), 1, 0, 1, 32, 0.9)
-    next(WorkerLoader(read_unsendable, index, plan, 1, prefetch_batches=1, pin_memory=False).epoch(0))
+    plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+    next(WorkerLoader(read_unsendable, index, plan, workers=1, prefetch_batches=1, pin_memory=False).epoch(0))
 """
     )
     command = [sys.executable, str(program), str(image_root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert "error: a loader's worker cannot send a batch: AF_UNIX path too long\n" in done.stderr
+    assert "error: a loader worker cannot send a batch: AF_UNIX path too long\n" in done.stderr
 
 
 def test_a_temporary_folder_with_too_long_a_name(image_root: Path, tmp_path: Path) -> None:
-    """Refused at the start by one line; the longest that is let through works."""
+    """A path that is too long is rejected at the start in one line; the longest accepted path works."""
     base = str(tmp_path)
     for length, code in ((MAX_TEMPORARY_FOLDER_BYTES, 0), (MAX_TEMPORARY_FOLDER_BYTES + 1, 2)):
         folder = Path(base + "/" + "x" * (length - len(base) - 1))
@@ -184,7 +184,7 @@ run_program(main)
 
 
 def test_no_server_without_workers(image_root: Path) -> None:
-    """workers=0 reads in the training process, which then needs no other."""
+    """workers=0 reads in the training process and starts no other."""
     program = start(
         """
 assert sum(1 for _ in make_loader(workers=0).epoch(0)) == len(index)
@@ -197,7 +197,7 @@ assert forkserver._forkserver._forkserver_pid is None
 
 
 def test_a_worker_that_is_killed_is_one_line(image_root: Path) -> None:
-    """A worker that the system kills, as for lack of memory, ends the program by its name and with exit code 1."""
+    """A killed worker, for example out of memory, ends the program with exit code 1 and a line that names it."""
     program = start(
         """
 from metaformer.program import run_program
@@ -211,8 +211,6 @@ run_program(read)
     )
     stdout, stderr = program.communicate(timeout=120)
     assert stdout == ""
-    how = r"\d+ \(killed by SIGKILL, probably out of memory\)"
-    assert re.fullmatch(
-        rf"error: workers=1: a worker process of the loader has ended: {how}; give fewer workers\n", stderr
-    )
+    which = r"\d+ \(killed by SIGKILL, probably out of memory\)"
+    assert re.fullmatch(rf"error: workers=1: a loader worker process has ended: {which}; use fewer workers\n", stderr)
     assert program.returncode == 1

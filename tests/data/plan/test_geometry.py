@@ -1,4 +1,4 @@
-"""Which pixels a crop takes."""
+"""Tests of the crop and resize geometry."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ SIDES = st.integers(1, 3000)
 @pytest.mark.parametrize("height", [30, 33, 48, 101])
 @pytest.mark.parametrize(("resize_to", "image_size"), [(35, 32), (36, 32), (33, 33), (38, 31)])
 def test_evaluation_takes_torchvisions_pixels(width: int, height: int, resize_to: int, image_size: int) -> None:
-    """Resize then crop with these numbers gives the pixels of torchvision's Resize and CenterCrop on PIL images."""
+    """Resizing and cropping a PIL image with this geometry gives the pixels of torchvision's Resize and CenterCrop."""
     image = picture(width, height, seed=width * height)
     expected = CenterCrop(image_size)(Resize(resize_to, InterpolationMode.BICUBIC)(image))
     resize = resize_and_center_crop(width, height, resize_to, image_size)
@@ -33,7 +33,7 @@ def test_evaluation_takes_torchvisions_pixels(width: int, height: int, resize_to
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(width=SIDES, height=SIDES, size=st.sampled_from([(248, 224), (235, 224), (224, 224), (107, 96)]))
 def test_evaluation_crop_lies_inside(width: int, height: int, size: tuple[int, int]) -> None:
-    """For any image the short side has the asked length, the other keeps the aspect, and the crop is inside."""
+    """For any image, the short side has the requested length, the aspect is kept and the crop is inside the image."""
     resize = resize_and_center_crop(width, height, *size)
     assert min(resize.width, resize.height) == size[0]
     assert max(resize.width, resize.height) == size[0] * max(width, height) // min(width, height)
@@ -43,22 +43,22 @@ def test_evaluation_crop_lies_inside(width: int, height: int, size: tuple[int, i
 
 @pytest.mark.parametrize(("image_size", "crop_pct", "expected"), [(224, 0.9, 248), (224, 0.95, 235), (64, 1.0, 64)])
 def test_evaluation_resize(image_size: int, crop_pct: float, expected: int) -> None:
-    """The short side before the crop is floor(size / crop_pct), as timm's."""
+    """The short side before the crop is floor(size / crop_pct), as in timm."""
     assert evaluation_resize(image_size, crop_pct) == expected
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1000, 1), (1, 1000), (97, 13), (13, 97), (301, 225), (225, 301), (64, 64)])
 def test_fallback_equals_torchvisions(size: tuple[int, int]) -> None:
-    """Where no try fits, the crop is torchvision's: the largest centred one of aspect 3/4 to 4/3."""
+    """If no try fits, the crop is torchvision's: the largest centred one with an aspect of 3/4 to 4/3."""
     too_large = np.full((10, 2), 2.0)
     box = random_resized_crop(too_large, np.array([0.3, 0.9]), ASPECTS, *size)
-    # An area of more than the image never fits, so that torchvision falls back too.
+    # An area larger than the image never fits, so torchvision also uses its fallback.
     top, left, height, width = RandomResizedCrop.get_params(Image.new("L", size), scale=[4, 5], ratio=list(ASPECTS))
     assert box == (left, top, width, height)
 
 
 def test_first_try_that_fits_is_taken() -> None:
-    """Tries that are too wide, too high or empty are passed over; sides round to the nearest pixel."""
+    """Tries that are too wide, too high or empty are skipped; sides are rounded to the nearest pixel."""
     tries = np.array([[1.3, 0.5], [0.5, 1.3], [0.001, 0.5], [0.2549, 0.5051], [0.1, 0.1]])
     assert random_resized_crop(tries, np.array([0.0, 0.0]), ASPECTS, 100, 100) == (0, 0, 25, 51)
     assert random_resized_crop(tries, np.array([0.999999, 0.5]), ASPECTS, 100, 100) == (75, 25, 25, 51)
@@ -67,8 +67,22 @@ def test_first_try_that_fits_is_taken() -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(width=SIDES, height=SIDES, seed=st.integers(0, 1000), epoch=st.integers(0, 400))
 def test_training_crop_lies_inside(width: int, height: int, seed: int, epoch: int) -> None:
-    """For images of any size the drawn crop has at least one pixel and lies in the image."""
-    crop = TrainingPlan(4, 4, 1, 0, 1, seed, 224, 0.9, AugmentationConfig()).batch(epoch, 0).crop
+    """For images of any size, the drawn crop has at least one pixel and is inside the image."""
+    crop = (
+        TrainingPlan(
+            num_samples=4,
+            global_batch_size=4,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=seed,
+            image_size=224,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        )
+        .batch(epoch, 0)
+        .crop
+    )
     assert crop is not None
     box = random_resized_crop(crop.tries[0], crop.position[0], crop.aspects, width, height)
     assert box.width > 0
@@ -79,9 +93,23 @@ def test_training_crop_lies_inside(width: int, height: int, seed: int, epoch: in
 
 @pytest.mark.parametrize("size", [(500, 375), (300, 60)])
 def test_training_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
-    """Quantiles of left, top, width and height over many draws are those of torchvision's RandomResizedCrop."""
+    """Left, top, width and height of many crops are distributed as those of torchvision's RandomResizedCrop."""
     count = 3000
-    crop = TrainingPlan(count, count, 1, 0, 1, 0, 224, 0.9, AugmentationConfig()).batch(0, 0).crop
+    crop = (
+        TrainingPlan(
+            num_samples=count,
+            global_batch_size=count,
+            accumulation_steps=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            image_size=224,
+            crop_pct=0.9,
+            augmentation=AugmentationConfig(),
+        )
+        .batch(0, 0)
+        .crop
+    )
     assert crop is not None
     ours = np.array([random_resized_crop(t, p, ASPECTS, *size) for t, p in zip(crop.tries, crop.position, strict=True)])
     torch.manual_seed(0)
@@ -90,4 +118,4 @@ def test_training_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -
     for one, other in zip(ours.T, np.array(theirs)[:, [1, 0, 3, 2]].T, strict=True):
         grid = np.unique(np.concatenate([one, other]))
         shares = [np.searchsorted(np.sort(values), grid, side="right") / count for values in (one, other)]
-        assert np.abs(shares[0] - shares[1]).max() < 2.2 * (2 / count) ** 0.5  # Kolmogorov and Smirnov, 1e-4
+        assert np.abs(shares[0] - shares[1]).max() < 2.2 * (2 / count) ** 0.5  # Kolmogorov-Smirnov test, 1e-4

@@ -1,4 +1,4 @@
-"""File systems for preparing."""
+"""Fixtures for tests that prepare data sets."""
 
 import subprocess
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The built-in sample data."""
+"""Tests of the built-in sample data."""
 
 import hashlib
 from collections import Counter
@@ -25,7 +25,7 @@ def hashes(root: Path) -> dict[str, str]:
 
 
 def test_layout_is_imagenets(sample: Path) -> None:
-    """5,000 images in 10 classes: 400 of each to train on, 100 of each to validate, and nothing else."""
+    """There are 5,000 images in 10 classes: 400 of each for training, 100 of each for validation, nothing else."""
     assert sorted(path.name for path in sample.parent.iterdir()) == ["sample"], "nothing temporary is left"
     for split, per_class in (("train", 400), ("val", 100)):
         index = load_index(sample, split)
@@ -43,7 +43,7 @@ def test_splits_share_no_image(sample: Path) -> None:
 
 
 def test_images_are_gray_digits(sample: Path) -> None:
-    """An image is a 28 x 28 gray JPEG with ink on an empty ground."""
+    """An image is a 28 x 28 gray JPEG of a bright digit on a dark background."""
     with Image.open(sample / "val" / "digit_7" / "7_499.JPEG") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "L", (28, 28))
         pixels = np.asarray(image)
@@ -52,15 +52,15 @@ def test_images_are_gray_digits(sample: Path) -> None:
 
 
 def test_build_is_reproducible_byte_for_byte(sample: Path, tmp_path: Path) -> None:
-    """A second build writes the same 5,000 files, byte for byte."""
+    """A second build writes the same 5,000 files byte for byte."""
     build_sample(tmp_path / "again")
     again = hashes(tmp_path / "again")
     assert len(again) == 5000
     assert again == hashes(sample)
 
 
-def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """A root below a file is a UserError of one line that names data.root, and nothing is left behind."""
+def test_unwritable_root_is_named(tmp_path: Path) -> None:
+    """A root below a file raises a one-line UserError that names data.root, and nothing is left behind."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=rf"^data\.root={tmp_path}/file/sample: cannot write [^\n]*$"):
         build_sample(tmp_path / "file" / "sample")
@@ -68,7 +68,7 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_two_builds_at_once(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two first starts with data=sample: the one that is done later finds the other's, and nothing temporary stays."""
+    """When two first starts with data=sample run at once, the later one uses the other's data and cleans up."""
     rename = Path.rename
 
     def finish_second(self: Path, target: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Decoding every image once."""
+"""Tests of the scan that decodes every image."""
 
 import random
 import struct
@@ -32,7 +32,7 @@ def turned(path: Path) -> None:
 
 
 def png_of_16_bit_colours(path: Path) -> None:
-    """By hand, for PIL writes none."""
+    """Write a 16-bit RGB PNG by hand, because PIL cannot write one."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -73,7 +73,7 @@ DECODE: dict[str, tuple[Write, tuple[int, int, str, str], str]] = {
 
 @pytest.mark.parametrize("kind", DECODE)
 def test_what_decodes_is_described(tmp_path: Path, kind: str) -> None:
-    """Whatever PIL decodes is fine, with its stored size, mode and format, and in what it is no plain RGB JPEG."""
+    """A file that PIL decodes is ok; its stored size, mode, format and differences from a plain RGB JPEG are listed."""
     write, shape, unusual = DECODE[kind]
     file = tmp_path / "x.JPEG"
     write(file)
@@ -101,7 +101,7 @@ BROKEN: dict[str, tuple[Write, str]] = {
     "progressive, cut at its end": (cut(0.98, progressive=True), "truncated"),
     "header alone": (cut(0.01), "Truncated File Read"),
     "empty": (Path.touch, "empty file"),
-    "text": (lambda path: path.write_text("<html>404</html>"), "not an image of a kind that is read"),
+    "text": (lambda path: path.write_text("<html>404</html>"), "not in a supported image format"),
     "folder": (Path.mkdir, "Is a directory"),
     "gone": (lambda path: None, "No such file or directory"),
     "huge": (
@@ -115,7 +115,7 @@ BROKEN: dict[str, tuple[Write, str]] = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_does_not_decode_has_a_reason(tmp_path: Path, kind: str) -> None:
-    """A file that does not decode to its end, at an eighth of its size too, is not ok, for a reason of one line."""
+    """A file that does not decode completely, even at an eighth of its size, is not ok, with a one-line reason."""
     write, reason = BROKEN[kind]
     write(tmp_path / "x.JPEG")
     image = examine("a/x.JPEG", lambda: np.fromfile(tmp_path / "x.JPEG", np.uint8))
@@ -126,10 +126,10 @@ def test_what_does_not_decode_has_a_reason(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_damaged_images_are_read_or_have_a_reason(format_: str) -> None:
-    """Whatever 150 random changes make of a file, the scan and both readers give an image or one of BAD_FILE."""
+    """After any of 150 random changes to a file, the scan and both readers give an image or one of BAD_FILE."""
     buffer, rng = BytesIO(), random.Random(0)
     picture(40, 30, 0).save(buffer, format_)
-    plan = EvaluationPlan(1, 1, 0, 1, 32, 0.9).batch(0, 0)
+    plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9).batch(0, 0)
     for _ in range(150):
         content = bytearray(buffer.getvalue())
         for _ in range(rng.choice((1, 3, 10))):
@@ -143,11 +143,11 @@ def test_damaged_images_are_read_or_have_a_reason(format_: str) -> None:
 
 
 def test_all_images_in_order(own_root: Path) -> None:
-    """Two processes give each image of the split once, in the index's order, and say how far they are."""
+    """Two processes return each image of the split once, in the index's order, and report their progress."""
     (own_root / "train" / "b" / "gray.JPEG").write_bytes(b"")
-    index, told = load_index(own_root, "train"), list[tuple[str, int, int]]()
-    found = list(scan_images(index, "train", 2, lambda *step: told.append(step)))
+    index, progress = load_index(own_root, "train"), list[tuple[str, int, int]]()
+    found = list(scan_images(index, "train", 2, lambda *step: progress.append(step)))
     assert [own_root / image.path for image in found] == [index.path(sample) for sample in range(13)]
     assert [image.path for image in found if not image.ok] == ["train/b/gray.JPEG"]
-    assert told[-1] == ("decoding train", 13, 13)
-    assert len(told) > 2
+    assert progress[-1] == ("decoding train", 13, 13)
+    assert len(progress) > 2

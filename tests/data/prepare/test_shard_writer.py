@@ -1,4 +1,4 @@
-"""Writing shards: what other readers make of them, interruptions, full disks, names, images that change."""
+"""Tests of the shard writer: other readers, interruptions, full disks, names, images that change."""
 
 import os
 import re
@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from metaformer.data.index.image_index import load_index
-from metaformer.data.prepare.pieces import Piece, pieces_of
-from metaformer.data.prepare.reencoding import measure_cost, reduce_image
+from metaformer.data.prepare.reencoding import measure_reencoding, reduce_image
 from metaformer.data.prepare.shard_writer import Packing, write_shards
+from metaformer.data.prepare.source_images import SourceImage, list_source_images
 from metaformer.errors import UserError
 from tests.data.conftest import pack, picture
 
@@ -28,7 +28,7 @@ COUNT, BYTES = 60, 200_000  # of files in `source`
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 files of 200 kB in 3 classes, 12 MB in all."""
+    """60 files of 200 kB in 3 classes, 12 MB in total."""
     root = tmp_path_factory.mktemp("source")
     for number in range(COUNT):
         file = root / "train" / f"class_{number % 3}" / f"{number:02}.JPEG"
@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(source: Path, folder: Path, packing: Packing) -> None:
     with ThreadPoolExecutor(1) as pool:
-        write_shards(pieces_of(load_index(source, "train")), folder, packing, pool, lambda *step: None)
+        write_shards(list_source_images(load_index(source, "train")), folder, packing, pool, lambda *step: None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def read_with_dali(folder: Path, count: int) -> list[tuple[Any, ...]]:
-    """What DALI's own reader gives for the shards: each image's pixels and label, in its order."""
+    """Read the shards with DALI's own reader; return each image's pixels and label, in its order."""
     from nvidia.dali import fn, pipeline_def
 
     readers: Any = fn.readers
@@ -69,7 +69,7 @@ def read_with_dali(folder: Path, count: int) -> list[tuple[Any, ...]]:
 
 
 def test_dalis_own_reader_gives_each_image_once_with_its_label(image_root: Path, shard_root: Path) -> None:
-    """DALI's readers.webdataset finds in the shards every image of the folder once, with the folder's label."""
+    """DALI's readers.webdataset reads every image of the folder once from the shards, with the folder's label."""
     index = load_index(image_root, "train")
     found = read_with_dali(shard_root / "train", len(index))
     assert [label for _, label in found] == index.labels.tolist()
@@ -80,7 +80,7 @@ def test_dalis_own_reader_gives_each_image_once_with_its_label(image_root: Path,
 
 
 def test_indices_are_those_of_dalis_tool(shard_root: Path, tmp_path: Path) -> None:
-    """wds2idx, run on a tar, makes the same index, byte for byte."""
+    """DALI's wds2idx makes the same index from a tar, byte for byte."""
     for tar in (shard_root / "val").glob("*.tar"):
         command = [sys.executable, "-m", "wds2idx", str(tar), str(tmp_path / "made.idx")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -88,7 +88,7 @@ def test_indices_are_those_of_dalis_tool(shard_root: Path, tmp_path: Path) -> No
 
 
 def test_tars_are_plain_and_hold_images_with_labels(image_root: Path, shard_root: Path) -> None:
-    """Python's tarfile, and so the webdataset package, reads pairs of an image and its label as text, in order."""
+    """Python's tarfile, which the webdataset package uses, reads pairs of an image and its text label, in order."""
     index, sample = load_index(image_root, "train"), 0
     for path in sorted((shard_root / "train").glob("*.tar")):
         with tarfile.open(path, "r:") as tar:
@@ -103,7 +103,7 @@ def test_tars_are_plain_and_hold_images_with_labels(image_root: Path, shard_root
 
 
 def test_shards_fill_up_to_their_size(source: Path, tmp_path: Path) -> None:
-    """A shard has as many images as fit; one that is larger than a shard has one of its own."""
+    """A shard contains as many images as fit; an image that is larger than a shard gets its own."""
     for shard_bytes, images in ((1_000_000, 4), (2_050_000, 10), (1, 1)):
         folder = tmp_path / str(shard_bytes)
         write(source, folder, Packing(shard_bytes))
@@ -123,9 +123,9 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_writing_goes_on(source: Path, tmp_path: Path) -> None:
-    """After SIGKILL nothing is at the target and shards are whole or absent; the same again keeps them, makes the
-    others, and what comes out is what an undisturbed call makes, byte for byte."""
+def test_a_killed_writing_is_resumed(source: Path, tmp_path: Path) -> None:
+    """After SIGKILL the target does not exist, and shards are complete or absent. Repeating the command keeps them
+    and makes the others; the result equals that of an undisturbed call byte for byte."""
     (tmp_path / "write.py").write_text(WRITE)
     out, partial = tmp_path / "out", tmp_path / ".out.shards" / "train"
     command = [sys.executable, str(tmp_path / "write.py"), str(source), str(out)]
@@ -146,17 +146,17 @@ def test_a_killed_writing_goes_on(source: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_writing_with_other_options_is_refused(source: Path, tmp_path: Path) -> None:
-    """Shards that are there are never mixed with those of another size, quality or source."""
+    """Existing shards are never mixed with shards of another size, quality or source."""
     folder = tmp_path / "out" / "train"
     write(source, folder, Packing(1_000_000))
     (folder / "shards.json").unlink()
     (folder / "plan.sha256").write_text("of another call")
-    with pytest.raises(UserError, match=r"out: was begun from other images or with other options; repeat that"):
+    with pytest.raises(UserError, match=r"out: was started with other images or other options; repeat that"):
         write(source, folder, Packing(2_000_000))
 
 
-def test_a_full_disk_is_said(source: Path, small_disk: Path, tmp_path: Path) -> None:
-    """Shards that fit stay, the one that does not is not there, nor its index; the message says why, in one line."""
+def test_a_full_disk_is_reported(source: Path, small_disk: Path, tmp_path: Path) -> None:
+    """Shards that fit are kept; the one that does not and its index are absent; the one-line message says why."""
     packing = Packing(2_050_000)
     with pytest.raises(UserError) as error:
         write(source, small_disk / "train", packing)
@@ -177,12 +177,12 @@ def test_a_full_disk_is_said(source: Path, small_disk: Path, tmp_path: Path) -> 
     [
         (
             ["a/x y.JPEG"],
-            "'a/x y.JPEG': shards need names without spaces and with one dot; rename it, or give --format",
+            "'a/x y.JPEG': shards require names without spaces and with exactly one dot; rename it, or use --format",
         ),
-        (["a b/x.JPEG"], "'a b/x.JPEG': shards need names without spaces"),
-        (["a/x\n.JPEG"], "shards need names without spaces"),
-        (["a/x.1.JPEG"], "'a/x.1.JPEG': shards need names without spaces and with one dot"),
-        (["a/x.JPEG", "a/x.png"], "'a/x.png': shards need names that differ in more than what follows the dot"),
+        (["a b/x.JPEG"], "'a b/x.JPEG': shards require names without spaces"),
+        (["a/x\n.JPEG"], "shards require names without spaces"),
+        (["a/x.1.JPEG"], "'a/x.1.JPEG': shards require names without spaces and with exactly one dot"),
+        (["a/x.JPEG", "a/x.png"], "'a/x.png': shards require names that differ in more than the extension"),
         (["a/" + "x" * 110 + ".JPEG"], "its name is too long for a shard"),
         (["../x.JPEG"], "refused: '../x.JPEG' is not CLASS/IMAGE"),
         (["a/../x.JPEG"], "refused: 'a/../x.JPEG' is not CLASS/IMAGE"),
@@ -191,10 +191,10 @@ def test_a_full_disk_is_said(source: Path, small_disk: Path, tmp_path: Path) -> 
     ],
 )
 def test_names_that_shards_cannot_hold(tmp_path: Path, names: list[str], message: str) -> None:
-    """Names that a reader of shards would split, join or cut are refused before anything is written."""
-    pieces = [Piece(name, str(tmp_path / "none"), 0, 1) for name in names]
+    """Names that a reader of shards would split, join or cut are rejected before anything is written."""
+    sources = [SourceImage(name, str(tmp_path / "none"), 0, 1) for name in names]
     with ThreadPoolExecutor(1) as pool, pytest.raises(UserError) as error:
-        write_shards(pieces, tmp_path / "out", Packing(), pool, lambda *step: None)
+        write_shards(sources, tmp_path / "out", Packing(), pool, lambda *step: None)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -202,20 +202,23 @@ def test_names_that_shards_cannot_hold(tmp_path: Path, names: list[str], message
 
 @pytest.mark.parametrize("change", ["gone", "shorter", "longer"])
 def test_images_that_change_meanwhile(own_root: Path, tmp_path: Path, change: str) -> None:
-    """A file that is not as the index says when its turn comes stops the writing by its name, without its shard."""
-    pieces = pieces_of(load_index(own_root, "train"))
+    """A file that no longer matches the index stops the writing with an error that names it, without its shard."""
+    sources = list_source_images(load_index(own_root, "train"))
     file = own_root / "train" / "a" / "3.JPEG"
     content = file.read_bytes()
     file.unlink()
     if change != "gone":
         file.write_bytes(content[:-1] if change == "shorter" else content + b"\0")
-    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match=rf"^{file}: (cut short, or ch|cannot be read)"):
-        write_shards(pieces, tmp_path / "out", Packing(10**6), pool, lambda *step: None)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(UserError, match=rf"^{file}: (truncated or changed|cannot be read)"),
+    ):
+        write_shards(sources, tmp_path / "out", Packing(10**6), pool, lambda *step: None)
     assert not list((tmp_path / "out").glob("*shard*"))
 
 
 def test_only_larger_images_are_reduced() -> None:
-    """The longer side becomes the limit, the shape stays; an image at the limit stays as it is, byte for byte."""
+    """The longer side is reduced to the limit and the aspect is kept; smaller images are unchanged byte for byte."""
     for size, mode, reduced in (
         ((640, 480), "RGB", (500, 375)),
         ((333, 1000), "RGB", (166, 500)),
@@ -233,33 +236,35 @@ def test_only_larger_images_are_reduced() -> None:
             assert (image.format, image.size, image.mode) == ("JPEG", reduced, "L" if mode == "L" else "RGB")
 
 
-def test_cost_of_reducing(own_root: Path, tmp_path: Path) -> None:
-    """Bytes before and after are the files'; images that are all left as they are differ by nothing, reduced ones do,
-    more at a lower quality."""
+def test_effect_of_reencoding(own_root: Path, tmp_path: Path) -> None:
+    """Bytes before and after are those of the files. Unchanged images do not differ; reduced images do, and more at a
+    lower quality."""
     for name in ("a", "b", "c"):
         for number in range(4):
             picture(600, 450, seed=number).save(own_root / "train" / name / f"large{number}.JPEG", quality=95)
-    pieces = pieces_of(load_index(own_root, "train"))
+    sources = list_source_images(load_index(own_root, "train"))
     found = {}
     for side, quality in ((600, 90), (300, 90), (300, 20)):
         folder = tmp_path / f"{side}-{quality}"
         with ThreadPoolExecutor(1) as pool:
-            packed = write_shards(pieces, folder, Packing(10**6, side, quality), pool, lambda *step: None)
-        found[side, quality] = measure_cost(packed, folder)
+            packed = write_shards(sources, folder, Packing(10**6, side, quality), pool, lambda *step: None)
+        found[side, quality] = measure_reencoding(packed, folder)
     untouched, good, bad = found.values()
-    assert untouched.before == untouched.after == good.before == sum(piece.size for piece in pieces)
-    assert (untouched.compared, untouched.difference, untouched.psnr) == (len(pieces), 0, float("inf"))
-    assert bad.after < good.after < good.before
-    assert 0 < good.difference < bad.difference < 10
+    assert (
+        untouched.bytes_before == untouched.bytes_after == good.bytes_before == sum(source.size for source in sources)
+    )
+    assert (untouched.images_compared, untouched.mean_difference, untouched.psnr) == (len(sources), 0, float("inf"))
+    assert bad.bytes_after < good.bytes_after < good.bytes_before
+    assert 0 < good.mean_difference < bad.mean_difference < 10
     assert bad.psnr < good.psnr < 60
 
 
 def test_a_broken_image_is_not_reduced(own_root: Path, tmp_path: Path) -> None:
-    """Where images have to be decoded, one that cannot be is named."""
+    """An image that cannot be decoded is named if images have to be reduced."""
     (own_root / "train" / "a" / "3.JPEG").write_text("no image")
     with pytest.raises(
         UserError,
-        match=r"train/a/3\.JPEG: cannot be read as an image \(not an image of a kind that is read: [^)]*\); repair",
+        match=r"train/a/3\.JPEG: cannot be read as an image \(not in a supported image format: [^)]*\); repair",
     ):
         pack(own_root, tmp_path / "out", max_side=50)
     pack(own_root, tmp_path / "as they are")

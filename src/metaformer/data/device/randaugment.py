@@ -1,8 +1,8 @@
-"""RandAugment on batches of tensors, on any device, after PIL's formulas: for images that are already on a GPU.
+"""RandAugment on batches of tensors with PIL's formulas, for images that are already on a GPU; works on any device.
 
-Images whose operations are of one kind go together. Which image gets what comes from the plan, so nothing here asks the
-device for a value. The formulas are Pillow 12's (ImageOps, ImageEnhance and the filters of its C library), rounding
-included.
+Images with the same kind of operation are processed together. The operations come from the plan, so nothing here
+synchronizes with the device. The formulas are those of Pillow 12 (ImageOps, ImageEnhance and the filters of its C
+library), including rounding.
 """
 
 import math
@@ -14,41 +14,41 @@ from torch import Tensor
 from metaformer.data.device.transfer import to_device
 from metaformer.data.plan.randaugment import Operation, RandAugmentDraws
 
-# Images uint8 [K, 3, H, W] and the operation of each -> the augmented images.
-Operate = Callable[[Tensor, list[Operation]], Tensor]
-ROUNDING = 1e-3  # warps truncate sums in single precision, which PIL takes in double
+# Takes images uint8 [K, 3, H, W] and the operation of each; returns the augmented images.
+BatchFunction = Callable[[Tensor, list[Operation]], Tensor]
+ROUNDING = 1e-3  # added before truncation, because warps sum in single precision and PIL in double
 
 
 def apply_to_batch(images: Tensor, draws: RandAugmentDraws) -> Tensor:
-    """The augmented images: each as `randaugment.apply_operations` makes it.
+    """Augment each image as `plan.randaugment.apply_operations` does.
 
     Args:
-        images: uint8 [B, 3, H, W] of any memory format, which the result keeps; not changed.
-        draws: of the B images.
+        images: uint8 [B, 3, H, W] of any memory format, which the result keeps; not modified.
+        draws: operations of the B images.
     """
     images = images.clone()
     for number in range(draws.operation.shape[1]):
-        kinds: dict[Operate, list[tuple[int, Operation]]] = {}
+        groups: dict[BatchFunction, list[tuple[int, Operation]]] = {}
         for row in range(len(images)):
-            operation = draws.at(row, number)
+            operation = draws.operation_at(row, number)
             if operation is not None:
-                kinds.setdefault(OPERATE[operation.name], []).append((row, operation))
-        for operate, members in kinds.items():
+                groups.setdefault(BATCH_FUNCTIONS[operation.name], []).append((row, operation))
+        for function, members in groups.items():
             rows = to_device(torch.tensor([row for row, _ in members]), images.device)
-            images.index_copy_(0, rows, operate(images.index_select(0, rows), [operation for _, operation in members]))
+            images.index_copy_(0, rows, function(images.index_select(0, rows), [operation for _, operation in members]))
     return images
 
 
-# Operations by a table from old to new values, the same for all pixels of a channel.
+# Operations that use a lookup table from old to new values, the same for all pixels of a channel.
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """New values from uint8 tables [K, 1 or 3, 256]."""
+    """Replace each value by its entry in uint8 tables [K, 1 or 3, 256]."""
     return tables.expand(-1, 3, -1).gather(2, images.flatten(2).long()).view(images.shape)
 
 
 def _fixed_table(operation: Operation) -> Tensor:
-    """The table of an operation that does not look at the image: uint8 [256]."""
+    """Return the lookup table of an operation that does not depend on the image: uint8 [256]."""
     old = torch.arange(256)
     (argument,) = operation.arguments or (0,)
     match operation.name:
@@ -72,18 +72,18 @@ def _apply_fixed_table(images: Tensor, operations: list[Operation]) -> Tensor:
 
 
 def _auto_contrast(images: Tensor, operations: list[Operation]) -> Tensor:
-    """Stretch each channel from its darkest to its brightest value."""
+    """Stretch each channel so that its darkest and brightest values become 0 and 255."""
     present = _histogram(images) > 0
     low, high = _first(present), 255 - _first(present.flip(-1))
     span = (high - low).clamp(min=1).double()
-    scale = torch.full_like(span, 255) / span  # not 255 / span, which torch rounds twice
+    scale = torch.full_like(span, 255) / span  # torch rounds 255 / span twice
     old = torch.arange(256, device=images.device)
     stretched = (old * scale - low * scale).trunc().clamp(0, 255)
     return _look_up(images, torch.where(high > low, stretched, old).to(torch.uint8))
 
 
 def _equalize(images: Tensor, operations: list[Operation]) -> Tensor:
-    """Spread each channel's values so that all are about as frequent."""
+    """Equalize the histogram of each channel."""
     counts = _histogram(images)
     brightest = counts.gather(-1, 255 - _first((counts > 0).flip(-1)))
     step = (counts.sum(-1, keepdim=True) - brightest) // 255
@@ -93,7 +93,7 @@ def _equalize(images: Tensor, operations: list[Operation]) -> Tensor:
 
 
 def _contrast(images: Tensor, operations: list[Operation]) -> Tensor:
-    """Away from the mean gray, or towards it."""
+    """Blend each image with its mean gray value."""
     gray = _gray(images)
     pixels = gray[0].numel()
     mean = (2 * gray.flatten(1).sum(1) + pixels) // (2 * pixels)
@@ -102,18 +102,18 @@ def _contrast(images: Tensor, operations: list[Operation]) -> Tensor:
 
 
 def _histogram(images: Tensor) -> Tensor:
-    """How often each value occurs in each channel: int64 [K, 3, 256]."""
+    """Count the values of each channel: int64 [K, 3, 256]."""
     values = images.flatten(2).long()
     ones = torch.ones((), dtype=torch.int64, device=images.device).expand_as(values)
     return torch.zeros(len(images), 3, 256, dtype=torch.int64, device=images.device).scatter_add_(2, values, ones)
 
 
 def _first(present: Tensor) -> Tensor:
-    """Position of the first true value: bool [..., N] to int64 [..., 1]."""
+    """Return the position of the first true value: bool [..., N] to int64 [..., 1]."""
     return present.to(torch.uint8).argmax(-1, keepdim=True)
 
 
-# Operations that blend an image with a copy of less colour or sharpness, or away from it.
+# Operations that blend an image with a copy that has less colour or sharpness; a factor above 1 extrapolates.
 
 
 def _color(images: Tensor, operations: list[Operation]) -> Tensor:
@@ -125,26 +125,26 @@ def _sharpness(images: Tensor, operations: list[Operation]) -> Tensor:
 
 
 def _blend(from_: Tensor, to: Tensor, factor: Tensor) -> Tensor:
-    """from + factor * (to - from), truncated to uint8."""
+    """Return from + factor * (to - from), truncated to uint8."""
     from_ = from_.float()
     return (from_ + factor * (to.float() - from_)).clamp(0, 255).to(torch.uint8)
 
 
 def _factors(images: Tensor, operations: list[Operation]) -> Tensor:
-    """Float32 [K, 1, 1, 1]."""
+    """Return the blend factors: float32 [K, 1, 1, 1]."""
     factors = torch.tensor([operation.arguments[0] for operation in operations], dtype=torch.float32)
     return to_device(factors, images.device).view(-1, 1, 1, 1)
 
 
 def _gray(images: Tensor) -> Tensor:
-    """ITU-R 601 luma in fixed point: int32 [K, 1, H, W]."""
+    """Return ITU-R 601 luma in fixed point: int32 [K, 1, H, W]."""
     red, green, blue = images.int().split(1, dim=1)
     gray: Tensor = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return gray
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """A 3x3 mean whose centre weighs 5, rounded; border pixels stay as they are. int32."""
+    """Return the rounded 3x3 mean with a centre weight of 5, as int32; border pixels are unchanged."""
     pixels = images.int()
     across = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
     window = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]
@@ -157,7 +157,7 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, operations: list[Operation]) -> Tensor:
-    """Sample each image where a matrix sends the output's pixels, bilinearly or bicubically, or its fill outside."""
+    """Warp each image by its matrix with bilinear or bicubic sampling; pixels outside the image get the fill."""
     height, width = images.shape[-2:]
     matrices = torch.tensor([_matrix(operation, width, height) for operation in operations], dtype=torch.float64)
     a, b, c, d, e, f = to_device(matrices, images.device).view(-1, 6, 1, 1).unbind(1)
@@ -181,20 +181,20 @@ def _warp(images: Tensor, operations: list[Operation]) -> Tensor:
     return torch.where(inside[:, None], warped, fill)
 
 
-def _taps(at: Tensor, bicubic: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first of four neighbouring pixels (int64) and the weight of each (float32), for sampling between them.
+def _taps(position: Tensor, bicubic: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the first of the four pixels (int64) around a position, and the weights of all four (float32).
 
-    PIL's warps use the cubic with a = -1 (Keys, 1981); the outer two weights are 0 where the filter is bilinear.
+    PIL's warps use the cubic with a = -1 (Keys, 1981). For bilinear sampling, the outer two weights are 0.
     """
-    floor = at.floor()
-    t = (at - floor).float()
+    floor = position.floor()
+    t = (position - floor).float()
     cubic = (-t + 2 * t**2 - t**3, 1 - 2 * t**2 + t**3, t + t**2 - t**3, -(t**2) + t**3)
     linear = (torch.zeros_like(t), 1 - t, t, torch.zeros_like(t))
     return floor.long() - 1, tuple(torch.where(bicubic, *pair) for pair in zip(cubic, linear, strict=True))
 
 
 def _matrix(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
-    """The warp of an operation: output position (x, y) to the input's (ax + by + c, dx + ey + f), in pixels."""
+    """Return (a, b, c, d, e, f), which map output position (x, y) to input (ax + by + c, dx + ey + f), in pixels."""
     (amount,) = operation.arguments
     match operation.name:
         case "ShearX":
@@ -211,7 +211,7 @@ def _matrix(operation: Operation, width: int, height: int) -> tuple[float, float
     return cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y
 
 
-OPERATE: dict[str, Operate] = {
+BATCH_FUNCTIONS: dict[str, BatchFunction] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
     "Invert": _apply_fixed_table,

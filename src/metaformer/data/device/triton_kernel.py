@@ -1,6 +1,6 @@
-"""Normalising, mixing and erasing in one pass over a batch on a GPU: 1 byte read twice and 4 written for each value.
+"""Triton kernel that normalizes, mixes and erases a batch in one pass: 1 byte read twice and 4 written per value.
 
-The plain functions of `device_transform` say what it computes, and differ by rounding only.
+It computes what the plain functions of `transform` compute, except for rounding.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # values of one image; a value is one colour of one pixel
+BLOCK = 1024  # values of one image per program; a value is one colour of one pixel
 
 
 @triton.jit
 def _hash32(x):
-    """lowbias32, as in `device_transform`, of uint32."""
+    """Return lowbias32 of uint32, as in `transform`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -23,14 +23,14 @@ def _hash32(x):
 
 @triton.jit
 def _inside(boxes, number, y, x):
-    """Whether positions lie in box `number`: top, left, bottom, right."""
+    """Return whether positions are inside box `number` (top, left, bottom, right)."""
     box = boxes + 4 * number
     return (y >= tl.load(box)) & (y < tl.load(box + 2)) & (x >= tl.load(box + 1)) & (x < tl.load(box + 3))
 
 
 @triton.jit
 def _normal(key, position):
-    """As `counter_normal`: the hash of key and position, then Box and Muller's transform."""
+    """Return the noise of `counter_normal`: a hash of key and position, then the Box-Muller transform."""
     state = _hash32(key.to(tl.uint32) ^ _hash32(position.to(tl.uint32)))
     radius = (state.to(tl.int64) + 1).to(tl.float32) * 2.3283064365386963e-10  # 2^-32
     angle = _hash32(state ^ 0x9E3779B9).to(tl.float32) * 1.4629180792671596e-09  # 2 pi 2^-32
@@ -39,7 +39,7 @@ def _normal(key, position):
 
 @triton.jit
 def _transform(
-    images, out, mean, std, keep, mix_boxes, erased, erase_boxes, keys, height, width, group,
+    images, out, mean, std, keep, mix_boxes, erase_index, erase_boxes, keys, height, width, group,
     MIXES: tl.constexpr, ERASES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
@@ -58,23 +58,23 @@ def _transform(
         share = tl.where(_inside(mix_boxes, number, y, x), 0.0, tl.load(keep + number))
         result = result * share + (other - centre) / deviation * (1 - share)
     if ERASES:
-        place = tl.load(erased + image)
-        if place >= 0:
-            noise = _normal(tl.load(keys + place), colour * height * width + pixel)
-            result = tl.where(_inside(erase_boxes, place, y, x), noise, result)
+        index = tl.load(erase_index + image)
+        if index >= 0:
+            noise = _normal(tl.load(keys + index), colour * height * width + pixel)
+            result = tl.where(_inside(erase_boxes, index, y, x), noise, result)
     tl.store(out + own, result, exists)
 
 
 def transform(
     images: Tensor, mean: Tensor, std: Tensor, mixing: tuple[Tensor, Tensor] | None, erasing: tuple[Tensor, ...] | None
 ) -> Tensor:
-    """The images as the network takes them.
+    """Transform the images to the network's input.
 
     Args:
         images: uint8 [B, 3, H, W], channels_last.
         mean, std: float32, three values each, in units of [0, 255].
-        mixing: each group's share outside its box, float32 [G], and the boxes, int64 [G, 4].
-        erasing: for each image its place in what follows, or -1, int64 [B]; boxes, int64 [K, 4]; keys, int64 [K].
+        mixing: weight of the own pixels outside each group's box, float32 [G], and the boxes, int64 [G, 4].
+        erasing: for each image its index in the next two or -1, int64 [B]; boxes, int64 [K, 4]; keys, int64 [K].
 
     Returns:
         float32 [B, 3, H, W], channels_last.
@@ -83,10 +83,10 @@ def transform(
     pixels = images.permute(0, 2, 3, 1).contiguous()
     out = torch.empty_like(pixels, dtype=torch.float32)
     keep, mix_boxes = mixing or (mean, mean)
-    erased, erase_boxes, keys = erasing or (mean, mean, mean)
+    erase_index, erase_boxes, keys = erasing or (mean, mean, mean)
     launch: Any = _transform[batch, triton.cdiv(3 * height * width, BLOCK)]
     launch(
-        pixels, out, mean, std, keep, mix_boxes, erased, erase_boxes, keys, height, width,
+        pixels, out, mean, std, keep, mix_boxes, erase_index, erase_boxes, keys, height, width,
         batch // len(keep) if mixing else 1, MIXES=mixing is not None, ERASES=erasing is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)

@@ -8,30 +8,30 @@ from metaformer.errors import UserError
 
 
 class Source(Enum):
-    """Where a data set comes from when its folder does not exist yet."""
+    """Origin of a data set whose folder does not exist yet."""
 
-    folder = "folder"  # the user brings it
-    sample = "sample"  # built on first use from a package's data
+    folder = "folder"  # provided by the user
+    sample = "sample"  # built on first use from the data of a Python package
 
 
 class IndexCheck(Enum):
-    """What is compared with the index of an earlier start; a difference makes a new scan."""
+    """What to compare with the cached index; any difference triggers a new scan."""
 
-    quick = "quick"  # the times of all folders, the sizes and times of a thousand files, or of all shards
-    files = "files"  # the sizes and times of all files; in shards, the names and sizes of all images
+    quick = "quick"  # modification times of all folders; sizes and times of a thousand files, or of all shards
+    files = "files"  # sizes and times of all files; for shards, names and sizes of all images
 
 
 class Labels(Enum):
-    """What an image's label is; `label_schemes` has those of ImageNet's test sets."""
+    """How an image's label is determined; see `labels` for ImageNet's test sets."""
 
-    folders = "folders"  # the place of its class folder among the class folders
-    numbers = "numbers"  # the number that its class folder is named by, 0 to 999
-    wnids = "wnids"  # the place of its class folder's name among the 1000 wnids of ImageNet-1K
-    real = "real"  # several labels, all right, known by the file's name: ReaL (arXiv 2006.07159)
+    folders = "folders"  # position of its class folder among the class folders
+    numbers = "numbers"  # number that names its class folder, 0 to 999
+    wnids = "wnids"  # position of its class folder's name among the 1000 wnids of ImageNet-1K
+    real = "real"  # one or more correct labels, looked up by file name: ReaL (arXiv 2006.07159)
 
 
 class ClassSubset(Enum):
-    """Some of ImageNet-1K's classes."""
+    """Subsets of ImageNet-1K's classes."""
 
     imagenet_a = "imagenet_a"  # arXiv 1907.07174
     imagenet_r = "imagenet_r"  # arXiv 2006.16241
@@ -42,15 +42,15 @@ class DataConfig:
     """A data set on disk."""
 
     name: str = "imagenet"
-    root: str = "data/imagenet"  # holds the split folders
-    train_split: str | None = "train"  # None: a test set
-    val_split: str = "val"  # ".": the class folders lie in `root` itself
+    root: str = "data/imagenet"  # contains the split folders
+    train_split: str | None = "train"  # None for a test set
+    val_split: str = "val"  # "." if `root` itself contains the class folders
     source: Source = Source.folder
     check: IndexCheck = IndexCheck.quick
-    quarantine: str | None = None  # a list of files to leave out, as scripts/scan_data.py writes it
+    quarantine: str | None = None  # list of files to exclude, as written by scripts/scan_data.py
     labels: Labels = Labels.folders
-    class_subset: ClassSubset | None = None  # the network chooses among these classes only
-    expected_images: int | None = None  # published counts of a test set: a part of it gives another accuracy
+    class_subset: ClassSubset | None = None  # evaluate predictions among these classes only
+    expected_images: int | None = None  # published counts of a test set; an incomplete set gives another accuracy
     expected_classes: int | None = None
 
     def __post_init__(self) -> None:
@@ -58,16 +58,12 @@ class DataConfig:
         if self.quarantine is not None:
             self.quarantine = os.path.expanduser(self.quarantine)  # noqa: PTH111
         if self.class_subset is not None and self.labels is not Labels.wnids:
-            raise UserError(f"data.class_subset={self.class_subset.value}: needs class folders named by wnids; "
-                            "give data.labels=wnids")  # fmt: skip
+            raise UserError(f"data.class_subset={self.class_subset.value}: requires class folders named by wnid; "
+                            "set data.labels=wnids")  # fmt: skip
 
     def check_can_train(self) -> None:
-        """Refuse what only serves to evaluate.
-
-        Raises:
-            UserError: a test set, or labels that are not the folders' places.
-        """
+        """Raise a UserError for a test set, or for labels that only evaluation supports."""
         if self.train_split is None:
-            raise UserError(f"data={self.name}: a test set, without a training split; use it with validate.py")
+            raise UserError(f"data={self.name}: this test set has no training split; evaluate on it with validate.py")
         if self.labels is not Labels.folders:
-            raise UserError(f"data.labels={self.labels.value}: for validate.py only; train with data.labels=folders")
+            raise UserError(f"data.labels={self.labels.value}: validate.py only; train with data.labels=folders")

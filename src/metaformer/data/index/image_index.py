@@ -1,9 +1,9 @@
-"""The index of a data set: which images there are, in an order that never changes.
+"""Index of the images of a split, in a fixed order.
 
-Layout on disk, as ImageNet's: SPLIT/CLASS/IMAGE, classes and images in sorted order, labels as torchvision's
-ImageFolder gives them (`label_schemes` gives others); or the same images packed into SPLIT/shard-*.tar (`shards`), with
-the same index. A scan is kept in a cache beside the data (or in the user's cache folder where the data is read-only)
-and reused while no folder, or shard, has changed.
+The layout on disk is ImageNet's, SPLIT/CLASS/IMAGE, with classes and images in sorted order and the labels of
+torchvision's ImageFolder (`labels` provides others). The same images packed into SPLIT/shard-*.tar (`shards`) have the
+same index. A scan is cached beside the data, or in the user's cache folder if the data is read-only, and reused until a
+folder or shard changes.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from metaformer.data.index.files import (
     EXTENSIONS,
     FileScan,
     FileSource,
-    Images,
+    SplitScan,
     describe_passed_over,
     is_hidden,
     scan_files,
@@ -36,15 +36,15 @@ class ImageIndex:
 
     Attributes:
         folder: the split's folder.
-        classes: names; a label is a position in them.
-        paths: uint8 [N, L], each row a file's path below `folder`, or its name in its shard, padded with NUL.
-        labels: int64 [N]; with `label_sets`, rows of it.
-        sizes: int64 [N], bytes.
-        fingerprint: sha256 over classes, paths and sizes, and over labels where they are not the folders' places.
-        label_sets: int64 [S, L], where an image may have several labels; short rows end in -1.
-        quarantined: images that were left out of the split by a list.
-        shards: where images lie that are no files.
-        notes: what to tell the user about the data set, in lines.
+        classes: class names; a label is a position in this tuple.
+        paths: uint8 [N, L], each row the path of a file below `folder`, or its name in its shard, padded with NUL.
+        labels: int64 [N]; row numbers of `label_sets` if that is given.
+        sizes: int64 [N], in bytes.
+        fingerprint: SHA-256 over classes, paths and sizes, and over labels that are not positions of class folders.
+        label_sets: int64 [S, L] if an image may have several labels; short rows are padded with -1.
+        quarantined: number of images excluded from the split by a quarantine list.
+        shards: location of the images if they are packed into shards.
+        notes: messages about the data set for the user, one line each.
     """
 
     folder: Path
@@ -63,34 +63,34 @@ class ImageIndex:
 
     @property
     def num_labelled_classes(self) -> int:
-        """Classes that are the label of an image here."""
+        """Number of classes that at least one image has as a label."""
         labels = self.labels if self.label_sets is None else self.label_sets[self.labels]
         return len(np.unique(labels[labels >= 0]))
 
     def name(self, sample: int) -> str:
-        """One sample's path below the split's folder, CLASS/IMAGE, also where it lies in a shard."""
+        """Return a sample's path below the split's folder, CLASS/IMAGE, whether it is a file or in a shard."""
         return os.fsdecode(self.paths[sample].tobytes().rstrip(b"\0"))
 
     def path(self, sample: int) -> Path:
-        """The file of one sample; there is none where images lie in shards."""
+        """Return a sample's file. Not defined for shards."""
         assert self.shards is None
         return self.folder / self.name(sample)
 
     def byte_range(self, sample: int) -> tuple[Path, int, int]:
-        """Where the bytes of one sample are: a file or a shard, the offset in it, and how many."""
+        """Return the file or shard that contains a sample, the sample's offset in it, and its size in bytes."""
         if self.shards is None:
             return self.path(sample), 0, int(self.sizes[sample])
         shard = self.folder / self.shards.names[self.shards.numbers[sample]]
         return shard, int(self.shards.offsets[sample]), int(self.sizes[sample])
 
-    def place(self, sample: int) -> str:
-        """Where one sample lies, for people: a file, or SHARD: MEMBER."""
+    def location(self, sample: int) -> str:
+        """Describe where a sample is stored, for messages: its file, or SHARD: MEMBER."""
         if self.shards is None:
             return str(self.path(sample))
         return f"{self.folder / self.shards.names[self.shards.numbers[sample]]}: {self.name(sample)}"
 
     def select(self, samples: NDArray[np.int64]) -> "ImageIndex":
-        """The index of these images alone, in this order."""
+        """Return the index of the given samples only, in the given order."""
         digest = hashlib.sha256(self.fingerprint.encode() + samples.tobytes()).hexdigest()
         arrays = {name: getattr(self, name)[samples] for name in ("paths", "labels", "sizes")}
         shards = self.shards and Shards(self.shards.names, self.shards.numbers[samples], self.shards.offsets[samples])
@@ -98,28 +98,28 @@ class ImageIndex:
 
 
 def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> ImageIndex:
-    """Return the index of `root/split`: from the cached scan if `check` finds it current, else from a new scan.
+    """Return the index of `root/split`, from the cached scan if `check` finds it current, otherwise from a new scan.
 
     Raises:
-        UserError: the folder is missing, flat, or has a class without images; a shard is not as it should be; or a
+        UserError: the folder is missing, has no class folders or has a class without images; a shard is damaged; or a
             folder or file cannot be read.
     """
     folder, notes = root / split, list[str]()
     try:
         source: ImageSource = ShardSource(folder) if holds_shards(folder) else FileSource(root, split)
-        found = load_or_scan(source, root, split, check is IndexCheck.files, notes.append)
+        scan = load_or_scan(source, root, split, check is IndexCheck.files, notes.append)
     except OSError as error:
         raise UserError(
-            f"data.root: {error.filename} cannot be read ({error.strerror}); make it readable, or remove it"
+            f"data.root: {error.filename} cannot be read ({error.strerror}); make it readable or remove it"
         ) from error
-    return _index(folder, found, notes)
+    return _index(folder, scan, notes)
 
 
 def find_images(folder: Path) -> ImageIndex:
-    """All images below a folder, in class folders, without or in shards; nothing is cached.
+    """Index all images of a folder without caching: in class folders, in shards, or directly in the folder.
 
     Raises:
-        UserError: there are none, or images lie beside class folders.
+        UserError: there are no images, or the folder contains both images and class folders.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -127,35 +127,32 @@ def find_images(folder: Path) -> ImageIndex:
         return _index(folder, ShardSource(folder).scan())
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if classes and any(entry.name.lower().endswith(EXTENSIONS) for entry in folder.iterdir() if entry.is_file()):
-        raise UserError(f"{folder}: images lie beside class folders; give a folder of one kind")
+        raise UserError(f"{folder}: contains both images and class folders; give a folder that contains only one kind")
     return _index(folder, scan_files(folder, classes or ["."]))
 
 
-def _index(folder: Path, found: Images, notes: list[str] | None = None) -> ImageIndex:
+def _index(folder: Path, scan: SplitScan, notes: list[str] | None = None) -> ImageIndex:
     notes = [] if notes is None else notes
-    if isinstance(found, FileScan) and found.passed_over:
-        counts = describe_passed_over(found.passed_over)
-        notes.append(
-            f"{folder}: passed over {sum(found.passed_over.values()):,} files that are not named as images: {counts}"
-        )
-    shards = Shards(tuple(found.tars), found.numbers, found.offsets) if isinstance(found, ShardScan) else None
+    if isinstance(scan, FileScan) and scan.passed_over:
+        counts = describe_passed_over(scan.passed_over)
+        notes.append(f"{folder}: skipped {sum(scan.passed_over.values()):,} files without an image suffix: {counts}")
+    shards = Shards(tuple(scan.tars), scan.numbers, scan.offsets) if isinstance(scan, ShardScan) else None
     return ImageIndex(
         folder,
-        found.classes,
-        found.paths,
-        found.labels,
-        found.sizes,
-        found.fingerprint,
+        scan.classes,
+        scan.paths,
+        scan.labels,
+        scan.sizes,
+        scan.fingerprint,
         shards=shards,
         notes=tuple(map(printable, notes)),
     )
 
 
 def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> None:
-    """Refuse class folders that make one class, of which every guess is right.
+    """Raise a UserError if there is only one class folder, so that every prediction would be correct.
 
-    Raises:
-        UserError: names the folder that was probably meant.
+    The message names the folder that was probably meant.
     """
     if len(index.classes) > 1 or config.labels is not Labels.folders:
         return
@@ -163,28 +160,24 @@ def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> 
     below = {PurePosixPath(index.name(sample)).parent for sample in range(len(index))}
     if all(len(folder.parts) > 1 for folder in below) and len(below) > 1:
         field = "val_split" if split == config.val_split else "train_split"
-        mend = f"the classes seem to be the folders in it: give data.{field}={PurePosixPath(split, name)}"
+        advice = f"the classes seem to be the folders in it: set data.{field}={PurePosixPath(split, name)}"
     else:
-        mend = "give the folder that holds the class folders"
-    raise UserError(f"data.root={config.root}: all images of {split} are in one class folder, {name}; {mend}")
+        advice = "give the folder that contains the class folders"
+    raise UserError(f"data.root={config.root}: all images of {split} are in one class folder, {name}; {advice}")
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
-    """Labels of the two splits must mean the same.
-
-    Raises:
-        UserError: names the classes that only one split has.
-    """
-    for here, there in ((train, val), (val, train)):
-        extra = sorted(set(here.classes) - set(there.classes))
+    """Raise a UserError that names the missing classes if the splits do not have the same classes."""
+    for index, other in ((train, val), (val, train)):
+        extra = sorted(set(index.classes) - set(other.classes))
         if extra:
-            same = {unicodedata.normalize("NFC", name): name for name in there.classes}
+            by_normalized_name = {unicodedata.normalize("NFC", name): name for name in other.classes}
             for name in extra:
-                other = same.get(unicodedata.normalize("NFC", name))
-                if other is not None:
+                lookalike = by_normalized_name.get(unicodedata.normalize("NFC", name))
+                if lookalike is not None:
                     raise UserError(
-                        f"data.root: class folder {name} looks alike in both splits but is {name!a} in "
-                        f"{here.folder} and {other!a} in {there.folder} (Unicode normalisation); rename one"
+                        f"data.root: class folder {name} looks the same in both splits but is {name!a} in "
+                        f"{index.folder} and {lookalike!a} in {other.folder} (Unicode normalisation); rename one"
                     )
             names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-            raise UserError(f"data.root: class folders {names} are in {here.folder} but not in {there.folder}")
+            raise UserError(f"data.root: class folders {names} are in {index.folder} but not in {other.folder}")

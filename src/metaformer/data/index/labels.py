@@ -1,6 +1,6 @@
-"""ImageNet-1K's labels for images whose class folders are not its 1000, in order: those of its test sets.
+"""ImageNet-1K labels for its test sets, whose class folders are not the 1000 sorted class folders of ImageNet-1K.
 
-The wnids, the classes of ImageNet-A and -R and ReaL's labels are read from timm's files.
+The wnids, the classes of ImageNet-A and ImageNet-R, and ReaL's labels are read from files in the timm package.
 """
 
 import hashlib
@@ -23,12 +23,13 @@ _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 def relabel(index: ImageIndex, config: DataConfig) -> ImageIndex:
-    """The index with the labels that the configuration asks for; `classes` are then ImageNet-1K's wnids.
+    """Return the index with the labels that the configuration requests.
 
-    Images for which ReaL has no label are left out.
+    Unless these are the labels of the folders, `classes` become ImageNet-1K's wnids. Images without a ReaL label are
+    excluded.
 
     Raises:
-        UserError: a class folder or a file has a name that no label is known for.
+        UserError: a class folder or a file has a name without a known label.
     """
     if config.labels is Labels.folders:
         return index
@@ -41,42 +42,45 @@ def relabel(index: ImageIndex, config: DataConfig) -> ImageIndex:
         label_of = {wnid: label_of[wnid] for wnid in _subset_wnids(config.class_subset)}
     unknown = [name for name in index.classes if name not in label_of]
     if unknown:
-        raise UserError(_unknown_folders(unknown, index, config))
+        raise UserError(_describe_unknown_folders(unknown, index, config))
     labels = np.array([label_of[name] for name in index.classes], np.int64)[index.labels]
     return replace(index, classes=tuple(wnids), labels=labels, fingerprint=_fingerprint(index, labels))
 
 
 def subset_mask(subset: ClassSubset) -> NDArray[np.bool_]:
-    """Which of ImageNet-1K's classes are in the subset: bool [1000]."""
+    """Return bool [1000], true for the classes of ImageNet-1K that are in the subset."""
     return np.isin(_wnids(), _subset_wnids(subset))
 
 
 def incompleteness(index: ImageIndex, config: DataConfig) -> str | None:
-    """What to tell the user where a test set has not the published numbers of images and classes."""
+    """Return a warning if a test set does not have its published number of images and classes, otherwise None."""
     images, classes = len(index), index.num_labelled_classes
     expected = (config.expected_images or images, config.expected_classes or classes)
     if (images, classes) == expected:
         return None
     return (
-        f"data={config.name}: {index.folder} has {images:,} images of {classes:,} classes to score; published are "
-        f"{expected[0]:,} of {expected[1]:,}, so do not compare the result with published ones"
+        f"data={config.name}: {index.folder} has {images:,} images of {classes:,} classes to score, but the published "
+        f"set has {expected[0]:,} of {expected[1]:,}; do not compare the result with published ones"
     )
 
 
 def class_counts(index: ImageIndex, config: DataConfig) -> dict[str, int]:
-    """For the result, beside its count of images: the classes scored, and the published counts of a test set."""
+    """Return fields for the result: the number of classes scored, and the published counts of a test set."""
     published = {"expected_images": config.expected_images, "expected_classes": config.expected_classes}
-    known = {name: count for name, count in published.items() if count is not None}
-    return {"classes": index.num_labelled_classes, **known}
+    return {
+        "classes": index.num_labelled_classes,
+        **{name: count for name, count in published.items() if count is not None},
+    }
 
 
 def _with_real_labels(index: ImageIndex) -> ImageIndex:
-    of_image: list[list[int]] = json.loads(_timm_file("imagenet_real_labels.json"))  # image 1 first
-    sets = [tuple(sorted(of_image[number - 1])) for number in _validation_numbers(index, len(of_image))]
+    real_labels: list[list[int]] = json.loads(_timm_file("imagenet_real_labels.json"))  # image 1 first
+    sets = [tuple(sorted(real_labels[number - 1])) for number in _validation_numbers(index, len(real_labels))]
     scored = np.flatnonzero([bool(labels) for labels in sets])
     if not len(scored):
         raise UserError(
-            f"data.labels=real: no image in {index.folder.absolute()} has a label in ReaL; give all of ImageNet's"
+            f"data.labels=real: no image in {index.folder.absolute()} has a ReaL label; "
+            "give ImageNet's complete validation set"
         )
     distinct = sorted({sets[sample] for sample in scored})
     row_of = {labels: row for row, labels in enumerate(distinct)}
@@ -94,27 +98,27 @@ def _with_real_labels(index: ImageIndex) -> ImageIndex:
 
 
 def _validation_numbers(index: ImageIndex, count: int) -> list[int]:
-    """The numbers, from 1, by which the files of ImageNet's validation images are named."""
+    """Return the numbers, from 1, in the file names of ImageNet's validation images."""
     numbers = []
     for sample in range(len(index)):
         match = _VALIDATION_IMAGE.fullmatch(PurePosixPath(index.name(sample)).stem)
         if match is None or not 1 <= int(match[1]) <= count:
             raise UserError(
-                f"data.labels=real: {index.place(sample)} is not named as ImageNet's validation images are, "
-                f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{count:08}.JPEG; give these under their own names"
+                f"data.labels=real: {index.location(sample)} is not named like an ImageNet validation image, "
+                f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{count:08}.JPEG; use the original file names"
             )
         numbers.append(int(match[1]))
     return numbers
 
 
-def _unknown_folders(unknown: Sequence[str], index: ImageIndex, config: DataConfig) -> str:
-    kind = "a number from 0 to 999" if config.labels is Labels.numbers else "a wnid of ImageNet-1K"
+def _describe_unknown_folders(unknown: Sequence[str], index: ImageIndex, config: DataConfig) -> str:
+    expected = "a number from 0 to 999" if config.labels is Labels.numbers else "a wnid of ImageNet-1K"
     if config.class_subset is not None:
-        kind = f"one of {config.class_subset.value}'s {len(_subset_wnids(config.class_subset))} wnids"
+        expected = f"one of {config.class_subset.value}'s {len(_subset_wnids(config.class_subset))} wnids"
     more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
     return (
-        f"data.root: class folder {(index.folder / unknown[0]).absolute()}{more} is not named by {kind}, as "
-        f"data={config.name} needs; give the folder that holds the class folders, or remove it"
+        f"data.root: class folder {(index.folder / unknown[0]).absolute()}{more} is not named by {expected}, as "
+        f"data={config.name} requires; give the folder that contains the class folders, or remove it"
     )
 
 

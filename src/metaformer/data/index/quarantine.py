@@ -1,4 +1,4 @@
-"""Files that are left out of a data set because a list names them: those that scripts/scan_data.py found broken."""
+"""Quarantine lists: files to exclude from a data set, such as those that scripts/scan_data.py found broken."""
 
 import os
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ from metaformer.files import write_atomically
 
 
 def drop_quarantined(index: ImageIndex, config: DataConfig, split: str) -> ImageIndex:
-    """The index of a split without the files that `config.quarantine` lists; as it was, if it lists none of them.
+    """Return the index of a split without the files that `config.quarantine` lists, unchanged if it lists none.
 
-    Lines are SPLIT/CLASS/IMAGE, below `config.root`; those of the data set's other split are passed over.
+    Each line is SPLIT/CLASS/IMAGE, below `config.root`. Lines of the data set's other split are ignored.
 
     Raises:
-        UserError: the list cannot be read, a line is no file of either split, or a class would have no image left.
+        UserError: the list cannot be read, a line names no file of either split, or a class would have no images left.
     """
     if config.quarantine is None:
         return index
@@ -27,12 +27,12 @@ def drop_quarantined(index: ImageIndex, config: DataConfig, split: str) -> Image
     splits = [name for name in (config.train_split, config.val_split) if name is not None]
     listed: set[int] = set()
     for path in read_quarantine(config):
-        named = [name for name in splits if _is_below(path, name)]
-        if not named:
+        matching_splits = [name for name in splits if _is_below(path, name)]
+        if not matching_splits:
             raise UserError(
                 f"{field}: {path!r} is in no split of data={config.name} ({', '.join(splits)}); remove the line"
             )
-        if split in named:
+        if split in matching_splits:
             listed.add(_position(index, str(PurePosixPath(path).relative_to(split)), f"{field}: {path!r}"))
     if not listed:
         return index
@@ -40,35 +40,27 @@ def drop_quarantined(index: ImageIndex, config: DataConfig, split: str) -> Image
     empty = np.setdiff1d(index.labels[sorted(listed)], index.labels[kept])
     if len(empty):
         raise UserError(
-            f"{field}: leaves no image in class folder {(index.folder / index.classes[empty[0]]).absolute()}; "
+            f"{field}: leaves no images in class folder {(index.folder / index.classes[empty[0]]).absolute()}; "
             "repair one of its files"
         )
     return replace(index.select(kept), quarantined=len(listed))
 
 
 def read_quarantine(config: DataConfig) -> list[str]:
-    """The lines of `config.quarantine`, each once.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return the lines of `config.quarantine` without duplicates."""
     assert config.quarantine is not None
     try:
         content = Path(config.quarantine).read_bytes()
     except OSError as error:
         raise UserError(
             f"data.quarantine={config.quarantine}: cannot be read ({error.strerror}); "
-            f"write it with `python scripts/scan_data.py {config.root} --quarantine FILE`, or leave it null"
+            f"write it with `python scripts/scan_data.py {config.root} --quarantine FILE`, or set it to null"
         ) from error
     return list(dict.fromkeys(os.fsdecode(line) for line in content.split(b"\n") if line))
 
 
 def write_quarantine(file: Path, paths: Iterable[str]) -> None:
-    """Write a list, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a quarantine list atomically."""
     content = b"".join(os.fsencode(path) + b"\n" for path in paths)
 
     def write(temporary: Path) -> None:
@@ -83,13 +75,13 @@ def _is_below(path: str, split: str) -> bool:
 
 
 def _position(index: ImageIndex, path: str, line: str) -> int:
-    """A file's place in the index; only its class is searched, however large the data set is."""
+    """Return a file's position in the index. Only its class is searched, so large data sets stay fast."""
     folder = path.split("/")[0]
     if folder in index.classes:
-        first, last = np.searchsorted(index.labels, np.arange(2) + index.classes.index(folder)).tolist()
+        first, end = np.searchsorted(index.labels, np.arange(2) + index.classes.index(folder)).tolist()
         length, name = index.paths.shape[1], os.fsencode(path)
-        rows = index.paths[first:last].tobytes()
-        for position in range(first, last):
+        rows = index.paths[first:end].tobytes()
+        for position in range(first, end):
             start = (position - first) * length
             if rows[start : start + length].rstrip(b"\0") == name:
                 return int(position)

@@ -1,8 +1,8 @@
-"""Images packed into shards: WebDataset tars, read in place by the byte ranges that their indices list.
+"""Scan of a split packed into shards: WebDataset tars, read in place by the byte ranges that their indices list.
 
-SPLIT/shard-000000.tar, shard-000001.tar, ... hold CLASS/NAME.EXT and, after each, its label as CLASS/NAME.cls;
-shard-000000.idx has a line for each image, in the format that DALI's readers.webdataset takes (wds2idx, version 1.2);
-shards.json lists the shards, so that a missing one is missed.
+SPLIT/shard-000000.tar, shard-000001.tar, ... contain CLASS/NAME.EXT, each followed by its label CLASS/NAME.cls.
+shard-000000.idx has one line per image, in the format of DALI's readers.webdataset (wds2idx, version 1.2).
+shards.json lists the shards, so that a missing shard is detected.
 """
 
 import json
@@ -17,23 +17,23 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaformer.data.index.files import THREADS, Images, fingerprint, pad
+from metaformer.data.index.files import THREADS, SplitScan, fingerprint, pad
 from metaformer.errors import UserError
 
 MANIFEST = "shards.json"
 IDX_VERSION = b"v1.2"
-BLOCK = 512  # bytes: a member's header, and what contents are padded to
+BLOCK = 512  # bytes of a tar member's header; contents are padded to a multiple of it
 
 _SHARD = re.compile(r"shard-\d{6}\.tar")
 
 
 class Shards(NamedTuple):
-    """Where packed images lie.
+    """The location of packed images.
 
     Attributes:
-        names: tars in the split's folder.
-        numbers: int64 [N], positions in `names`.
-        offsets: int64 [N], where an image's bytes begin in its tar.
+        names: file names of the tars in the split's folder.
+        numbers: int64 [N], the position in `names` of each image's tar.
+        offsets: int64 [N], the offset of each image in its tar, in bytes.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Shards(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A line of an index."""
+    """An image as listed in a shard's index."""
 
     name: str
     size: int
@@ -51,12 +51,12 @@ class _Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardScan(Images):
-    """Images that lie in shards, in the order and with the labels of the folder that they were packed from.
+class ShardScan(SplitScan):
+    """The scan of a split stored as shards, with the order and labels of the folders that it was packed from.
 
     Attributes:
-        tars: each shard in order: number of images, size, time of change, and the index's size and time of change;
-            bytes and nanoseconds.
+        tars: by file name in order: number of images, size and modification time of the tar, size and modification
+            time of its index; in bytes and nanoseconds.
         numbers, offsets: int64 [N], as in `Shards`.
     """
 
@@ -68,47 +68,43 @@ class ShardScan(Images):
 
 
 class ShardSource:
-    """A split whose images are in shards.
+    """A split stored as shards."""
 
-    Raises:
-        UserError: see `list_shards`.
-    """
-
-    kind: ClassVar = ShardScan
+    scan_type: ClassVar = ShardScan
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._tars = folder, list_shards(folder)
 
     @property
     def expected(self) -> dict[str, Any]:
-        """Attributes that a cached scan must have."""
+        """Attribute values that a cached scan must have."""
         return {"tars": self._tars}
 
     def is_current(self, cached: ShardScan, check_all: bool) -> bool:
-        """Return True: `expected` tells a stale scan. `check_all` compares every image with its tar.
+        """Return True, because `expected` already detects a stale scan.
 
         Raises:
-            UserError: a tar holds something else.
+            UserError: `check_all` is set, and a tar does not match its index.
         """
         if check_all:
             check_members(cached, self._folder)
         return True
 
     def scan(self, check_all: bool = False) -> ShardScan:
-        """Read all shards' indices."""
-        found = scan_shards(self._folder, self._tars)
+        """Read the indices of all shards."""
+        scan = scan_shards(self._folder, self._tars)
         if check_all:
-            check_members(found, self._folder)
-        return found
+            check_members(scan, self._folder)
+        return scan
 
 
 def shard_name(number: int) -> str:
-    """A shard's file name."""
+    """Return the file name of a shard."""
     return f"shard-{number:06}.tar"
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a split's folder is one of shards."""
+    """Return whether a split's folder contains shards."""
     if not folder.is_dir():
         return False
     with os.scandir(folder) as entries:
@@ -116,67 +112,68 @@ def holds_shards(folder: Path) -> bool:
 
 
 def list_shards(folder: Path) -> dict[str, list[int]]:
-    """The shards of a folder, as `ShardScan.tars`.
+    """List the shards of a folder, as `ShardScan.tars`.
 
     Raises:
-        UserError: one that shards.json lists is missing, cut short or without its index, or there is something else.
+        UserError: a shard that shards.json lists is missing, truncated or without its index, or the folder contains a
+            shard or folder that shards.json does not list.
         OSError: the folder cannot be read.
     """
-    listed = _read_manifest(folder / MANIFEST)
-    there = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    manifest = _read_manifest(folder / MANIFEST)
+    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
     tars = {}
-    for number, (images, size) in enumerate(listed):
+    for number, (images, size) in enumerate(manifest):
         name = shard_name(number)
         for file in (name, _idx(name)):
-            if file not in there:
-                raise UserError(f"{folder / file}: missing; {MANIFEST} lists {len(listed)} shards, copy them again")
-        tar, idx = there[name].stat(), there[_idx(name)].stat()
+            if file not in entries:
+                raise UserError(f"{folder / file}: missing; {MANIFEST} lists {len(manifest)} shards, copy them again")
+        tar, idx = entries[name].stat(), entries[_idx(name)].stat()
         if not stat.S_ISREG(tar.st_mode) or not stat.S_ISREG(idx.st_mode):
-            raise UserError(f"{folder / name}: it or its index is no file (a FIFO, socket or device); copy both again")
+            raise UserError(f"{folder / name}: it or its index is a FIFO, socket or device; copy both again")
         if tar.st_size != size:
-            raise UserError(f"{folder / name}: cut short or changed: {tar.st_size:,} bytes, not the {size:,} that "
+            raise UserError(f"{folder / name}: truncated or changed: {tar.st_size:,} bytes, not the {size:,} that "
                             f"{MANIFEST} lists; copy it again")  # fmt: skip
         tars[name] = [images, size, tar.st_mtime_ns, idx.st_size, idx.st_mtime_ns]
-    strange = [name for name in there if (_SHARD.fullmatch(name) and name not in tars) or there[name].is_dir()]
-    if strange:
-        raise UserError(f"{folder / min(strange)}: lies among shards, and {MANIFEST} does not list it; remove it")
+    unexpected = [name for name in entries if (_SHARD.fullmatch(name) and name not in tars) or entries[name].is_dir()]
+    if unexpected:
+        raise UserError(f"{folder / min(unexpected)}: beside shards, but not listed in {MANIFEST}; remove it")
     return tars
 
 
 def scan_shards(folder: Path, tars: dict[str, list[int]]) -> ShardScan:
-    """Read the shards' indices, and compare the first and last image of each shard with its tar.
+    """Read the indices of the shards, and compare the first and last image of each shard with its tar.
 
     Raises:
-        UserError: an index is damaged or not that of its tar.
+        UserError: an index is damaged or belongs to another tar.
     """
     members: list[_Member] = []
     for number, (name, (images, size, *_)) in enumerate(tars.items()):
         members += _read_idx(folder / name, images, size, number)
     if not members:
-        raise UserError(f"{folder}: its shards hold no image; pack the data again")
+        raise UserError(f"{folder}: its shards contain no images; pack the data again")
     members.sort(key=lambda member: (member.name.split("/")[0], os.path.split(member.name)))
     classes = sorted({member.name.split("/")[0] for member in members})
-    place = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     labels, sizes, offsets, numbers = np.ascontiguousarray(
-        np.array([(place[m.name.split("/")[0]], m.size, m.offset, m.shard) for m in members], np.int64).T
+        np.array([(label_of[m.name.split("/")[0]], m.size, m.offset, m.shard) for m in members], np.int64).T
     )
     paths = pad([os.fsencode(member.name) for member in members])
-    (twice,) = np.nonzero((paths[1:] == paths[:-1]).all(1))
-    if len(twice):
-        raise UserError(f"{folder}: {members[twice[0]].name!r} is in it twice; make the shards again")
+    (duplicates,) = np.nonzero((paths[1:] == paths[:-1]).all(1))
+    if len(duplicates):
+        raise UserError(f"{folder}: {members[duplicates[0]].name!r} occurs twice; pack the data again")
     digest = fingerprint(tuple(classes), paths, sizes)
-    found = ShardScan(tuple(classes), paths, labels, sizes, digest, tars, numbers, offsets)
+    scan = ShardScan(tuple(classes), paths, labels, sizes, digest, tars, numbers, offsets)
     order = np.lexsort((offsets, numbers))
-    ends = np.flatnonzero(np.diff(numbers[order], prepend=-1, append=len(tars)))
-    check_members(found, folder, np.union1d(order[ends[:-1]], order[ends[1:] - 1]))
-    return found
+    bounds = np.flatnonzero(np.diff(numbers[order], prepend=-1, append=len(tars)))
+    check_members(scan, folder, np.union1d(order[bounds[:-1]], order[bounds[1:] - 1]))
+    return scan
 
 
 def check_members(scan: ShardScan, folder: Path, samples: NDArray[np.int64] | None = None) -> None:
-    """Compare the headers in the tars with the indices, of some images or of all.
+    """Compare the tar headers of the given images, or of all, with the indices.
 
     Raises:
-        UserError: the tar holds another file, or another size, where its index names an image.
+        UserError: a tar contains another file, or a file of another size, where its index lists an image.
         OSError: a tar cannot be read.
     """
     samples = np.arange(len(scan.labels)) if samples is None else samples
@@ -195,11 +192,11 @@ def _check_shard(scan: ShardScan, folder: Path, samples: NDArray[np.int64]) -> N
             header = os.pread(file.fileno(), BLOCK, int(scan.offsets[sample]) - BLOCK)
             if _name_and_size(header) != (name, int(scan.sizes[sample])):
                 raise UserError(f"{tar}: {os.fsdecode(name)} is not where {_idx(tar.name)} says; copy both again, or "
-                                f"make the index again: `wds2idx {tar} {tar.with_suffix('.idx')}`")  # fmt: skip
+                                f"rebuild the index: `wds2idx {tar} {tar.with_suffix('.idx')}`")  # fmt: skip
 
 
 def _name_and_size(header: bytes) -> tuple[bytes, int] | None:
-    """Of a member, from its header (POSIX ustar); None where it is none."""
+    """Parse the name and size of a tar member from its header (POSIX ustar); return None if it is not a header."""
     name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
     try:
         return (prefix + b"/" + name if prefix else name), int(header[124:135], 8)
@@ -208,16 +205,16 @@ def _name_and_size(header: bytes) -> tuple[bytes, int] | None:
 
 
 def _read_manifest(file: Path) -> list[tuple[int, int]]:
-    """Images and bytes of each shard."""
+    """Return the number of images and the size in bytes of each shard."""
     try:
         if file.exists() and not file.is_file():
             raise ValueError("a FIFO, socket or device")
-        listed = json.loads(file.read_text())["shards"]
-        if not all(type(number) is int and number >= 0 for shard in listed for number in shard):
+        shards = json.loads(file.read_text())["shards"]
+        if not all(type(number) is int and number >= 0 for shard in shards for number in shard):
             raise ValueError("not counts")
-        return [(images, size) for images, size in listed]
+        return [(images, size) for images, size in shards]
     except FileNotFoundError as error:
-        raise UserError(f"{file}: missing, so shards beside it may be; copy it too, or pack the data again") from error
+        raise UserError(f"{file}: missing, so shards may be missing too; copy it, or pack the data again") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged; copy it again, or pack the data again") from error
 
@@ -227,23 +224,22 @@ def _read_idx(tar: Path, images: int, size: int, shard: int) -> list[_Member]:
     header, *lines = file.read_bytes().split(b"\n")
     try:
         if header != b"%b %d" % (IDX_VERSION, images) or len(lines) != images + 1 or lines.pop():
-            raise ValueError(f"not {images:,} images in version 1.2")
+            raise ValueError(f"expected {images:,} images in version 1.2")
         return [_parse_line(line, size, shard) for line in lines]
     except ValueError as error:
-        raise UserError(
-            f"{file}: damaged ({error}); copy it again, or make it again: `wds2idx {tar} {file}`"
-        ) from error
+        raise UserError(f"{file}: damaged ({error}); copy it again, or rebuild it: `wds2idx {tar} {file}`") from error
 
 
-def _parse_line(line: bytes, end: int, shard: int) -> _Member:
+def _parse_line(line: bytes, tar_size: int, shard: int) -> _Member:
     try:
         extension, start, length, encoded, cls, _, _, _ = line.split(b" ")
-        if not (start.isdigit() and length.isdigit()):  # int() takes signs and underscores too
-            raise ValueError("no number")
+        if not (start.isdigit() and length.isdigit()):  # int() also accepts signs and underscores
+            raise ValueError("not a number")
         offset, size, name = int(start), int(length), os.fsdecode(encoded)
     except ValueError as error:
         raise ValueError(f"{line[:80]!r} is not an image and its label") from error
-    if cls != b"cls" or not encoded.endswith(b"." + extension) or offset % BLOCK or not BLOCK <= offset <= end - size:
+    in_tar = BLOCK <= offset <= tar_size - size
+    if cls != b"cls" or not encoded.endswith(b"." + extension) or offset % BLOCK or not in_tar:
         raise ValueError(f"{line[:80]!r} is not an image and its label")
     if not is_member_name(name):
         raise ValueError(f"refused: {name!r} is not CLASS/IMAGE")
@@ -251,7 +247,7 @@ def _parse_line(line: bytes, end: int, shard: int) -> _Member:
 
 
 def is_member_name(name: str) -> bool:
-    """Whether a name is that of a file below a class folder, in it or in folders below it."""
+    """Return whether a name is that of a file in a class folder or in a folder below it."""
     folders = name.split("/")
     return len(folders) > 1 and "\0" not in name and not any(part in ("", ".", "..") for part in folders)
 

@@ -1,25 +1,25 @@
-"""What a file that is no image raises, and what a user is told of it."""
+"""Exceptions raised by unreadable image files, and the messages for them."""
 
 from PIL import Image, UnidentifiedImageError
 
 from metaformer.errors import one_line, printable
 
-# What PIL and torchvision raise for files that they cannot read.
+# Exceptions that PIL and torchvision raise for files that they cannot read.
 BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 
 
-def describe_bad_file(place: str, error: BaseException) -> str:
-    """The line for a user about an image that cannot be read, which lies at `place`."""
+def describe_bad_file(location: str, error: BaseException) -> str:
+    """Return the one-line message about an image at `location` that cannot be read."""
     return (
-        f"{place}: cannot be read as an image ({reason(error)}); repair or remove the file, "
-        "or leave it out: data.quarantine=FILE, a list that scripts/scan_data.py writes"
+        f"{location}: cannot be read as an image ({reason(error)}); repair or remove the file, or exclude it with "
+        "data.quarantine=FILE, a list that scripts/scan_data.py writes"
     )
 
 
 def reason(error: BaseException) -> str:
-    """Why an image cannot be read, in one line."""
+    """Return the reason why an image cannot be read, in one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image of a kind that is read: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM"
+        return "not in a supported image format: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return printable(one_line(error))

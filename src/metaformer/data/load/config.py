@@ -1,4 +1,4 @@
-"""What every loader is: a plan in, batches of images out."""
+"""Configuration and interface of the loaders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,27 +12,28 @@ from metaformer.errors import UserError
 
 
 class LoaderName(Enum):
-    """The loaders, fed by one plan: they read, crop, flip and augment a sample alike."""
+    """Available loaders; with the same plan, they read, crop, flip and augment a sample in the same way."""
 
-    auto = "auto"  # dali on a GPU where DALI is installed, else torch
-    dali = "dali"  # NVIDIA DALI: decodes on the GPU where there is one
+    auto = "auto"  # dali on a GPU if DALI is installed, otherwise torch
+    dali = "dali"  # NVIDIA DALI; decodes on the GPU if there is one
     torch = "torch"  # torchvision's decoder and resize on uint8 tensors, in worker processes
-    pil = "pil"  # PIL, the reference that published weights expect, in worker processes
+    pil = "pil"  # PIL in worker processes; the reference that published weights expect
 
 
 @dataclass
 class LoaderConfig:
-    """How images are read."""
+    """Settings of a loader."""
 
     name: LoaderName = LoaderName.auto
-    max_pixels: int = MAX_PIXELS  # larger images are refused, before they are decoded
-    prefetch_batches: int = 2  # batches read ahead, by each worker process or by DALI's pipeline
-    # Share of JPEGs that DALI gives to the GPU's decoder unit, and sizes it reserves memory for (ImageNet's largest).
+    max_pixels: int = MAX_PIXELS  # larger images are rejected before they are decoded
+    prefetch_batches: int = 2  # batches read ahead by each worker process, or by DALI's pipeline
+    # Share of JPEGs that DALI sends to the GPU's hardware decoder, and the image size for which it preallocates memory
+    # (ImageNet's largest).
     hw_decoder_load: float = 0.65
     preallocate_width: int = 5980
     preallocate_height: int = 6430
-    region_decode: bool = False  # on a GPU, decode only the region that is cropped; on a CPU DALI always does
-    numa_affinity: bool = True  # where each rank's GPU has CPUs near it, and no launcher chose: keep the rank on them
+    region_decode: bool = False  # on a GPU, decode only the cropped region, as DALI always does on a CPU
+    numa_affinity: bool = True  # bind each rank to the CPUs near its GPU, unless a launcher has chosen CPUs
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -42,10 +43,10 @@ class LoaderConfig:
 
 
 class Loader(Protocol):
-    """Reads the batches of one plan."""
+    """Interface of a loader, which reads the batches of one plan."""
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
-        """Images of the plan's batches from `first` on: uint8 [B, 3, S, S], on the CPU or already on the GPU.
+        """Yield the images of the plan's batches from `first` on: uint8 [B, 3, S, S], on the CPU or the GPU.
 
         Raises:
             UserError: a file cannot be read or decoded; the message names it.

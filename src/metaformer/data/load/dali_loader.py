@@ -1,8 +1,9 @@
-"""The loader on NVIDIA DALI: decodes on the GPU where there is one, with CPU pipelines otherwise.
+"""Loader based on NVIDIA DALI, which decodes on the GPU if there is one and in CPU pipelines otherwise.
 
-DALI's own readers shuffle badly and cannot resume exactly, so none is used: the plan's draws and the files' bytes go in
-through `external_source` into the graphs of `dali_pipeline`. RandAugment follows on the device: DALI has neither PIL's
-equalize nor bicubic warps. Files that DALI decodes unlike PIL, or not at all, go in as PIL's pixels.
+DALI's own readers shuffle poorly and cannot resume exactly. Instead, the plan's draws and the files' bytes are passed
+through `external_source` into the graphs of `dali_pipeline`. RandAugment runs on the device afterwards, because DALI
+has neither PIL's equalize nor bicubic warps. Files that DALI cannot decode, or decodes differently from PIL, are passed
+as pixels decoded by PIL.
 """
 
 import importlib.util
@@ -36,36 +37,33 @@ from metaformer.data.plan.geometry import central_part
 from metaformer.data.plan.plan import BatchPlan, Plan
 from metaformer.errors import UserError
 
-READERS = 16  # threads that read files, beside the pipeline's: on slow storage they mostly wait
+READERS = 16  # threads that read files, in addition to the pipeline's; on slow storage they mostly wait
 
 
 def dali_is_installed() -> bool:
-    """Whether `loader=dali` can work at all."""
+    """Return whether DALI is installed, as `loader=dali` requires."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 class DaliLoader:
-    """A `Loader` on a DALI pipeline; images come out on `device`.
+    """A `Loader` based on a DALI pipeline; the images are on `device`.
 
     Args:
-        threads: CPU threads of the pipeline.
-
-    Raises:
-        UserError: DALI is not installed.
+        threads: number of CPU threads of the pipeline.
     """
 
     def __init__(self, index: ImageIndex, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> None:
         self._index, self._plan, self._stored = index, plan, ImageBytes(index)
         self._max_pixels = config.max_pixels
         self._readers = ThreadPoolExecutor(READERS)
-        # The stream that DALI's images are for: it then orders its work before torch's without waiting for the GPU.
+        # Given the stream that uses its images, DALI orders its work before torch's without waiting for the GPU.
         self._streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         self._pending: Iterator[tuple[BatchPlan, Any]] = iter(())
-        self._fed: list[BatchPlan] = []  # gone into the pipeline and not come out, to name a bad file
+        self._in_pipeline: list[BatchPlan] = []  # needed to name a bad file
         try:
             from metaformer.data.load.dali_pipeline import build_pipeline
         except ImportError as error:
-            raise UserError("loader=dali: DALI is not installed; `uv pip install nvidia-dali-cuda130`") from error
+            raise UserError("loader=dali: DALI is not installed; run `uv pip install nvidia-dali-cuda130`") from error
         self._pipeline = build_pipeline(self._feed, plan, config, device, threads)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
@@ -78,18 +76,18 @@ class DaliLoader:
             try:
                 (images,) = self._pipeline.run(*self._streams)
             except RuntimeError as error:
-                raise UserError(self._name_bad_file(self._fed[0], error)) from error
+                raise UserError(self._name_bad_file(self._in_pipeline[0], error)) from error
             pixels = from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-            randaugment = self._fed.pop(0).randaugment
+            randaugment = self._in_pipeline.pop(0).randaugment
             yield pixels if randaugment is None else apply_to_batch(pixels, randaugment)
 
     def _drain(self) -> None:
-        """An epoch that was not read to its end left batches in the pipeline."""
+        """Discard the batches that an unfinished epoch left in the pipeline."""
         self._pending = iter(())
-        while self._fed:
+        while self._in_pipeline:
             with suppress(RuntimeError, StopIteration):
                 self._pipeline.run()
-            self._fed.pop(0)
+            self._in_pipeline.pop(0)
 
     def close(self) -> None:
         del self._pipeline
@@ -97,57 +95,57 @@ class DaliLoader:
         self._stored.close()
 
     def _feed(self) -> tuple[NDArray[Any], ...]:
-        """DALI calls this ahead of the batch that comes out; StopIteration ends the epoch."""
+        """Return the inputs of the next batch. DALI calls this ahead of its output; StopIteration ends the epoch."""
         plan, images = next(self._pending)
-        self._fed.append(plan)
+        self._in_pipeline.append(plan)
         if plan.crop is None:
             return (images,)
         crop = plan.crop
-        widths, heights = (np.ascontiguousarray(shares) for shares in np.moveaxis(crop.tries, -1, 0))
-        left, top = (np.ascontiguousarray(share) for share in crop.position.T)
+        widths, heights = (np.ascontiguousarray(sides) for sides in np.moveaxis(crop.tries, -1, 0))
+        left, top = (np.ascontiguousarray(position) for position in crop.position.T)
         return images, widths, heights, left, top, crop.flip.astype(np.int32), crop.bicubic.astype(np.int32)
 
     def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, list[Encoded]]]:
-        """Each plan with its images' bytes; those of the next one are read meanwhile."""
+        """Yield each plan with its encoded images, while the images of the next plan are being read."""
         reading: list[tuple[BatchPlan, list[Future[Encoded]]]] = []
         for plan in plans:
-            whole = plan.crop is None
+            resized_whole = plan.crop is None
             samples = plan.samples.tolist()
-            reading.append((plan, [self._readers.submit(self._read, sample, whole) for sample in samples]))
+            reading.append((plan, [self._readers.submit(self._read, sample, resized_whole) for sample in samples]))
             if len(reading) > 1:
                 earlier, images = reading.pop(0)
                 yield earlier, [image.result() for image in images]
         for last, images in reading:
             yield last, [image.result() for image in images]
 
-    def _read(self, sample: int, whole: bool) -> Encoded:
+    def _read(self, sample: int, resized_whole: bool) -> Encoded:
         try:
-            return _as_dali_reads(self._stored.read(sample), whole, self._max_pixels)
-        except BAD_FILE:  # raised again where the batch is decoded, after those before it
+            return _encode_for_dali(self._stored.read(sample), resized_whole, self._max_pixels)
+        except BAD_FILE:  # DALI fails on this byte, so the error appears after the batches before it
             return np.zeros(1, np.uint8)
 
     def _name_bad_file(self, plan: BatchPlan, error: RuntimeError) -> str:
-        """DALI names no file when decoding fails: try the batch's files with PIL."""
+        """Find the bad file of a batch by decoding its files with PIL, because DALI's errors do not name it."""
         for row, sample in enumerate(plan.samples.tolist()):
             try:
                 read_with_pil(self._stored.read(sample), plan, row, self._max_pixels)
             except BAD_FILE as reason:
-                return describe_bad_file(self._index.place(sample), reason)
+                return describe_bad_file(self._index.location(sample), reason)
         message = " ".join(str(error).split("encountered:")[-1].split())
         return f"loader=dali: the pipeline failed, though PIL reads every file of the batch ({message[:300]})"
 
 
-def _as_dali_reads(encoded: Encoded, whole: bool, max_pixels: int) -> Encoded:
-    """A file's bytes, or PIL's pixels of a file that DALI decodes unlike PIL, or not at all.
+def _encode_for_dali(encoded: Encoded, resized_whole: bool, max_pixels: int) -> Encoded:
+    """Return a file's bytes, or pixels decoded by PIL if DALI cannot decode the file or decodes it differently.
 
-    DALI gets JPEGs of one or three components and PNGs of 8 bits; not CMYK, whose sense it takes from Adobe's marker
-    alone, nor palettes, 16 bits and other formats.
+    DALI decodes JPEGs with one or three components and 8-bit PNGs. It does not get CMYK, whose polarity it takes from
+    Adobe's marker alone, palettes, 16-bit images or other formats.
 
     Args:
-        whole: the image is resized whole; of a very long one, DALI then gets the central part.
+        resized_whole: the image is resized whole; DALI then gets only the central part of a very elongated image.
 
     Raises:
-        OSError, ValueError, ...: one of BAD_FILE: it cannot be decoded, or has more than `max_pixels`.
+        OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
     """
     header = jpeg_header(encoded)
     if header is not None and header.components in (1, 3):
@@ -156,7 +154,7 @@ def _as_dali_reads(encoded: Encoded, whole: bool, max_pixels: int) -> Encoded:
     else:
         with open_image(encoded, max_pixels) as image:
             plain, size = image.format == "PNG" and has_plain_pixels(image), image.size
-    part = central_part(*size) if whole else None
+    part = central_part(*size) if resized_whole else None
     if plain and part is None:
         return encoded
     pixels = decode_rgb(encoded, max_pixels)

@@ -1,6 +1,7 @@
-"""The DALI graphs: from encoded files and draws to images, the crops of `geometry` computed in float64.
+"""DALI graphs that turn encoded files and draws into images; crops follow `geometry`, computed in float64.
 
-Importing this file needs DALI. Arguments and results typed `Node` are DALI's nodes: one value for each image.
+Importing this module requires DALI. Arguments and results of type `Node` are DALI graph nodes, with one value per
+image.
 """
 
 from typing import Any
@@ -17,12 +18,12 @@ Node = Any
 
 
 def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> Any:
-    """A built pipeline whose one output is uint8 [H, W, 3] images.
+    """Build a pipeline whose only output is uint8 [H, W, 3] images.
 
     Args:
-        feed: gives each batch's arrays: B files' bytes uint8 [bytes]; and, for a plan that crops at random, widths and
-            heights of the tries float64 [B, T], left and top float64 [B], flip and bicubic int32 [B].
-        threads: CPU threads.
+        feed: returns the arrays of the next batch: the bytes of B files, uint8 [bytes], and, for a plan with random
+            crops, widths and heights of the tries float64 [B, T], left and top float64 [B], flip and bicubic int32 [B].
+        threads: number of CPU threads.
     """
     first = plan.batch(0, 0)
     size, gpu = first.image_size, device.type == "cuda"
@@ -47,12 +48,12 @@ def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.de
 
 
 def decoder_options(config: LoaderConfig, gpu: bool) -> dict[str, Any]:
-    """Options of DALI's decoders, whole or of regions."""
+    """Return options for DALI's decoders of whole images and of regions."""
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if gpu:
         options |= {
             "device": "mixed",
-            "jpeg_fancy_upsampling": True,  # as libjpeg does
+            "jpeg_fancy_upsampling": True,  # like libjpeg
             "hw_decoder_load": config.hw_decoder_load,
             "preallocate_width_hint": config.preallocate_width,
             "preallocate_height_hint": config.preallocate_height,
@@ -61,7 +62,7 @@ def decoder_options(config: LoaderConfig, gpu: bool) -> dict[str, Any]:
 
 
 def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], regions: bool) -> Node:
-    """Parts of images, by start and shape, each (vertical, horizontal); `regions`: nothing else is decoded."""
+    """Cut regions out of images; start and shape are (vertical, horizontal), and `regions` decodes nothing else."""
     if regions:
         return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
     return fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
@@ -79,9 +80,9 @@ def _evaluation_graph(feed: Any, plan: BatchPlan, decoder: dict[str, Any]) -> No
         interp_type=types.INTERP_CUBIC if plan.bicubic else types.INTERP_LINEAR,
         antialias=True,
     )
-    room = sides - size
-    half = room // 2
-    start = half + (half & room & 1)  # rounds halves to even, as Python and torchvision do
+    margin = sides - size
+    half = margin // 2
+    start = half + (half & margin & 1)  # rounds half to even, like Python and torchvision
     return fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
 
 
@@ -97,26 +98,26 @@ def _training_graph(feed: Any, aspects: tuple[float, float], size: int, decoder:
 
 
 def _random_resized_crop(encoded: Node, draws: list[Node], aspects: tuple[float, float]) -> tuple[Node, Node]:
-    """`geometry.random_resized_crop` as a graph: start and shape, each (vertical, horizontal), int32."""
+    """Compute `geometry.random_resized_crop` as a graph: start and shape, each (vertical, horizontal), int32."""
     width_shares, height_shares, left, top = draws
     height, width = (fn.cast(side, dtype=types.FLOAT64) for side in _height_and_width(encoded))
     scale = dali_math.sqrt(width * height)
     widths, heights = (dali_math.floor(scale * shares + 0.5) for shares in (width_shares, height_shares))
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    # The first try that fits has the highest rank; reductions do not take float64, float32 holds these integers.
+    # The first try that fits has the highest rank. Reductions do not support float64; float32 is exact here.
     rank = fn.cast(fits, dtype=types.FLOAT) * types.Constant(np.arange(TRIES, 0, -1, dtype=np.float32))
     best = fn.reductions.max(rank)
     chosen = fn.cast((rank == best) & fits, dtype=types.FLOAT)
-    none = best == 0
+    none_fits = best == 0
 
     def side(tried: Node, limit: Node, other: Node, factor: float) -> Node:
         picked = fn.cast(fn.reductions.sum(chosen * fn.cast(tried, dtype=types.FLOAT)), dtype=types.FLOAT64)
         centred = dali_math.min(limit, dali_math.floor(other * factor + 0.5))
-        return picked + centred * none
+        return picked + centred * none_fits
 
     def offset(share: Node, limit: Node, taken: Node) -> Node:
-        room = limit - taken
-        return dali_math.floor(share * (room + 1)) * (best > 0) + dali_math.floor(room / 2) * none
+        margin = limit - taken
+        return dali_math.floor(share * (margin + 1)) * (best > 0) + dali_math.floor(margin / 2) * none_fits
 
     crop_width = side(widths, width, height, aspects[1])
     crop_height = side(heights, height, width, 1 / aspects[0])

@@ -1,4 +1,4 @@
-"""The encoded images of an index by random access: each a file, or a range of a shard that stays open."""
+"""Random access to the encoded images of an index, stored as files or as byte ranges of shards."""
 
 import os
 import resource
@@ -13,16 +13,16 @@ from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.image_file import Encoded
 from metaformer.errors import UserError
 
-OTHER_FILES = 256  # that a process has open beside shards
+OTHER_FILES = 256  # open files that a process may need besides the shards
 
 
 class ImageBytes:
-    """Reads images of an index, in any number of threads.
+    """Thread-safe reader of the encoded images of an index.
 
-    A process opens a shard once, when it first needs it; a pickle of this opens its own.
+    A process opens each shard once, on first use, and keeps it open. An unpickled copy opens the shards itself.
 
     Raises:
-        UserError: the process may not have as many files open as there are shards.
+        UserError: there are more shards than the process may have open files.
     """
 
     def __init__(self, index: ImageIndex) -> None:
@@ -38,17 +38,17 @@ class ImageBytes:
         return ImageBytes, (self._index,)
 
     def read(self, sample: int) -> Encoded:
-        """The bytes of one image's file.
+        """Return the encoded bytes of an image.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the image cannot be read.
         """
         shards = self._index.shards
         if shards is None:
             return _read_file(self._prefix + self._index.paths[sample].tobytes().rstrip(b"\0"))
         encoded = np.empty(int(self._index.sizes[sample]), np.uint8)
         descriptor, offset = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample])
-        return _read(descriptor, offset, encoded, "the shard ends before it")
+        return _read(descriptor, offset, encoded, "the shard ends before the image")
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:
@@ -60,23 +60,23 @@ class ImageBytes:
 
 
 def _read_file(path: bytes) -> Encoded:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would wait
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would block
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
-        return _read(descriptor, 0, np.empty(status.st_size, np.uint8), "the file ends before its size")
+        return _read(descriptor, 0, np.empty(status.st_size, np.uint8), "the file is shorter than its size")
     finally:
         os.close(descriptor)
 
 
-def _read(descriptor: int, offset: int, content: Encoded, cut_short: str) -> Encoded:
-    """Fill `content` from `offset` on."""
+def _read(descriptor: int, offset: int, content: Encoded, truncated_message: str) -> Encoded:
+    """Fill `content` from `offset` on, or raise an OSError with the given message if the data ends too early."""
     done = 0
     while done < len(content):
         count = os.preadv(descriptor, [content[done:].data], offset + done)
         if not count:
-            raise OSError(cut_short)
+            raise OSError(truncated_message)
         done += count
     return content
 
@@ -90,6 +90,6 @@ def _allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         if hard < count:
-            raise UserError(f"data.root: its shards need {count} open files, {hard} are allowed; raise `ulimit -n`, or "
-                            "pack larger shards (--shard-size)")  # fmt: skip
+            raise UserError(f"data.root: its shards need {count} open files, but only {hard} are allowed; raise "
+                            "`ulimit -n`, or pack larger shards (--shard-size)")  # fmt: skip
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

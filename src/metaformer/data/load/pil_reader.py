@@ -1,4 +1,4 @@
-"""Reading one image with PIL and timm's operations: the reference for the other loaders."""
+"""Image reader based on PIL and timm's operations, the reference for the other loaders."""
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from metaformer.data.plan.randaugment import apply_operations
 
 
 def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S].
+    """Decode, crop, resize, flip and augment the plan's image at position `row`; return uint8 [3, S, S].
 
     Raises:
-        OSError, ValueError, ...: one of BAD_FILE: it cannot be decoded, or has more than `max_pixels`.
+        OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
     """
     image = decode_rgb(encoded, max_pixels)
     size = plan.image_size
@@ -34,7 +34,7 @@ def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int =
         if crop.flip[row]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if plan.randaugment is not None:
-        image = apply_operations(image, plan.randaugment.of_sample(row))
+        image = apply_operations(image, plan.randaugment.operations_for(row))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Imported by the server of workers when it starts: from then on it is killed when the training process ends."""
+"""Module imported only by the worker server: the import has the server killed when the training process ends."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""An index that worker processes share: they map its arrays instead of receiving a copy."""
+"""Image index shared with worker processes, which map its arrays instead of receiving a copy."""
 
 import mmap
 import os
@@ -14,40 +14,40 @@ from numpy.typing import NDArray
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.index.shards import Shards
 
-NOTHING: Any = np.empty(0, np.int64)
+EMPTY: Any = np.empty(0, np.int64)
 
 
 class SharedIndex:
-    """Pickles by reference, into processes that are being started; their copy maps the same memory.
+    """Wrapper that pickles an index by reference into processes being started; their copy maps the same memory.
 
-    The files of a kept scan stay open here: a later scan may remove them while workers are still to be started.
-    Arrays without a file (of a quarantined index, for instance) are copied into an anonymous one.
+    The files of a cached scan stay open here, because a later scan may remove them before all workers have started.
+    Arrays without a file (of a quarantined index, for instance) are copied into an anonymous file.
     """
 
     def __init__(self, index: ImageIndex) -> None:
         self.index = index
-        self._of_images: tuple[_Array, ...] = ()
-        self._of_shards: tuple[_Array, ...] = ()
+        self._image_arrays: tuple[_Array, ...] = ()
+        self._shard_arrays: tuple[_Array, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[..., "SharedIndex"], tuple[Any, ...]]:
         index, shards = self.index, self.index.shards
-        if not self._of_images:
-            self._of_images = tuple(_Array(each) for each in (index.paths, index.labels, index.sizes))
-            self._of_shards = tuple(_Array(each) for each in shards[1:]) if shards else ()
+        if not self._image_arrays:
+            self._image_arrays = tuple(_Array(each) for each in (index.paths, index.labels, index.sizes))
+            self._shard_arrays = tuple(_Array(each) for each in shards[1:]) if shards else ()
         if shards is not None:
-            shards = Shards(shards.names, NOTHING, NOTHING)
-        empty = replace(index, paths=NOTHING, labels=NOTHING, sizes=NOTHING, shards=shards)
-        return _restore, (empty, self._of_images, self._of_shards)
+            shards = Shards(shards.names, EMPTY, EMPTY)
+        empty = replace(index, paths=EMPTY, labels=EMPTY, sizes=EMPTY, shards=shards)
+        return _restore, (empty, self._image_arrays, self._shard_arrays)
 
 
 class _Array:
-    """An array behind a file descriptor; pickles as an array that maps it."""
+    """An array backed by a file descriptor, pickled as an array that maps the same file."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self._dtype, self._shape = array.dtype, array.shape
         self._descriptor: int
         self._offset = 0
-        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # the whole of it, not a part
+        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # a whole file, not a slice
             self._offset = array.offset
             self._descriptor = os.open(str(array.filename), os.O_RDONLY)
         else:
@@ -60,9 +60,9 @@ class _Array:
         return _map, (DupFd(self._descriptor), self._dtype, self._shape, self._offset)
 
 
-def _restore(empty: ImageIndex, of_images: tuple[Any, ...], of_shards: tuple[Any, ...]) -> SharedIndex:
-    paths, labels, sizes = of_images
-    shards = None if empty.shards is None else Shards(empty.shards.names, *of_shards)
+def _restore(empty: ImageIndex, image_arrays: tuple[Any, ...], shard_arrays: tuple[Any, ...]) -> SharedIndex:
+    paths, labels, sizes = image_arrays
+    shards = None if empty.shards is None else Shards(empty.shards.names, *shard_arrays)
     return SharedIndex(replace(empty, paths=paths, labels=labels, sizes=sizes, shards=shards))
 
 

@@ -1,4 +1,4 @@
-"""Reading one image with torchvision on uint8 tensors: the fast path on a CPU, nearly pixel-equal to PIL."""
+"""Image reader based on torchvision and uint8 tensors, the fastest on a CPU and nearly pixel-equal to PIL."""
 
 from contextlib import suppress
 
@@ -16,10 +16,10 @@ from metaformer.data.plan.randaugment import apply_operations
 
 
 def read_with_torch(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode, crop, resize, flip and augment the plan's image in position `row`: uint8 [3, S, S].
+    """Decode, crop, resize, flip and augment the plan's image at position `row`; return uint8 [3, S, S].
 
     Raises:
-        OSError, ValueError, ...: one of BAD_FILE: it cannot be decoded, or has more than `max_pixels`.
+        OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
     """
     image = _decode(encoded, max_pixels)
     height, width = image.shape[-2:]
@@ -39,30 +39,30 @@ def read_with_torch(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int
         image = _resize(image, size, size, bool(crop.bicubic[row]))
         if crop.flip[row]:
             image = image.flip(-1)
-    operations = plan.randaugment.of_sample(row) if plan.randaugment is not None else []
-    if operations:  # PIL's functions on the small image: exact, and faster than v2's on tensors
+    operations = plan.randaugment.operations_for(row) if plan.randaugment is not None else []
+    if operations:  # PIL's functions on the small image are exact, and faster than transforms.v2 on tensors
         pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         image = torch.from_numpy(np.array(apply_operations(pixels, operations))).permute(2, 0, 1)
     return image
 
 
 def _resize(image: Tensor, height: int, width: int, bicubic: bool) -> Tensor:
-    """uint8 [3, H, W] to [3, height, width], antialiased; where a pixel's values lie together, they stay so."""
-    # With these strides torch sees a channels-last batch of one; with those of image[None] it would split the planes.
+    """Resize uint8 [3, H, W] to [3, height, width] with antialiasing; interleaved pixels stay interleaved."""
+    # These strides are those of a channels-last batch of one; with the strides of image[None] torch would split planes.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return interpolate(batch, (height, width), mode="bicubic" if bicubic else "bilinear", antialias=True)[0]
 
 
 def _decode(encoded: Encoded, max_pixels: int) -> Tensor:
-    """An RGB image, uint8 [3, H, W]; EXIF orientation is ignored, as by PIL and timm."""
-    header = jpeg_header(encoded)  # broken PNGs crash torchvision's decoder, palettes it takes for gray
+    """Decode to RGB, uint8 [3, H, W]. Ignores EXIF orientation, as PIL and timm do."""
+    header = jpeg_header(encoded)  # JPEGs only: torchvision crashes on broken PNGs and reads palettes as gray
     if header is not None and header.components in (1, 3):
         check_pixels(header.width, header.height, max_pixels)
-        with suppress(RuntimeError):  # of a broken file, PIL's error below says more
+        with suppress(RuntimeError):  # for a broken file, PIL raises a clearer error below
             image: Tensor = decode_image(torch.from_numpy(encoded), ImageReadMode.UNCHANGED)
             if image.shape[0] == 3:
                 return image
             if image.shape[0] == 1:
                 return image.expand(3, -1, -1)
-    pixels = np.array(decode_rgb(encoded, max_pixels))  # not a JPEG, or CMYK: PIL's conversion is the one that counts
+    pixels = np.array(decode_rgb(encoded, max_pixels))  # not a JPEG, or CMYK: PIL's conversion is the reference
     return torch.from_numpy(pixels).permute(2, 0, 1)

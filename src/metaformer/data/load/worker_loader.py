@@ -1,4 +1,4 @@
-"""The loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
+"""Loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
 import os
 import signal
@@ -26,21 +26,21 @@ ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
 
 
 class WorkerLost(UserError):
-    """A worker process ended by itself: the run can be repeated, so this is no mistake of the user's."""
+    """Error for a worker process that ended unexpectedly; not a user error, because the run can be repeated."""
 
     exit_code = 1
 
 
 class WorkerLoader:
-    """A `Loader` on torch's DataLoader: each worker makes whole batches, delivered in the plan's order.
+    """A `Loader` based on torch's DataLoader; each worker makes whole batches, delivered in the plan's order.
 
-    Workers live as long as the loader; which batch to make comes to them as (epoch, position).
+    Workers live as long as the loader. They receive (epoch, position) for each batch to make.
 
     Args:
         read: makes one image of a batch from its encoded bytes.
-        workers: processes; 0 reads in this process.
-        prefetch_batches: batches that each worker makes ahead.
-        pin_memory: put batches in page-locked memory, for fast copies to a GPU.
+        workers: number of worker processes; 0 reads in this process.
+        prefetch_batches: number of batches that each worker prepares in advance.
+        pin_memory: put batches in page-locked memory for fast copies to a GPU.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class WorkerLoader:
             multiprocessing_context=worker_context() if workers else None,
             worker_init_fn=_prepare_worker,
         )
-        # Workers do not end by SIGTERM: at exit, Python would wait for them forever.
+        # Workers do not end on SIGTERM, so Python would wait for them forever at exit.
         self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
@@ -81,12 +81,10 @@ class WorkerLoader:
             yield images
 
     def _describe_loss(self) -> str:
-        workers = getattr(self._loader._iterator, "_workers", ())  # DataLoader names them in words only
-        ended = [worker for worker in workers if worker.exitcode not in (None, 0)]
-        how = ", ".join(f"{worker.pid} ({_how_ended(worker.exitcode)})" for worker in ended) or "one"
-        return (
-            f"workers={self._loader.num_workers}: a worker process of the loader has ended: {how}; give fewer workers"
-        )
+        workers = getattr(self._loader._iterator, "_workers", ())  # DataLoader reports them only in its error message
+        failed = [worker for worker in workers if worker.exitcode not in (None, 0)]
+        which = ", ".join(f"{worker.pid} ({_describe_exit(worker.exitcode)})" for worker in failed) or "unknown"
+        return f"workers={self._loader.num_workers}: a loader worker process has ended: {which}; use fewer workers"
 
     def close(self) -> None:
         self._stop_workers()
@@ -113,9 +111,9 @@ class _Batches(Dataset[Tensor | str]):
     def __reduce__(self) -> tuple[Any, ...]:
         return _Batches, (self._read, self._index, self._plan)
 
-    def __getitem__(self, place: tuple[int, int]) -> Tensor | str:
-        """A batch, or what is wrong with a file: an exception would lose its type on the way out of a worker."""
-        plan = self._plan.to_read(*place)
+    def __getitem__(self, epoch_and_position: tuple[int, int]) -> Tensor | str:
+        """Return a batch, or the message about a bad file: an exception would lose its type in leaving a worker."""
+        plan = self._plan.to_read(*epoch_and_position)
         images = torch.empty(
             (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
         )
@@ -123,11 +121,11 @@ class _Batches(Dataset[Tensor | str]):
             try:
                 images[row] = self._read(self.stored.read(sample), plan, row)
             except BAD_FILE as error:
-                return describe_bad_file(self._index.index.place(sample), error)
+                return describe_bad_file(self._index.index.location(sample), error)
         return images
 
 
-def _how_ended(exit_code: int) -> str:
+def _describe_exit(exit_code: int) -> str:
     if exit_code >= 0:
         return f"exit code {exit_code}"
     name = signal.Signals(-exit_code).name
@@ -142,15 +140,14 @@ def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
 
 
 def _prepare_worker(worker: int) -> None:
-    # The server is killed with the training process, and its workers with the server, those too that are stopped.
-    # DataLoader has a check of its own, which sees only the death of the server, and the server by itself lives as
-    # long as its workers: each would wait for the other.
+    # The server is killed with the training process, and the workers (even stopped ones) with the server. DataLoader's
+    # own check is not enough: it only detects the death of the server, which itself lives as long as its workers.
     set_parent_death_signal(signal.SIGKILL)
     torch.set_num_threads(1)
-    # The thread that sends batches would drop one that it cannot send, and the training process wait for it forever.
-    queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    # By default the sending thread drops a batch that it cannot send, and the training process waits for it forever.
+    queues.Queue._on_queue_feeder_error = staticmethod(_exit_after_send_error)  # type: ignore[attr-defined]
 
 
-def _end_worker(error: Exception, batch: object) -> NoReturn:
-    print(f"error: a loader's worker cannot send a batch: {error}", file=sys.stderr, flush=True)
+def _exit_after_send_error(error: Exception, batch: object) -> NoReturn:
+    print(f"error: a loader worker cannot send a batch: {error}", file=sys.stderr, flush=True)
     os._exit(1)

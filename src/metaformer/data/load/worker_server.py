@@ -1,4 +1,4 @@
-"""The process that worker processes are forked from."""
+"""Server process from which loader workers are forked."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,48 +9,48 @@ from multiprocessing.context import ForkServerContext
 from metaformer.files import check_temporary_folder
 from metaformer.signals import blocked_in_children
 
-ALWAYS = "metaformer.data.load.server_end"  # first
+KILL_WITH_PARENT = "metaformer.data.load.server_end"  # must be imported first
 READERS = ("metaformer.data.load.pil_reader", "metaformer.data.load.torch_reader", "metaformer.data.load.worker_loader")
 
 
 def worker_context() -> ForkServerContext:
-    """The way to start workers: forked from a server that has one thread.
+    """Return the context that forks workers from a single-threaded server.
 
-    A worker forked from the training process would inherit whatever the threads there hold at that moment: a lock, or
-    the pipe by which wandb's start learns that its program runs. It would then keep that for as long as it lives.
+    A worker forked from the training process would inherit, and keep for its whole life, whatever other threads hold at
+    that moment: a lock, or the pipe through which wandb learns that its program has started.
     """
     return get_context("forkserver")
 
 
 def start_worker_server(preload: Sequence[str] = READERS) -> None:
-    """Start the server, or do nothing where it runs already.
+    """Start the server if it is not running yet.
 
     Args:
-        preload: modules that it imports, while this process continues, so that workers find them imported.
+        preload: modules that the server imports in the background, so that workers do not have to.
 
     Raises:
-        UserError: the folder for temporary files has too long a name.
+        UserError: the path of the folder for temporary files is too long.
     """
     check_temporary_folder()
-    # A rank that is killed leaves its semaphores to Python's tracker, which removes them, and would print a warning.
+    # Python's tracker removes the semaphores of a killed rank, and would print a warning about them.
     with _environment("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning"), blocked_in_children():
-        # The tracker comes first, and signals are blocked anew after it: its start unblocks them.
+        # Starting the tracker unblocks signals, so it comes first and they are blocked again below.
         resource_tracker.ensure_running()
-    # Else numpy, when the server imports it, would start a thread for each core.
+    # Otherwise NumPy starts a thread per core when the server imports it.
     with _environment("OPENBLAS_NUM_THREADS", "1"), blocked_in_children():
-        forkserver.set_forkserver_preload([ALWAYS, *preload])
+        forkserver.set_forkserver_preload([KILL_WITH_PARENT, *preload])
         forkserver.ensure_running()
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for the processes that are started meanwhile."""
-    former = os.environ.get(name)
+    """Set an environment variable for processes started within the block."""
+    previous = os.environ.get(name)
     os.environ[name] = value
     try:
         yield
     finally:
-        if former is None:
+        if previous is None:
             del os.environ[name]
         else:
-            os.environ[name] = former
+            os.environ[name] = previous

@@ -1,4 +1,4 @@
-"""What augmentation does to the images of training: the recipe's numbers, as one configuration."""
+"""Configuration of the training augmentation."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -7,9 +7,9 @@ from metaformer.errors import UserError
 
 
 class Interpolation(Enum):
-    """Filter of the training crop's resize."""
+    """Filter that resizes the training crop."""
 
-    random = "random"  # bilinear or bicubic, drawn per image
+    random = "random"  # bilinear or bicubic, drawn for each image
     bilinear = "bilinear"
     bicubic = "bicubic"
 
@@ -18,15 +18,15 @@ class Interpolation(Enum):
 class RandAugmentConfig:
     """RandAugment as timm's `rand-m9-mstd0.5-inc1` (arXiv 1909.13719, with "increasing" operations)."""
 
-    num_ops: int = 2  # draws per image, with replacement, from 15 operations; 0 turns it off
-    probability: float = 0.5  # that a drawn operation is applied
-    magnitude: float = 9.0  # of 10
+    num_ops: int = 2  # operations drawn per image, with replacement, from 15; 0 turns RandAugment off
+    probability: float = 0.5  # of applying a drawn operation
+    magnitude: float = 9.0  # on a scale of 0 to 10
     magnitude_std: float = 0.5
 
 
 @dataclass
 class AugmentationConfig:
-    """Everything random that happens to a training image; the defaults are the paper's."""
+    """All random augmentation of training images; the defaults are the paper's."""
 
     name: str = "paper"
     random_crop: bool = True  # False: resize and centre crop, as in evaluation
@@ -40,14 +40,14 @@ class AugmentationConfig:
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
     mix_probability: float = 1.0
-    cutmix_probability: float = 0.5  # of the mixed batches, where both alphas are above 0
-    mix_group_size: int | None = None  # images that share one mixing; None: each rank's batch, as the paper's program
-    label_smoothing: float = 0.1  # of the targets, before they are mixed
+    cutmix_probability: float = 0.5  # share of mixed batches that use cutmix, if both alphas are above 0
+    mix_group_size: int | None = None  # images that share one mixing; None: each rank's batch, as in the paper's code
+    label_smoothing: float = 0.1  # applied to the targets before they are mixed
     erase_probability: float = 0.25
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or cutmix ever happens."""
+        """Whether mixup or cutmix is enabled."""
         return self.mix_probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class AugmentationConfig:
         ):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise UserError(f"augmentation.{name}={value}: a probability lies in [0, 1]")
+                raise UserError(f"augmentation.{name}={value}: must be in [0, 1]")
         for name in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
                 raise UserError(f"augmentation.{name}={getattr(self, name)}: must be 0 (off) or positive")
@@ -73,4 +73,4 @@ class AugmentationConfig:
                 f"augmentation.min_aspect={self.min_aspect}, max_aspect={self.max_aspect}: must be 0 < min <= max"
             )
         if self.mix_group_size is not None and (self.mix_group_size < 2 or self.mix_group_size % 2):
-            raise UserError(f"augmentation.mix_group_size={self.mix_group_size}: must be an even number from 2 up")
+            raise UserError(f"augmentation.mix_group_size={self.mix_group_size}: must be an even number of at least 2")

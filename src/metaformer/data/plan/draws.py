@@ -1,6 +1,7 @@
-"""Random numbers that depend on nothing but (seed, epoch, sample): no generator state, so nothing to save or restore.
+"""Stateless random numbers that depend only on (seed, epoch, sample), so there is no state to save or restore.
 
-Each sample's stream is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) started at a hash of seed, epoch and sample.
+The stream of each sample is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), started at a hash of seed, epoch and
+sample.
 """
 
 from functools import lru_cache
@@ -22,7 +23,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def sample_bits(seed: int, epoch: int, samples: Int64, words: range) -> NDArray[np.uint64]:
-    """These random 64-bit words of each sample's endless row of them: uint64 [B, len(words)]."""
+    """Return the given range of each sample's infinite stream of random 64-bit words: uint64 [B, len(words)]."""
     state = _mix(_key(seed, epoch) ^ (samples.astype(np.uint64) * _GOLDEN))
     return _mix(state[:, None] + _GOLDEN * np.arange(words.start + 1, words.stop + 1, dtype=np.uint64))
 
@@ -40,7 +41,7 @@ def uniforms(bits: NDArray[np.uint64]) -> Float64:
 
 
 def generator(seed: int, epoch: int, stream: int, position: int = 0) -> np.random.Generator:
-    """numpy's generator for a draw that belongs to an epoch or a batch; equal arguments give equal draws."""
+    """Return a NumPy generator for the draws of an epoch or a batch; equal arguments give equal draws."""
     key: Any = np.array([seed, epoch], np.uint64)
     counter: Any = np.array([0, 0, position, stream], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

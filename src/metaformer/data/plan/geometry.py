@@ -1,6 +1,6 @@
-"""Which pixels of an image a crop takes: the formulas of torchvision and timm, in float64, for single images.
+"""Crop and resize geometry of single images: the formulas of torchvision and timm in float64.
 
-The DALI pipeline computes the same formulas inside its graph; tests hold the two together.
+The DALI pipeline computes the same formulas in its graph; tests check that the two agree.
 """
 
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from metaformer.data.plan.draws import Float64
 
-MOST_ASPECT = 64  # of an image that is resized whole
+MAX_ASPECT = 64  # long side / short side, above which an image is cut before evaluation resizes it
 
 
 class Box(NamedTuple):
@@ -21,12 +21,12 @@ class Box(NamedTuple):
 
     @property
     def corners(self) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom: what PIL crops by."""
+        """Left, top, right and bottom, as PIL's `crop` takes them."""
         return self.left, self.top, self.left + self.width, self.top + self.height
 
 
 class Resize(NamedTuple):
-    """A size to resize a whole image to, and where the crop then starts; pixels."""
+    """Target size for the whole image, and the top-left corner of the crop in the resized image, in pixels."""
 
     width: int
     height: int
@@ -37,12 +37,12 @@ class Resize(NamedTuple):
 def random_resized_crop(
     tries: Float64, position: Float64, aspects: tuple[float, float], width: int, height: int
 ) -> Box:
-    """The first of the tried rectangles that fits in the image, else the largest centred one of an allowed aspect.
+    """Return the first tried rectangle that fits in the image, or the largest centred one of an allowed aspect.
 
     Args:
-        tries: [T, 2], each row sqrt(area * aspect) and sqrt(area / aspect), area as a share of the image's.
-        position: [2], where the rectangle lies in the room it has, horizontally and vertically, in [0, 1).
-        aspects: least and largest width / height of the centred rectangle.
+        tries: [T, 2], each row sqrt(area * aspect) and sqrt(area / aspect), with area as a share of the image's area.
+        position: [2], horizontal and vertical position of the rectangle within its free range, in [0, 1).
+        aspects: minimum and maximum width / height of the centred rectangle.
         width, height: the image's size in pixels.
     """
     scale = math.sqrt(width * height)
@@ -56,27 +56,27 @@ def random_resized_crop(
 
 
 def resize_and_center_crop(width: int, height: int, resize_to: int, image_size: int) -> Resize:
-    """Resize the short side to `resize_to` and take the centre; truncation and rounding are torchvision's."""
+    """Return the geometry of resizing the short side to `resize_to` and cropping the centre, rounded as torchvision."""
     short = min(width, height)
     new_width, new_height = resize_to * width // short, resize_to * height // short
     return Resize(new_width, new_height, round((new_width - image_size) / 2), round((new_height - image_size) / 2))
 
 
 def central_part(width: int, height: int) -> Box | None:
-    """The part of a very long image that evaluation resizes, so that a small file cannot take gigabytes.
+    """Return the part of a very elongated image that evaluation resizes, so that a small file cannot take gigabytes.
 
-    The long side is cut to MOST_ASPECT times the short one, around the centre: far more than a centre crop needs.
+    The long side is cut around the centre to MAX_ASPECT times the short side, far more than a centre crop needs.
 
     Returns:
-        None for all other images, which are resized whole.
+        The part, or None if the image is resized whole.
     """
-    longest = MOST_ASPECT * min(width, height)
-    if max(width, height) <= longest:
+    max_side = MAX_ASPECT * min(width, height)
+    if max(width, height) <= max_side:
         return None
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    left, top = max(0, width - max_side) // 2, max(0, height - max_side) // 2
     return Box(left, top, width - 2 * left, height - 2 * top)
 
 
 def evaluation_resize(image_size: int, crop_pct: float) -> int:
-    """The short side before the centre crop: 248 for 224 at 0.9, 235 at 0.95."""
+    """Return the length of the short side before the centre crop: 248 for 224 at 0.9, 235 at 0.95."""
     return math.floor(image_size / crop_pct)

@@ -1,8 +1,8 @@
-"""The sample plan: which images make up each batch, and every random number of each image.
+"""Sample plan: the images of each batch and every random number drawn for them.
 
-A plan has no state. The order of epoch e is a permutation drawn from (seed, e); a sample's draws are a hash of
-(seed, e, sample). So images, crops and augmentations are the same for any number of ranks, workers and accumulation
-steps, in every loader, and training resumes at any batch from two integers.
+A plan has no state. The order of epoch e is a permutation drawn from (seed, e), and a sample's draws are a hash of
+(seed, e, sample). Images, crops and augmentations are therefore the same for any number of ranks, workers and
+accumulation steps and in every loader, and training can resume at any batch from two integers.
 """
 
 import math
@@ -24,7 +24,7 @@ from metaformer.data.plan.randaugment import (
     draw_operations,
 )
 
-TRIES = 10  # rectangles tried before a fallback, for crops and for erasing
+TRIES = 10  # rectangles to try: after that a crop falls back to a centred one, and nothing is erased
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 _ORDER_STREAM, _MIX_STREAM = 1, 2
@@ -35,35 +35,35 @@ class CropDraws(NamedTuple):
 
     tries: Float64  # [B, TRIES, 2]
     position: Float64  # [B, 2]
-    aspects: tuple[float, float]  # of the fallback, the same for all
+    aspects: tuple[float, float]  # allowed by the fallback, the same for all images
     flip: NDArray[np.bool_]  # [B]
     bicubic: NDArray[np.bool_]  # [B], else bilinear
 
 
 class MixDraws(NamedTuple):
-    """Mixing of each group of G; partner of an image: the group reversed."""
+    """Mixing of each of G groups; an image's partner is at its position in the reversed group."""
 
-    keep: Float64  # [G] share of the image that stays outside the box
-    box: Int64  # [G, 4] top, left, bottom, right: inside it the partner's pixels (cutmix)
-    label_keep: Float64  # [G] share of the image's own label
+    keep: Float64  # [G] weight of the image's own pixels outside the box
+    box: Int64  # [G, 4] top, left, bottom, right; filled with the partner's pixels (cutmix)
+    label_keep: Float64  # [G] weight of the image's own label
 
 
 class EraseDraws(NamedTuple):
-    """Random erasing of the images that get it, K of a batch."""
+    """Random erasing of K images of a batch."""
 
     rows: Int64  # [K] positions in the batch
     boxes: Int64  # [K, 4] top, left, bottom, right
-    noise_keys: Int64  # [K] 32 random bits that the noise is made from
+    noise_keys: Int64  # [K] 32 random bits that seed the noise
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One rank's batch: what a loader must read (`samples` to `randaugment`), and what the device then does."""
+    """One rank's batch: the loader uses `samples` to `randaugment`, and the device applies `mix` and `erase`."""
 
     samples: Int64  # [B]
     image_size: int
-    resize_to: int  # short side before the centre crop, where `crop` is None
-    bicubic: bool = True  # filter of that resize, else bilinear
+    resize_to: int  # short side before the centre crop, used if `crop` is None
+    bicubic: bool = True  # filter of that resize; bilinear if False
     crop: CropDraws | None = None
     randaugment: RandAugmentDraws | None = None
     mix: MixDraws | None = None
@@ -74,33 +74,36 @@ class BatchPlan:
 
 
 class Plan(Protocol):
-    """What a loader is built from."""
+    """Interface of a rank's sample plan."""
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches that this rank reads in an epoch."""
+        """Number of batches that this rank reads in an epoch."""
 
     @property
     def rounds_per_epoch(self) -> int:
-        """Batches of the rank that has the most."""
+        """Number of batches of the rank that has the most."""
 
     @property
     def batch_size(self) -> int:
-        """Images in this rank's largest batch."""
+        """Number of images in this rank's largest batch."""
 
     def batch(self, epoch: int, position: int) -> BatchPlan:
-        """The batch at a position in [0, batches_per_epoch) of an epoch."""
+        """Return the batch at a position in [0, batches_per_epoch) of an epoch."""
 
     def to_read(self, epoch: int, position: int) -> BatchPlan:
-        """The same without what only the device needs."""
+        """Return the same batch without the draws that only the device needs."""
 
     def to_transform(self, epoch: int, position: int) -> BatchPlan:
-        """The same without what only a loader needs."""
+        """Return the same batch without the draws that only a loader needs."""
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every image exactly once over all ranks: rank r reads images r, r + world_size, ...; the last batch is short."""
+    """Plan that covers every image exactly once over all ranks.
+
+    Rank r reads images r, r + world_size, ...; its last batch may be smaller.
+    """
 
     num_samples: int
     batch_size: int
@@ -108,7 +111,7 @@ class EvaluationPlan:
     world_size: int
     image_size: int
     crop_pct: float
-    bicubic: bool = True  # filter of the resize, else bilinear
+    bicubic: bool = True  # filter of the resize; bilinear if False
 
     @property
     def batches_per_epoch(self) -> int:
@@ -129,12 +132,12 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Shuffled, augmented batches.
+    """Plan of shuffled, augmented batches.
 
-    A global batch (one optimizer step) is a run of `global_batch_size` places in the epoch's order. It is cut into
-    world_size * accumulation_steps equal batches, of which rank r reads those numbered r, r + world_size, ...
-    An epoch's last incomplete global batch is left out or, with `fill_last_batch`, completed with the images that the
-    epoch began with.
+    A global batch (one optimizer step) consists of `global_batch_size` consecutive images in the epoch's order. It is
+    split into world_size * accumulation_steps equal batches, of which rank r reads number r, r + world_size, ...
+    The last, incomplete global batch of an epoch is dropped or, with `fill_last_batch`, padded with the epoch's first
+    images.
     """
 
     num_samples: int
@@ -147,14 +150,14 @@ class TrainingPlan:
     crop_pct: float
     augmentation: AugmentationConfig
     fill_last_batch: bool = False
-    bicubic: bool = True  # filter of the resize where the augmentation does not crop at random, else bilinear
-    fill: Colour = IMAGENET_COLOUR  # RandAugment's, for pixels from outside an image
+    bicubic: bool = True  # filter of the resize without random crops; bilinear if False
+    fill: Colour = IMAGENET_COLOUR  # RandAugment's fill for pixels outside an image
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        filled = self.global_batch_size - 1 if self.fill_last_batch else 0
-        return (self.num_samples + filled) // self.global_batch_size
+        """Number of optimizer steps in an epoch."""
+        padding = self.global_batch_size - 1 if self.fill_last_batch else 0
+        return (self.num_samples + padding) // self.global_batch_size
 
     @property
     def batches_per_epoch(self) -> int:
@@ -169,7 +172,7 @@ class TrainingPlan:
         return self.global_batch_size // (self.world_size * self.accumulation_steps)
 
     def batch(self, epoch: int, position: int) -> BatchPlan:
-        """As in `Plan`; the draws of a sample depend on seed, epoch and sample alone."""
+        """Return a batch; the draws of a sample depend only on seed, epoch and sample."""
         reading, transforming = self.to_read(epoch, position), self.to_transform(epoch, position)
         return replace(reading, mix=transforming.mix, erase=transforming.erase)
 
@@ -191,38 +194,38 @@ class TrainingPlan:
         if a.erase_probability:
             bits = self._bits(epoch, samples, ERASE_WORDS)
             erase = _draw_erase(a, self.image_size, uniforms(bits[:, :-1]), bits[:, -1:])
-        mix = self._draw_mix(epoch, self._number(position)) if a.mixes else None
+        mix = self._draw_mix(epoch, self._batch_number(position)) if a.mixes else None
         resize_to = evaluation_resize(self.image_size, self.crop_pct)
         return BatchPlan(samples, self.image_size, resize_to, self.bicubic, mix=mix, erase=erase)
 
-    def _number(self, position: int) -> int:
-        """A batch's number among all ranks' batches of the epoch."""
+    def _batch_number(self, position: int) -> int:
+        """Return a batch's number among the epoch's batches of all ranks."""
         return position * self.world_size + self.rank
 
     def _samples(self, epoch: int, position: int) -> Int64:
-        number = self._number(position)
-        places = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        number = self._batch_number(position)
+        indices = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
         order = _epoch_order(self.seed, epoch, self.num_samples)
-        return order.take(places, mode="wrap")  # beyond the end: a filled last batch
+        return order.take(indices, mode="wrap")  # only a padded last batch reaches beyond the end
 
     def _bits(self, epoch: int, samples: Int64, words: range) -> NDArray[np.uint64]:
         return sample_bits(self.seed, epoch, samples, words)
 
-    def _draw_mix(self, epoch: int, number: int) -> MixDraws:
+    def _draw_mix(self, epoch: int, batch_number: int) -> MixDraws:
         a = self.augmentation
         group_size = a.mix_group_size or self.batch_size
         groups = self.batch_size // group_size
         rows = [
-            _draw_group_mix(a, self.image_size, generator(self.seed, epoch, _MIX_STREAM, number * groups + g))
+            _draw_group_mix(a, self.image_size, generator(self.seed, epoch, _MIX_STREAM, batch_number * groups + g))
             for g in range(groups)
         ]
         keep, box, label_keep = zip(*rows, strict=True)
         return MixDraws(np.array(keep), np.array(box, np.int64), np.array(label_keep))
 
 
-# Which of a sample's random words are for what: crop (area and aspect of each try, position, flip, filter), erasing
-# (area and aspect of each try, whether, position, the noise's key), RandAugment. An augmentation that comes later takes
-# the words after these, so that all draws stay as they are.
+# Layout of a sample's random words: crop (area and aspect of each try, position, flip, filter), erasing (area and
+# aspect of each try, whether to erase, position, noise key), RandAugment. A new augmentation must use the words after
+# these, so that existing draws do not change.
 CROP_WORDS = range(2 * TRIES + 4)
 ERASE_WORDS = range(CROP_WORDS.stop, CROP_WORDS.stop + 2 * TRIES + 3 + 1)
 RANDAUGMENT_FIRST = ERASE_WORDS.stop
@@ -255,10 +258,10 @@ def _draw_crop(a: AugmentationConfig, u: Float64) -> CropDraws:
 def _draw_erase(a: AugmentationConfig, size: int, u: Float64, key_bits: NDArray[np.uint64]) -> EraseDraws:
     area = size * size * (ERASE_AREA[0] + u[:, :TRIES] * (ERASE_AREA[1] - ERASE_AREA[0]))
     aspect = _log_uniform(u[:, TRIES : 2 * TRIES], *ERASE_ASPECT)
-    whether, left_u, top_u = u[:, 2 * TRIES :].T
+    apply_u, left_u, top_u = u[:, 2 * TRIES :].T
     heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (heights < size) & (widths < size)
-    rows = np.flatnonzero((whether < a.erase_probability) & fits.any(axis=1))
+    rows = np.flatnonzero((apply_u < a.erase_probability) & fits.any(axis=1))
     first = fits[rows].argmax(axis=1)
     height, width = heights[rows, first], widths[rows, first]
     top = np.floor(top_u[rows] * (size - height + 1))
@@ -268,18 +271,18 @@ def _draw_erase(a: AugmentationConfig, size: int, u: Float64, key_bits: NDArray[
 
 
 def _draw_group_mix(a: AugmentationConfig, size: int, rng: np.random.Generator) -> tuple[float, list[int], float]:
-    """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) of one group: `MixDraws` of a single group."""
-    nothing = [0, 0, 0, 0]
+    """Draw mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) for one group: keep, box and label_keep."""
+    empty_box = [0, 0, 0, 0]
     if rng.random() >= a.mix_probability:
-        return 1.0, nothing, 1.0
+        return 1.0, empty_box, 1.0
     both = a.mixup_alpha > 0 and a.cutmix_alpha > 0
     use_cutmix = rng.random() < a.cutmix_probability if both else a.cutmix_alpha > 0
     alpha = a.cutmix_alpha if use_cutmix else a.mixup_alpha
     keep = float(rng.beta(alpha, alpha))
     if not use_cutmix:
-        return keep, nothing, keep
+        return keep, empty_box, keep
     cut = int(size * (1 - keep) ** 0.5)
     y, x = rng.integers(size), rng.integers(size)
     box = [int(np.clip(v, 0, size)) for v in (y - cut // 2, x - cut // 2, y + cut // 2, x + cut // 2)]
     area = (box[2] - box[0]) * (box[3] - box[1])
-    return 1.0, box, 1 - area / (size * size)  # the label's share follows the clipped box
+    return 1.0, box, 1 - area / (size * size)  # the label weight follows the clipped box

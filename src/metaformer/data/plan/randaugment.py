@@ -1,7 +1,6 @@
-"""RandAugment's operations from drawn numbers, applied by timm's own PIL functions.
+"""RandAugment (`rand-m9-mstd0.5-inc1` in timm's notation) with the plan's draws and timm's PIL functions.
 
-`rand-m9-mstd0.5-inc1` in timm's notation. The draws come from the plan, so every loader applies the same operations
-with the same arguments to one sample.
+The draws come from the plan, so every loader applies the same operations with the same arguments to a sample.
 """
 
 from collections.abc import Callable
@@ -29,7 +28,7 @@ def _enhance(level: float, negative: bool) -> float:
     return max(0.1, 1.0 + _signed(level * 0.9, negative))
 
 
-# Operation -> its argument, from the level (magnitude / 10, in [0, 1]) and the sign.
+# Maps each operation to a function that computes its argument from the level (magnitude / 10, in [0, 1]) and the sign.
 ARGUMENTS: dict[str, Callable[[float, bool], tuple[float, ...]]] = {
     "AutoContrast": lambda level, negative: (),
     "Equalize": lambda level, negative: (),
@@ -51,42 +50,42 @@ OPERATIONS = tuple(ARGUMENTS)
 
 
 class Operation(NamedTuple):
-    """One operation on one image."""
+    """An operation on one image."""
 
     name: str
     magnitude: float  # 0 to 10
     negative: bool  # sign of geometric operations, direction of the enhancing ones
-    bicubic: bool  # interpolation of geometric operations, else bilinear
-    fill: Colour = IMAGENET_COLOUR  # of pixels that a geometric operation brings in from outside
+    bicubic: bool  # interpolation of geometric operations; bilinear if False
+    fill: Colour = IMAGENET_COLOUR  # colour of pixels that a geometric operation takes from outside the image
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What the operation's function takes after the image: nothing, or one number."""
+        """Arguments of the operation's function after the image: none, or one number."""
         return ARGUMENTS[self.name](self.magnitude / MAX_MAGNITUDE, self.negative)
 
 
 class RandAugmentDraws(NamedTuple):
-    """The operations of a batch, as arrays [B, num_ops], and the fill of all; see `Operation`."""
+    """The operations of a batch, as arrays [B, num_ops], and their common fill; see `Operation`."""
 
-    operation: NDArray[np.int64]  # position in OPERATIONS, or -1: not applied
+    operation: NDArray[np.int64]  # position in OPERATIONS, or -1 if no operation is applied
     magnitude: Float64
     negative: NDArray[np.bool_]
     bicubic: NDArray[np.bool_]
     fill: Colour = IMAGENET_COLOUR
 
-    def of_sample(self, row: int) -> list[Operation]:
-        """The operations that one image gets, in order."""
-        places = (self.at(row, number) for number in range(self.operation.shape[1]))
-        return [operation for operation in places if operation is not None]
+    def operations_for(self, row: int) -> list[Operation]:
+        """Return the operations to apply to an image, in order."""
+        drawn = (self.operation_at(row, number) for number in range(self.operation.shape[1]))
+        return [operation for operation in drawn if operation is not None]
 
-    def at(self, row: int, number: int) -> Operation | None:
-        """One image's operation in a place of the order, None where it is not applied."""
+    def operation_at(self, row: int, number: int) -> Operation | None:
+        """Return the drawn operation with this number for an image, or None if it is not applied."""
         operation, magnitude, negative, bicubic = (array[row, number].item() for array in self[:4])
         return None if operation < 0 else Operation(OPERATIONS[operation], magnitude, negative, bicubic, self.fill)
 
 
 def draw_operations(config: RandAugmentConfig, uniform: Float64, fill: Colour = IMAGENET_COLOUR) -> RandAugmentDraws:
-    """Operations from uniform numbers [B, num_ops, DRAWS_PER_OPERATION] in [0, 1)."""
+    """Convert uniform numbers [B, num_ops, DRAWS_PER_OPERATION] in [0, 1) to operations."""
     which, applied, radius, angle, sign, filter_ = np.moveaxis(uniform, -1, 0)
     normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller, 1958
     return RandAugmentDraws(
@@ -99,7 +98,7 @@ def draw_operations(config: RandAugmentConfig, uniform: Float64, fill: Colour = 
 
 
 def apply_operations(image: Image.Image, operations: list[Operation]) -> Image.Image:
-    """The augmented RGB image, of the same size."""
+    """Apply the operations to an RGB image; its size does not change."""
     for operation in operations:
         resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
         apply = NAME_TO_OP[operation.name]

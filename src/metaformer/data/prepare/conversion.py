@@ -1,4 +1,4 @@
-"""From a data set on disk, of folders or shards, to a copy of it of folders or shards."""
+"""Conversion of a data set on disk to folders or shards."""
 
 import itertools
 import os
@@ -9,89 +9,87 @@ from pathlib import Path
 
 from metaformer.data.index.image_index import find_images, load_index
 from metaformer.data.prepare.class_folder import write_class_folder
-from metaformer.data.prepare.pieces import Piece, pieces_of
-from metaformer.data.prepare.processes import Report, worker_processes
-from metaformer.data.prepare.reencoding import Cost, measure_cost
+from metaformer.data.prepare.processes import ProgressCallback, worker_processes
+from metaformer.data.prepare.reencoding import ReencodingEffect, measure_reencoding
 from metaformer.data.prepare.shard_writer import Packing, write_shards
+from metaformer.data.prepare.source_images import SourceImage, list_source_images
 from metaformer.errors import UserError
 
 SPLITS = ("train", "val")
 
 
-def convert(source: Path, out: Path, packing: Packing | None, workers: int, report: Report) -> dict[str, Cost]:
-    """Make `out` with the splits that `source` has, as folders or, with a `packing`, as shards.
+def convert(
+    source: Path, out: Path, packing: Packing | None, workers: int, report: ProgressCallback
+) -> dict[str, ReencodingEffect]:
+    """Write the splits of `source` to `out`, as shards if `packing` is given, otherwise as folders.
 
     Returns:
-        What reducing cost each split; empty without it.
+        The effect of reducing the images of each split; empty if images are not reduced.
 
     Raises:
-        UserError: `source` is no data set, an image cannot be read or stored, or the disk is full. What was done so far
-            is kept beside `out`, and `out` does not exist.
+        UserError: `source` is not a data set, an image cannot be read or stored, or the disk is full. `out` then does
+            not exist, and the work done so far is kept beside it.
     """
     indices = {split: load_index(source, split) for split in SPLITS if (source / split).is_dir()}
     if not indices:
-        raise UserError(f"--from {source}: no {' and no '.join(SPLITS)} folder in it; give the folder that holds them")
-    partial, costs = partial_folder(out, packing), {}
+        raise UserError(f"--from {source}: contains no {' or '.join(SPLITS)} folder; give the folder with the splits")
+    partial, effects = partial_folder(out, packing), {}
     with worker_processes(workers) as pool:
         for split, index in indices.items():
-            cost = write_split(pieces_of(index), partial / split, packing, pool, report)
-            if cost is not None:
-                costs[split] = cost
+            effect = write_split(list_source_images(index), partial / split, packing, pool, report)
+            if effect is not None:
+                effects[split] = effect
             elif find_images(partial / split).fingerprint != index.fingerprint:
-                raise UserError(f"{source / split}: has changed while it was read; remove {partial} and begin again")
+                raise UserError(f"{source / split}: changed while it was being read; remove {partial} and start again")
     finish(partial, out)
-    return costs
+    return effects
 
 
 def convert_built(
-    build: Callable[[Path], None], out: Path, packing: Packing, workers: int, report: Report
-) -> dict[str, Cost]:
-    """`convert` of what `build` makes at a path that it is given; it is removed afterwards.
-
-    Raises:
-        UserError: as `convert` and `build`.
-    """
+    build: Callable[[Path], None], out: Path, packing: Packing, workers: int, report: ProgressCallback
+) -> dict[str, ReencodingEffect]:
+    """Call `build` with a temporary path and `convert` the data set that it writes there; then remove it."""
     folders = out.with_name(f".{out.name}.folders")
-    if not folders.exists():  # else an earlier call made it, whole, and was interrupted later
+    if not folders.exists():  # otherwise an earlier call completed it and was interrupted later
         build(folders)
-    costs = convert(folders, out, packing, workers, report)
+    effects = convert(folders, out, packing, workers, report)
     shutil.rmtree(folders)
-    return costs
+    return effects
 
 
 def write_split(
-    pieces: list[Piece], folder: Path, packing: Packing | None, pool: ProcessPoolExecutor, report: Report
-) -> Cost | None:
-    """Make one split; returns what reducing its images cost.
-
-    Raises:
-        UserError: as `convert`.
-    """
+    sources: list[SourceImage],
+    folder: Path,
+    packing: Packing | None,
+    pool: ProcessPoolExecutor,
+    report: ProgressCallback,
+) -> ReencodingEffect | None:
+    """Write one split; return the effect of reducing its images, or None if images are not reduced."""
     if packing is not None:
-        packed = write_shards(pieces, folder, packing, pool, report)
-        return None if packing.max_side is None else measure_cost(packed, folder)
-    runs = [(name, list(run)) for name, run in itertools.groupby(pieces, key=lambda piece: piece.class_name)]
+        packed = write_shards(sources, folder, packing, pool, report)
+        return None if packing.max_side is None else measure_reencoding(packed, folder)
+    runs = [(name, list(run)) for name, run in itertools.groupby(sources, key=lambda source: source.class_name)]
     futures = [pool.submit(write_class_folder, folder / name, run) for name, run in runs]
     images = 0
     for future in as_completed(futures):
         images += future.result()
-        report(f"copying {folder.name}", images, len(pieces))
+        report(f"copying {folder.name}", images, len(sources))
     return None
 
 
 def partial_folder(out: Path, packing: Packing | None) -> Path:
-    """Where `out` grows, and what an interrupted call left is found."""
+    """Return the folder in which `out` is built, and where an interrupted call is resumed."""
     return out.with_name(f".{out.name}.{'partial' if packing is None else 'shards'}")
 
 
 def finish(partial: Path, out: Path) -> None:
-    """Let `out` appear.
+    """Rename the finished folder to `out`.
 
     Raises:
-        UserError: it cannot be renamed, as where another process has just made it.
+        UserError: the folder cannot be renamed, for example because another process has just created `out`.
     """
     os.sync()
     try:
         partial.rename(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be made from {partial} ({error.strerror or error})") from error
+        raise UserError(f"{out}: cannot be renamed from {partial} ({error.strerror or error})") from error

@@ -1,8 +1,8 @@
-"""ImageNet-1K from the archives of image-net.org to folders or shards, on all cores, with nothing in between.
+"""Conversion of ImageNet-1K's archives to folders or shards, in parallel and without intermediate files.
 
-The archives are plain tars, so an image is a range of bytes that any process can copy: the training archive holds a tar
-for each class, the validation archive all images, which the devkit's ground truth sorts into classes. A class folder or
-shard appears when it is whole, the data set when all are; the same call again goes on where one was interrupted.
+The archives are plain tars, so an image is a byte range that any process can copy. The training archive contains one
+tar per class; the validation archive contains all images, which the devkit's ground truth assigns to classes. Class
+folders, shards and the data set are written atomically, and an interrupted call is resumed by repeating it.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from metaformer.data.prepare.class_folder import write_class_folder
 from metaformer.data.prepare.conversion import finish, partial_folder, write_split
-from metaformer.data.prepare.pieces import Piece
-from metaformer.data.prepare.processes import Report, worker_processes
-from metaformer.data.prepare.reencoding import Cost
+from metaformer.data.prepare.processes import ProgressCallback, worker_processes
+from metaformer.data.prepare.reencoding import ReencodingEffect
 from metaformer.data.prepare.shard_writer import Packing
+from metaformer.data.prepare.source_images import SourceImage
 from metaformer.errors import UserError
 from metaformer.files import write_text_atomically
 
@@ -34,7 +34,7 @@ IMAGES = {"train": 1_281_167, "val": 50_000}
 
 
 class Archives(NamedTuple):
-    """The three files."""
+    """ImageNet's three archives."""
 
     train: Path
     val: Path
@@ -42,7 +42,7 @@ class Archives(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A file in a tar: a range of the archive's bytes."""
+    """A file in a tar, as a byte range of the archive."""
 
     name: str
     offset: int
@@ -51,7 +51,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """A class folder to be made from an archive: of the given members, or of all in the tar that a member is."""
+    """A class folder to write, either from `members` of an archive or from all members of its `inner` tar."""
 
     archive: Path
     folder: Path
@@ -60,25 +60,25 @@ class ClassFolder:
 
 
 def unpack_imagenet(
-    archives: Archives, out: Path, packing: Packing | None, workers: int, report: Report
-) -> dict[str, Cost]:
-    """Make `out` with train/ and val/ from the archives, as folders or, with a `packing`, as shards.
+    archives: Archives, out: Path, packing: Packing | None, workers: int, report: ProgressCallback
+) -> dict[str, ReencodingEffect]:
+    """Write train/ and val/ from the archives to `out`, as shards if `packing` is given, otherwise as folders.
 
     Args:
-        workers: processes.
-        report: called as the work goes on.
+        workers: number of processes.
+        report: called with the progress.
 
     Returns:
-        What reducing cost each split; empty without it.
+        The effect of reducing the images of each split; empty if images are not reduced.
 
     Raises:
-        UserError: an archive is missing, not the known one, cut short, or holds what does not belong there; or the disk
-            is full. What was done so far is kept beside `out`, and `out` does not exist.
+        UserError: an archive is missing, truncated, not the published one, or contains unexpected members; or the disk
+            is full. `out` then does not exist, and the work done so far is kept beside it.
     """
     for archive in archives:
         if not archive.is_file():
-            raise UserError(f"{archive}: no such file; get it from image-net.org, after signing in")
-    partial, costs = partial_folder(out, packing), {}
+            raise UserError(f"{archive}: no such file; download it from image-net.org after signing in")
+    partial, effects = partial_folder(out, packing), {}
     partial.mkdir(parents=True, exist_ok=True)
     with worker_processes(workers) as pool:
         _check_hashes(archives, partial / "hashes.json", pool, report)
@@ -89,40 +89,41 @@ def unpack_imagenet(
             if packing is None:
                 _unpack(split, folders, pool, report)
                 continue
-            cost = write_split(_list_pieces(split, folders, pool, report), partial / split, packing, pool, report)
-            if cost is not None:
-                costs[split] = cost
+            sources = _list_source_images(split, folders, pool, report)
+            effect = write_split(sources, partial / split, packing, pool, report)
+            if effect is not None:
+                effects[split] = effect
     (partial / "hashes.json").unlink()
     finish(partial, out)
-    return costs
+    return effects
 
 
-def _check_hashes(archives: Archives, known: Path, pool: ProcessPoolExecutor, report: Report) -> None:
-    """MD5 of each archive; one that was right before and is unchanged since is not read again."""
-    found = _read_hashes(known)
+def _check_hashes(archives: Archives, cache: Path, pool: ProcessPoolExecutor, report: ProgressCallback) -> None:
+    """Check the MD5 of each archive; archives that were verified before and have not changed are not read again."""
+    verified = _read_hashes(cache)
     states = {}
     for name, archive in archives._asdict().items():
         stat = archive.stat()
         states[name] = f"{archive.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-    pending = {pool.submit(_md5, getattr(archives, name)): name for name in MD5 if states[name] not in found}
+    pending = {pool.submit(_md5, getattr(archives, name)): name for name in MD5 if states[name] not in verified}
     for done, future in enumerate(as_completed(pending), 1):
         name = pending[future]
         if future.result() != MD5[name]:
             raise UserError(
-                f"{getattr(archives, name)}: not the known archive (its MD5 is not {MD5[name]}); get it again"
+                f"{getattr(archives, name)}: not the published archive (its MD5 is not {MD5[name]}); download it again"
             )
-        found[states[name]] = MD5[name]
-        write_text_atomically(known, json.dumps(found))
+        verified[states[name]] = MD5[name]
+        write_text_atomically(cache, json.dumps(verified))
         report("checking the archives' hashes", done, len(pending))
 
 
-def _read_hashes(known: Path) -> dict[str, str]:
-    """The archives that were right before; none where the file is damaged, so that they are read again."""
+def _read_hashes(cache: Path) -> dict[str, str]:
+    """Return the archives verified before; empty if the file is damaged, so that the archives are read again."""
     try:
-        found = json.loads(known.read_text())
+        verified = json.loads(cache.read_text())
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return verified if isinstance(verified, dict) else {}
 
 
 def _md5(archive: Path) -> str:
@@ -137,9 +138,11 @@ def _training_folders(archive: Path, target: Path) -> list[ClassFolder]:
 
 def _validation_folders(archive: Path, devkit: Path, target: Path) -> list[ClassFolder]:
     wnids = read_validation_wnids(devkit)
-    members = sorted(read_members(archive))  # by name, which is the ground truth's order
+    members = sorted(read_members(archive))  # by name, which is the order of the ground truth
     if len(members) != len(wnids):
-        raise UserError(f"{archive}: {len(members)} images, but {devkit} has labels for {len(wnids)}; get both again")
+        raise UserError(
+            f"{archive}: {len(members)} images, but {devkit} has labels for {len(wnids)}; download both again"
+        )
     by_class: dict[str, list[Member]] = {}
     for member, wnid in zip(members, wnids, strict=True):
         by_class.setdefault(wnid, []).append(member)
@@ -147,10 +150,10 @@ def _validation_folders(archive: Path, devkit: Path, target: Path) -> list[Class
 
 
 def read_validation_wnids(devkit: Path) -> list[str]:
-    """The class of each validation image, in the images' order.
+    """Return the wnid of each validation image, in the order of the images.
 
     Raises:
-        UserError: the devkit lacks a file, or one does not read.
+        UserError: a file of the devkit is missing or cannot be read.
     """
     from scipy.io import loadmat
 
@@ -163,14 +166,14 @@ def read_validation_wnids(devkit: Path) -> list[str]:
         wnid_of = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
         return [wnid_of[int(number)] for number in truth.split()]
     except (tarfile.TarError, OSError, KeyError, ValueError, EOFError) as error:
-        raise UserError(f"{devkit}: cannot be read ({type(error).__name__}: {error}); get it again") from error
+        raise UserError(f"{devkit}: cannot be read ({type(error).__name__}: {error}); download it again") from error
 
 
 def read_members(archive: Path, within: Member | None = None) -> list[Member]:
-    """The files of a tar, or of the tar that lies `within` it; offsets are the archive's own.
+    """List the files of a tar, or of the inner tar `within` it; offsets are relative to the outer archive.
 
     Raises:
-        UserError: the tar is cut short, or holds anything but plain files without a folder.
+        UserError: the tar is truncated, or contains anything but regular files at its top level.
     """
     start = within.offset if within else 0
     where = f"{archive}: {within.name}" if within else str(archive)
@@ -183,19 +186,19 @@ def read_members(archive: Path, within: Member | None = None) -> list[Member]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for entry in tar:
                     if not entry.isreg() or Path(entry.name).name != entry.name or entry.name.startswith("."):
-                        raise UserError(f"{where}: refused: {entry.name!r} is not a plain file without a folder")
+                        raise UserError(f"{where}: refused: {entry.name!r} is not a regular file at the top level")
                     if entry.name in names:
-                        raise UserError(f"{where}: refused: {entry.name!r} is in it twice; get it again")
+                        raise UserError(f"{where}: refused: {entry.name!r} occurs twice; download it again")
                     names.add(entry.name)
                     members.append(Member(entry.name, entry.offset_data, entry.size))
     except tarfile.TarError as error:
-        raise UserError(f"{where}: not a whole tar ({error}); get it again") from error
+        raise UserError(f"{where}: not a complete tar ({error}); download it again") from error
     if not members or members[-1].offset + members[-1].size > end:
-        raise UserError(f"{where}: cut short, or empty; get it again")
+        raise UserError(f"{where}: truncated or empty; download it again")
     return members
 
 
-def _unpack(split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecutor, report: Report) -> None:
+def _unpack(split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecutor, report: ProgressCallback) -> None:
     futures = [pool.submit(make_class_folder, folder) for folder in folders]
     images = 0
     for future in as_completed(futures):
@@ -204,34 +207,34 @@ def _unpack(split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecuto
     _check_count(split, images)
 
 
-def _list_pieces(split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecutor, report: Report) -> list[Piece]:
-    pieces: list[Piece] = []
-    for of_class in pool.map(pieces_of_class, folders):
-        pieces += of_class
-        report(f"listing {split}", len(pieces), IMAGES[split])
-    _check_count(split, len(pieces))
-    return pieces
+def _list_source_images(
+    split: str, folders: Iterable[ClassFolder], pool: ProcessPoolExecutor, report: ProgressCallback
+) -> list[SourceImage]:
+    sources: list[SourceImage] = []
+    for class_sources in pool.map(source_images_of_class, folders):
+        sources += class_sources
+        report(f"listing {split}", len(sources), IMAGES[split])
+    _check_count(split, len(sources))
+    return sources
 
 
 def _check_count(split: str, images: int) -> None:
     if images != IMAGES[split]:
-        raise UserError(f"{split}: {images:,} images in the archive, not {IMAGES[split]:,}; get it again")
+        raise UserError(f"{split}: {images:,} images in the archive, not {IMAGES[split]:,}; download it again")
 
 
 def make_class_folder(task: ClassFolder) -> int:
-    """Make a class folder, unless it is there already with all its files; returns its number of images.
+    """Write a class folder, unless it already exists with all its files; return its number of images.
 
     Raises:
-        UserError: as `read_members`, or the disk refuses; the folder does not exist then.
+        UserError: as `read_members`, or the folder cannot be written; the folder then does not exist.
     """
-    return write_class_folder(task.folder, pieces_of_class(task))
+    return write_class_folder(task.folder, source_images_of_class(task))
 
 
-def pieces_of_class(task: ClassFolder) -> list[Piece]:
-    """The images of a class, in its archive's order.
-
-    Raises:
-        UserError: as `read_members`.
-    """
+def source_images_of_class(task: ClassFolder) -> list[SourceImage]:
+    """List the images of a class in the order of the archive."""
     members = read_members(task.archive, task.inner) if task.inner else task.members
-    return [Piece(f"{task.folder.name}/{name}", str(task.archive), offset, size) for name, offset, size in members]
+    return [
+        SourceImage(f"{task.folder.name}/{name}", str(task.archive), offset, size) for name, offset, size in members
+    ]

