@@ -113,7 +113,7 @@ def _plans(count: int, size: int) -> dict[str, Plan]:
 
 
 def _evaluation(count: int, size: int, crop_pct: float) -> Plan:
-    return EvaluationPlan(count, BATCH, rank=0, world_size=1, image_size=size, crop_pct=crop_pct)
+    return EvaluationPlan(num_samples=count, batch_size=BATCH, rank=0, world_size=1, image_size=size, crop_pct=crop_pct)
 
 
 def _batches(name: LoaderName, index: ImageIndex, plan: Plan, device: torch.device) -> Iterator[Tensor]:

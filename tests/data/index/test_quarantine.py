@@ -100,7 +100,7 @@ def test_lines_of_no_image(own_root: Path, line: str) -> None:
 def test_empty_class(own_root: Path) -> None:
     """A list that leaves a class without images is rejected with a message that names the class folder."""
     listed = [f"train/c/{file.name}" for file in (own_root / "train" / "c").iterdir()]
-    assert f"leaves no image in class folder {own_root / 'train' / 'c'}; repair" in refusal(own_root, *listed)
+    assert f"leaves no images in class folder {own_root / 'train' / 'c'}; repair" in refusal(own_root, *listed)
 
 
 def test_missing_list(own_root: Path, tmp_path: Path) -> None:

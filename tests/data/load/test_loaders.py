@@ -419,7 +419,7 @@ from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.load.worker_loader import WorkerLoader
 
 index = load_index(Path(sys.argv[1]), "train")
-plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+plan = EvaluationPlan(num_samples=len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
 loader = WorkerLoader(read_with_pil, index, plan, workers=1, prefetch_batches=2, pin_memory=False)
 batches = loader.epoch(0)
 next(batches)

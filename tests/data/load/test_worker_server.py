@@ -39,7 +39,7 @@ from metaformer.data.load.worker_loader import WorkerLoader
 index = load_index(Path(sys.argv[1]), "train")
 
 def make_loader(workers):
-    plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+    plan = EvaluationPlan(num_samples=len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
     return WorkerLoader(read_with_pil, index, plan, workers, prefetch_batches=1, pin_memory=False)
 """
 
@@ -146,7 +146,7 @@ def read_unsendable(encoded, plan, row):
     return read_with_pil(encoded, plan, row)
 
 if __name__ == "__main__":
-    plan = EvaluationPlan(len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+    plan = EvaluationPlan(num_samples=len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
     next(WorkerLoader(read_unsendable, index, plan, workers=1, prefetch_batches=1, pin_memory=False).epoch(0))
 """
     )

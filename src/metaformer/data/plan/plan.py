@@ -98,7 +98,7 @@ class Plan(Protocol):
         """Return the same batch without the draws that only a loader needs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
     """Plan that covers every image exactly once over all ranks.
 
@@ -130,7 +130,7 @@ class EvaluationPlan:
     to_read = to_transform = batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """Plan of shuffled, augmented batches.
 
