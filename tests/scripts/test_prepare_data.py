@@ -312,7 +312,7 @@ def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepa
         assert np.array_equal(packed.labels, files.labels)
 
 
-def test_options_that_do_not_fit(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+def test_invalid_options(images: Path, tmp_path: Path, prepare: Prepare) -> None:
     """Options that need others, values out of range, a missing data set and an existing --out give a one-line error."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine").mkdir()

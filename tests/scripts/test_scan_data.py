@@ -108,7 +108,7 @@ def refusal(scan: Scan, *arguments: object) -> str:
     return str(caught.value)
 
 
-def test_what_cannot_work_is_refused(root: Path, tmp_path: Path, scan: Scan) -> None:
+def test_invalid_input_is_refused(root: Path, tmp_path: Path, scan: Scan) -> None:
     """A missing split, unwritable outputs, bad file names and unreadable files give a one-line error and no output."""
     assert "no folder" in refusal(scan, root, "--split", "test")
     for option in ("--out", "--quarantine"):

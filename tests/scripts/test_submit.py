@@ -84,7 +84,7 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         (["a b=c,("], "cannot be parsed"),
     ],
 )
-def test_what_cannot_work_is_refused(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sweeps_are_refused(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An invalid sweep gives a one-line error."""
     with pytest.raises(UserError) as caught:
         run(monkeypatch, *arguments)

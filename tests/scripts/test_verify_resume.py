@@ -64,7 +64,7 @@ def test_each_run_is_hashed_once(
     assert len([line for line in lines if "equal" in line]) == 2
 
 
-def test_what_the_program_sets_itself_is_refused() -> None:
+def test_reserved_overrides_are_refused() -> None:
     """Overrides that the script sets itself give a one-line error before anything is trained."""
     command = [sys.executable, str(REPOSITORY / "scripts" / "verify_resume.py"), "--", "run_dir=elsewhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
