@@ -19,7 +19,7 @@ def main() -> None:
     config = compose("train", TrainConfig)
     watchdog = Watchdog(launched_rank(), config.guards.stall_seconds)
     with watchdog.watching(), runtime.start(pause_watchdog=watchdog.pause) as ranks:
-        with assembly.training(config, ranks, watchdog) as train:
+        with assembly.build_training(config, ranks, watchdog) as train:
             result = train()
         ranks.print_result(result)
 

@@ -16,7 +16,7 @@ from metaformer.config import ValidateConfig, compose
 def main() -> None:
     """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
     config = compose("validate", ValidateConfig)
-    with runtime.start() as ranks, assembly.validation(config, ranks) as evaluate:
+    with runtime.start() as ranks, assembly.build_validation(config, ranks) as evaluate:
         evaluate()
 
 

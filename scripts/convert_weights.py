@@ -1,11 +1,11 @@
-"""Rewrite the weights of a network in the keys of another program.
+"""Convert a network's weights between the key layouts of timm and the paper's authors.
 
 python scripts/convert_weights.py official:poolformer_s12 poolformer_s12.safetensors --to timm
 python scripts/convert_weights.py runs/RUN poolformer_s12.pth.tar --to official
 
-IN is what checkpoint= of validate.py takes: a file of this project, of timm or of the paper's authors, a checkpoint or
-run folder, or a name to download. This project's files have timm's keys: --to timm writes safetensors for both. --to
-official writes a torch file for the paper's program.
+IN is anything that validate.py accepts as checkpoint=: a weights file of this project, of timm or of the authors, a
+checkpoint folder, a run folder, or a name to download. --to timm writes a safetensors file, which also suits this
+project because it uses timm's keys. --to official writes a torch file for the authors' code.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from metaformer.program import run_program
 
 
 def main() -> None:
-    """Read, check, rename, write."""
+    """Read, check and convert the weights, and write them to OUT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="file, checkpoint folder, run folder or name")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write; must not exist")
-    parser.add_argument("--to", choices=("official", "timm"), required=True, help="whose keys to write")
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write; it must not exist")
+    parser.add_argument("--to", choices=("official", "timm"), required=True, help="key layout to write")
+    parser.add_argument("--use-ema", action="store_true", help="convert the averaged weights")
     arguments = parser.parse_args()
     out: Path = arguments.out
     if out.exists():
-        raise UserError(f"{out}: exists already; give another name, or remove it")
+        raise UserError(f"{out}: already exists; give another name, or remove it")
     check_output(f"{out}", out)
     located = locate_weights("IN", arguments.source, arguments.use_ema)
     weights = read_weights(located.path, located.use_ema)
@@ -47,7 +47,7 @@ def main() -> None:
         check_complete(state)
     except ValueError as error:
         raise UserError(
-            f"{located.path}: not a whole network in a known layout: {printable(str(error), 500)}"
+            f"{located.path}: not a complete network in a known layout: {printable(str(error), 500)}"
         ) from error
     write(state, out, arguments.to, located.name)
     tensors, parameters = len(state), sum(tensor.numel() for tensor in state.values())
@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def write(state: StateDict, out: Path, target: str, name: str) -> None:
-    """Write a state dict with this project's keys; `name` says in the file where it came from.
+    """Write a state dict that has this project's keys in the layout of `target`; leave no file if writing fails.
 
-    Raises:
-        UserError: the disk refuses; there is no file then.
+    Args:
+        name: The source of the weights, stored in a safetensors file's metadata.
     """
 
     def write_file(temporary: Path) -> None:
@@ -70,7 +70,7 @@ def write(state: StateDict, out: Path, target: str, name: str) -> None:
 
     try:
         write_atomically(out, write_file)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from error
 
 

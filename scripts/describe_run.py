@@ -1,4 +1,4 @@
-"""Say what a run folder holds: `python scripts/describe_run.py runs/NAME`."""
+"""Print a summary of a run folder: `python scripts/describe_run.py runs/NAME`."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from metaformer.training.pointers import follow
 
 
 def main() -> None:
-    """Print the best and the last result, and where weights, metrics and wandb's files lie."""
+    """Print the last and best result, and the paths of the weights, metrics and wandb files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args().run_dir

@@ -1,10 +1,10 @@
-"""Look over a machine, or all nodes of a job, before training on it: one line for each thing, with the mend.
+"""Check a machine, or all nodes of a job, before training: one line per finding, with how to fix it.
 
   python scripts/doctor.py --data /path/to/imagenet
   torchrun --standalone --nproc_per_node=8 scripts/doctor.py --data /path/to/imagenet
   sbatch --nodes=2 --gpus-per-node=8 slurm/doctor.sbatch --data /path/to/imagenet
 
-ok: as it should be. warn: training works, but slower or with less. fail: it will not work; the exit code is then 1.
+ok: nothing to do. warn: training works, but slower or with limits. fail: training will not work; the exit code is 1.
 """
 
 import argparse
@@ -32,13 +32,13 @@ IMAGES_READ = 1000
 
 
 def main() -> None:
-    """Check every node, let rank 0 report, and exit with 1 where something failed."""
+    """Check every node, report on rank 0, and exit with code 1 if a check failed."""
     arguments = _parse()
     with runtime.start(timeout=timedelta(minutes=2)) as ranks:
-        own = _on_node(arguments, ranks) if ranks.local_rank == 0 else []
-        everywhere = ranks.gather_objects((socket.gethostname(), own))
-        exchanged = run_check("all-reduce", partial(network.all_reduce, ranks, arguments.mebibytes))
-        findings = merge(everywhere) + exchanged
+        findings = _check_node(arguments, ranks) if ranks.local_rank == 0 else []
+        gathered = ranks.gather_objects((socket.gethostname(), findings))
+        exchange_findings = run_check("all-reduce", partial(network.all_reduce, ranks, arguments.mebibytes))
+        findings = merge_findings(gathered) + exchange_findings
         if ranks.is_main:
             _print(findings, arguments.json)
     if any(finding.verdict is Verdict.fail for finding in findings):
@@ -47,11 +47,11 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the folder that data.root names")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders lie (runs)")
-    parser.add_argument("--images-per-second", type=float, metavar="N", help="what a node's GPUs ask of the storage")
-    parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="exchanged between ranks at once (64)")
-    parser.add_argument("--cpu", action="store_true", help="a machine without a GPU is as it should be")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="data set folder, as in data.root")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders (runs)")
+    parser.add_argument("--images-per-second", type=float, metavar="N", help="images/s that a node's GPUs need")
+    parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="size of the all-reduce (64)")
+    parser.add_argument("--cpu", action="store_true", help="do not expect a GPU")
     parser.add_argument("--json", action="store_true", help="print an array of objects instead of lines")
     arguments = parser.parse_args()
     if arguments.mebibytes < 1:
@@ -59,8 +59,8 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _on_node(arguments: argparse.Namespace, ranks: Runtime) -> list[Finding]:
-    """What is a node's own."""
+def _check_node(arguments: argparse.Namespace, ranks: Runtime) -> list[Finding]:
+    """Run the checks of one node."""
     checks: dict[str, Check] = {
         "versions": software.versions,
         "gpu": partial(software.gpus, expect_gpu=not arguments.cpu),
@@ -74,9 +74,9 @@ def _on_node(arguments: argparse.Namespace, ranks: Runtime) -> list[Finding]:
 
 
 def _data(arguments: argparse.Namespace, threads: int) -> Iterator[Finding]:
-    """Whether the data set is whole, and how fast it is read."""
+    """Check that the data set is complete, and measure how fast it is read."""
     if arguments.data is None:
-        yield warn("data", "not looked at", "give --data FOLDER")
+        yield warn("data", "not checked", "give --data FOLDER")
         return
     images: list[ByteRange] = []
     for split, published in IMAGENET.items():
@@ -85,40 +85,40 @@ def _data(arguments: argparse.Namespace, threads: int) -> Iterator[Finding]:
         except UserError as error:
             yield fail("data", f"{split}: {error}", "")
             continue
-        said = f"{split}: {len(index):,} images of {len(index.classes):,} classes in {index.folder}"
+        message = f"{split}: {len(index):,} images of {len(index.classes):,} classes in {index.folder}"
         if len(index.classes) == 1000 and len(index) != published:
-            yield warn("data", said, f"ImageNet-1K has {published:,}; see scripts/prepare_data.py")
+            yield warn("data", message, f"ImageNet-1K has {published:,}; see scripts/prepare_data.py")
         else:
-            yield ok("data", said)
+            yield ok("data", message)
         chosen = random.Random(0).sample(range(len(index)), min(IMAGES_READ // 2, len(index)))
         images += [ByteRange(*index.byte_range(sample)) for sample in chosen]
     if images:
         yield from storage.read_speed(images, threads, arguments.images_per_second)
 
 
-def merge(everywhere: list[tuple[str, list[Finding]]]) -> list[Finding]:
-    """Say what all nodes found alike once, and what only some found with their names. Versions that differ fail.
+def merge_findings(gathered: list[tuple[str, list[Finding]]]) -> list[Finding]:
+    """Merge all nodes' findings, naming the nodes of those that only some share; different versions are a failure.
 
     Args:
-        everywhere: host name and findings of each rank, in their order; only the first rank of a node has findings.
+        gathered: The host name and findings of each rank, in rank order. Only the first rank of a node has findings.
     """
-    nodes = _by_name([(host, findings) for host, findings in everywhere if findings])
-    finders: dict[Finding, list[str]] = {}
+    nodes = _by_node_name([(host, findings) for host, findings in gathered if findings])
+    names_by_finding: dict[Finding, list[str]] = {}
     for name, findings in nodes.items():
         for finding in dict.fromkeys(findings):
-            finders.setdefault(finding, []).append(name)
-    lines = [
+            names_by_finding.setdefault(finding, []).append(name)
+    merged = [
         finding if len(names) == len(nodes) else finding._replace(message=f"{', '.join(names)}: {finding.message}")
-        for finding, names in finders.items()
+        for finding, names in names_by_finding.items()
     ]
     for check in ("python", "torch", "torchvision", "timm", "dali", "nccl", "driver"):
         if len({finding.message for findings in nodes.values() for finding in findings if finding.check == check}) > 1:
-            lines.append(fail("versions", f"{check} differs between the nodes", "install the same on all"))
-    return lines
+            merged.append(fail("versions", f"{check} differs between nodes", "install the same version on all"))
+    return merged
 
 
-def _by_name(nodes: list[tuple[str, list[Finding]]]) -> dict[str, list[Finding]]:
-    """The nodes' findings by host name, with the node's number where several nodes report the same name."""
+def _by_node_name(nodes: list[tuple[str, list[Finding]]]) -> dict[str, list[Finding]]:
+    """Return findings by host name, with the node's number appended to host names that several nodes share."""
     hosts = Counter(host for host, _ in nodes)
     return {
         f"{host} (node {number})" if hosts[host] > 1 else host: findings

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, in under 10 minutes: the kernels' tests, both benchmarks, training from JPEGs. Without a GPU
-# the same with small sizes: a rehearsal.
+# Runs the kernels' tests, both benchmarks and training from JPEGs on a machine with a GPU, in under 10 minutes. Without
+# a GPU it runs the same with small sizes, as a rehearsal.
 #   scripts/gpu_check.sh OUT_FOLDER [IMAGE_FOLDER]
-# IMAGE_FOLDER holds class folders of JPEGs. PYTHON names the interpreter (default: python3), with torch 2.11 or newer and
-# torchvision, as PyTorch's and NVIDIA's images have them. What else is missing is installed first, in the versions of
-# requirements.txt: into PYTHON's virtual environment, or, where it is in none, into a new one, OUT_FOLDER/venv.
-# Writes JSON, PNG and log files to OUT_FOLDER, and summary.txt: what was measured where, and a line for each part. A part
-# that fails does not stop the others; the exit code is then 1.
+# IMAGE_FOLDER contains class folders of JPEGs. PYTHON is the interpreter (default: python3); it needs torch 2.11 or newer
+# and torchvision, as in PyTorch's and NVIDIA's container images. Other missing packages are installed in the versions of
+# requirements.txt, into PYTHON's virtual environment or, if it is not in one, into the new OUT_FOLDER/venv.
+# Writes JSON, PNG and log files to OUT_FOLDER, and summary.txt with date, commit, device and a line for each part. If a
+# part fails, the others still run and the exit code is 1.
 set -uo pipefail
 out=$(mkdir -p "${1:?give a folder for the results}" && cd "$1" && pwd) || exit 2
 images=
@@ -36,7 +36,7 @@ END
 ) || exit 2
 if [[ -n $missing ]]; then
   mapfile -t missing <<<"$missing"
-  # By the packages' own records: torch.__version__ may have a suffix that they lack.
+  # From package metadata, because torch.__version__ may have a suffix that the metadata lacks.
   "$python" -c 'from importlib.metadata import version
 for name in ("torch", "torchvision"): print(f"{name}=={version(name)}")' >"$out/constraints.txt" || exit 2
   in_venv=$("$python" -c 'import sys; print(int(sys.prefix != sys.base_prefix))')
@@ -44,7 +44,7 @@ for name in ("torch", "torchvision"): print(f"{name}=={version(name)}")' >"$out/
     "$python" -m pip install --constraint "$out/constraints.txt" "${missing[@]}"
   fi >"$out/install.log" 2>&1
   if ! "$python" -c 'import hydra, omegaconf, timm, rich, matplotlib, pytest, pytest_timeout' 2>>"$out/install.log"; then
-    echo "error: cannot install what is missing (see $out/install.log); needed: ${missing[*]}" >&2
+    echo "error: cannot install the missing packages (see $out/install.log): ${missing[*]}" >&2
     exit 2
   fi
 fi
@@ -56,7 +56,7 @@ summary+=("device   ${device:-CPU}" "torch    $("$python" -c 'import torch; prin
 part() { # part NAME SECONDS COMMAND...
   local name=$1 limit=$2
   shift 2
-  [[ -n $device ]] || limit=600 # a rehearsal takes its time
+  [[ -n $device ]] || limit=600 # a CPU is slow
   if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
     summary+=("ok       $name")
   else
@@ -75,7 +75,7 @@ else
   sizes=(--size 32 --batch 2 --precision fp32 --repeats 1 --steps 2 --uncounted 1)
   variants=(--only fused eager timm-eager)
   loading=(--repeats 1 --images 40 --batch 4)
-  summary+=("skipped  kernels: there is no GPU, and the sizes are small")
+  summary+=("skipped  kernels: there is no GPU; the other parts use small sizes")
 fi
 part operators 120 "${tests[@]}" tests/models/test_operators.py -k "not interpreted"
 part fused 40 "${tests[@]}" tests/models/test_fused.py
@@ -87,7 +87,7 @@ loaders=(torch timm)
 if "$python" -c 'import nvidia.dali' 2>"$out/dali.log"; then
   loaders+=(dali)
 else
-  summary+=("skipped  DALI: nvidia-dali is not installed; the loaders are torch's and timm's")
+  summary+=("skipped  DALI: nvidia-dali is not installed; only the torch and timm loaders are measured")
 fi
 if [[ -n $images ]]; then
   part jpegs 50 "$python" -m benchmarks.train "${sizes[@]}" --only fused --workers "$(nproc)" --data "$images" \

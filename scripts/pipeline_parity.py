@@ -1,10 +1,10 @@
-"""How far each loader's images are from PIL's, and what that does to a network: for any folder of images.
+"""Compare each loader's images with PIL's, and the effect on a network's predictions, for any folder of images.
 
   python scripts/pipeline_parity.py /path/to/imagenet/val
   python scripts/pipeline_parity.py /path/to/imagenet/val --model poolformer_m36 --checkpoint official:poolformer_m36
 
-Pixels are compared as the loaders give them, uint8, for evaluation and for training (the same crops and operations from
-one plan). With --checkpoint also logits and predictions, and top-1 where the folder has as many classes as the network.
+Pixels are compared as the loaders return them, in uint8, for evaluation and for training with the same crops and
+operations. --checkpoint adds logits and predictions, and top-1 if the folder has as many classes as the network.
 """
 
 import argparse
@@ -34,28 +34,28 @@ from metaformer.program import run_program
 BATCH = 16
 
 
-class Compared(NamedTuple):
-    """A loader against PIL on one plan."""
+class LoaderComparison(NamedTuple):
+    """Pixels and logits of a loader and of PIL for one plan."""
 
-    pixels: Tensor  # float32 [N], mean absolute difference of each image, of 255
+    pixel_difference: Tensor  # float32 [N], mean absolute difference of each image on the scale of 0 to 255
     logits: Tensor  # float32 [N, C], or [N, 0] without a network
     reference_logits: Tensor
 
 
 def main() -> None:
-    """Print a table of pixels, and with a checkpoint one of predictions."""
+    """Print a table of pixel differences and, with a checkpoint, one of predictions."""
     arguments = _parse()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    index = _some(find_images(arguments.folder), arguments.images)
-    network = None if arguments.checkpoint is None else _network(arguments, device)
+    index = _select_evenly(find_images(arguments.folder), arguments.images)
+    network = None if arguments.checkpoint is None else _load_network(arguments, device)
     names = [LoaderName.torch] + ([LoaderName.dali] if dali_is_installed() else [])
     print(f"{len(index)} images of {arguments.folder}, {arguments.image_size} px, {device.type}; differences from PIL")
     if LoaderName.dali not in names:
-        print("dali is not installed: only torch is compared")
-    pixels = Table("images", "loader", "mean of 255", "worst image")
+        print("nvidia-dali is not installed: only torch is compared")
+    pixels = Table("images", "loader", "mean, of 255", "worst image")
     for title, plan in _plans(len(index), arguments.image_size).items():
         for name in names:
-            difference = _compare(name, index, plan, device, None).pixels
+            difference = _compare(name, index, plan, device, None).pixel_difference
             pixels.add_row(title, name.value, f"{difference.mean():.3f}", f"{difference.max():.3f}")
     console = Console()
     console.print(pixels)
@@ -66,7 +66,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="images, in class folders or not")
-    parser.add_argument("--images", type=int, default=256, help="how many to take, spread over the folder (256)")
+    parser.add_argument("--images", type=int, default=256, help="number of images, spread over the folder (256)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--model", choices=list_models(), default="poolformer_s12", metavar="NAME")
     parser.add_argument("--num-classes", type=int, default=1000)
@@ -77,14 +77,14 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _network(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+def _load_network(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
     network = create_model(arguments.model, arguments.num_classes, image_size=arguments.image_size)
     load_weights(network, arguments.checkpoint)
     return network.to(device).eval()
 
 
-def _some(index: ImageIndex, count: int) -> ImageIndex:
-    """About `count` images, evenly spread."""
+def _select_evenly(index: ImageIndex, count: int) -> ImageIndex:
+    """Select about `count` images, evenly spread over the index."""
     if count < 1:
         raise UserError(f"--images={count}: must be at least 1")
     return index.select(np.unique(np.linspace(0, len(index) - 1, count).astype(np.int64)))
@@ -125,14 +125,14 @@ def _batches(name: LoaderName, index: ImageIndex, plan: Plan, device: torch.devi
 @torch.inference_mode()
 def _compare(
     name: LoaderName, index: ImageIndex, plan: Plan, device: torch.device, network: nn.Module | None
-) -> Compared:
+) -> LoaderComparison:
     parts = []
-    pairs = (_batches(which, index, plan, device) for which in (name, LoaderName.pil))
+    pairs = (_batches(loader, index, plan, device) for loader in (name, LoaderName.pil))
     for images, reference in zip(*pairs, strict=True):
         pixels = (images.float() - reference.float()).abs().mean((1, 2, 3)).cpu()
         both = [network(normalize(x)).cpu() if network else torch.empty(len(x), 0) for x in (images, reference)]
         parts.append((pixels, *both))
-    return Compared(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return LoaderComparison(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _predictions(
@@ -145,15 +145,15 @@ def _predictions(
     def top1(logits: Tensor) -> str:
         return "no labels" if labels is None else f"{100 * (logits.argmax(1) == labels).float().mean():.2f}"
 
-    table = Table(f"{arguments.model}, crop {crop_pct:g}", "logits, mean", "logits, most", "same prediction", "top-1")
+    table = Table(f"{arguments.model}, crop {crop_pct:g}", "logits, mean", "logits, max", "same prediction", "top-1")
     for name in names:
         plan = _evaluation(len(index), arguments.image_size, crop_pct)
-        found = _compare(name, index, plan, device, network)
-        difference = (found.logits - found.reference_logits).abs()
-        same = 100 * (found.logits.argmax(1) == found.reference_logits.argmax(1)).float().mean()
-        cells = (f"{difference.mean():.4f}", f"{difference.max():.4f}", f"{same:.2f} %", top1(found.logits))
+        comparison = _compare(name, index, plan, device, network)
+        difference = (comparison.logits - comparison.reference_logits).abs()
+        same = 100 * (comparison.logits.argmax(1) == comparison.reference_logits.argmax(1)).float().mean()
+        cells = (f"{difference.mean():.4f}", f"{difference.max():.4f}", f"{same:.2f} %", top1(comparison.logits))
         table.add_row(name.value, *cells)
-    table.add_row("pil", "0", "0", "100 %", top1(found.reference_logits))
+    table.add_row("pil", "0", "0", "100 %", top1(comparison.reference_logits))
     return table
 
 

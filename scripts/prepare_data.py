@@ -1,4 +1,4 @@
-"""Bring a data set into ImageNet's layout: SPLIT/CLASS/IMAGE, or the same packed into shards.
+"""Convert a data set to ImageNet's layout, SPLIT/CLASS/IMAGE, or pack it into shards.
 
   python scripts/prepare_data.py sample --out data/sample
   python scripts/prepare_data.py imagenette --out data/imagenette            # or --tgz imagenette2.tgz
@@ -6,11 +6,11 @@
       --devkit ILSVRC2012_devkit_t12.tar.gz --out data/imagenet
   python scripts/prepare_data.py folder --from data/imagenet --out data/imagenet-shards --format shards
 
-The archives' hashes are checked. --out appears when all is there; after an interruption the same command goes on.
+The archives' hashes are checked. --out appears only when complete; after an interruption, the same command resumes.
 
---format shards writes SPLIT/shard-000000.tar (WebDataset) and .idx (for DALI's readers.webdataset): for shared file
-systems, where a million small files are slow. Training reads them as it reads folders. --max-side 500 --quality 90
-reduces images with a longer side, and says what it cost; the others stay as they are, byte for byte.
+--format shards writes SPLIT/shard-000000.tar (WebDataset) and .idx (for DALI's readers.webdataset), for shared file
+systems, where a million small files are slow. Training reads shards like folders. --max-side 500 --quality 90 shrinks
+images whose longer side exceeds 500 pixels and prints the change in size and pixels; others are copied byte for byte.
 """
 
 import argparse
@@ -34,11 +34,11 @@ QUALITY, SHARD_MB = 90, 256
 
 
 def main() -> None:
-    """Prepare, then count what is there."""
+    """Prepare the data set, then print the number of images and classes."""
     arguments = _parse()
     out: Path = arguments.out
     if out.exists():
-        raise UserError(f"--out {out}: exists already; give another folder, or remove it")
+        raise UserError(f"--out {out}: already exists; give another folder, or remove it")
     packing = _packing(arguments)
     with progress_bars() as report:
         effects = _prepare(arguments, packing, report)
@@ -58,7 +58,7 @@ def main() -> None:
 def _prepare(
     arguments: argparse.Namespace, packing: Packing | None, report: ProgressCallback
 ) -> dict[str, ReencodingEffect]:
-    """Make --out; what reducing images cost."""
+    """Create --out, and return the effect of shrinking images for each split."""
     out: Path = arguments.out
     if arguments.source == "imagenet":
         archives = Archives(arguments.train_tar, arguments.val_tar, arguments.devkit)
@@ -77,23 +77,23 @@ def _prepare(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", required=True)
-    sample = sources.add_parser("sample", help="5,000 digits, built from a package's data")
+    sample = sources.add_parser("sample", help="5,000 digits from the data of an installed package")
     imagenette = sources.add_parser("imagenette", help="ten easy classes of ImageNet, 13,394 images")
-    imagenette.add_argument("--tgz", type=Path, help="the archive, where it is here already; else it is downloaded")
-    imagenette.add_argument("--size", choices=SIZES, default="full", help="length of the images' shorter side")
+    imagenette.add_argument("--tgz", type=Path, help="local archive; default: download it")
+    imagenette.add_argument("--size", choices=SIZES, default="full", help="shorter side of the images")
     tars = sources.add_parser("imagenet", help="ImageNet-1K from the archives of image-net.org")
     for name in ("train-tar", "val-tar", "devkit"):
         tars.add_argument(f"--{name}", type=Path, required=True)
-    folder = sources.add_parser("folder", help="a data set that is here: train/ and val/, or one of them")
+    folder = sources.add_parser("folder", help="a local data set with train/ and val/, or one of them")
     folder.add_argument("--from", type=Path, required=True, dest="source_folder", metavar="DIR")
     folder.add_argument("--out", type=Path, required=True)
     for source, name in ((sample, "sample"), (imagenette, "imagenette"), (tars, "imagenet")):
         source.add_argument("--out", type=Path, default=Path("data") / name)
     for source in (sample, imagenette, tars, folder):
         source.add_argument("--format", choices=("folders", "shards"), default="folders")
-        source.add_argument("--shard-size", type=int, metavar="MB", help=f"of 10**6 bytes, about; {SHARD_MB}")
-        source.add_argument("--max-side", type=int, metavar="PIXELS", help="reduce larger images; default: none")
-        source.add_argument("--quality", type=int, help=f"of the JPEGs that --max-side makes; {QUALITY}")
+        source.add_argument("--shard-size", type=int, metavar="MB", help=f"about this many 10**6 bytes ({SHARD_MB})")
+        source.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink larger images; default: keep all")
+        source.add_argument("--quality", type=int, help=f"JPEG quality for --max-side ({QUALITY})")
         source.add_argument(
             "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
         )
@@ -101,24 +101,24 @@ def _parse() -> argparse.Namespace:
 
 
 def _packing(arguments: argparse.Namespace) -> Packing | None:
-    """What --format shards asks for; None for folders."""
+    """Return the settings of --format shards, or None for folders."""
     limits = {"workers": (1, 10**4), "shard_size": (1, 10**6), "max_side": (32, 10**5), "quality": (1, 100)}
-    for name, (least, most) in limits.items():
+    for name, (minimum, maximum) in limits.items():
         value = getattr(arguments, name)
         option = f"--{name.replace('_', '-')} {value}"
-        if value is not None and not least <= value <= most:
-            raise UserError(f"{option}: must be from {least} to {most}")
+        if value is not None and not minimum <= value <= maximum:
+            raise UserError(f"{option}: must be from {minimum} to {maximum}")
         if value is not None and name != "workers" and arguments.format != "shards":
-            raise UserError(f"{option}: for --format shards only; give that too, or leave it out")
+            raise UserError(f"{option}: requires --format shards; add that, or remove this option")
     if arguments.quality is not None and arguments.max_side is None:
-        raise UserError(f"--quality {arguments.quality}: of the images that --max-side reduces; give that too")
+        raise UserError(f"--quality {arguments.quality}: requires --max-side; add that, or remove this option")
     if arguments.format != "shards":
         return None
     return Packing((arguments.shard_size or SHARD_MB) * 10**6, arguments.max_side, arguments.quality or QUALITY)
 
 
 def _print_effect(split: str, effect: ReencodingEffect) -> None:
-    """Size and fidelity."""
+    """Print how shrinking images changed a split's size and pixels."""
     share = 100 * effect.bytes_after / effect.bytes_before
     print(
         f"{split}: {effect.bytes_before:,} bytes of images before, {effect.bytes_after:,} after ({share:.1f} %); "

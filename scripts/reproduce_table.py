@@ -1,4 +1,4 @@
-"""Reproduce the paper's tables, row by row: list them, run them here or on SLURM, and report what there is.
+"""Reproduce the paper's tables: list their rows, run rows here or on SLURM, and report the results.
 
   python scripts/reproduce_table.py --list
   python scripts/reproduce_table.py --run paper/poolformer_s12 -- data.root=/path/to/imagenet
@@ -7,9 +7,9 @@
   python scripts/reproduce_table.py --recipe paper/poolformer_s12 > conf/experiment/mine.yaml
   python scripts/reproduce_table.py --report
 
-A row is trained by `train.py experiment=ROW`; with --released its published weights are evaluated instead.
-What follows -- goes to train.py or validate.py. The same command again resumes. --submit makes one job array with a
-task for each row, --at-once of them at a time; each task that is done brings the table up to date.
+A row is trained by `train.py experiment=ROW`. With --released, its published weights are evaluated instead. Arguments
+after -- are passed to train.py or validate.py. Running the same command again resumes. --submit creates one job array
+with a task for each row and runs --at-once tasks at a time; each task that finishes updates the table.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from metaformer.assembly import resolve
+from metaformer.assembly import resolve_config
 from metaformer.config import compose_recipe
 from metaformer.errors import UserError
 from metaformer.files import write_atomically, write_text_atomically
@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class RowFailed(UserError):
-    """A row's program ended with an error, which it has printed."""
+    """A row's program failed and has printed its own error."""
 
     def __init__(self, row: Row, exit_code: int) -> None:
         super().__init__(f"row={row.name}: its program ended with exit code {exit_code}; later rows were not started")
@@ -57,7 +57,7 @@ def main() -> None:
     elif arguments.report:
         _report(runs)
     elif arguments.recipe:
-        for row in _trained(find_rows([arguments.recipe])):
+        for row in _require_recipes(find_rows([arguments.recipe])):
             print(recipe_file(row), end="")
     elif arguments.run_dir:
         for row in find_rows([arguments.run_dir]):
@@ -81,14 +81,14 @@ def _run(commands: list[tuple[Row, list[str]]]) -> None:
 
 def _submit(rows: list[Row], runs: Path, arguments: argparse.Namespace) -> None:
     for row in rows:
-        _run_dir(row, runs)  # refuses what has no recipe
+        _run_dir(row, runs)  # raises an error for rows without a recipe
     command = submit_command(rows, runs, arguments.at_once, arguments.sbatch) + arguments.overrides
     print(shlex.join(command), flush=True)
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise UserError(
-            "--submit: no sbatch on the path; run it on a login node of a SLURM cluster, or use --run"
+            "--submit: sbatch is not on the PATH; run this on a login node of a SLURM cluster, or use --run"
         ) from error
     if done.returncode:
         raise UserError(f"--submit: {' '.join(done.stderr.split())}")
@@ -98,28 +98,28 @@ def _submit(rows: list[Row], runs: Path, arguments: argparse.Namespace) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--list", action="store_true", help="say which rows there are")
-    action.add_argument("--run", nargs="+", metavar="ROW", help="run rows here, one after the other; * matches many")
-    action.add_argument("--submit", nargs="+", metavar="ROW", help="submit rows to SLURM, as a job array")
+    action.add_argument("--list", action="store_true", help="list the rows")
+    action.add_argument("--run", nargs="+", metavar="ROW", help="run rows here, in order; may contain wildcards")
+    action.add_argument("--submit", nargs="+", metavar="ROW", help="submit rows to SLURM as a job array")
     action.add_argument("--recipe", metavar="ROW", help="print a row's recipe, to copy to conf/experiment/ and change")
     action.add_argument("--run-dir", metavar="ROW", help="print a row's run folder")
-    action.add_argument("--report", action="store_true", help="write table.md, table.csv and table.png into --runs")
+    action.add_argument("--report", action="store_true", help="write table.md, table.csv and table.png to --runs")
     parser.add_argument("--released", action="store_true", help="evaluate released weights instead of training")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and results lie (runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders and results (runs)")
     gpus = torch.cuda.device_count()
-    parser.add_argument("--processes", type=int, default=max(1, gpus), help="of --run; default: one for each GPU")
-    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="of --submit: rows at a time (4)")
-    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="options for sbatch, as one quoted text")
-    own, overrides = sys.argv[1:], []
-    if "--" in own:
-        place = own.index("--")
-        own, overrides = own[:place], own[place + 1 :]
-    arguments = parser.parse_args(own)
+    parser.add_argument("--processes", type=int, default=max(1, gpus), help="processes for --run; default: one per GPU")
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="rows that --submit runs at a time (4)")
+    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="options for sbatch, as one quoted string")
+    options, overrides = sys.argv[1:], []
+    if "--" in options:
+        separator = options.index("--")
+        options, overrides = options[:separator], options[separator + 1 :]
+    arguments = parser.parse_args(options)
     arguments.overrides = overrides
     if arguments.released and not arguments.run:
-        parser.error("--released: goes with --run; an evaluation takes minutes")
+        parser.error("--released: requires --run; an evaluation takes only minutes")
     if overrides and not (arguments.run or arguments.submit):
-        parser.error("overrides after -- go with --run and --submit")
+        parser.error("overrides after -- require --run or --submit")
     for option in ("processes", "at_once"):
         if getattr(arguments, option) < 1:
             parser.error(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be at least 1")
@@ -137,28 +137,26 @@ def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def _run_dir(row: Row, runs: Path) -> Path:
-    """Return the folder that train.py would choose itself, below --runs."""
-    _trained([row])
+    """Return a row's run folder: the one that train.py would choose, but in --runs."""
+    _require_recipes([row])
     return runs / compose_recipe(row.name).resolved_run_dir.name
 
 
-def _trained(rows: list[Row]) -> list[Row]:
-    """Return the rows; refuse one without a recipe."""
+def _require_recipes(rows: list[Row]) -> list[Row]:
+    """Return the rows; raise `UserError` if one has no recipe."""
     for row in rows:
         if not row.has_recipe:
-            raise UserError(
-                f"row={row.name}: has no recipe here; its released weights can be evaluated: --released --run"
-            )
+            raise UserError(f"row={row.name}: has no recipe here; evaluate its released weights with --released --run")
     return rows
 
 
 def _list() -> None:
     table = Table("row", "table", "top-1 (paper)", "released weights")
     for row in ROWS:
-        nothing = "none" if row.has_recipe else "none in timm"
-        table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or nothing)
+        no_weights = "none" if row.has_recipe else "none in timm"
+        table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or no_weights)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print("Rows of the comparison have no recipe here: their released weights can be evaluated (--released --run).")
+    print("Comparison rows have no recipe here; evaluate their released weights with --released --run.")
 
 
 def _report(runs: Path) -> None:
@@ -183,21 +181,21 @@ def _compare(row: Row, runs: Path) -> Comparison:
     results = runs / "results.csv"
     if not row.has_recipe:
         return Comparison(row, Outcome(note="no recipe here"), _released(row, results))
-    recipe, _ = resolve(compose_recipe(row.name), weights=None)
+    recipe, _ = resolve_config(compose_recipe(row.name), weights=None)
     values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
     ours = read_run(runs / recipe.resolved_run_dir.name, values)
     return Comparison(row, ours, _released(row, results))
 
 
 def _released(row: Row, results: Path) -> Outcome:
-    """What was found with a row's released weights; the preprocessing that they expect was used, or a note says so."""
+    """Return the result of a row's released weights, with a note if their expected preprocessing was not used."""
     if row.model is None:
         return read_released(row, results, 0, "")
     library = Library.metaformer if row.has_recipe else Library.timm
-    wants = resolve_preprocessing(
+    expected = resolve_preprocessing(
         ModelConfig(row.model, library), PAPER_IMAGE_SIZE, row.released_weights, evaluation=True
     )
-    return read_released(row, results, wants.crop_pct, wants.interpolation.value)
+    return read_released(row, results, expected.crop_pct, expected.interpolation.value)
 
 
 if __name__ == "__main__":

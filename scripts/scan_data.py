@@ -1,8 +1,8 @@
-"""Decode every image of a data set once, and say which files are broken.
+"""Decode every image of a data set once and report broken files.
 
   python scripts/scan_data.py data/imagenet --out manifest.csv --quarantine broken.txt
 
-Then train with data.quarantine=broken.txt, or repair the files. Exit code 0: all decode; 1: some do not.
+Then train with data.quarantine=broken.txt, or repair the files. Exit code: 0 if all files decode, 1 if some do not.
 """
 
 import argparse
@@ -24,24 +24,24 @@ from metaformer.files import check_output, write_atomically
 from metaformer.program import run_program
 
 NOTES = {
-    "GIF": " (the first picture is read)",
-    "16-bit": " (gray ones: clipped at 255, as PIL does, mostly to white)",
+    "GIF": " (only the first frame is read)",
+    "16-bit": " (grayscale: clipped at 255, as in PIL, mostly to white)",
 }
 
 
 @dataclass
 class Summary:
-    """What the report counts."""
+    """Counts for the report."""
 
     images: int = 0
     unusual: Counter[str] = field(default_factory=Counter)
-    not_plain: int = 0
+    not_plain_rgb: int = 0
     broken: list[ScannedImage] = field(default_factory=list)
 
     def add(self, image: ScannedImage) -> None:
         """Count one image."""
         self.images += 1
-        self.not_plain += bool(image.unusual and image.ok)
+        self.not_plain_rgb += bool(image.unusual and image.ok)
         if image.ok and image.unusual:
             self.unusual.update(image.unusual.split(", "))
         if not image.ok:
@@ -49,7 +49,7 @@ class Summary:
 
 
 def main() -> None:
-    """Scan, write what is asked for, report."""
+    """Scan the data set, write the requested files, and print the report."""
     arguments = _parse()
     splits = arguments.split or ["train", "val"]
     _check_writable(arguments)
@@ -64,7 +64,8 @@ def main() -> None:
             )
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror or error})") from error
-    _print(summary, f"{arguments.root} ({', '.join(splits)})")  # first: a full disk takes no result away
+    # Before the list is written, so that a full disk does not lose the result.
+    _print(summary, f"{arguments.root} ({', '.join(splits)})")
     if arguments.quarantine is not None:
         _write_quarantine(arguments.quarantine, summary.broken)
     if summary.broken:
@@ -73,26 +74,26 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="the folder that data.root names")
-    parser.add_argument("--split", action="append", help="a split folder; give it again for more; default: train, val")
-    parser.add_argument("--out", type=Path, help="a manifest of all files, CSV")
-    parser.add_argument("--quarantine", type=Path, help="a list of the broken files, for data.quarantine")
+    parser.add_argument("root", type=Path, help="data set folder, as in data.root")
+    parser.add_argument("--split", action="append", help="split folder; may be repeated; default: train, val")
+    parser.add_argument("--out", type=Path, help="CSV file to write, with a row for each image")
+    parser.add_argument("--quarantine", type=Path, help="file to write, a list of broken files for data.quarantine")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
     )
     parser.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, help="of an image that is read, as loader.max_pixels; %(default)s"
+        "--max-pixels", type=int, default=MAX_PIXELS, help="largest image to decode, as loader.max_pixels (%(default)s)"
     )
     arguments = parser.parse_args()
     for option in ("workers", "max_pixels"):
         if getattr(arguments, option) < 1:
-            given = f"--{option.replace('_', '-')} {getattr(arguments, option)}"
-            raise UserError(f"{given}: must be at least 1")
+            flag = f"--{option.replace('_', '-')} {getattr(arguments, option)}"
+            raise UserError(f"{flag}: must be at least 1")
     return arguments
 
 
 def _check_writable(arguments: argparse.Namespace) -> None:
-    """Before the scan, which may take an hour."""
+    """Check the output files before the scan, which may take an hour."""
     for option in ("out", "quarantine"):
         file: Path | None = getattr(arguments, option)
         if file is not None:
@@ -128,10 +129,10 @@ def _write_quarantine(file: Path, broken: list[ScannedImage]) -> None:
 
 
 def _print(summary: Summary, data_set: str) -> None:
-    print(f"{data_set}: {summary.images:,} images, {len(summary.broken):,} do not decode")
-    print(f"decode, but are not plain RGB JPEGs: {summary.not_plain:,}")
-    for what, count in summary.unusual.most_common():
-        print(f"  {count:>9,}  {what}{NOTES.get(what.split()[0], '')}")
+    print(f"{data_set}: {summary.images:,} images, {len(summary.broken):,} cannot be decoded")
+    print(f"decodable, but not plain RGB JPEGs: {summary.not_plain_rgb:,}")
+    for kind, count in summary.unusual.most_common():
+        print(f"  {count:>9,}  {kind}{NOTES.get(kind.split()[0], '')}")
     for image in summary.broken:
         print(f"broken: {printable(image.path)}: {image.reason}")
 

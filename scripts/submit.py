@@ -1,11 +1,11 @@
-"""Submit trainings to SLURM, each with its configuration as it is composed now.
+"""Submit trainings to SLURM, each with its configuration frozen at submission.
 
   python scripts/submit.py --nodes 2 --gpus-per-node 8 --time 1-0 model=poolformer_m36 data.root=/path/to/imagenet
   python scripts/submit.py --gpus-per-node 8 --dry-run model=poolformer_s12 optimizer.lr=1e-3,2e-3 seed=0,1
 
-Overrides are train.py's; commas make a job for each combination, with a run folder of its own. A configuration that
-cannot work is refused before anything is submitted. The composed files lie in runs/.slurm, and the jobs read those:
-later edits of conf/ do not reach them (later edits of the code do). The jobs do what slurm/train.sbatch does.
+Overrides are those of train.py. Comma-separated values create a job for each combination, with its own run folder. All
+configurations are validated before anything is submitted. Jobs run slurm/train.sbatch and read their configuration from
+runs/.slurm, so later edits of conf/ do not affect them; later edits of the code do.
 """
 
 import argparse
@@ -32,47 +32,47 @@ REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "slurm" / "train.sbatch"
 
 
-class Training(NamedTuple):
-    """One job's configuration."""
+class Job(NamedTuple):
+    """A training to submit."""
 
     config: TrainConfig
-    changes: list[str]  # the values of this job where the command line has several
+    swept_values: list[str]  # this job's choice for each override with several values
 
     @property
     def name(self) -> str:
-        """Of the frozen file: differs where the content does."""
+        """Return a name for the frozen file that depends on its content."""
         digest = hashlib.sha256(freeze(self.config).encode()).hexdigest()
         return f"{re.sub('[^a-zA-Z0-9_]+', '-', self.config.resolved_run_dir.name)}-{digest[:12]}"
 
 
 def main() -> None:
-    """Compose all, freeze all, submit all."""
+    """Compose and check all configurations, then freeze and submit each."""
     arguments = _parse()
-    trainings = expand(arguments.overrides)
-    for training in trainings:
-        training.config.check_batches(arguments.nodes * (arguments.gpus_per_node or 1))
+    jobs = expand_sweep(arguments.overrides)
+    for job in jobs:
+        job.config.check_batches(arguments.nodes * (arguments.gpus_per_node or 1))
     folder = REPOSITORY / "runs" / ".slurm"
     options = _sbatch_options(arguments)
-    for training in trainings:
-        changes = f" ({', '.join(training.changes)})" if training.changes else ""
-        print(f"{training.config.run_dir}{changes}: {folder / training.name}.yaml")
+    for job in jobs:
+        values = f" ({', '.join(job.swept_values)})" if job.swept_values else ""
+        print(f"{job.config.run_dir}{values}: {folder / job.name}.yaml")
     if arguments.dry_run:
         print(
             f"nothing submitted; sbatch options: {shlex.join(f'--{name}={value}' for name, value in options.items())}"
         )
         return
-    submit = _submitter(folder, options)
-    for training in trainings:
-        write_text_atomically(folder / f"{training.name}.yaml", freeze(training.config))
-        number = submit([f"--config-dir={folder}", f"--config-name={training.name}"])
-        print(f"job {number}: {training.config.run_dir}; log: {folder / f'{number}_0_log.out'}", flush=True)
+    submit = _make_submit(folder, options)
+    for job in jobs:
+        write_text_atomically(folder / f"{job.name}.yaml", freeze(job.config))
+        job_id = submit([f"--config-dir={folder}", f"--config-name={job.name}"])
+        print(f"job {job_id}: {job.config.run_dir}; log: {folder / f'{job_id}_0_log.out'}", flush=True)
 
 
-def expand(overrides: Sequence[str]) -> list[Training]:
-    """A configuration for each combination of values; run folders that would be the same get the values in their name.
+def expand_sweep(overrides: Sequence[str]) -> list[Job]:
+    """Return a job for each combination of values; if run folders would coincide, add the values to their names.
 
     Raises:
-        UserError: one of them cannot work, or two would still train in the same folder.
+        UserError: A configuration is invalid, or two jobs would still train in the same run folder.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -80,53 +80,53 @@ def expand(overrides: Sequence[str]) -> list[Training]:
         raise UserError(f"overrides: cannot be parsed ({str(error).splitlines()[0]})") from error
     choices = [_values(override) for override in parsed]
     swept = [override.is_sweep_override() for override in parsed]
-    trainings = [
-        Training(compose_training(point), [value for value, varies in zip(point, swept, strict=True) if varies])
+    jobs = [
+        Job(compose_training(point), [value for value, varies in zip(point, swept, strict=True) if varies])
         for point in itertools.product(*choices)
     ]
-    if _share_folders(trainings):
-        for training in trainings:
-            training.config.run_dir = f"{training.config.run_dir}-{','.join(training.changes).replace('/', '-')}"
-    if _share_folders(trainings):
+    if _share_folders(jobs):
+        for job in jobs:
+            job.config.run_dir = f"{job.config.run_dir}-{','.join(job.swept_values).replace('/', '-')}"
+    if _share_folders(jobs):
         raise UserError("overrides: two jobs would train in the same run folder; give each value once")
-    return trainings
+    return jobs
 
 
 def _values(override: Override) -> list[str]:
-    """The override once for each of its values, as the command line has it where that is one."""
+    """Return the override once per value, or unchanged if it has a single value."""
     if not override.is_sweep_override():
         assert override.input_line is not None
         return [override.input_line]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _share_folders(trainings: list[Training]) -> bool:
-    return len({training.config.run_dir for training in trainings}) < len(trainings)
+def _share_folders(jobs: list[Job]) -> bool:
+    return len({job.config.run_dir for job in jobs}) < len(jobs)
 
 
 def _sbatch_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those of the script, then the user's."""
-    written = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SCRIPT.read_text(), re.MULTILINE)
-    options: dict[str, Any] = {name: value or True for name, value in written}
-    given = ("nodes", "gpus_per_node", "cpus_per_task", "time", "partition")
+    """Return the options in the batch script, overridden by the user's."""
+    script_options = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SCRIPT.read_text(), re.MULTILINE)
+    options: dict[str, Any] = {name: value or True for name, value in script_options}
+    names = ("nodes", "gpus_per_node", "cpus_per_task", "time", "partition")
     options |= {
-        name.replace("_", "-"): getattr(arguments, name) for name in given if getattr(arguments, name) is not None
+        name.replace("_", "-"): getattr(arguments, name) for name in names if getattr(arguments, name) is not None
     }
     return options | dict(arguments.sbatch)
 
 
-def _submitter(folder: Path, options: dict[str, Any]) -> Any:
-    """A function that submits slurm/train.sbatch with these arguments and returns the job's number."""
+def _make_submit(folder: Path, options: dict[str, Any]) -> Any:
+    """Return a function that submits slurm/train.sbatch with the given arguments and returns the job ID."""
     try:
         import submitit
     except ImportError as error:
         raise UserError("submitit is not installed; `uv pip install submitit`") from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # exec: SLURM's warning before the time limit goes to the batch step's first process, which must be the script.
+        # exec, because SLURM sends its signal before the time limit to the batch step's first process only.
         executor = submitit.SlurmExecutor(folder=folder, python=f"exec {shlex.quote(sys.executable)}")
     except RuntimeError as error:
-        raise UserError("no SLURM on the path; run this on a login node of the cluster, or add --dry-run") from error
+        raise UserError("SLURM is not on the PATH; run this on a login node, or add --dry-run") from error
     executor.update_parameters(
         job_name="metaformer", stderr_to_stdout=True, use_srun=False,
         additional_parameters={**options, "chdir": str(REPOSITORY)},
@@ -136,29 +136,29 @@ def _submitter(folder: Path, options: dict[str, Any]) -> Any:
         try:
             return str(executor.submit(run_batch_script, str(SCRIPT), arguments).job_id)
         except submitit.core.utils.FailedJobError as error:
-            found = re.findall(r"sbatch: error: (.*)", str(error)) or [str(error)]
-            raise UserError(f"sbatch refused the job: {'; '.join(found)}") from error
+            reasons = re.findall(r"sbatch: error: (.*)", str(error)) or [str(error)]
+            raise UserError(f"sbatch refused the job: {'; '.join(reasons)}") from error
 
     return submit
 
 
 def run_batch_script(script: str, arguments: list[str]) -> None:
-    """What the job does: become the batch script, which handles signals and requeues."""
+    """Replace this process by the batch script, which handles signals and requeues; this is what the job runs."""
     os.execvp("bash", ["bash", script, *arguments])
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="train.py's; a=1,2 makes two jobs")
-    parser.add_argument("--nodes", type=int, default=1, help="of each job (1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="each gets a process")
-    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a node")
-    parser.add_argument("--time", metavar="LIMIT", help="as sbatch takes it: minutes, or days-hours, ...")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="override of train.py; a=1,2 makes two jobs")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes per job (1)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, with one process each")
+    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per node")
+    parser.add_argument("--time", metavar="LIMIT", help="time limit as in sbatch: minutes, days-hours, ...")
     parser.add_argument("--partition")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any other option of sbatch"
     )
-    parser.add_argument("--dry-run", action="store_true", help="compose and check, submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="compose and check, but submit nothing")
     arguments = parser.parse_intermixed_args()
     if arguments.nodes < 1 or (arguments.gpus_per_node or 1) < 1:
         parser.error("--nodes and --gpus-per-node must be at least 1")

@@ -106,10 +106,10 @@ def test_a_literal_interpolation(
     [
         (f"seed={10**30}", f"seed={10**30}: too large; must be less than 2^63"),
         (f"workers={2**63}", f"workers={2**63}: too large; must be less than 2^63"),
-        ("run_dir='a\nb'", r"run_dir: has the control character '\n'; leave it out"),
-        ("run_dir='a\0b'", r"run_dir: has the control character '\x00'; leave it out"),
-        ("data.root='a\0b'", r"data.root: has the control character '\x00'; leave it out"),
-        ("tracking.tags=[a,'\x1b[2J']", r"tracking.tags.1: has the control character '\x1b'; leave it out"),
+        ("run_dir='a\nb'", r"run_dir: contains the control character '\n'; remove it"),
+        ("run_dir='a\0b'", r"run_dir: contains the control character '\x00'; remove it"),
+        ("data.root='a\0b'", r"data.root: contains the control character '\x00'; remove it"),
+        ("tracking.tags=[a,'\x1b[2J']", r"tracking.tags.1: contains the control character '\x1b'; remove it"),
     ],
 )
 def test_unusable_values(composed: Compose, override: str, expected: str) -> None:

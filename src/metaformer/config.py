@@ -1,4 +1,4 @@
-"""The configuration of both programs, typed: YAML in conf/ holds values, the types are here and with their owners."""
+"""Typed configuration of train.py and validate.py, composed by Hydra from conf/ and the command line."""
 
 import dataclasses
 import difflib
@@ -32,26 +32,26 @@ from metaformer.training.ema import EmaConfig
 from metaformer.training.optimizer import OptimizerConfig
 from metaformer.training.precision import PrecisionConfig
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 CONF_FOLDER = Path(__file__).parents[2] / "conf"
 
 
 @dataclass
 class CommonConfig:
-    """What both programs need: a network, a data set, and how to read it."""
+    """Configuration that train.py and validate.py share."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    image_size: int | None = None  # pixels, each side; None: the network's own
-    num_classes: int | None = None  # None: counted in the data
+    image_size: int | None = None  # pixels per side; None: the network's default
+    num_classes: int | None = None  # None: the number of classes in the data set
     seed: int = 0
-    workers: int | None = None  # processes or threads of a loader, per rank; None: this rank's share of the CPU cores
-    eval_batch_size: int = 128  # images of a rank
+    workers: int | None = None  # loader processes or threads per rank; None: the rank's share of the CPU cores
+    eval_batch_size: int = 128  # images per rank
     channels_last: bool = True
     compile: bool = False
-    # Fields whose values came out of the environment, as they were given: what is kept of a run must hold no secret.
+    # Interpolated fields and their raw text: files of a run store ${oc.env:NAME}, never a value that may be secret.
     from_environment: dict[str, str] = field(default_factory=dict, metadata={"omegaconf_ignore": True})
 
     def __post_init__(self) -> None:
@@ -63,17 +63,17 @@ class CommonConfig:
 
 @dataclass
 class TrainConfig(LoopConfig, CommonConfig):
-    """Configuration of train.py; the defaults are the paper's recipe."""
+    """Configuration of train.py. The defaults are the paper's recipe."""
 
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run_dir: str | None = None  # None: runs/MODEL-EXPERIMENT
-    allow_unused_classes: bool = False  # num_classes may be more than the data set has
-    fill_last_batch: bool = False  # of an epoch, with images that it began with; else an incomplete batch is left out
+    allow_unused_classes: bool = False  # allow num_classes to exceed the data set's classes
+    fill_last_batch: bool = False  # pad the last batch with the epoch's first images; False: drop an incomplete batch
     init_weights: str | None = None  # weights file to start from
-    resume: str = "auto"  # auto: go on where the run folder stands; never: only in an empty folder; or a checkpoint
+    resume: str = "auto"  # auto: continue the run in run_dir; never: require an empty run_dir; or a checkpoint
 
     def __post_init__(self) -> None:
         CommonConfig.__post_init__(self)
@@ -82,20 +82,16 @@ class TrainConfig(LoopConfig, CommonConfig):
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate."""
+        """Return the peak learning rate."""
         return self.optimizer.learning_rate(self.global_batch_size)
 
     def check_batches(self, world_size: int) -> None:
-        """The batch must divide among the ranks, and mix in pairs.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Raise `UserError` unless the global batch divides evenly among ranks and suits mixup and cutmix."""
         parts = world_size * self.accumulation_steps
-        size, left = divmod(self.global_batch_size, parts)
-        if left or not size:
+        size, remainder = divmod(self.global_batch_size, parts)
+        if remainder or not size:
             raise UserError(
-                f"global_batch_size={self.global_batch_size}: does not divide by {world_size} ranks x "
+                f"global_batch_size={self.global_batch_size}: not divisible by {world_size} ranks x "
                 f"accumulation_steps={self.accumulation_steps}; use a multiple of {parts}"
             )
         group = self.augmentation.mix_group_size
@@ -108,7 +104,7 @@ class TrainConfig(LoopConfig, CommonConfig):
 
     @property
     def resolved_run_dir(self) -> Path:
-        """The run folder; `compose` has filled it in."""
+        """Return the run folder, which `compose` has set."""
         assert self.run_dir is not None
         return Path(self.run_dir)
 
@@ -119,7 +115,7 @@ class ValidateConfig(CommonConfig):
 
     checkpoint: str | None = None  # weights file, checkpoint folder or run folder
     use_ema: bool = False
-    results_csv: str | None = None  # gets a row with the result
+    results_csv: str | None = None  # append the result to this file
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,56 +126,45 @@ class ValidateConfig(CommonConfig):
 C = TypeVar("C", bound=CommonConfig)
 
 
-def compose(name: str, kind: type[C]) -> C:
-    """The typed, checked configuration that the command line asks for, from conf/NAME.yaml; `kind` is its type.
+def compose(name: str, config_type: type[C]) -> C:
+    """Return the validated configuration from conf/NAME.yaml and the command line.
 
-    Hydra's own flags work too (`--help`, `--cfg job`); those print and exit.
-
-    Raises:
-        UserError: an override names an unknown field, group or value, or fields contradict each other.
+    Hydra's own flags, such as `--help` and `--cfg job`, print and exit.
     """
     _store_schemas()
     composed: list[tuple[DictConfig, HydraConf]] = []
 
-    # The program runs outside hydra.main, which would report its errors in a manner of its own.
+    # The program itself runs outside hydra.main, which would catch its errors and report them differently.
     @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name=name)
     def capture(config: DictConfig) -> None:
         composed.append((config, HydraConfig.get()))
 
     try:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing a page about it
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
         capture()
         if not composed:
             raise SystemExit(0)
         if len(composed) > 1:
-            raise UserError("-m: one process trains one configuration; start a job for each")
+            raise UserError("-m: multi-run is not supported; start one job for each configuration")
         ((values, hydra_config),) = composed
-        config = _typed(values)
+        config = _to_dataclasses(values)
     except HydraException as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain_hydra_error(error)) from error
     except OmegaConfBaseException as error:
-        raise UserError(_explain_value(error)) from error
+        raise UserError(_explain_omegaconf_error(error)) from error
     if isinstance(config, TrainConfig) and config.run_dir is None:
         config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
-    assert isinstance(config, kind)
+    assert isinstance(config, config_type)
     return config
 
 
 def compose_recipe(experiment: str) -> TrainConfig:
-    """The configuration of train.py with `experiment=` and nothing else.
-
-    Raises:
-        UserError: there is no such experiment, or it cannot work.
-    """
+    """Return the configuration of train.py with `experiment=` as the only override."""
     return compose_training([f"experiment={experiment}"])
 
 
 def compose_training(overrides: Sequence[str]) -> TrainConfig:
-    """The configuration that train.py has with these overrides on its command line.
-
-    Raises:
-        UserError: as `compose`.
-    """
+    """Return the configuration of train.py with these overrides on its command line."""
     _store_schemas()
     try:
         with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
@@ -187,53 +172,53 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
         experiment = values.hydra.runtime.choices.get("experiment") or "default"
         with open_dict(values):
             del values["hydra"]
-        config = _typed(values)
+        config = _to_dataclasses(values)
     except HydraException as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain_hydra_error(error)) from error
     except OmegaConfBaseException as error:
-        raise UserError(_explain_value(error)) from error
+        raise UserError(_explain_omegaconf_error(error)) from error
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
     return config
 
 
 def freeze(config: TrainConfig) -> str:
-    """What train.py --config-dir=... --config-name=... composes to this configuration, whatever becomes of conf/."""
-    frozen = OmegaConf.load(CONF_FOLDER / "train.yaml")
-    assert isinstance(frozen, DictConfig)
-    quiet = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
-    frozen.defaults = ["train_schema", "_self_", *quiet]
-    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(frozen, redacted(config)))
+    """Return YAML from which `train.py --config-dir --config-name` composes this configuration without conf/."""
+    root = OmegaConf.load(CONF_FOLDER / "train.yaml")
+    assert isinstance(root, DictConfig)
+    no_logging = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
+    root.defaults = ["train_schema", "_self_", *no_logging]
+    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(root, redacted(config)))
 
 
-def _typed(values: DictConfig) -> Any:
-    """The dataclasses that composed values mean, checked."""
+def _to_dataclasses(values: DictConfig) -> Any:
+    """Convert composed values to the validated dataclasses."""
     config: Any = OmegaConf.to_object(values)
-    _refuse_values_of_no_use(config)
-    _refuse_added_fields(config, OmegaConf.to_container(values, resolve=False))
-    config.from_environment = dict(_from_environment(values))
+    _check_values(config)
+    _check_no_added_fields(config, OmegaConf.to_container(values, resolve=False))
+    config.from_environment = dict(_interpolated_fields(values))
     return config
 
 
-def _refuse_added_fields(config: Any, values: Any, parent: str = "") -> None:
-    """Hydra's `+a.b=c` adds what no dataclass has, such as `_target_`: nothing would ever read it."""
-    known = [each.name for each in dataclasses.fields(config)]
+def _check_no_added_fields(config: Any, values: Any, parent: str = "") -> None:
+    """Raise `UserError` for a field that no dataclass has, such as `_target_`, which Hydra's `+a.b=c` can add."""
+    names = [field.name for field in dataclasses.fields(config)]
     for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{parent}{name}: no such field; known: {', '.join(known)}")
+        if name not in names:
+            raise UserError(f"{parent}{name}: no such field; the fields are {', '.join(names)}")
         if dataclasses.is_dataclass(getattr(config, name)):
-            _refuse_added_fields(getattr(config, name), value, f"{parent}{name}.")
+            _check_no_added_fields(getattr(config, name), value, f"{parent}{name}.")
 
 
-def _refuse_values_of_no_use(value: Any, name: str = "") -> None:
-    """No number needs more than 64 bits, and no text a control character: neither torch nor a path takes them."""
+def _check_values(value: Any, name: str = "") -> None:
+    """Raise `UserError` for control characters and for integers of more than 64 bits, which paths and torch reject."""
     if dataclasses.is_dataclass(value):
-        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _refuse_values_of_no_use(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, str) and (found := _CONTROL.search(value)):
-        raise UserError(f"{name}: has the control character {found[0]!r}; leave it out")
+            _check_values(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, str) and (found := _CONTROL_CHARACTER.search(value)):
+        raise UserError(f"{name}: contains the control character {found[0]!r}; remove it")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{name}={value}: too large; must be less than 2^63")
 
@@ -242,7 +227,7 @@ def _store_schemas() -> None:
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("validate_schema", ValidateConfig)
-    # Names that only repeat a table need no files: conf/ holds the choices that say more.
+    # Choices that only repeat a table are registered from it instead of having a file in conf/.
     for name in list_models():
         store.store(name, {"name": name}, group="model")
     for recipe in recipes():
@@ -253,13 +238,13 @@ def _default_run_dir(config: TrainConfig, experiment: str) -> str:
     return f"runs/{config.model.name}-{experiment.replace('/', '-')}"
 
 
-def _explain(error: HydraException) -> str:
-    """Hydra's message in one line; where a value or a key is wrong, its cause's, which says more."""
+def _explain_hydra_error(error: HydraException) -> str:
+    """Return a one-line message for a Hydra error, taken from its more specific OmegaConf cause if it has one."""
     if isinstance(error.__cause__, OmegaConfBaseException):
-        return _explain_value(error.__cause__)
+        return _explain_omegaconf_error(error.__cause__)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, name = error.missing_cfg_file.split("/", 1)
-        if not (CONF_FOLDER / group).is_dir():  # a group of Hydra's own
+        if not (CONF_FOLDER / group).is_dir():  # one of Hydra's own groups
             group, name = os.path.split(error.missing_cfg_file)
             return str(unknown_name(group, name, error.options))
         return str(unknown_name(group, name, _choices(group)))
@@ -269,19 +254,19 @@ def _explain(error: HydraException) -> str:
 
 
 def _choices(group: str) -> list[str]:
-    """Return the names that a group has, in files and in the store, also in folders of the group."""
+    """Return a group's choices in conf/ and in the config store, including those of its subgroups."""
     files = [str(file.relative_to(CONF_FOLDER / group)) for file in (CONF_FOLDER / group).rglob("*.yaml")]
     stored = ConfigStore.instance().list(group)
-    below = [f"{entry}/{name}" for entry in stored if "." not in entry for name in _choices(f"{group}/{entry}")]
-    return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *below]
+    nested = [f"{entry}/{name}" for entry in stored if "." not in entry for name in _choices(f"{group}/{entry}")]
+    return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *nested]
 
 
-def _explain_value(error: OmegaConfBaseException) -> str:
+def _explain_omegaconf_error(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(error.object_type):
-        known = [field.name for field in dataclasses.fields(error.object_type)]
+        names = [field.name for field in dataclasses.fields(error.object_type)]
         parent = key.removesuffix(str(error.key))
-        near = difflib.get_close_matches(str(error.key), known, n=3) or known
+        near = difflib.get_close_matches(str(error.key), names, n=3) or names
         return f"{key}: no such field; did you mean {', '.join(parent + name for name in near)}?"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: missing; give {key}=..."
@@ -289,37 +274,37 @@ def _explain_value(error: OmegaConfBaseException) -> str:
 
 
 def redacted(config: CommonConfig) -> DictConfig:
-    """The whole configuration as it may be kept: what came out of the environment stands there as `${oc.env:NAME}`."""
-    values = OmegaConf.create(_plain(config))
+    """Return the configuration with interpolations such as `${oc.env:NAME}` unresolved, safe to write to files."""
+    values = OmegaConf.create(_to_containers(config))
     assert isinstance(values, DictConfig)
-    for key, given in config.from_environment.items():
-        OmegaConf.update(values, key, given)
+    for key, raw in config.from_environment.items():
+        OmegaConf.update(values, key, raw)
     return values
 
 
 def fingerprint(config: CommonConfig) -> str:
-    """Equal for equal configurations, values from the environment included."""
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(_plain(config))).encode()).hexdigest()
+    """Return a hash of the configuration, including values from the environment."""
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(_to_containers(config))).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """A configuration as nested dicts and lists that OmegaConf reads as these very values: no text interpolates."""
+def _to_containers(value: Any) -> Any:
+    """Convert a configuration to nested dicts and lists for OmegaConf, with `${` escaped in all text."""
     if dataclasses.is_dataclass(value):
-        kept = (field.name for field in dataclasses.fields(value) if not field.metadata.get("omegaconf_ignore"))
-        return {name: _plain(getattr(value, name)) for name in kept}
+        names = (field.name for field in dataclasses.fields(value) if not field.metadata.get("omegaconf_ignore"))
+        return {name: _to_containers(getattr(value, name)) for name in names}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_containers(item) for item in value]
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _to_containers(item) for name, item in value.items()}
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value.name if isinstance(value, Enum) else value
 
 
-def _from_environment(values: DictConfig) -> Iterator[tuple[str, str]]:
-    """The fields that interpolate a variable, or another field, which may; each with what was given.
+def _interpolated_fields(values: DictConfig) -> Iterator[tuple[str, str]]:
+    """Yield the key and raw text of each field that interpolates a variable or another field.
 
-    Items of lists are fields of their own. The places of data sets are no secrets.
+    List items count as fields. `data.root` is left out, because the path of a data set is not a secret.
     """
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(values, resolve=False))]
     while pending:

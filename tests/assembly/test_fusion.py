@@ -1,4 +1,4 @@
-"""Which fused parts a run uses, and that all ranks use the same."""
+"""Test which fused operators a run uses, and that all ranks use the same."""
 
 from dataclasses import replace
 
@@ -23,26 +23,26 @@ FAULT = "they differ"
 IMAGES = Preprocessing(32, 0.9, ResizeFilter.bicubic, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def used(name: str, *overrides: str) -> str:
-    """What `fuse_blocks` says of a network on a CPU."""
+def status_of(name: str, *overrides: str) -> str:
+    """Return the status text of `fuse_blocks` for a network on a CPU."""
     config = compose_training(["data.root=.", f"model={name}", "image_size=32", *overrides])
     return fuse_blocks(config, IMAGES, ALONE, create_model(name, 2, image_size=32), None)
 
 
-def test_what_is_said_of_the_blocks() -> None:
-    """That they are fused and by what, or why they are not."""
-    assert used("poolformer_s12") == "on (in plain torch on a CPU)"
-    assert used("metaformer_s12_ppff") == "on (in plain torch on a CPU, 2 of 4 stages)"
-    assert used("metaformer_s12_identity") == "off (no stage has the paper's blocks)"
-    assert used("poolformer_s12", "model.fused=false") == "off (model.fused=false)"
-    assert used("poolformer_s12", "channels_last=false") == "off (channels_last=false)"
+def test_status_of_the_blocks() -> None:
+    """The status says by what the blocks are fused, or why they are not."""
+    assert status_of("poolformer_s12") == "on (in plain torch on a CPU)"
+    assert status_of("metaformer_s12_ppff") == "on (in plain torch on a CPU, 2 of 4 stages)"
+    assert status_of("metaformer_s12_identity") == "off (no stage has the paper's blocks)"
+    assert status_of("poolformer_s12", "model.fused=false") == "off (model.fused=false)"
+    assert status_of("poolformer_s12", "channels_last=false") == "off (channels_last=false)"
     config = compose_training(["data.root=.", "model=timm", "model.name=resnet18"])
     model = create_timm_model("resnet18", 2, None, 224)
     assert fuse_blocks(config, IMAGES, ALONE, model, None) == "off (not a network of this project)"
 
 
-def test_which_transform_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's on a GPU, for channels_last, where nothing is wrong with it for images of this size."""
+def test_choice_of_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is chosen on a GPU with channels_last if its check passes for the image size."""
     config = compose_training(["data.root=."])
     sizes = []
     monkeypatch.setattr(choice, "find_fault", lambda device, size: sizes.append(size))
@@ -56,7 +56,7 @@ def test_which_transform_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
-    """What a rank says and does about blocks and transform; the transform's check is asked as on a GPU."""
+    """Return a rank's status and use of blocks and transform, with the transform chosen as if on a GPU."""
     fault = FAULT if runtime.rank == 1 else None
     vars(fused)["find_fault"] = lambda *_: fault
     vars(choice)["find_fault"] = lambda *_: fault
@@ -64,16 +64,16 @@ def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
     model = create_model("poolformer_s12", 2, image_size=32)
     blocks = fuse_blocks(config, IMAGES, runtime, model, None)
     on_gpu = replace(runtime, device=torch.device("cuda"))
-    transform, said = choose_transform(config, IMAGES, on_gpu)
-    return blocks, is_plain(model), said, transform is transform_plainly
+    transform, status = choose_transform(config, IMAGES, on_gpu)
+    return blocks, is_plain(model), status, transform is transform_plainly
 
 
 def is_plain(model: MetaFormer) -> bool:
-    """Whether no stage computes by the fused operators."""
+    """Return whether no stage uses the fused operators."""
     return all(stage.run_blocks is run_plain for stage in model.stages if isinstance(stage, Stage))
 
 
 def test_ranks_agree() -> None:
-    """If one rank's check fails, no rank uses the kernels, and every rank knows which rank it was."""
+    """If the check fails on one rank, no rank uses the kernels, and every rank reports which rank failed."""
     off = f"off (rank 1: {FAULT})"
     assert on_ranks(choose_where_rank_1_fails) == [(off, True, off, True)] * 2

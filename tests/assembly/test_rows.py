@@ -1,4 +1,4 @@
-"""Rows and checkpoints belong together: whatever ends a run, and whenever, each row is there once in the end."""
+"""Test that rows and checkpoints stay consistent: each row exists once, however and whenever a run is interrupted."""
 
 import csv
 import itertools
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from metaformer.assembly import run as assembly_run
-from metaformer.assembly.run import Run, tracking
+from metaformer.assembly.run import Run, open_tracker
 from metaformer.config import TrainConfig, compose_training
 from metaformer.errors import Interrupted
 from metaformer.interfaces import Row, Tracker
@@ -35,22 +35,22 @@ from tests.training.test_loop import CPU, Numbers, trainer
 
 KILL, TERM = "kill", "term"
 NO_FAULT = (0, "")
-Fault = tuple[int, str]  # at which event of a start, counted from 1, and what happens
+Fault = tuple[int, str]  # the event of a start at which it strikes, counted from 1, and the kind
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands in for the death of the process."""
 
 
 @dataclass
 class Events:
-    """Counts what a run does, and strikes at one of these events."""
+    """Records a run's events and injects the fault at one of them."""
 
     fault: Fault
     names: list[str] = field(default_factory=list)
 
-    def pass_by(self, name: str) -> None:
-        """One more."""
+    def record(self, name: str) -> None:
+        """Record an event, and inject the fault if it is due."""
         self.names.append(name)
         if len(self.names) == self.fault[0]:
             if self.fault[1] == KILL:
@@ -58,20 +58,20 @@ class Events:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Watched(NullTracker):
-    """A tracker before whose rows something may happen."""
+class RecordingTracker(NullTracker):
+    """Records an event before each row of a tracker."""
 
     def __init__(self, tracker: Tracker, events: Events) -> None:
         self._tracker, self._events = tracker, events
 
     def metrics(self, row: Row) -> None:
-        self._events.pass_by(row["kind"])
+        self._events.record(row["kind"])
         self._tracker.metrics(row)
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Handlers of signals as they were, and starts that take milliseconds: no processes, no large configuration."""
+def fast_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore signal handlers, and make starts take milliseconds by leaving out processes and large configurations."""
     monkeypatch.setattr(run_folder, "describe_environment", dict)
     monkeypatch.setattr(assembly_run, "redacted", lambda config: OmegaConf.create({}))
     monkeypatch.setattr(Watchdog, "watching", lambda self: nullcontext())
@@ -88,14 +88,14 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    """Of a run that may start as often as it is killed."""
+    """Return the configuration of a run that may restart 100 times without progress."""
     return compose_training(["tracking=local", "guards.max_starts_without_progress=100"])
 
 
 def start(config: TrainConfig, run_dir: Path, fault: Fault, settings: dict[str, Any]) -> list[str]:
-    """What train.py does with a run folder, over the tiny network; returns the events up to its end or the fault.
+    """Train the tiny network in a run folder as train.py does, and return the events up to its end or the fault.
 
-    Between two events nothing changes on disk: each is a save, a row, or a validation.
+    Events are saves, rows and validations. Nothing changes on disk between two events.
     """
     events = Events(fault)
     run_dir.mkdir(exist_ok=True)
@@ -107,23 +107,23 @@ def start(config: TrainConfig, run_dir: Path, fault: Fault, settings: dict[str, 
     saver = CheckpointSaver(checkpoints, CheckpointConfig(background=False), print)
     save = saver.save
 
-    def watched_save(state: TrainState, name: str, is_best: bool) -> None:
-        events.pass_by("save")
+    def recorded_save(state: TrainState, name: str, is_best: bool) -> None:
+        events.record("save")
         save(state, name, is_best)
 
     def validate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, Any]:
-        events.pass_by("validate")
+        events.record("validate")
         if stop():
             raise Interrupted("")
         return {"top1": 10.0 * state.progress.step, "top5": 100.0, "loss": 1.0, "images": 2}
 
-    saver.save = watched_save  # type: ignore[method-assign]
+    saver.save = recorded_save  # type: ignore[method-assign]
     loop.saver, loop.validate = saver, validate
     try:
         limits = {name: getattr(loop.config, name) for name in ("epochs", "schedule", "max_steps", "checkpoint")}
         run = Run(replace(config, run_dir=str(run_dir), **limits), 1, loop.steps_per_epoch, state, "", loop.goodput)
-        with tracking(run, CPU) as tracker:
-            loop.tracker = Watched(tracker, events)
+        with open_tracker(run, CPU) as tracker:
+            loop.tracker = RecordingTracker(tracker, events)
             loop.run()
     except (Killed, Interrupted):
         pass
@@ -132,20 +132,20 @@ def start(config: TrainConfig, run_dir: Path, fault: Fault, settings: dict[str, 
 
 
 def rows(run_dir: Path) -> list[Row]:
-    """Those of metrics.jsonl."""
+    """Return the rows of metrics.jsonl."""
     file = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def contents(run_dir: Path) -> str:
-    """What the next start finds: rows, and the checkpoint that it resumes from."""
+    """Return what the next start finds: the rows, and the progress of the checkpoint that it resumes from."""
     checkpoint = run_dir / "checkpoints" / "last"
     progress = read_manifest(checkpoint)["progress"] if checkpoint.exists() else None
     return json.dumps([[(row["kind"], row["step"]) for row in rows(run_dir)], progress])
 
 
 def check(run_dir: Path, settings: dict[str, Any]) -> None:
-    """Each step, validation and the end once, in their order, and summary.csv agrees."""
+    """Assert that each step, each validation and the end has one row, in order, and that summary.csv agrees."""
     epoch = settings["steps_per_epoch"]
     steps = settings.get("max_steps", settings["epochs"] * epoch)
     expected: list[tuple[str, int]] = []
@@ -170,9 +170,9 @@ def check(run_dir: Path, settings: dict[str, Any]) -> None:
     ids=["epochs", "checkpoints within an epoch", "max_steps"],
 )
 def test_each_row_once(config: TrainConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
-    """A kill before each row, save and validation, SIGTERM in each step and validation: all of them, in every order.
+    """All sequences of kills before rows, saves and validations, and of SIGTERM in steps and validations, are tried.
 
-    From each content of the run folder that any of them leaves, the same command comes to the same rows.
+    From each state of the run folder that they leave, the same command produces the same rows.
     """
     reached: dict[str, Path] = {"": tmp_path / "new"}
     pending = [tmp_path / "new"]
@@ -195,4 +195,4 @@ def test_each_row_once(config: TrainConfig, tmp_path: Path, settings: dict[str, 
             if contents(after) not in reached:
                 reached[contents(after)] = after
                 pending.append(after)
-    assert len(reached) >= 5, "the faults leave different contents"
+    assert len(reached) >= 5, "the faults must leave different contents"

@@ -1,4 +1,4 @@
-"""What a run records of itself when it opens its folder."""
+"""Test the settings that a run records when it opens its folder."""
 
 import pytest
 
@@ -17,9 +17,9 @@ from tests.training.conftest import tiny_state
         (["augmentation=light"], [None, None]),
     ],
 )
-def test_what_the_number_of_ranks_changes(overrides: list[str], groups: list[int | None]) -> None:
-    """On one rank and on two: a rank's batch shares one mixing unless the group is given or nothing is mixed."""
+def test_settings_that_depend_on_the_ranks(overrides: list[str], groups: list[int | None]) -> None:
+    """The images that share a mixing are a rank's batch unless the group size is set or nothing is mixed."""
     config = compose_training(overrides)
     expected = [{"ranks": ranks, "images that share one mixing": group} for ranks, group in enumerate(groups, 1)]
     runs = [Run(config, ranks, 4, tiny_state(), "", Goodput()) for ranks in (1, 2)]
-    assert [run.derived for run in runs] == expected
+    assert [run.derived_settings for run in runs] == expected

@@ -248,7 +248,7 @@ def test_a_run_is_evaluated_as_it_was_trained(images: Path, trained: Path) -> No
         line = "images       32 px, evaluated with crop 0.8 (bilinear), mean 0.4 0.5 0.6, std 0.229 0.224 0.225"
         assert line in done.stderr.splitlines()
         assert "was trained with" not in done.stderr
-        assert "; the averaged weights are in ema.safetensors: use_ema=true" in done.stderr
+        assert "; use_ema=true evaluates the averaged weights in ema.safetensors" in done.stderr
 
 
 def test_values_that_differ_from_the_run_are_reported(images: Path, trained: Path) -> None:

@@ -50,7 +50,7 @@ def test_from_a_broken_file_to_a_result(root: Path, tmp_path: Path, run_program:
     assert result["images"] == IMAGES - 1
     assert [row["quarantined"] for row in rows(run_dir, "validation")] == [2]
     assert "ema_quarantined" not in rows(run_dir, "validation")[0]
-    counts = f"{IMAGES - 1} training, {IMAGES - 1} validation images; 1 and 1 are left out by {broken}"
+    counts = f"{IMAGES - 1} training, {IMAGES - 1} validation images; 1 and 1 are excluded by {broken}"
     assert re.search(rf"data +{root}: {counts}\n", (run_dir / "log.txt").read_text())
 
 
@@ -70,4 +70,4 @@ def test_validation_skips_listed_files(
     output = capsys.readouterr()
     result = json.loads(output.out.splitlines()[-1])
     assert (result["quarantined"], result["images"]) == (1, IMAGES - 1)
-    assert f"data.quarantine={broken}: 1 images left out\n" in output.err
+    assert f"data.quarantine={broken}: 1 images excluded\n" in output.err

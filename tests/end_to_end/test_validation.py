@@ -63,7 +63,7 @@ def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(math.nan, "fc.weight holds numbers that are not finite"), (1e38, "computes overflows; give other weights")],
+    [(math.nan, "fc.weight has values that are not finite"), (1e38, "computation overflows; use other weights")],
 )
 def test_outputs_that_are_not_finite(
     images: Path,

@@ -1,4 +1,4 @@
-"""Runs that something happens to: real processes, real signals, a small PoolFormer, real JPEGs."""
+"""Fixtures for runs with faults: real processes, real signals, a small PoolFormer, real JPEGs."""
 
 import json
 import multiprocessing
@@ -25,21 +25,21 @@ STEPS = EPOCHS * STEPS_PER_EPOCH
 RECIPE = (*QUICK, f"epochs={EPOCHS}", "ema=enabled", "ema.decay=0.9", "checkpoint.every_steps=2", "workers=0")
 INTERRUPTED = 75
 TIMEOUT = 120
-GRACE = 8.0  # seconds: rank 0 speaks first, then the others do
+GRACE = 8.0  # seconds; rank 0 reports an error before the other ranks
 
 
 @dataclass
 class Job:
-    """Ranks that run."""
+    """The ranks of a run."""
 
     processes: list[ForkServerProcess]
     log: Path
 
     def wait(self, timeout: float = TIMEOUT) -> list[int | None]:
-        """Their exit codes; those that are left when a rank has failed are ended, as torchrun does."""
+        """Return the ranks' exit codes; end the other ranks after one has failed, as torchrun does."""
         deadline, failed_at = time.monotonic() + timeout, 0.0
         while any(process.is_alive() for process in self.processes):
-            assert time.monotonic() < deadline, f"no end after {timeout} s: {self.stderr[-3000:]}"
+            assert time.monotonic() < deadline, f"still running after {timeout} s: {self.stderr[-3000:]}"
             if any(process.exitcode for process in self.processes):
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > GRACE:
@@ -50,25 +50,25 @@ class Job:
         return [process.exitcode for process in self.processes]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """Send one."""
+        """Send a signal to a rank."""
         pid = self.processes[rank].pid
         assert pid is not None
         os.kill(pid, number)
 
     def end(self) -> None:
-        """Whatever is left."""
+        """Kill all ranks that are still running."""
         for process in self.processes:
             process.kill()
             process.join()
 
     @property
     def stderr(self) -> str:
-        """Of all ranks."""
+        """Return the stderr of all ranks."""
         return "".join(file.read_text() for file in sorted(self.log.parent.glob(f"{self.log.name}-*.err")))
 
     @property
     def errors(self) -> list[str]:
-        """The error lines."""
+        """Return the error lines on stderr."""
         return [line for line in self.stderr.splitlines() if line.startswith(("error: ", "interrupted: "))]
 
 
@@ -77,7 +77,7 @@ Start = Callable[..., Job]
 
 @pytest.fixture
 def start(images: Path, tmp_path: Path) -> Iterator[Start]:
-    """Start train.py's ranks as torchrun would, from a process that has its imports behind it."""
+    """Return a function that starts train.py's ranks like torchrun, from a process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.program"])
     jobs: list[Job] = []
@@ -106,7 +106,7 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def run(start: Start) -> Run:
-    """Train to the end; returns the run folder."""
+    """Return a function that trains to the end and returns the run folder."""
 
     def whole(run_dir: Path, *overrides: str, ranks: int = 1) -> Path:
         job = start(run_dir, *overrides, ranks=ranks)
@@ -118,17 +118,17 @@ def run(start: Start) -> Run:
 
 @pytest.fixture(scope="session")
 def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run folder of a run of so many ranks that nothing happened to."""
+    """Return a function that returns the run folder of an undisturbed run on the given number of ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
-    def of(ranks: int) -> Path:
+    def run_dir_for(ranks: int) -> Path:
         run_dir = folder / str(ranks)
         if not run_dir.exists():
             done = launch_torchrun(images, run_dir, ranks=ranks)
             assert done.wait(TIMEOUT) == 0, (folder / f"{run_dir.name}.err").read_text()[-3000:]
         return run_dir
 
-    return of
+    return run_dir_for
 
 
 def launch_torchrun(
@@ -140,7 +140,7 @@ def launch_torchrun(
     options: tuple[str, ...] = (),
     program: Path = REPOSITORY / "tests" / "faults" / "program.py",
 ) -> "subprocess.Popen[bytes]":
-    """The same through torchrun, in a session of its own; what is printed goes to RUN.out and RUN.err."""
+    """Start the same program through torchrun in a new session, with output to RUN.out and RUN.err."""
     command = [str(BIN / "torchrun"), *(options or ("--standalone",)), f"--nproc_per_node={ranks}"]
     command += [str(program), f"data.root={images}", *RECIPE]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULTS": faults}
@@ -156,7 +156,7 @@ def launch_torchrun(
 
 
 def assert_same_run(run_dir: Path, expected: Path) -> None:
-    """Weights, average, optimizer, progress, best result and history, bit for bit; nothing half-written is left."""
+    """Assert that two runs have bit-identical checkpoints and rows, and that no temporary files remain."""
     for kind in ("train", "validation"):
         assert rows(run_dir, kind) == rows(expected, kind)
     for name in ("last", "best"):
@@ -166,13 +166,13 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """RUN/status.json."""
+    """Return the content of RUN/status.json."""
     content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
     return content
 
 
 def wait_for_steps(run_dir: Path, steps: int, timeout: float = TIMEOUT) -> None:
-    """Until so many train rows are logged."""
+    """Wait until this many train rows are logged."""
     deadline = time.monotonic() + timeout
     while not (run_dir / "metrics.jsonl").exists() or len(rows(run_dir)) < steps:
         assert time.monotonic() < deadline
@@ -180,7 +180,7 @@ def wait_for_steps(run_dir: Path, steps: int, timeout: float = TIMEOUT) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,8 +1,8 @@
-"""train.py with a PoolFormer small enough to train in milliseconds, and with the faults that a test asks for.
+"""Runs train.py with a PoolFormer that trains in milliseconds, and with injected faults.
 
-The environment variable FAULTS lists them as RANK:STEP:FAULT, with spaces between; steps count from 1. The faults are
-real: signals that the rank sends to itself, numbers that are not finite, bits that change. Nothing of the program is
-replaced by something simpler.
+The environment variable FAULTS lists the faults as RANK:STEP:FAULT, separated by spaces; steps count from 1. The faults
+are real: signals that a rank sends to itself, values that are not finite, changed bits. No part of the program is
+replaced by a simpler one.
 """
 
 from metaformer.death_signal import end_with_launcher
@@ -37,18 +37,18 @@ SMALL = Architecture((1, 1, 1, 1), (8, 16, 24, 32), POOLING, drop_path_rate=0.1)
 
 
 def main() -> None:
-    """Train, with what FAULTS says."""
+    """Train with the faults in FAULTS."""
     torch.set_num_threads(1)
     VARIANTS["poolformer_s12"] = SMALL
     rank = int(os.environ.get("RANK", 0))
     faults = [fault.split(":", 2) for fault in os.environ.get("FAULTS", "").split()]
-    planned = {int(step): name for where, step, name in faults if int(where) == rank}
-    _strike_in_steps(planned)
-    _strike_in_start(planned.get(0, ""))
-    _strike_in_data(planned)
-    _strike_in_validation(planned)
-    _strike_in_saves(planned)
-    _strike_in_tracking(planned.get(0, ""))
+    planned = {int(step): name for fault_rank, step, name in faults if int(fault_rank) == rank}
+    _inject_in_steps(planned)
+    _inject_in_start(planned.get(0, ""))
+    _inject_in_data(planned)
+    _inject_in_validation(planned)
+    _inject_in_saves(planned)
+    _inject_in_tracking(planned.get(0, ""))
     if planned.get(0) == "term-in-start":
         vars(sys.modules["metaformer.assembly.training"])["describe"] = _stop_start
     if planned.get(0) == "other-seed":
@@ -58,7 +58,7 @@ def main() -> None:
     run_program(train.main, must_print=False)
 
 
-def _strike_in_steps(planned: dict[int, str]) -> None:
+def _inject_in_steps(planned: dict[int, str]) -> None:
     def step(learner: Learner, batches: Iterator[Batch], measure_norm: bool) -> Any:
         state = learner.state
         number = state.progress.step + 1
@@ -68,7 +68,7 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "kill-once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "term" | "usr1" | "int" | "hup" | "stop":  # once the data is there
+            case "term" | "usr1" | "int" | "hup" | "stop":  # once the data has arrived
                 batches = map(partial(_signal, getattr(signal, f"SIG{fault.upper()}")), batches)
             case "hang":
                 time.sleep(1000)
@@ -91,7 +91,7 @@ def _strike_in_steps(planned: dict[int, str]) -> None:
     vars(sys.modules["metaformer.training.loop"])["train_step"] = step
 
 
-def _strike_in_start(fault: str) -> None:
+def _inject_in_start(fault: str) -> None:
     if fault == "stop-before-joining":
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault == "stop-in-start":
@@ -105,7 +105,7 @@ def _strike_in_start(fault: str) -> None:
         assembly["make_model"] = make_model
 
 
-def _strike_in_data(planned: dict[int, str]) -> None:
+def _inject_in_data(planned: dict[int, str]) -> None:
     read = WorkerLoader.epoch
 
     def epoch(self: WorkerLoader, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
@@ -117,8 +117,8 @@ def _strike_in_data(planned: dict[int, str]) -> None:
     WorkerLoader.epoch = epoch  # type: ignore[method-assign]
 
 
-def _strike_in_validation(planned: dict[int, str]) -> None:
-    ask = Trainer._stops_validation
+def _inject_in_validation(planned: dict[int, str]) -> None:
+    original = Trainer._stops_validation
     calls = 0
 
     def stop(self: Trainer) -> bool:
@@ -126,15 +126,15 @@ def _strike_in_validation(planned: dict[int, str]) -> None:
         calls += 1
         if planned.get(self.state.progress.step) == "term-in-validation" and calls == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ask(self)
+        return original(self)
 
     Trainer._stops_validation = stop  # type: ignore[method-assign]
 
 
-def _strike_in_saves(planned: dict[int, str]) -> None:
+def _inject_in_saves(planned: dict[int, str]) -> None:
     write = CheckpointFolder._write
 
-    def strike(self: CheckpointFolder, snapshot: Snapshot, folder: Path) -> None:
+    def write_with_fault(self: CheckpointFolder, snapshot: Snapshot, folder: Path) -> None:
         fault = planned.get(snapshot.progress["step"])
         if fault == "term-in-save":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -142,10 +142,10 @@ def _strike_in_saves(planned: dict[int, str]) -> None:
         if fault == "kill-in-save":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    CheckpointFolder._write = strike  # type: ignore[method-assign]
+    CheckpointFolder._write = write_with_fault  # type: ignore[method-assign]
 
 
-def _strike_in_tracking(fault: str) -> None:
+def _inject_in_tracking(fault: str) -> None:
     if fault.startswith("tracker-"):
         program = Path(__file__).with_name("tracker_program.py")
         vars(sys.modules["metaformer.tracking.make"])["WANDB_PROCESS"] = [sys.executable, str(program), fault]
@@ -166,7 +166,7 @@ def _delay(*arguments: Any) -> None:
 
 
 def _stop_start(*arguments: Any) -> Iterator[str]:
-    for _ in range(3):  # SLURM and torchrun may both send it
+    for _ in range(3):  # SLURM and torchrun may each send it
         os.kill(os.getpid(), signal.SIGTERM)
     yield "never"
 
@@ -176,7 +176,7 @@ def _terminate(gradient: torch.Tensor) -> None:
 
 
 def run_as(rank: int, world_size: int, port: int, argv: list[str], environment: dict[str, str], log: Path) -> None:
-    """Be one rank: with torchrun's variables, output into LOG.out and LOG.err."""
+    """Run one rank in this process, with torchrun's variables and output to LOG.out and LOG.err."""
     counts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     counts["MASTER_PORT"] = port
     variables = {name: str(count) for name, count in counts.items()}

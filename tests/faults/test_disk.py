@@ -1,4 +1,4 @@
-"""What the disk does: damaged, missing, full, read-only, shared by two runs, holding something hostile."""
+"""Test runs on damaged, missing, full, read-only, shared or hostile files."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ Undisturbed = Callable[[int], Path]
 
 
 def damage(file: Path, how: str) -> None:
-    """Cut a file short, or turn a bit around in its middle."""
+    """Truncate a file, or flip a bit in its middle."""
     content = bytearray(file.read_bytes())
     if how == "cut":
         file.write_bytes(content[: len(content) // 2])
@@ -34,7 +34,7 @@ def damage(file: Path, how: str) -> None:
 def test_a_damaged_last_checkpoint(
     start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, how: str, name: str
 ) -> None:
-    """Row 5: the one before is taken, the log says which was passed over and why, and the end is the same."""
+    """Row 5: the previous checkpoint is used, the log says which was skipped and why, and the result is the same."""
     assert start(tmp_path / "run", faults="0:9:term").wait() == [75]
     last = (tmp_path / "run" / "checkpoints" / "last").resolve()
     damage(last / name, how)
@@ -45,7 +45,7 @@ def test_a_damaged_last_checkpoint(
 
 
 def test_all_checkpoints_damaged(start: Start, tmp_path: Path) -> None:
-    """Row 6: nothing starts from scratch in silence: exit code 2, every file named, nothing changed."""
+    """Row 6: a run does not silently start over: exit code 2, every damaged file named, nothing changed."""
     assert start(tmp_path / "run", faults="0:9:term").wait() == [75]
     checkpoints = sorted(folder for folder in (tmp_path / "run" / "checkpoints").iterdir() if not folder.is_symlink())
     for folder in checkpoints:
@@ -59,7 +59,7 @@ def test_all_checkpoints_damaged(start: Start, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
+    """Return a folder on a file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False)
@@ -70,7 +70,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(start: Start, run: Run, small_disk: Path, tmp_path: Path) -> None:
-    """Row 7: alarms while training goes on, the old checkpoint stays whole, the third miss in a row ends it."""
+    """Row 7: training continues with alarms, the old checkpoint stays intact, and the third failed save ends it."""
     run_dir, filler = small_disk / "run", small_disk / "filler"
     job = start(run_dir, faults="0:0:slow")
     wait_for_steps(run_dir, 4)
@@ -82,15 +82,15 @@ def test_a_full_disk(start: Start, run: Run, small_disk: Path, tmp_path: Path) -
     assert "No space left on device" in job.errors[0] or "is the disk full?" in job.errors[0]
     out = (tmp_path / f"{job.log.name}-0.out").read_text()
     assert out.count("ALARM") == 2
-    assert f"step {full_at + 3}/" in out, "training went on meanwhile"
+    assert f"step {full_at + 3}/" in out, "training must continue meanwhile"
     assert int((run_dir / "checkpoints" / "last").resolve().name.split("-")[1]) <= full_at + 1
     filler.unlink()
     run(run_dir)
-    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1)), "nothing is doubled or missing"
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1)), "no row may be doubled or missing"
 
 
 def test_a_disk_that_is_full_at_the_start(start: Start, small_disk: Path) -> None:
-    """Row 8: an error before the first step."""
+    """Row 8: a full disk is an error before the first step."""
     with pytest.raises(OSError, match="No space"):
         (small_disk / "filler").write_bytes(bytes(2**23))
     job = start(small_disk / "run")
@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_at_the_start(start: Start, small_disk: Path) -> Non
 
 @pytest.mark.parametrize("how", ["read-only", "dangling link"])
 def test_a_run_folder_that_cannot_be_written(start: Start, small_disk: Path, how: str) -> None:
-    """Row 8: an error before the first step, exit code 2."""
+    """Row 8: a run folder that cannot be written is an error before the first step, with exit code 2."""
     run_dir = small_disk / "run"
     if how == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
@@ -113,7 +113,7 @@ def test_a_run_folder_that_cannot_be_written(start: Start, small_disk: Path, how
 
 
 def test_a_run_folder_that_vanishes(start: Start, tmp_path: Path) -> None:
-    """Row 8: a folder that is gone in mid-run is not made anew; training goes on and ends after three misses."""
+    """Row 8: a folder that vanishes is not recreated; training continues and ends after three failed saves."""
     job = start(tmp_path / "run", faults="0:0:slow")
     wait_for_steps(tmp_path / "run", 3)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
@@ -123,7 +123,7 @@ def test_a_run_folder_that_vanishes(start: Start, tmp_path: Path) -> None:
 
 
 def test_the_data_set_changes(images: Path, start: Start, tmp_path: Path) -> None:
-    """Row 19: an image more, or one with other contents: no resume on other data."""
+    """Row 19: a run does not resume on a data set that has changed."""
     shutil.copytree(images, tmp_path / "data", ignore=shutil.ignore_patterns(".metaformer"))
     root = f"data.root={tmp_path / 'data'}"
     assert start(tmp_path / "run", root, faults="0:4:term").wait() == [75]
@@ -135,10 +135,10 @@ def test_the_data_set_changes(images: Path, start: Start, tmp_path: Path) -> Non
 
 
 def test_two_runs_in_one_folder(start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Row 28: the second is refused while the first lives, whoever began; a killed run holds nothing."""
+    """Row 28: a second run is refused while the first is alive; a killed run leaves no lock."""
     first = start(tmp_path / "run", faults="0:0:slow")
     wait_for_steps(tmp_path / "run", 3)
-    first.signal(0, signal.SIGSTOP)  # it lives, and does not finish before the second has started
+    first.signal(0, signal.SIGSTOP)  # keeps it alive but unfinished until the second has started
     second = start(tmp_path / "run")
     assert second.wait() == [2]
     assert f"process {first.processes[0].pid} on " in second.errors[0]
@@ -148,7 +148,7 @@ def test_two_runs_in_one_folder(start: Start, run: Run, undisturbed: Undisturbed
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -159,10 +159,10 @@ class Canary:
 
 @pytest.mark.parametrize("where", ["checkpoint", "weights", "state"])
 def test_code_in_a_file_is_not_run(start: Start, tmp_path: Path, where: str) -> None:
-    """Row 24: a pickle that would run a command, as a checkpoint's file with a manifest that fits, as init_weights."""
+    """Row 24: malicious pickles are not executed, as init_weights or as checkpoint files with a valid manifest."""
     canary = tmp_path / "canary"
     pickle.loads(pickle.dumps(Canary(canary)))
-    canary.unlink()  # it does run where pickle reads it
+    canary.unlink()  # pickle itself does execute it
     assert start(tmp_path / "run", faults="0:4:term").wait() == [75]
     hostile = tmp_path / "hostile.pth"
     torch.save({"state_dict": Canary(canary), "optimizer": Canary(canary)}, hostile)
@@ -182,9 +182,9 @@ def test_code_in_a_file_is_not_run(start: Start, tmp_path: Path, where: str) -> 
 
 @pytest.mark.parametrize("override", ["+model._target_=os.system", "model={_target_:os.system,name:x}"])
 def test_a_configuration_cannot_name_code(start: Start, tmp_path: Path, override: str) -> None:
-    """Row 25: a component is a name in a list; a config that names a callable is refused.
+    """Row 25: a configuration that names a callable is refused.
 
-    Row 26, members of a tar that lead elsewhere: tests/data/test_imagenet_archives.py.
+    Row 26, tar members that point outside the archive: tests/data/prepare/test_imagenet_archives.py.
     """
     job = start(tmp_path / "run", override)
     assert job.wait() == [2]

@@ -1,4 +1,4 @@
-"""Hangs, slow ranks, numbers that are not finite, ranks that part ways, ranks that were started differently."""
+"""Test hangs, slow ranks, values that are not finite, and ranks that differ in weights, configuration or code."""
 
 import signal
 import socket
@@ -16,19 +16,19 @@ STALLED, DIVERGED = 4, 3
 
 @pytest.mark.parametrize("fault", ["stop", "hang"])
 def test_a_stalled_rank_ends_the_job(start: Start, tmp_path: Path, fault: str) -> None:
-    """Row 13: SIGSTOP on a rank, or a step that never ends: the job ends in time, all ranks' stacks on disk."""
+    """Row 13: if a rank is stopped or hangs in a step, the job ends in time with all ranks' stacks on disk."""
     job = start(tmp_path / "run", "guards.stall_seconds=5", ranks=2, faults=f"1:4:{fault}")
     codes = job.wait(60)
     assert codes[0] == STALLED, job.stderr
     assert any("guards.stall_seconds=5" in line for line in job.errors)
     for rank in (0, 1):
         assert " in step\n" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
-    assert start(tmp_path / "run", ranks=2).wait() == [0, 0], "the same command goes on"
+    assert start(tmp_path / "run", ranks=2).wait() == [0, 0], "the same command must resume"
 
 
 @pytest.mark.parametrize("fault", ["stop-before-joining", "stop-in-start"])
 def test_a_rank_that_stops_while_it_starts(start: Start, tmp_path: Path, fault: str) -> None:
-    """Row 13: the other rank does not wait for the process group's half an hour; its stacks are on stderr."""
+    """Row 13: the other rank ends before the process group's timeout of 30 minutes, with its stacks on stderr."""
     job = start(tmp_path / "run", "guards.stall_seconds=8", ranks=2, faults=f"1:0:{fault}")
     assert job.wait(60)[0] == STALLED, job.stderr
     assert any("training had not begun" in line for line in job.errors)
@@ -36,7 +36,7 @@ def test_a_rank_that_stops_while_it_starts(start: Start, tmp_path: Path, fault: 
 
 
 def test_a_suspended_job_continues(start: Start, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
-    """Row 13: SIGSTOP on all ranks for three times the bound, as by a closed lid: the run continues where it was."""
+    """Row 13: a run continues after all ranks were suspended for three times the limit, as by a closed lid."""
     job = start(tmp_path / "run", "guards.stall_seconds=3", ranks=2, faults="0:0:slow 1:0:slow")
     wait_for_steps(tmp_path / "run", 3)
     for number, pause in ((signal.SIGSTOP, 9), (signal.SIGCONT, 0)):
@@ -48,9 +48,9 @@ def test_a_suspended_job_continues(start: Start, undisturbed: Callable[[int], Pa
 
 
 def test_a_slow_rank_is_named(start: Start, tmp_path: Path) -> None:
-    """Row 14: 300 ms a step more on rank 1: the log names it, and its node, at most rows.
+    """Row 14: a rank that takes 300 ms longer per step is named with its node at most rows of the log.
 
-    That ranks which are alike are not named: tests/training/test_stragglers.py.
+    tests/training/test_stragglers.py tests that equally fast ranks are not named.
     """
     job = start(tmp_path / "run", ranks=2, faults="1:0:slow-forward")
     assert job.wait() == [0, 0], job.stderr
@@ -59,7 +59,7 @@ def test_a_slow_rank_is_named(start: Start, tmp_path: Path) -> None:
 
 
 def test_one_nan_on_one_rank(start: Start, tmp_path: Path) -> None:
-    """Row 15: all ranks leave out that step, it is counted, and training goes on with finite weights."""
+    """Row 15: all ranks skip and count the step, and training continues with finite weights."""
     options = ("guards.compare_ranks_every_steps=1", "augmentation.mix_group_size=4")
     job = start(tmp_path / "run", *options, ranks=2, faults="1:5:nan")
     assert job.wait() == [0, 0], job.stderr
@@ -70,7 +70,7 @@ def test_one_nan_on_one_rank(start: Start, tmp_path: Path) -> None:
 
 
 def test_nan_for_long_ends_the_run(start: Start, tmp_path: Path) -> None:
-    """Row 16: the fourth step in a row is too many: exit code 3; `best` and `last` are from before, and finite."""
+    """Row 16: the fourth NaN step in a row ends the run with exit code 3; `best` and `last` predate it."""
     faults = " ".join(f"0:{step}:nan" for step in range(9, 19))
     job = start(tmp_path / "run", "guards.max_skipped_steps=4", faults=faults)
     assert job.wait() == [DIVERGED]
@@ -81,14 +81,14 @@ def test_nan_for_long_ends_the_run(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_parameter_that_differs_is_named(start: Start, tmp_path: Path) -> None:
-    """Row 17: one number, changed by a millionth on rank 1 after step 7: found at the next comparison."""
+    """Row 17: a weight that changes by a millionth on rank 1 after step 7 is found at the next comparison."""
     job = start(tmp_path / "run", "guards.compare_ranks_every_steps=4", ranks=2, faults="1:7:perturb")
     assert DIVERGED in job.wait()
     assert "step 8: stages.2.blocks.0.mlp.fc1.weight on rank 1 is not what it is on rank 0" in job.errors[0]
 
 
 def test_ranks_with_another_configuration(start: Start, tmp_path: Path) -> None:
-    """Row 18: refused with the rank's number before anything is trained or written."""
+    """Row 18: a different configuration is refused with the rank's number before anything is trained or written."""
     job = start(tmp_path / "run", ranks=2, faults="1:0:other-seed")
     assert 2 in job.wait()
     assert "rank 1: the configuration differs from rank 0's" in job.errors[0]
@@ -96,7 +96,7 @@ def test_ranks_with_another_configuration(start: Start, tmp_path: Path) -> None:
 
 
 def test_ranks_with_other_code(start: Start, tmp_path: Path) -> None:
-    """Row 18: so is a node whose copy of the package is another."""
+    """Row 18: a different copy of the package on a rank is refused likewise."""
     job = start(tmp_path / "run", ranks=2, faults="1:0:other-code")
     assert 2 in job.wait()
     assert "rank 1: the code of metaformer" in job.errors[0]

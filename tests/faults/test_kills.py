@@ -1,4 +1,4 @@
-"""Processes that die: a rank, the launcher, a node; at random steps and in the middle of a save; again and again."""
+"""Test runs whose ranks, launcher or node are killed, at random steps, during a save, and repeatedly."""
 
 import os
 import random
@@ -26,34 +26,34 @@ Undisturbed = Callable[[int], Path]
 
 
 def check_restart(images: Path, tmp_path: Path, undisturbed: Undisturbed, seed: int) -> None:
-    """SIGKILL one of two ranks at a random step; torchrun starts both again, and the end is as without it."""
+    """Kill one of two ranks at a random step; torchrun restarts both, and the result is that of an undisturbed run."""
     rng = random.Random(seed)
     run_dir = tmp_path / f"run{seed}"
-    # The step is reached again after the restart only if it was not saved yet: then the rank dies once more.
+    # If the step was not saved yet, the restarted rank reaches it again; "kill-once" does not kill it a second time.
     step, rank = rng.randrange(1, STEPS), rng.randrange(2)
     options = ("--standalone", "--max-restarts=1")
     agent = launch_torchrun(images, run_dir, "checkpoint.every_steps=1", faults=f"{rank}:{step + 1}:kill-once",
                             options=options)  # fmt: skip
     assert agent.wait(180) == 0, Path(f"{run_dir}.err").read_text()[-3000:]
-    assert status(run_dir)["started_at_step"] in (step - 1, step), "it went on where it stood, and lost a step at most"
+    assert status(run_dir)["started_at_step"] in (step - 1, step), "at most one step may be lost"
     assert_same_run(run_dir, undisturbed(2))
 
 
 @pytest.mark.parametrize("seed", [0])
 def test_a_killed_rank(images: Path, tmp_path: Path, undisturbed: Undisturbed, seed: int) -> None:
-    """Row 2, for one seed."""
+    """Row 2, with one seed."""
     check_restart(images, tmp_path, undisturbed, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 21))
-def test_a_killed_rank_in_twenty_ways(images: Path, tmp_path: Path, undisturbed: Undisturbed, seed: int) -> None:
-    """Row 2, for twenty."""
+def test_a_killed_rank_with_twenty_seeds(images: Path, tmp_path: Path, undisturbed: Undisturbed, seed: int) -> None:
+    """Row 2, with twenty seeds."""
     check_restart(images, tmp_path, undisturbed, seed)
 
 
 def test_a_killed_launcher_leaves_no_orphan(images: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
-    """Row 3: SIGKILL to torchrun: its ranks save and end within a step, and the same command goes on."""
+    """Row 3: after SIGKILL to torchrun, its ranks save and end within a step, and the same command resumes."""
     run_dir = tmp_path / "run"
     agent = launch_torchrun(images, run_dir, "workers=1", faults="0:0:slow 1:0:slow")
     wait_for_steps(run_dir, 3)
@@ -67,7 +67,7 @@ def test_a_killed_launcher_leaves_no_orphan(images: Path, tmp_path: Path, undist
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 4.0])
 def test_a_launcher_killed_while_its_ranks_start(images: Path, tmp_path: Path, seconds: float) -> None:
-    """Row 3: no rank trains unwatched, or waits for the others, whatever it had come to."""
+    """Row 3: if torchrun is killed during the start, no rank trains on or waits for the others."""
     run_dir = tmp_path / "run"
     agent = launch_torchrun(images, run_dir, "epochs=1000", program=REPOSITORY / "train.py")
     while len(processes_of(run_dir)) < 3:
@@ -79,7 +79,7 @@ def test_a_launcher_killed_while_its_ranks_start(images: Path, tmp_path: Path, s
 
 
 def assert_all_end(run_dir: Path, seconds: float) -> None:
-    """No process of the run is left after so long."""
+    """Assert that all processes of the run end within this many seconds."""
     deadline = time.monotonic() + seconds
     while processes_of(run_dir):
         assert time.monotonic() < deadline, processes_of(run_dir)
@@ -87,7 +87,7 @@ def assert_all_end(run_dir: Path, seconds: float) -> None:
 
 
 def processes_of(run_dir: Path) -> list[str]:
-    """Processes whose command names the run folder."""
+    """Return the processes whose command contains the run folder."""
     listed = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if f"run_dir={run_dir}" in line]
 
@@ -96,9 +96,9 @@ def processes_of(run_dir: Path) -> list[str]:
 def test_killed_in_the_middle_of_a_save(
     start: Start, run: Run, undisturbed: Undisturbed, tmp_path: Path, step: int
 ) -> None:
-    """Row 4: SIGKILL when the files are written but not yet in place: the checkpoint before counts, or none.
+    """Row 4: after SIGKILL between writing and renaming a checkpoint, the run resumes from the previous one, if any.
 
-    Each other moment of a save: tests/training/test_checkpoint.py.
+    tests/training/test_checkpoint.py tests every other moment of a save.
     """
     job = start(tmp_path / "run", faults=f"0:{step}:kill-in-save")
     assert job.wait() == [-signal.SIGKILL]
@@ -108,7 +108,7 @@ def test_killed_in_the_middle_of_a_save(
 
 
 def test_one_of_two_nodes_is_lost(images: Path, tmp_path: Path) -> None:
-    """Row 22: two torchruns, one rank each; all of one is killed: the other ends by itself, and alone can go on."""
+    """Row 22: if one of two nodes is killed, the other ends by itself, and the run can resume on one node."""
     run_dir, port = tmp_path / "run", free_port()
     rendezvous = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7")
     options = ("augmentation.mix_group_size=4", "model.drop_path_rate=0")
@@ -124,11 +124,11 @@ def test_one_of_two_nodes_is_lost(images: Path, tmp_path: Path) -> None:
     before = len(rows(run_dir))
     assert launch_torchrun(images, run_dir, *options, ranks=1).wait(120) == 0
     assert len(rows(run_dir)) == STEPS
-    assert status(run_dir)["started_at_step"] >= before - 2, "of every second step, nothing more is lost"
+    assert status(run_dir)["started_at_step"] >= before - 2, "saving every second step, at most two steps may be lost"
 
 
 def test_a_crash_loop_ends(start: Start, tmp_path: Path) -> None:
-    """Row 23: starts that die at the same step, before they could save, are counted, and end with a refusal."""
+    """Row 23: starts that die before saving are counted, and after three in a row a start is refused."""
     options = ("checkpoint.every_steps=4", "checkpoint.background=false", "guards.max_starts_without_progress=3")
     for attempt in range(4):  # the first makes progress
         job = start(tmp_path / "run", *options, faults="0:7:kill")

@@ -1,4 +1,4 @@
-"""Tracking is a guest: it neither stops nor slows a run, and no secret gets into a file."""
+"""Test that tracking neither stops nor slows a run, and that no secret reaches a file."""
 
 import re
 import shutil
@@ -15,9 +15,9 @@ Undisturbed = Callable[[int], Path]
 
 
 def test_nowhere_to_print(start: Start, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Row 21c: stdout on a full disk: said once in log.txt and status.json; every row is there, the run ends as ever.
+    """Row 21c: if stdout is a full disk, log.txt and status.json report it once, and the run completes with all rows.
 
-    Readers that are gone, stderr, closed descriptors: tests/test_streams.py.
+    tests/test_streams.py tests broken pipes, stderr and closed descriptors.
     """
     (tmp_path / "job0-0.out").symlink_to("/dev/full")
     job = start(tmp_path / "run")
@@ -32,9 +32,9 @@ def test_nowhere_to_print(start: Start, undisturbed: Undisturbed, tmp_path: Path
 
 @pytest.mark.parametrize("fault", ["tracker-raises", "tracker-blocks", "tracker-blocks-at-start"])
 def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: Path, fault: str) -> None:
-    """Row 21: wandb raises at each row, or never comes back: every row is in metrics.jsonl, the run ends as ever."""
-    patience = 60 if fault == "tracker-raises" else 1
-    job = start(tmp_path / "run", "tracking=offline", f"tracking.close_seconds={patience}", faults=f"0:0:{fault}")
+    """Row 21: if wandb raises at each row or blocks, metrics.jsonl has every row, and the run completes normally."""
+    close_seconds = 60 if fault == "tracker-raises" else 1
+    job = start(tmp_path / "run", "tracking=offline", f"tracking.close_seconds={close_seconds}", faults=f"0:0:{fault}")
     assert job.wait(60) == [0], job.stderr
     for kind in ("train", "validation"):
         assert rows(tmp_path / "run", kind) == rows(undisturbed(1), kind)
@@ -49,7 +49,7 @@ def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: 
 
 
 def test_a_stuck_tracker_does_not_delay_an_interruption(start: Start, tmp_path: Path) -> None:
-    """Row 21: the grace that a launcher gives is not spent on wandb."""
+    """Row 21: a stuck wandb does not use up a launcher's grace period."""
     began = time.monotonic()
     job = start(tmp_path / "run", "tracking=offline", faults="0:4:term 0:0:tracker-blocks")
     assert job.wait(60) == [INTERRUPTED]
@@ -58,7 +58,7 @@ def test_a_stuck_tracker_does_not_delay_an_interruption(start: Start, tmp_path: 
 
 
 def test_no_secret_reaches_a_file(start: Start, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Row 27: neither wandb's key nor what an override takes out of the environment, in any file of the run folder."""
+    """Row 27: no file of the run folder contains wandb's key or a value that an override takes from the environment."""
     key, weights = "0123456789" * 4, tmp_path / "canary-e1f5.safetensors"
     shutil.copy(undisturbed(1) / "checkpoints" / "last" / "model.safetensors", weights)
     options = ("tracking=offline", "init_weights=${oc.env:PRIVATE}", "epochs=1")

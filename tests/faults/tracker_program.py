@@ -1,4 +1,4 @@
-"""The process that runs wandb, with the fault that a test asks for."""
+"""Runs the wandb process with an injected fault."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from metaformer.tracking.wandb import WandbTracker
 
 
 def main() -> None:
-    """Serve wandb's tracker, which strikes."""
+    """Serve the wandb tracker with the fault."""
     fault, descriptor = sys.argv[1:]
     match fault:
         case "tracker-raises":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from metaformer.assembly import resolve
+from metaformer.assembly import resolve_config
 from metaformer.config import CONF_FOLDER, ValidateConfig, compose, compose_recipe
 from metaformer.errors import UserError
 from metaformer.models import create_timm_model, list_models
@@ -78,7 +78,7 @@ def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.
     command = validate_command(row, Path("results.csv"), 1)
     monkeypatch.setattr(sys, "argv", command[1:])
     config = compose("validate", ValidateConfig)
-    _, found = resolve(config, config.checkpoint, evaluation=True)
+    _, found = resolve_config(config, config.checkpoint, evaluation=True)
     if row.has_recipe:
         wide = ("poolformer_m36", "poolformer_m48", "metaformer_s12_pppa", "metaformer_s12_ppaa", "metaformer_s12_ppff")
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

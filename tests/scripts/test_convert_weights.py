@@ -1,4 +1,4 @@
-"""convert_weights.py: between this project's and timm's keys and the paper's program's."""
+"""Test convert_weights.py, which converts between timm's and the authors' key layouts."""
 
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Convert = Callable[..., str]
 
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """Run the program; returns what it prints."""
+    """Return a function that runs the script and returns its stdout."""
 
     def run(*arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, arguments)])
@@ -45,7 +45,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", RELEASED_SLOTS)
 def test_there_and_back(tmp_path: Path, convert: Convert, name: str) -> None:
-    """From the authors' file to safetensors, which this project loads, and back to the authors' keys, bit for bit."""
+    """Converting the authors' file to safetensors, which this project loads, and back gives the same bits."""
     state = released_state(name)
     torch.save(state, tmp_path / "in.pth.tar")
     printed = convert(tmp_path / "in.pth.tar", tmp_path / "ours.safetensors", "--to", "timm")
@@ -62,7 +62,7 @@ def test_there_and_back(tmp_path: Path, convert: Convert, name: str) -> None:
 
 
 def test_same_keys(tmp_path: Path, convert: Convert) -> None:
-    """A file that has the keys already is written in the other format, whole."""
+    """A file that already has the target's keys is written unchanged in the target's format."""
     state = released_state("poolformer_s12")
     torch.save(state, tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "official", "--to", "official")
@@ -73,7 +73,7 @@ def test_same_keys(tmp_path: Path, convert: Convert) -> None:
 
 
 def test_sources(tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name to download, a training checkpoint of timm with an average, and a checkpoint folder are read too."""
+    """A released name, a timm training checkpoint with averaged weights, and a checkpoint folder can be converted."""
     state, average = released_state("poolformer_s12"), released_state("poolformer_s12", num_classes=6)
     torch.save(state, tmp_path / "w")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -88,19 +88,19 @@ def test_sources(tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPat
     (tmp_path / "epoch-001").mkdir()
     for file, weights in (("model", state), ("ema", average)):
         torch.save(weights, tmp_path / "epoch-001" / f"{file}.safetensors")
-    assert "6 classes" in convert(tmp_path / "epoch-001", tmp_path / "of folder", "--to", "timm", "--use-ema")
+    assert "6 classes" in convert(tmp_path / "epoch-001", tmp_path / "from_folder", "--to", "timm", "--use-ema")
 
 
 def test_existing_file_is_left_alone(tmp_path: Path, convert: Convert) -> None:
-    """What is at OUT already stays, and is refused before anything is read."""
+    """An existing OUT is refused before anything is read, and stays unchanged."""
     (tmp_path / "out").write_text("mine")
     text = refusal(convert, tmp_path / "nothing", tmp_path / "out", "--to", "timm")
-    assert text == f"{tmp_path / 'out'}: exists already; give another name, or remove it"
+    assert text == f"{tmp_path / 'out'}: already exists; give another name, or remove it"
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_what_is_no_network(tmp_path: Path, convert: Convert) -> None:
-    """Half a network, another library's and a file without weights are refused by name; nothing is written."""
+def test_not_a_network(tmp_path: Path, convert: Convert) -> None:
+    """An incomplete network, another network and a file without weights give one-line errors; nothing is written."""
     state = released_state("poolformer_s12")
     source, out = tmp_path / "in", tmp_path / "out"
     arguments = (source, out, "--to", "official")
@@ -109,7 +109,7 @@ def test_what_is_no_network(tmp_path: Path, convert: Convert) -> None:
     torch.save(state | {"dist_head.weight": torch.zeros(1)}, source)
     assert "dist_head.weight: not a key of a known network" in refusal(convert, *arguments)
     save_file({"layer1.0.conv1.weight": torch.zeros(1)}, source)
-    assert f"{source}: not a whole network in a known layout: layer1.0.conv1.weight" in refusal(convert, *arguments)
+    assert f"{source}: not a complete network in a known layout: layer1.0.conv1.weight" in refusal(convert, *arguments)
     source.write_text("text")
     assert "neither safetensors nor torch's format" in refusal(convert, *arguments)
     assert f"IN={tmp_path / 'nothing'}: no file" in refusal(convert, tmp_path / "nothing", *arguments[1:])
@@ -118,7 +118,7 @@ def test_what_is_no_network(tmp_path: Path, convert: Convert) -> None:
 
 @pytest.mark.parametrize("target", ["timm", "official"])
 def test_folder_that_cannot_be_written(tmp_path: Path, convert: Convert, target: str) -> None:
-    """A missing folder at OUT is named."""
+    """The error names OUT if its folder is missing."""
     torch.save(released_state("poolformer_s12"), tmp_path / "in")
     text = refusal(convert, tmp_path / "in", tmp_path / "no" / "out", "--to", target)
     assert text.startswith(f"{tmp_path / 'no' / 'out'}: cannot be written (")

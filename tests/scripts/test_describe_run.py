@@ -1,4 +1,4 @@
-"""describe_run.py on real run folders, and on others."""
+"""Test describe_run.py on real run folders and on other paths."""
 
 import sys
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SMALL = (
 
 @pytest.fixture
 def describe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Describe:
-    """What the program prints about a folder."""
+    """Return a function that runs the script on a folder and returns its stdout."""
 
     def run(folder: Path) -> str:
         monkeypatch.setattr(sys, "argv", ["describe_run.py", str(folder)])
@@ -33,35 +33,35 @@ def describe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run(images: Path, tmp_path: Path, run_program: Run, describe: Describe) -> None:
-    """It prints the network, both results, and paths that exist."""
+    """The script prints the network, both results, and paths that exist."""
     run_dir = tmp_path / "run"
     options = ("epochs=2", "tracking=offline", f"run_dir={run_dir}")
     result = run_program("train", f"data.root={images}", *SMALL, *options)
     lines = describe(run_dir).splitlines()
-    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
-    assert said["model"] == "test_resnet, 12 steps, 96 images seen"
-    assert f"{result['top1']:.2f} % of 403" in said["top-1"]
-    assert said["best"] == f"{result['best_top1']:.2f} %, after epoch {result['best_epoch']}"
-    assert Path(said["weights"]).is_file()
-    assert Path(said["wandb"].split(";")[0]).is_dir()
-    assert str(run_dir) in said["run"]
+    fields = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert fields["model"] == "test_resnet, 12 steps, 96 images seen"
+    assert f"{result['top1']:.2f} % of 403" in fields["top-1"]
+    assert fields["best"] == f"{result['best_top1']:.2f} %, after epoch {result['best_epoch']}"
+    assert Path(fields["weights"]).is_file()
+    assert Path(fields["wandb"].split(";")[0]).is_dir()
+    assert str(run_dir) in fields["run"]
 
 
 def test_a_run_that_was_never_validated(images: Path, tmp_path: Path, run_program: Run, describe: Describe) -> None:
-    """A run that ended in its first epoch, after a checkpoint, has no result, and weights that exist."""
+    """A run that ended in its first epoch, after a checkpoint, has weights but no result."""
     run_dir = tmp_path / "run"
     options = ("epochs=1", "tracking=local", "schedule.warmup_epochs=0", "checkpoint.every_steps=1")
     with pytest.raises(Diverged):
         run_program("train", f"data.root={images}", *SMALL, *options, "optimizer.lr=1e18", f"run_dir={run_dir}")
-    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in describe(run_dir).splitlines()}
-    assert said["model"].startswith("test_resnet, ")
-    assert Path(said["weights"]).is_file()
-    assert not {"top-1", "best", "wandb"} & said.keys()
+    fields = {line.split()[0]: line.split(maxsplit=1)[1] for line in describe(run_dir).splitlines()}
+    assert fields["model"].startswith("test_resnet, ")
+    assert Path(fields["weights"]).is_file()
+    assert not {"top-1", "best", "wandb"} & fields.keys()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
 def test_not_a_run(tmp_path: Path, describe: Describe, kind: str) -> None:
-    """Any other path ends with code 2 in one line that names it."""
+    """Any other path gives exit code 2 and a one-line error that names it."""
     path = tmp_path / kind
     if kind == "empty":
         path.mkdir()
@@ -74,7 +74,7 @@ def test_not_a_run(tmp_path: Path, describe: Describe, kind: str) -> None:
 
 
 def test_damaged_manifest(tmp_path: Path, describe: Describe) -> None:
-    """A manifest cut short ends in one line that names it."""
+    """A truncated manifest gives a one-line error that names it."""
     manifest = tmp_path / "checkpoints" / "last" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text('{"model": "x", "prog')

@@ -1,4 +1,4 @@
-"""doctor.py on this machine: one process, two ranks, and nodes that differ."""
+"""Test doctor.py on this machine: one process, two ranks, and nodes that differ."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.faults.conftest import free_port
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server for wandb that refuses at once."""
+    """Set a wandb server that refuses connections at once."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
 
 
@@ -34,7 +34,7 @@ def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 def test_a_sound_machine(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing fails here, everything is looked at, and the data set is counted."""
+    """All checks run without a failure, and the images are counted."""
     found = report(monkeypatch, capsys, f"--data={images}", f"--runs={tmp_path}")
     checks = {"python", "torch", "torchvision", "timm", "dali", "apex", "cores", "shm", "open files", "memlock",
               "signals", "run folder", "disk", "data", "reading", "wandb", "all-reduce"}  # fmt: skip
@@ -45,7 +45,7 @@ def test_a_sound_machine(
 
 
 def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
-    """Of a data set in shards, as prepare_data.py packs it, all images are counted and their byte ranges are read."""
+    """In a data set of shards from prepare_data.py, all images are counted and their byte ranges are read."""
     shards = tmp_path / "shards"
     packing = ["folder", "--from", str(images), "--out", str(shards), "--format", "shards", "--workers=1"]
     subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "prepare_data.py"), *packing], check=True)
@@ -64,7 +64,7 @@ def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
 def test_a_missing_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It fails with the loader's own line, and the exit code says so."""
+    """A missing data set fails with the loader's message and exit code 1."""
     with pytest.raises(SystemExit) as caught:
         report(monkeypatch, capsys, f"--data={tmp_path / 'nowhere'}", f"--runs={tmp_path}")
     assert caught.value.code == 1
@@ -74,7 +74,7 @@ def test_a_missing_data_set(
 
 
 def test_two_ranks_exchange(tmp_path: Path) -> None:
-    """Under torchrun the node is looked at once, and the ranks' sum is right and timed."""
+    """Under torchrun a node is checked once, and the ranks' all-reduce is verified and timed."""
     program = launch("scripts/doctor", "--cpu", f"--runs={tmp_path}", "--mebibytes=4", ranks=2)
     assert program.code == 0, program.stderr
     lines = program.stdout.splitlines()
@@ -84,34 +84,34 @@ def test_two_ranks_exchange(tmp_path: Path) -> None:
 
 
 def test_nodes_that_differ() -> None:
-    """What all found is said once; what one found has its name; another version of torch has failed."""
+    """Shared findings appear once, others name their node, and different torch versions are a failure."""
     same, old, new = ok("python", "3.12.1"), ok("torch", "2.13"), ok("torch", "2.14")
     broken = fail("shm", "64 MiB", "--ipc=host")
-    merged = doctor.merge([("node1", [same, old]), ("node1", []), ("node2", [same, new, broken])])
+    merged = doctor.merge_findings([("node1", [same, old]), ("node1", []), ("node2", [same, new, broken])])
     assert [str(finding) for finding in merged] == [
         "ok    python      3.12.1",
         "ok    torch       node1: 2.13",
         "ok    torch       node2: 2.14",
         "fail  shm         node2: 64 MiB; --ipc=host",
-        "fail  versions    torch differs between the nodes; install the same on all",
+        "fail  versions    torch differs between nodes; install the same version on all",
     ]
     assert merged[-1].verdict is Verdict.fail
 
 
 def test_two_nodes_of_one_name() -> None:
-    """Both are kept, told apart by their number; a name that only one node has stays as it is."""
+    """Nodes that share a host name are distinguished by number; a unique host name is unchanged."""
     same, broken = ok("python", "3.12.1"), fail("shm", "64 MiB", "--ipc=host")
-    merged = doctor.merge([("box", [same, broken]), ("box", []), ("other", [same]), ("box", [same])])
+    merged = doctor.merge_findings([("box", [same, broken]), ("box", []), ("other", [same]), ("box", [same])])
     assert [str(finding) for finding in merged] == [
         "ok    python      3.12.1",
         "fail  shm         box (node 0): 64 MiB; --ipc=host",
     ]
-    (only,) = doctor.merge([("box", [same]), ("other", [same, broken])])[1:]
+    (only,) = doctor.merge_findings([("box", [same]), ("other", [same, broken])])[1:]
     assert only.message == "other: 64 MiB"
 
 
 def test_findings_of_two_nodes_of_one_name_are_both_reported(images: Path, tmp_path: Path) -> None:
-    """Two torchruns on this machine are two nodes with one host name: what fails on the first is not lost."""
+    """Two torchruns on this machine are two nodes with one host name; failures of both are reported."""
     port = free_port()
     nodes = []
     for number, data in enumerate((tmp_path / "nowhere", images)):
@@ -130,7 +130,7 @@ def test_findings_of_two_nodes_of_one_name_are_both_reported(images: Path, tmp_p
 
 
 def test_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It counts as failed, and the others are still there."""
+    """A check that raises counts as failed, and the other checks still run."""
 
     def breaks(*_: object) -> None:
         raise RuntimeError("no such thing")

@@ -1,4 +1,4 @@
-"""The check for a machine with a GPU, rehearsed on one without: real tests and measurements, of small sizes."""
+"""Test gpu_check.sh without a GPU, with real tests and measurements of small sizes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.mark.slow  # several minutes: a dozen processes that import torch
 def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
-    """All parts but the GPU's kernels run; a line for each, and their figures as JSON."""
+    """All parts except the GPU kernels run; each has a line in the summary and figures as JSON."""
     command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(images / "train")]
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
@@ -32,7 +32,7 @@ def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails(tmp_path: Path) -> None:
-    """Tests and benchmarks that end with 3: each part is named with its exit code, and the script's own is 1."""
+    """Parts that end with exit code 3 are listed with that code, and the script exits with 1."""
     (tmp_path / "empty").mkdir()
     fake = tmp_path / "python"
     fake.write_text(
@@ -48,7 +48,7 @@ def test_a_part_that_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["hydra", "torchvision"])
 def test_a_package_that_is_missing(tmp_path: Path, module: str) -> None:
-    """One line says what cannot be installed, or what must be there from the start; nothing is measured then."""
+    """A package that cannot be installed, or is required beforehand, gives a one-line error; nothing is measured."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"
@@ -64,7 +64,7 @@ def test_a_package_that_is_missing(tmp_path: Path, module: str) -> None:
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     expected = {
-        "hydra": f"error: cannot install what is missing (see {tmp_path}/out/install.log); needed: hydra-core==1.3.8",
+        "hydra": f"error: cannot install the missing packages (see {tmp_path}/out/install.log): hydra-core==1.3.8",
         "torchvision": f"error: {fake} cannot import torchvision; set PYTHON to an interpreter that can",
     }
     assert line == expected[module]

@@ -1,4 +1,4 @@
-"""prepare_data.py: the sample, and ImageNet's archives in small."""
+"""Test prepare_data.py with the sample, small ImageNet archives, and folders."""
 
 import hashlib
 import io
@@ -23,13 +23,13 @@ from scripts import prepare_data
 from tests.local_server import Reply, serve
 
 Prepare = Callable[..., str]
-WNIDS = ("n01440764", "n02119789", "n01443537")  # in the devkit's order, which is not the alphabet's
-VAL_LABELS = (2, 1, 3, 2, 1)  # of the validation images in order, counted from 1
+WNIDS = ("n01440764", "n02119789", "n01443537")  # in the devkit's order, which is not alphabetical
+VAL_LABELS = (2, 1, 3, 2, 1)  # of the validation images in order; labels count from 1
 
 
 @pytest.fixture
 def prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Prepare:
-    """Run the program; returns what it prints."""
+    """Return a function that runs the script and returns its stdout."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
@@ -56,7 +56,7 @@ def tar(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def devkit() -> bytes:
-    """Synsets as the devkit has them, one with children (which is no class) among them, and the labels."""
+    """Return a devkit archive with the labels and synsets, of which one has children and so is not a class."""
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     leaves = [(number, wnid, f"word {number}, other", "gloss", 0) for number, wnid in enumerate(WNIDS, 1)]
     meta = io.BytesIO()
@@ -68,9 +68,9 @@ def devkit() -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """The three archives, built as the real ones are, their hashes and counts taken for known; the arguments.
+    """Build the three archives like the real ones, register their hashes and counts, and return the arguments.
 
-    Class k has k + 1 training images. Each validation image is as bright as its label says.
+    Class k has k + 1 training images. The brightness of a validation image encodes its label.
     """
     classes = {
         f"{wnid}.tar": tar({f"{wnid}_{number}.JPEG": jpeg(10) for number in range(count)})
@@ -88,7 +88,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]
 
 
 def test_imagenet(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
-    """Nested archives end as SPLIT/CLASS/IMAGE, validation images by the devkit's labels; counts printed."""
+    """Nested archives become SPLIT/CLASS/IMAGE, with validation images sorted by the devkit's labels."""
     out = tmp_path / "data" / "imagenet"
     printed = prepare("imagenet", *archives, "--out", str(out))
     assert printed.splitlines()[-1] == f"{out}: 9 training and 5 validation images, 3 classes"
@@ -107,7 +107,7 @@ def test_imagenet(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -
 
 @pytest.mark.parametrize("option", ["--train-tar", "--val-tar", "--devkit"])
 def test_wrong_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, option: str) -> None:
-    """Another archive is named in one line, nothing is at --out, and with the right one the same command works."""
+    """A wrong archive gives a one-line error and no --out; with the right archive, the same command works."""
     out = tmp_path / "data" / "imagenet"
     archive = Path(archives[archives.index(option) + 1])
     right = archive.read_bytes()
@@ -125,7 +125,7 @@ def test_wrong_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepa
 def test_checked_archives_are_not_read_again(
     tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an interruption the hash of an archive that was right stays right until the archive changes."""
+    """After an interruption, a verified archive is not hashed again unless it changes."""
     out, train = tmp_path / "data", Path(archives[archives.index("--train-tar") + 1])
     monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 9, "val": 6})
     with pytest.raises(UserError, match=r"^val: 5 images in the archive, not 6; download it again$"):
@@ -145,7 +145,7 @@ def test_checked_archives_are_not_read_again(
 def test_labels_of_other_images(
     tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A validation archive of fewer images than the devkit has labels for is refused, not labelled by shifting."""
+    """A validation archive with fewer images than the devkit has labels is refused."""
     val = Path(archives[archives.index("--val-tar") + 1])
     val.write_bytes(tar({f"ILSVRC2012_val_{number:08}.JPEG": jpeg(9) for number in range(1, len(VAL_LABELS))}))
     monkeypatch.setitem(imagenet_archives.MD5, "val", hashlib.md5(val.read_bytes()).hexdigest())
@@ -156,7 +156,7 @@ def test_labels_of_other_images(
 
 
 def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
-    """An archive that is not there is named, before anything is unpacked."""
+    """A missing archive is reported before anything is unpacked."""
     Path(archives[archives.index("--val-tar") + 1]).unlink()
     with pytest.raises(UserError, match=r"val: no such file; download it from image-net\.org"):
         prepare("imagenet", *archives, "--out", str(tmp_path / "data"))
@@ -165,26 +165,26 @@ def test_missing_archive(tmp_path: Path, archives: tuple[str, ...], prepare: Pre
 
 @pytest.mark.parametrize("source", ["sample", "imagenet"])
 def test_existing_folder(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, source: str) -> None:
-    """What is at --out already is left alone."""
+    """An existing --out is left unchanged."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     arguments = archives if source == "imagenet" else ()
-    with pytest.raises(UserError, match=r"^--out \S+mine: exists already; give another folder, or remove it$"):
+    with pytest.raises(UserError, match=r"^--out \S+mine: already exists; give another folder, or remove it$"):
         prepare(source, *arguments, "--out", str(tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
 @pytest.fixture
 def tgz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An archive as Imagenette's, whose hash is taken for known."""
+    """Return an archive like Imagenette's, with its hash registered."""
     files = {f"imagenette2/{split}/{wnid}/{split}_{wnid}.JPEG": jpeg(9) for split in ("train", "val") for wnid in WNIDS}
-    return known_tgz(tmp_path / "imagenette2.tgz", tar(files, "w:gz"), monkeypatch)
+    return register_tgz(tmp_path / "imagenette2.tgz", tar(files, "w:gz"), monkeypatch)
 
 
-def known_tgz(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+def register_tgz(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_bytes(content)
-    known = imagenette.SIZES["full"]._replace(md5=hashlib.md5(content).hexdigest())
-    monkeypatch.setitem(imagenette.SIZES, "full", known)
+    archive = imagenette.SIZES["full"]._replace(md5=hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(imagenette.SIZES, "full", archive)
     return path
 
 
@@ -192,12 +192,12 @@ def known_tgz(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_imagenette(
     tmp_path: Path, tgz: Path, prepare: Prepare, download: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The archive, given or downloaded, ends as SPLIT/CLASS/IMAGE, and nothing is left beside it."""
+    """The archive, local or downloaded, becomes SPLIT/CLASS/IMAGE, and no other files remain."""
     out = tmp_path / "data" / "imagenette"
     with serve() as server:
         server.replies["/imagenette2.tgz"] = Reply(tgz.read_bytes())
-        known = imagenette.SIZES["full"]._replace(url=f"{server.url}imagenette2.tgz")
-        monkeypatch.setitem(imagenette.SIZES, "full", known)
+        archive = imagenette.SIZES["full"]._replace(url=f"{server.url}imagenette2.tgz")
+        monkeypatch.setitem(imagenette.SIZES, "full", archive)
         printed = prepare("imagenette", *(() if download else ("--tgz", str(tgz))), "--out", str(out))
         assert bool(server.requests) == download
     assert printed.splitlines()[-1] == f"{out}: 3 training and 3 validation images, 3 classes"
@@ -205,10 +205,10 @@ def test_imagenette(
     assert tgz.exists()
 
 
-def test_imagenette_refuses_what_it_does_not_know(
+def test_imagenette_refuses_wrong_archives(
     tmp_path: Path, tgz: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another archive, a missing one and members outside of it: one line, and nothing at --out."""
+    """A wrong or missing archive, or members that point outside it, give a one-line error and no --out."""
     out = tmp_path / "data" / "imagenette"
 
     def refusal(file: Path) -> str:
@@ -222,23 +222,23 @@ def test_imagenette_refuses_what_it_does_not_know(
     other.write_bytes(tgz.read_bytes() + b"\0")
     assert "not the published archive" in refusal(other)
     assert "no such file" in refusal(tmp_path / "none.tgz")
-    known_tgz(other, tgz.read_bytes()[:-50], monkeypatch)
+    register_tgz(other, tgz.read_bytes()[:-50], monkeypatch)
     assert "imagenette: " in refusal(other)
     for name in ("../outside.JPEG", str(tmp_path / "absolute.JPEG"), "imagenette2/../../outside.JPEG"):
-        known_tgz(other, tar({"imagenette2/train/n1/a.JPEG": jpeg(1), name: jpeg(2)}, "w:gz"), monkeypatch)
+        register_tgz(other, tar({"imagenette2/train/n1/a.JPEG": jpeg(1), name: jpeg(2)}, "w:gz"), monkeypatch)
         assert f"refused: {name!r}" in refusal(other)
     assert not list(tmp_path.rglob("outside.JPEG"))
     assert not list(tmp_path.rglob("absolute.JPEG"))
 
 
 def test_sample(tmp_path: Path, prepare: Prepare) -> None:
-    """The built-in sample is counted as it is printed, below a folder that it makes."""
+    """The sample is built in a new folder, and its counts are printed."""
     out = tmp_path / "new" / "sample"
     assert prepare("sample", "--out", str(out)) == f"{out}: 4,000 training and 1,000 validation images, 10 classes\n"
 
 
 def test_imagenet_as_shards(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
-    """From the archives straight into shards: the index and the bytes of the folders, and nothing else on disk."""
+    """Shards from archives have the same index and bytes as folders, and no other files remain."""
     folders, shards = tmp_path / "data" / "folders", tmp_path / "data" / "shards"
     prepare("imagenet", *archives, "--out", str(folders))
     printed = prepare("imagenet", *archives, "--out", str(shards), "--format", "shards")
@@ -261,7 +261,7 @@ def assert_same_images(folders: Path, shards: Path, split: str) -> None:
 def test_imagenet_shards_of_archives_that_lack_images(
     tmp_path: Path, archives: tuple[str, ...], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another number of images than published is refused before any shard is written."""
+    """An unexpected number of images is refused before any shard is written."""
     monkeypatch.setattr(imagenet_archives, "IMAGES", {"train": 10, "val": 5})
     with pytest.raises(UserError, match=r"^train: 9 images in the archive, not 10; download it again$"):
         prepare("imagenet", *archives, "--out", str(tmp_path / "out"), "--format", "shards")
@@ -270,7 +270,7 @@ def test_imagenet_shards_of_archives_that_lack_images(
 
 
 def test_imagenette_as_shards(tmp_path: Path, tgz: Path, prepare: Prepare) -> None:
-    """Imagenette ends as shards, and the folders that it was unpacked to are gone."""
+    """Imagenette becomes shards, and the folders that it was unpacked into are removed."""
     folders, shards = tmp_path / "data" / "folders", tmp_path / "data" / "shards"
     prepare("imagenette", "--tgz", str(tgz), "--out", str(folders))
     prepare("imagenette", "--tgz", str(tgz), "--out", str(shards), "--format", "shards", "--workers", "1")
@@ -279,7 +279,7 @@ def test_imagenette_as_shards(tmp_path: Path, tgz: Path, prepare: Prepare) -> No
 
 
 def test_folder_to_shards_and_back(images: Path, tmp_path: Path, prepare: Prepare) -> None:
-    """A folder on disk becomes shards, and shards a folder, with the same files; one split alone will do."""
+    """Converting a folder to shards and back gives the same files; a single split can be converted."""
     shards, back, single = tmp_path / "shards", tmp_path / "back", tmp_path / "single"
     sizes = ("--shard-size", "1", "--workers", "1")
     printed = prepare("folder", "--from", str(images), "--out", str(shards), "--format", "shards", *sizes)
@@ -295,7 +295,7 @@ def test_folder_to_shards_and_back(images: Path, tmp_path: Path, prepare: Prepar
 
 
 def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepare) -> None:
-    """--max-side reduces images and prints for each split what it cost; the index keeps order and labels."""
+    """--max-side shrinks images and prints the effect for each split; the index keeps order and labels."""
     out = tmp_path / "out"
     options = ("--format", "shards", "--max-side", "40", "--quality", "80", "--workers", "1")
     printed = prepare("folder", "--from", str(images), "--out", str(out), *options).splitlines()
@@ -313,22 +313,21 @@ def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepa
         assert np.array_equal(packed.labels, files.labels)
 
 
-def test_options_that_do_not_fit(images: Path, tmp_path: Path, prepare: Prepare) -> None:
-    """Options of shards without shards, a quality without a side, numbers out of range, no data set, an existing
-    --out: one line, and nothing is written."""
+def test_invalid_options(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """Options that need others, values out of range, a missing data set and an existing --out give a one-line error."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine").mkdir()
     shards = ("--format", "shards")
     for source, options, message in (
-        (images, ("--max-side", "500"), "--max-side 500: for --format shards only"),
-        (images, ("--shard-size", "9"), "--shard-size 9: for --format shards only"),
-        (images, (*shards, "--quality", "90"), "--quality 90: of the images that --max-side reduces"),
+        (images, ("--max-side", "500"), "--max-side 500: requires --format shards"),
+        (images, ("--shard-size", "9"), "--shard-size 9: requires --format shards"),
+        (images, (*shards, "--quality", "90"), "--quality 90: requires --max-side"),
         (images, (*shards, "--max-side", "500", "--quality", "101"), "--quality 101: must be from 1 to 100"),
         (images, (*shards, "--max-side", "0"), "--max-side 0: must be from 32"),
         (images, (*shards, "--shard-size", "0"), "--shard-size 0: must be from 1"),
         (images, ("--workers", "0"), "--workers 0: must be from 1"),
         (tmp_path / "empty", shards, f"--from {tmp_path / 'empty'}: contains no train or val folder"),
-        (images, (*shards, "--out", str(tmp_path / "mine")), f"--out {tmp_path / 'mine'}: exists already"),
+        (images, (*shards, "--out", str(tmp_path / "mine")), f"--out {tmp_path / 'mine'}: already exists"),
     ):
         with pytest.raises(UserError) as caught:
             prepare("folder", "--from", str(source), "--out", str(tmp_path / "out"), *options)

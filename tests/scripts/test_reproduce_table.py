@@ -1,4 +1,4 @@
-"""The paper's tables from the command line, on small images."""
+"""Test reproduce_table.py from the command line, on small images."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ def table(runs: Path) -> dict[str, dict[str, str]]:
 
 
 def test_list_names_every_row() -> None:
-    """All rows with their weights, and those that timm does not have."""
+    """--list prints every row with its weights, and marks rows that timm does not have."""
     listed = reproduce("--list")
     assert listed.code == 0
     assert all(row.name in listed.stdout for row in ROWS)
@@ -33,7 +33,7 @@ def test_list_names_every_row() -> None:
 
 
 def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
-    """A row trains by its recipe; the report has its number, and what differs from the recipe, and no other number."""
+    """A row trains with its recipe; the report has its result, its differences from the recipe, and no other result."""
     command = ("--run", "ablation/relu", "--runs", str(tmp_path), "--processes", "1", "--", f"data.root={images}")
     finished = reproduce(*command, *QUICK, "epochs=2", "workers=0")
     assert finished.code == 0
@@ -62,7 +62,7 @@ def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
     ],
 )
 def test_rows_that_cannot_be_run_are_refused(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    """An unknown row, one without a recipe and one without weights: one line, exit code 2, nothing is started."""
+    """Unknown rows and rows without a recipe or weights give a one-line error and exit code 2; nothing is started."""
     refused = reproduce(*arguments)
     assert refused.code == 2
     (line,) = refused.errors
@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_run_are_refused(arguments: tuple[str, ...], words: 
     ],
 )
 def test_options_that_do_nothing_are_refused(arguments: tuple[str, ...]) -> None:
-    """What would be ignored or cannot work ends with the usage and exit code 2."""
+    """Options that would be ignored or cannot work give the usage and exit code 2."""
     refused = reproduce(*arguments)
     assert refused.code == 2
     assert "Traceback" not in refused.stderr
@@ -89,7 +89,7 @@ def test_options_that_do_nothing_are_refused(arguments: tuple[str, ...]) -> None
 
 
 def test_a_failing_row_stops_the_rest(images: Path, tmp_path: Path) -> None:
-    """The program's own line and exit code, then the row's name; the next row is not started."""
+    """The program's error comes first, then the row's; its exit code is kept, and the next row is not started."""
     command = ("--run", "ablation/relu", "ablation/silu", "--runs", str(tmp_path), "--processes", "1", "--")
     failed = reproduce(*command, f"data.root={images}", "global_batch_size=64")
     assert failed.code == 2

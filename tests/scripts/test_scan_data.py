@@ -1,4 +1,4 @@
-"""scan_data.py: the manifest, the list of broken files, the report."""
+"""Test scan_data.py: the manifest, the list of broken files and the report."""
 
 import csv
 import os
@@ -19,7 +19,7 @@ Scan = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def root(images: Path, tmp_path: Path) -> Path:
-    """A small data set for the test to change."""
+    """Return a small data set that the test may modify."""
     shutil.copytree(images / "train", tmp_path / "data" / "train")
     shutil.copytree(images / "train", tmp_path / "data" / "val")
     return tmp_path / "data"
@@ -27,7 +27,7 @@ def root(images: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Scan:
-    """Run the program; its exit code, and what it prints. Nothing goes to stderr."""
+    """Return a function that runs the script and returns its exit code and stdout; stderr must be empty."""
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["scan_data.py", *map(str, arguments), "--workers=1"])
@@ -60,17 +60,17 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def test_whole_data_set(root: Path, tmp_path: Path, scan: Scan) -> None:
-    """Where all decode, the exit code is 0, the manifest has a row for each file, and the list is empty."""
+    """If all files decode, the exit code is 0, the manifest has a row for each file, and the list is empty."""
     Image.new("L", (40, 50)).save(root / "val" / "class_0" / "000.JPEG")
     Image.new("RGB", (60, 50)).save(root / "val" / "class_0" / "004.JPEG", "GIF")
     code, printed = scan(root, "--out", tmp_path / "m.csv", "--quarantine", tmp_path / "q.txt")
     assert code == 0
     assert printed.splitlines()[:2] == [
-        f"{root} (train, val): 96 images, 0 do not decode",
-        "decode, but are not plain RGB JPEGs: 2",
+        f"{root} (train, val): 96 images, 0 cannot be decoded",
+        "decodable, but not plain RGB JPEGs: 2",
     ]
     assert "1  gray\n" in printed
-    assert "1  GIF named as a JPEG (the first picture is read)\n" in printed
+    assert "1  GIF named as a JPEG (only the first frame is read)\n" in printed
     assert (tmp_path / "q.txt").read_bytes() == b""
     rows = read_manifest(tmp_path / "m.csv")
     files = [file for split in ("train", "val") for file in sorted((root / split).rglob("*.JPEG"))]
@@ -81,11 +81,11 @@ def test_whole_data_set(root: Path, tmp_path: Path, scan: Scan) -> None:
 
 
 def test_broken_files(root: Path, tmp_path: Path, scan: Scan) -> None:
-    """Broken files are named with their reasons, in the report, the manifest and the list; exit code 1."""
+    """Broken files are in the report, the manifest and the list, and the exit code is 1."""
     broken = break_two(root)
     code, printed = scan(root, "--out", tmp_path / "m.csv", "--quarantine", tmp_path / "q.txt")
     assert code == 1
-    assert printed.splitlines()[0] == f"{root} (train, val): 96 images, 2 do not decode"
+    assert printed.splitlines()[0] == f"{root} (train, val): 96 images, 2 cannot be decoded"
     assert f"broken: {broken[1]}: empty file" in printed.splitlines()
     assert (tmp_path / "q.txt").read_text().splitlines() == broken
     rows = read_manifest(tmp_path / "m.csv")
@@ -93,7 +93,7 @@ def test_broken_files(root: Path, tmp_path: Path, scan: Scan) -> None:
 
 
 def test_one_split(root: Path, scan: Scan) -> None:
-    """--split takes one split, and "." a root that holds the class folders itself: paths are below the root."""
+    """--split selects a split, or with "." a root that contains the class folders; paths are relative to the root."""
     broken = break_two(root)
     assert scan(root, "--split", "val")[1].splitlines()[-1] == f"broken: {broken[1]}: empty file"
     code, printed = scan(root / "val", "--split", ".")
@@ -108,8 +108,8 @@ def refusal(scan: Scan, *arguments: object) -> str:
     return str(caught.value)
 
 
-def test_what_cannot_work_is_refused(root: Path, tmp_path: Path, scan: Scan) -> None:
-    """A missing split, folders that cannot be written to, no workers and unreadable folders: one line, no file left."""
+def test_invalid_input_is_refused(root: Path, tmp_path: Path, scan: Scan) -> None:
+    """A missing split, unwritable outputs, bad file names and unreadable files give a one-line error and no output."""
     assert "no folder" in refusal(scan, root, "--split", "test")
     for option in ("--out", "--quarantine"):
         for file in (tmp_path / "none" / "file", tmp_path):
@@ -129,12 +129,12 @@ def test_what_cannot_work_is_refused(root: Path, tmp_path: Path, scan: Scan) -> 
 def test_a_scan_that_fails_leaves_no_manifest(
     root: Path, tmp_path: Path, scan: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A manifest of before stays as it was, and nothing lies beside it, when the scan is interrupted half-way."""
+    """An interrupted scan leaves an existing manifest unchanged and no other files."""
     (tmp_path / "m.csv").write_text("before")
-    interrupted = scan_data.Summary.add
+    original_add = scan_data.Summary.add
 
     def add(summary: scan_data.Summary, image: ScannedImage) -> None:
-        interrupted(summary, image)
+        original_add(summary, image)
         if summary.images == 60:
             raise KeyboardInterrupt
 
@@ -147,7 +147,7 @@ def test_a_scan_that_fails_leaves_no_manifest(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_folder(root: Path, scan: Scan) -> None:
-    """A class folder that may not be read is named in one line."""
+    """A class folder without read permission gives a one-line error that names it."""
     folder = root / "train" / "class_1"
     folder.chmod(0)
     assert refusal(scan, root).startswith(f"data.root: {folder} cannot be read (Permission denied)")

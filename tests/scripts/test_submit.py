@@ -1,4 +1,4 @@
-"""submit.py without a cluster: what it composes, freezes and refuses. tests/slurm submits to one."""
+"""Test submit.py without a cluster; tests/slurm submits to one."""
 
 import sys
 from pathlib import Path
@@ -16,8 +16,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_a_job_for_each_combination() -> None:
-    """Commas multiply; lists and quoted texts are no choices; each job has a folder of its own."""
-    trainings = submit.expand(
+    """Comma-separated values are combined, lists and quoted text are not split, and each job has its own folder."""
+    jobs = submit.expand_sweep(
         [
             "optimizer.lr=1e-3,2e-3",
             "model=poolformer_s12",
@@ -26,30 +26,30 @@ def test_a_job_for_each_combination() -> None:
             "run_dir='runs/a, b'",
         ]
     )
-    assert [training.changes for training in trainings] == [
+    assert [job.swept_values for job in jobs] == [
         ["optimizer.lr=0.001", "seed=0"], ["optimizer.lr=0.001", "seed=1"],
         ["optimizer.lr=0.002", "seed=0"], ["optimizer.lr=0.002", "seed=1"],
     ]  # fmt: skip
-    assert trainings[1].config.run_dir == "runs/a, b-optimizer.lr=0.001,seed=1"
-    assert (trainings[1].config.optimizer.lr, trainings[1].config.seed) == (0.001, 1)
-    assert trainings[1].config.optimizer.betas == [0.9, 0.99]
-    assert len({training.name for training in trainings}) == 4
+    assert jobs[1].config.run_dir == "runs/a, b-optimizer.lr=0.001,seed=1"
+    assert (jobs[1].config.optimizer.lr, jobs[1].config.seed) == (0.001, 1)
+    assert jobs[1].config.optimizer.betas == [0.9, 0.99]
+    assert len({job.name for job in jobs}) == 4
 
 
 def test_folders_that_differ_stay_as_they_are() -> None:
-    """Where the values make the folders different by themselves, their names are train.py's own."""
-    trainings = submit.expand(["model=poolformer_s12,poolformer_s24", "experiment=demo"])
-    assert [training.config.run_dir for training in trainings] == [
+    """Run folders that already differ keep the names that train.py gives them."""
+    jobs = submit.expand_sweep(["model=poolformer_s12,poolformer_s24", "experiment=demo"])
+    assert [job.config.run_dir for job in jobs] == [
         "runs/poolformer_s12-demo",
         "runs/poolformer_s24-demo",
     ]
 
 
 def test_a_frozen_file_is_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """train.py makes of the frozen file what the overrides made, without reading conf/ again: a later edit is moot."""
+    """train.py composes the same configuration from the frozen file as from the overrides, without reading conf/."""
     config = compose_training(["experiment=demo", "optimizer=lamb", "optimizer.lr=3e-3", "run_dir='runs/a: \"b\" $c'"])
     (tmp_path / "frozen.yaml").write_text(freeze(config))
-    monkeypatch.setattr("metaformer.config.CONF_FOLDER", tmp_path)  # conf/ without any file of its own
+    monkeypatch.setattr("metaformer.config.CONF_FOLDER", tmp_path)  # a conf/ without files
     monkeypatch.setattr(sys, "argv", ["train.py", f"--config-dir={tmp_path}", "--config-name=frozen"])
     again = compose("train", TrainConfig)
     assert fingerprint(again) == fingerprint(config)
@@ -57,7 +57,7 @@ def test_a_frozen_file_is_the_configuration(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_secret_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes out of the environment stands in the file as its variable."""
+    """A value from the environment is stored as the name of its variable."""
     monkeypatch.setenv("PLACE", "/secret/place")
     text = freeze(compose_training(["init_weights=${oc.env:PLACE}"]))
     assert "/secret/place" not in text
@@ -65,7 +65,7 @@ def test_a_secret_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It names the jobs and sbatch's options: the script's own, then the user's."""
+    """A dry run prints the jobs, and the sbatch options of the script and the user."""
     run(monkeypatch, "--dry-run", "--nodes=2", "--gpus-per-node=8", "--time=1-0", "--sbatch=account=x", "seed=0,1")
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/poolformer_s12-default-seed=0 (seed=0): ")
@@ -79,13 +79,13 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     [
         (["optimizer.lr=1e-3,fast"], "optimizer.lr: "),
         (["optimizer.lrr=1"], "optimizer.lrr: no such field"),
-        (["--gpus-per-node=3"], "global_batch_size=1024: does not divide by 3 ranks"),
+        (["--gpus-per-node=3"], "global_batch_size=1024: not divisible by 3 ranks"),
         (["seed=1,1"], "two jobs would train in the same run folder"),
         (["a b=c,("], "cannot be parsed"),
     ],
 )
-def test_what_cannot_work_is_refused(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, and nothing of the sweep has been submitted."""
+def test_invalid_sweeps_are_refused(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An invalid sweep gives a one-line error."""
     with pytest.raises(UserError) as caught:
         run(monkeypatch, *arguments)
     assert words in str(caught.value)
@@ -93,9 +93,9 @@ def test_what_cannot_work_is_refused(arguments: list[str], words: str, monkeypat
 
 
 def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without srun on the path there is a word about login nodes."""
+    """Without SLURM on the PATH, an error says so."""
     pytest.importorskip("submitit", reason="submitit is not installed")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(submit, "REPOSITORY", tmp_path)
-    with pytest.raises(UserError, match=r"^no SLURM on the path"):
+    with pytest.raises(UserError, match=r"^SLURM is not on the PATH"):
         run(monkeypatch, "seed=0")

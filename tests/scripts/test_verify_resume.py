@@ -1,4 +1,4 @@
-"""verify_resume.py from the command line."""
+"""Test verify_resume.py from the command line."""
 
 import re
 import subprocess
@@ -17,11 +17,11 @@ TINY = (
 
 
 def test_a_killed_run_ends_as_the_undisturbed_one(images: Path, tmp_path: Path) -> None:
-    """A few real steps, killed and resumed: each part is compared and equal, and the two run folders are removed."""
+    """A run that is killed and resumed is equal in each part, and both run folders are removed."""
     options = ("--steps=8", f"--folder={tmp_path}", "--", f"data.root={images}", *TINY, "epochs=2", "ema=enabled")
     done = launch("scripts/verify_resume", *options)
     assert done.code == 0, done.stdout + done.stderr
-    assert re.search("killed; (step|epoch)-[0-9]+ is there to go on from", done.stderr), done.stderr
+    assert re.search("killed; the run resumes from (step|epoch)-[0-9]+", done.stderr), done.stderr
     found = re.findall(r"(\w+) +\W ([0-9a-f]{16}) +\W ([0-9a-f]{16}) +\W (equal|DIFFERENT)", done.stdout)
     parts = {"model", "ema", "optimizer", "scaler", "progress", "loss_sum", "skips", "metrics"}
     assert {name for name, *_ in found} == parts
@@ -31,20 +31,20 @@ def test_a_killed_run_ends_as_the_undisturbed_one(images: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_failures_at_random(images: Path, tmp_path: Path) -> None:
-    """Four kills of random processes at random moments: the runs end as the undisturbed one, and their cost is said."""
+    """After four random kills, the runs are equal to the undisturbed one, and the cost is reported."""
     options = ("--steps=100", "--failures=4", "--mean-seconds=6", f"--folder={tmp_path}", "--", f"data.root={images}")
     done = launch("scripts/verify_resume", *options, *TINY, "workers=1", "epochs=9", "ema=enabled")
     assert done.code == 0, done.stdout + done.stderr
     assert re.search(r"^run 1: equal bit for bit; goodput [0-9.]+ %, starts: \d+", done.stdout, re.MULTILINE)
     assert re.search(r"^4 failures \(", done.stdout, re.MULTILINE)
-    assert re.search(r"^\d+ runs, 0 of them different", done.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ runs, of which 0 differ", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_each_run_is_hashed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Hashing reads whole checkpoints: once for each run. Parts that differ are named, and the exit code is 1."""
+    """Each run is hashed once, because that reads whole checkpoints; differing parts are named, with exit code 1."""
     hashed = []
 
     def hash_run(run_dir: Path) -> dict[str, str]:
@@ -64,8 +64,8 @@ def test_each_run_is_hashed_once(
     assert len([line for line in lines if "equal" in line]) == 2
 
 
-def test_what_the_program_sets_itself_is_refused() -> None:
-    """One line, before anything is trained."""
+def test_reserved_overrides_are_refused() -> None:
+    """Overrides that the script sets itself give a one-line error before anything is trained."""
     command = [sys.executable, str(REPOSITORY / "scripts" / "verify_resume.py"), "--", "run_dir=elsewhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: run_dir=: set by this program; leave it out\n")
+    assert (done.returncode, done.stderr) == (2, "error: run_dir=: set by this program; remove it\n")

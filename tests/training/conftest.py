@@ -1,4 +1,4 @@
-"""A tiny network and its training state, real in every part."""
+"""Fixtures with a tiny network and its real training state."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ FEATURES, TINY_CLASSES = 5, 3
 
 
 def tiny_network(middle: type[nn.Module] | None = None) -> nn.Module:
-    """A linear layer, BatchNorm (which has buffers) or another in its place, and a head; equal at every call."""
+    """Return a linear layer, BatchNorm (which has buffers) or another layer, and a head, with fixed initial weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(FEATURES, 4), middle() if middle else nn.BatchNorm1d(4), nn.Linear(4, TINY_CLASSES))
 
@@ -28,7 +28,7 @@ def tiny_network(middle: type[nn.Module] | None = None) -> nn.Module:
 def tiny_state(
     model: nn.Module | None = None, ema: bool = True, lr: float = 0.1, optimizer: OptimizerConfig | None = None
 ) -> TrainState:
-    """A state at the beginning."""
+    """Return a state at step 0."""
     model = model or tiny_network()
     return TrainState(
         model=model,
@@ -40,7 +40,7 @@ def tiny_state(
 
 
 def advance(state: TrainState, steps: int = 1) -> None:
-    """Real optimizer steps, each other than the one before; the counters follow."""
+    """Take real optimizer steps, each on different data, and update step, loss sum and average."""
     for _ in range(steps):
         state.progress.step += 1
         generator = torch.Generator().manual_seed(state.progress.step)
@@ -54,18 +54,18 @@ def advance(state: TrainState, steps: int = 1) -> None:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's state dict."""
+    """Return a copy of a model's state dict."""
     return copy.deepcopy(model.state_dict())
 
 
 def checkpoint_folder(folder: Path, keep: int = 2) -> CheckpointFolder:
-    """Checkpoints of the tiny network, written as train.py writes them."""
+    """Return a checkpoint folder of the tiny network, set up as in train.py."""
     weight_files = WeightFiles(partial(save_state, name="tiny"), load_weights)
     return CheckpointFolder(folder, CheckpointConfig(keep=keep), {"model": "tiny"}, weight_files)
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Callable[..., CheckpointFolder]:
-    """The checkpoints of a run in this test's folder."""
+    """Return a function that returns the checkpoint folder of a run in this test's temporary folder."""
     (tmp_path / "run").mkdir()
     return lambda keep=2: checkpoint_folder(tmp_path / "run" / "checkpoints", keep)

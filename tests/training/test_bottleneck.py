@@ -1,4 +1,4 @@
-"""The line per epoch that tells whether training waits for data."""
+"""Test the line per epoch that says whether training waits for data."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tests.training.test_loop import Numbers, trainer
 
 
 def test_verdict_by_the_share_of_waiting() -> None:
-    """From a tenth of the epoch's time on it is input-bound, and says what would help; each epoch counts alone."""
+    """An epoch that waits for a tenth of its time or more is input-bound and gets advice; each counts separately."""
     bottleneck = Bottleneck("raise workers (now 1)")
     bottleneck.add(0.5, 10)
     bottleneck.add(1.5, 10)
@@ -28,7 +28,7 @@ def test_verdict_by_the_share_of_waiting() -> None:
 
 @dataclass
 class Messages(NullTracker):
-    """Keeps what it is told."""
+    """Records messages."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -38,7 +38,7 @@ class Messages(NullTracker):
 
 @dataclass
 class Slow(Numbers):
-    """Data that comes late: by `seconds` for each batch, by `at_start` more for an epoch's first."""
+    """Data that is delayed by `seconds` per batch, and by another `at_start` for an epoch's first batch."""
 
     seconds: float = 0.0
     at_start: float = 0.0
@@ -55,8 +55,8 @@ class Slow(Numbers):
     [(0.1, 0.0, "input-bound"), (0.0, 0.0, "compute-bound"), (0.0, 0.5, "compute-bound")],
 )
 def test_each_epoch_gets_a_line(tmp_path: Path, seconds: float, at_start: float, verdict: str) -> None:
-    """The loop reports it once per epoch; the start of the workers, before the first batch, does not count."""
-    running = trainer(tiny_state(), tmp_path, Slow(8, seconds=seconds, at_start=at_start))
-    tracker = running.tracker = Messages()
-    running.run()
+    """The loop reports once per epoch and ignores the wait for the first batch, in which workers start."""
+    loop = trainer(tiny_state(), tmp_path, Slow(8, seconds=seconds, at_start=at_start))
+    tracker = loop.tracker = Messages()
+    loop.run()
     assert [line.split(":")[0] for line in tracker.lines] == [f"epoch {epoch} {verdict}" for epoch in (1, 2, 3)]

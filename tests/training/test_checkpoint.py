@@ -1,4 +1,4 @@
-"""Checkpoints: complete, kept as promised, never half there."""
+"""Test that checkpoints are complete, kept as configured, and never half-written."""
 
 import hashlib
 import itertools
@@ -27,11 +27,11 @@ from tests.training.conftest import advance, checkpoint_folder, tensors, tiny_ne
 
 Checkpoints = Callable[..., CheckpointFolder]
 KILLS = 12
-FILE_EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}  # of sys.addaudithook
+FILE_EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}  # events of sys.addaudithook
 
 
 def save_steps(checkpoints: CheckpointFolder, *steps: int, best: int | None = None) -> TrainState:
-    """Train to each of the steps and save there."""
+    """Train to each of the steps, save there, and return the state."""
     state = tiny_state()
     for step in steps:
         advance(state, step - state.progress.step)
@@ -44,7 +44,7 @@ def names(folder: Path) -> list[str]:
 
 
 def assert_same_state(a: TrainState, b: TrainState) -> None:
-    """All of it, bit for bit."""
+    """Assert that two states are bit-identical."""
     for left, right in ((a.model, b.model), (a.ema, b.ema)):
         assert left is not None
         assert right is not None
@@ -55,7 +55,7 @@ def assert_same_state(a: TrainState, b: TrainState) -> None:
 
 
 def test_restores_everything(checkpoints: Checkpoints) -> None:
-    """A new process's state becomes the saved one in every part, and trains on to the same weights."""
+    """Loading restores every part of the state, and further training gives the same weights."""
     state = tiny_state()
     advance(state, 3)
     state.progress.samples, state.progress.epochs_completed, state.progress.epoch_loss_sum = 24, 1, 2.5
@@ -65,16 +65,16 @@ def test_restores_everything(checkpoints: Checkpoints) -> None:
     assert names(folder) == ["ema.safetensors", "manifest.json", "model.safetensors", "trainer.pt"]
 
     restored = tiny_state()
-    advance(restored, 1)  # what it holds before does not matter
+    advance(restored, 1)  # its previous content does not matter
     checkpoints().load(restored, folder)
     assert_same_state(restored, state)
-    for one in (state, restored):
-        advance(one, 2)
+    for each in (state, restored):
+        advance(each, 2)
     assert_same_state(restored, state)
 
 
 def test_keeps_the_newest_the_best_and_the_last(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """With keep=2, the two newest stay, and the best however old; all others go."""
+    """With keep=2, the two newest checkpoints and the best are kept; all others are removed."""
     folder = tmp_path / "run" / "checkpoints"
     save_steps(checkpoints(keep=2), 1, 2, 3, 10, 11, best=2)
     assert names(folder) == ["best", "last", "step-00000002", "step-00000010", "step-00000011"]
@@ -85,7 +85,7 @@ def test_keeps_the_newest_the_best_and_the_last(tmp_path: Path, checkpoints: Che
 
 
 def test_keeps_the_last_after_going_back(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """Work redone from an older checkpoint: `last` is what was saved last, though its step is lower, and stays."""
+    """After resuming from an older checkpoint, `last` is the one saved last, even at a lower step."""
     save_steps(checkpoints(keep=1), 5, 6)
     state = tiny_state()
     checkpoints(keep=1).save(state.snapshot(), "step-00000002", is_best=False)
@@ -96,7 +96,7 @@ def test_keeps_the_last_after_going_back(tmp_path: Path, checkpoints: Checkpoint
 
 
 def test_replaces_a_checkpoint_of_the_same_name(checkpoints: Checkpoints) -> None:
-    """Saving under a name that exists leaves the new contents, whole."""
+    """Saving under an existing name replaces the contents completely."""
     save_steps(checkpoints(), 4)
     state = tiny_state()
     advance(state, 9)
@@ -108,9 +108,9 @@ def test_replaces_a_checkpoint_of_the_same_name(checkpoints: Checkpoints) -> Non
 
 @pytest.mark.parametrize("link", ["missing", "dangling"])
 def test_falls_back_to_the_newest(tmp_path: Path, checkpoints: Checkpoints, link: str) -> None:
-    """Without a `last` that leads somewhere, the newest by step counts, not by name."""
+    """Without a valid `last`, the newest checkpoint is found by step, not by name."""
     folder = tmp_path / "run" / "checkpoints"
-    assert checkpoints().find().folder is None, "there is no checkpoint yet"
+    assert checkpoints().find().folder is None, "there must be no checkpoint yet"
     state = tiny_state()
     advance(state, 2)
     checkpoints().save(state.snapshot(), "step-00000002", is_best=False)
@@ -122,8 +122,8 @@ def test_falls_back_to_the_newest(tmp_path: Path, checkpoints: Checkpoints, link
     assert checkpoints().find().folder == (folder / "epoch-001").resolve()
 
 
-def test_an_earlier_version_stated_less(checkpoints: Checkpoints) -> None:
-    """A checkpoint whose manifest lacks a field that this version states loads: there is nothing to compare."""
+def test_manifest_with_fewer_fields(checkpoints: Checkpoints) -> None:
+    """A checkpoint loads if its manifest, from an earlier version, lacks a field of the identity."""
     folder = checkpoints().save(tiny_state().snapshot(), "epoch-001", is_best=False)
     state = tiny_state()
     state.identity["image_size"] = 224
@@ -132,7 +132,7 @@ def test_an_earlier_version_stated_less(checkpoints: Checkpoints) -> None:
 
 @pytest.mark.parametrize("field", ["model", "seed", "global_batch_size", "data"])
 def test_another_run_is_refused(checkpoints: Checkpoints, field: str) -> None:
-    """A checkpoint of another network, seed, batch or data set is refused by the field's name, and nothing loaded."""
+    """A checkpoint of another network, seed, batch size or data set is refused by field name; nothing is loaded."""
     folder = checkpoints().save(tiny_state().snapshot(), "epoch-001", is_best=False)
     state = tiny_state()
     advance(state, 1)
@@ -145,8 +145,8 @@ def test_another_run_is_refused(checkpoints: Checkpoints, field: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer.pt", "manifest.json"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97, None], ids=lambda share: f"first-{share}")
-def test_damage_is_named(checkpoints: Checkpoints, name: str, share: float | None) -> None:
-    """A file cut short (or, with None, missing) ends in one line with its path."""
+def test_damaged_files(checkpoints: Checkpoints, name: str, share: float | None) -> None:
+    """A truncated file (or, with None, a missing one) gives a one-line error with its path."""
     folder = save_and_cut(checkpoints(), name, share)
     with pytest.raises(UserError) as caught:
         checkpoints().load(tiny_state(), folder)
@@ -155,7 +155,7 @@ def test_damage_is_named(checkpoints: Checkpoints, name: str, share: float | Non
 
 
 def save_and_cut(checkpoints: CheckpointFolder, name: str, share: float | None) -> Path:
-    """A checkpoint of which one file has only the first share of its bytes, or is missing."""
+    """Save a checkpoint, then truncate one of its files to a share of its bytes, or remove it."""
     state = tiny_state()
     advance(state, 1)
     folder = checkpoints.save(state.snapshot(), "epoch-001", is_best=False)
@@ -167,7 +167,7 @@ def save_and_cut(checkpoints: CheckpointFolder, name: str, share: float | None) 
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -177,10 +177,10 @@ class Canary:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """A trainer.pt that would run a command when unpickled is refused in one line, and the command not run."""
+    """A trainer.pt that would run a command when unpickled gives a one-line error, and the command is not run."""
     canary = tmp_path / "canary"
     pickle.loads(pickle.dumps(Canary(canary)))
-    assert canary.exists(), "the pickle does run code where pickle.load reads it"
+    assert canary.exists(), "pickle itself must run the code"
     canary.unlink()
     folder = checkpoints().save(tiny_state().snapshot(), "epoch-001", is_best=False)
     torch.save({"optimizer": Canary(canary)}, folder / "trainer.pt")
@@ -191,7 +191,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, checkpoints: Checkpoint
 
 
 def test_another_optimizer_is_refused(checkpoints: Checkpoints) -> None:
-    """A checkpoint whose optimizer state does not fit this run's parameters ends in one line."""
+    """A checkpoint whose optimizer state does not match this run's parameters gives a one-line error."""
     folder = checkpoints().save(tiny_state().snapshot(), "epoch-001", is_best=False)
     contents = torch.load(folder / "trainer.pt", weights_only=True)
     del contents["optimizer"]["param_groups"][1]
@@ -201,7 +201,7 @@ def test_another_optimizer_is_refused(checkpoints: Checkpoints) -> None:
 
 
 def test_parent_that_is_a_file(tmp_path: Path) -> None:
-    """A run folder that is a file, or that is gone, is not made anew."""
+    """A run folder that is a file or does not exist is not created."""
     (tmp_path / "file").touch()
     for run, error in (("file", NotADirectoryError), ("gone", FileNotFoundError)):
         with pytest.raises(error):
@@ -209,8 +209,8 @@ def test_parent_that_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 1200], ids=["weights", "trainer"])
-def test_full_disk_leaves_the_former(checkpoints: Checkpoints, limit: int) -> None:
-    """A disk that takes only so many bytes of a file: one line, and the former checkpoint still loads."""
+def test_full_disk_keeps_the_previous(checkpoints: Checkpoints, limit: int) -> None:
+    """If a file cannot be written completely, saving fails and the previous checkpoint still loads."""
     state = save_steps(checkpoints(), 1)
     advance(state, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -224,7 +224,7 @@ def test_full_disk_leaves_the_former(checkpoints: Checkpoints, limit: int) -> No
 
 
 def assert_last_loads(checkpoints: CheckpointFolder, at_step: int | None = None) -> int:
-    """The last checkpoint is whole; returns its step."""
+    """Assert that the last checkpoint is complete, and return its step."""
     last = checkpoints.find().folder
     assert last is not None
     state = tiny_state()
@@ -234,7 +234,7 @@ def assert_last_loads(checkpoints: CheckpointFolder, at_step: int | None = None)
 
 
 def save_forever(folder: Path, started: Any) -> None:
-    """Go on from the last checkpoint, saving at every step, until killed."""
+    """Resume from the last checkpoint and save at every step until killed."""
     torch.set_num_threads(1)
     checkpoints, state = checkpoint_folder(folder, keep=1), tiny_state()
     last = checkpoints.find().folder
@@ -247,7 +247,7 @@ def save_forever(folder: Path, started: Any) -> None:
 
 
 def test_sigkill_never_breaks_the_last(tmp_path: Path) -> None:
-    """Killed at random moments of a loop of saves, a run always finds a whole last checkpoint and goes on from it."""
+    """A run that is killed at random moments while saving always resumes from a complete last checkpoint."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.test_checkpoint"])
     rng, folder, step = random.Random(0), tmp_path / "checkpoints", 0
@@ -256,7 +256,7 @@ def test_sigkill_never_breaks_the_last(tmp_path: Path) -> None:
         process = context.Process(target=save_forever, args=(folder, started))
         process.start()
         while not started.wait(0.05):
-            assert process.is_alive(), f"nothing could be saved after a kill at step {step}"
+            assert process.is_alive(), f"saving failed after a kill at step {step}"
         time.sleep(rng.uniform(0, 0.05))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -268,7 +268,7 @@ def test_sigkill_never_breaks_the_last(tmp_path: Path) -> None:
 
 
 def save_and_die(folder: Path, at: int) -> None:
-    """Save anew what `last` points to; SIGKILL comes just before the given change to the file system."""
+    """Overwrite the checkpoint that `last` points to; SIGKILL this process before the given file system change."""
     checkpoints, state, changes = checkpoint_folder(folder, keep=1), tiny_state(), itertools.count()
     advance(state, 4)
 
@@ -281,7 +281,7 @@ def save_and_die(folder: Path, at: int) -> None:
 
 
 def test_sigkill_at_each_moment_of_a_save(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """Killed before any one of the changes that a save makes on disk, a run has a whole checkpoint, and saves again."""
+    """A run that is killed before any file system change of a save has a complete checkpoint, and can save again."""
     save_steps(checkpoints(keep=3), 1, 2, 3, best=1)
     template, context = tmp_path / "run" / "checkpoints", multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.test_checkpoint"])
@@ -302,7 +302,7 @@ def test_sigkill_at_each_moment_of_a_save(tmp_path: Path, checkpoints: Checkpoin
 
 
 def test_half_removed_checkpoint_does_not_stop_training(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """Beside the remains of a removal or of a save that was killed, a run still saves; it clears away the latter's."""
+    """A run can save next to remains of an interrupted removal or save, and removes those of the save."""
     state = save_steps(checkpoints(), 1, 2, 3)
     folder = tmp_path / "run" / "checkpoints"
     for remains in ("step-00000001", ".step-00000002.tmp"):
@@ -318,8 +318,8 @@ def test_half_removed_checkpoint_does_not_stop_training(tmp_path: Path, checkpoi
     ("saved", "part"), [(True, "it has an average of the weights; give ema=enabled"),
                         (False, "it has no average of the weights; give ema=disabled")],
 )  # fmt: skip
-def test_an_average_is_neither_dropped_nor_made_up(checkpoints: Checkpoints, saved: bool, part: str) -> None:
-    """A run with an average goes on with it, and one without does not begin one half-way; nothing is loaded then."""
+def test_ema_must_match(checkpoints: Checkpoints, saved: bool, part: str) -> None:
+    """A run with averaged weights does not resume without them, nor the reverse; nothing is loaded."""
     state = tiny_state(ema=saved)
     advance(state, 1)
     folder = checkpoints().save(state.snapshot(), "epoch-001", is_best=False)
@@ -333,7 +333,7 @@ def test_an_average_is_neither_dropped_nor_made_up(checkpoints: Checkpoints, sav
 
 @pytest.fixture
 def run_folder(tmp_path: Path, checkpoints: Checkpoints) -> Path:
-    """A run without EMA, its best checkpoint at step 1 and its last at step 2."""
+    """Return the folder of a run without EMA, with its best checkpoint at step 1 and its last at step 2."""
     state = tiny_state(ema=False)
     for step in (1, 2):
         advance(state, 1)
@@ -342,7 +342,7 @@ def run_folder(tmp_path: Path, checkpoints: Checkpoints) -> Path:
 
 
 def test_finds_weights(run_folder: Path) -> None:
-    """A file means itself, a checkpoint its weights, a run folder its best weights or, without any, its last."""
+    """A file, a checkpoint's weights, and a run folder's best or else last weights are found."""
     first, second = (run_folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (1, 2))
     assert find_weights("checkpoint", second, use_ema=False) == second
     assert find_weights("checkpoint", second.parent, use_ema=False) == second
@@ -353,7 +353,7 @@ def test_finds_weights(run_folder: Path) -> None:
 
 
 def test_missing_weights(tmp_path: Path, run_folder: Path) -> None:
-    """No weights, or no averaged ones: one line that says which."""
+    """Missing weights or averaged weights give an error that says which."""
     with pytest.raises(UserError, match=r"checkpoint=\S+nowhere: no file, and no checkpoint or run folder with model"):
         find_weights("checkpoint", tmp_path / "nowhere", use_ema=False)
     with pytest.raises(UserError, match=r"with ema\.safetensors"):
@@ -362,7 +362,7 @@ def test_missing_weights(tmp_path: Path, run_folder: Path) -> None:
         find_weights("checkpoint", tmp_path / "nowhere", use_ema=True)
 
 
-def test_manifest_says_what_is_there(run_folder: Path) -> None:
+def test_manifest_content(run_folder: Path) -> None:
     """The manifest lists the files with their hashes, the network's name and the progress."""
     folder = run_folder / "checkpoints" / "last"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -374,6 +374,6 @@ def test_manifest_says_what_is_there(run_folder: Path) -> None:
 
 @pytest.mark.parametrize("field", ["every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves"])
 def test_config_is_checked(field: str) -> None:
-    """0 is refused by the field's name."""
+    """0 is refused with the field's name."""
     with pytest.raises(UserError, match=rf"checkpoint\.{field}=0: must be at least 1"):
         CheckpointConfig(**{field: 0})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from when some are damaged, and which are kept."""
+"""Test which checkpoint a run resumes from if some are damaged, and which are kept."""
 
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ FILES = ["model.safetensors", "ema.safetensors", "trainer.pt", "manifest.json"]
 
 
 def flip(file: Path) -> None:
-    """Change one bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -23,7 +23,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_bit_in_the_last(checkpoints: Checkpoints, name: str) -> None:
-    """A bit of any file of `last`: the one before is taken, and a line names the file that is damaged."""
+    """If a bit of any file of `last` is flipped, the previous checkpoint is used, and a line names the damaged file."""
     state = save_steps(checkpoints(keep=3), 1, 2, 3)
     last = checkpoints().find().folder
     assert last is not None
@@ -36,7 +36,7 @@ def test_one_bit_in_the_last(checkpoints: Checkpoints, name: str) -> None:
     checkpoints().load(restored, found.folder)
     assert restored.progress.step == 2
 
-    advance(restored, 1)  # the work is done again, under the damaged one's name
+    advance(restored, 1)  # redo the step and save under the damaged checkpoint's name
     checkpoints().save(restored.snapshot(), "step-00000003", is_best=False)
     assert checkpoints().find() == (last, ())
     checkpoints().load(restored, last)
@@ -44,7 +44,7 @@ def test_one_bit_in_the_last(checkpoints: Checkpoints, name: str) -> None:
 
 
 def test_falls_back_by_the_time_of_saving(checkpoints: Checkpoints) -> None:
-    """After going back to step 1, what was saved at step 2 is newer than what a former attempt had at 5 and 6."""
+    """After going back to step 1, step 2 counts as newer than steps 5 and 6 of the earlier attempt."""
     save_steps(checkpoints(keep=9), 1, 5, 6)
     state = tiny_state()
     advance(state, 2)
@@ -59,7 +59,7 @@ def test_falls_back_by_the_time_of_saving(checkpoints: Checkpoints) -> None:
 
 
 def test_no_checkpoint_is_whole(checkpoints: Checkpoints) -> None:
-    """All are damaged: one line that says how each is, and not a start from scratch."""
+    """If all checkpoints are damaged, a one-line error describes each damage instead of starting from scratch."""
     save_steps(checkpoints(), 1, 2)
     for name, damaged in (("step-00000001", "model.safetensors"), ("step-00000002", "manifest.json")):
         last = checkpoints().find().folder
@@ -72,8 +72,8 @@ def test_no_checkpoint_is_whole(checkpoints: Checkpoints) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_some_epochs_are_kept_for_good(tmp_path: Path) -> None:
-    """With keep=1 and keep_every_epochs=3, epochs 3 and 6 stay beside the newest; what lies within epochs goes."""
+def test_some_epochs_are_kept_forever(tmp_path: Path) -> None:
+    """With keep=1 and keep_every_epochs=3, epochs 3 and 6 are kept besides the newest; checkpoints by step are not."""
     (tmp_path / "run").mkdir()
     config = CheckpointConfig(keep=1, keep_every_epochs=3)
     weight_files = WeightFiles(partial(save_state, name="tiny"), load_weights)

@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""Test the moving average of the weights."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from tests.training.conftest import advance, tensors, tiny_network, tiny_state
 DECAY = 0.9
 
 
-def test_off_is_nothing() -> None:
-    """Where it is off there is no average, and off is the default, as in the paper."""
+def test_disabled_by_default() -> None:
+    """The default is no average, as in the paper."""
     assert make_ema(EmaConfig(), tiny_network()) is None
 
 
@@ -27,11 +27,11 @@ def test_follows_the_formula() -> None:
             expected[name] = DECAY * expected[name] + (1 - DECAY) * parameter.detach()
     for name, average in state.ema.module.named_parameters():
         torch.testing.assert_close(average.detach(), expected[name], rtol=1e-5, atol=1e-7)
-        assert not torch.allclose(average, state.model.get_parameter(name)), "the average lags behind"
+        assert not torch.allclose(average, state.model.get_parameter(name)), "the average must lag behind"
 
 
-def test_batchnorm_statistics_go_along() -> None:
-    """Running means are averaged like weights; the counter of batches, an integer, is the model's."""
+def test_batchnorm_statistics() -> None:
+    """Running means are averaged like weights; the integer count of batches is copied from the model."""
     state = tiny_state()
     assert state.ema is not None
     advance(state, 1)
@@ -44,7 +44,7 @@ def test_batchnorm_statistics_go_along() -> None:
 
 
 def test_leaves_the_model_alone() -> None:
-    """Training with an average gives the weights of training without, and the average needs no gradients' memory."""
+    """An average does not change the trained weights, and needs no memory for gradients."""
     with_average, without = tiny_state(), tiny_state(ema=False)
     for state in (with_average, without):
         advance(state, 3)
@@ -56,7 +56,7 @@ def test_leaves_the_model_alone() -> None:
 
 @pytest.mark.parametrize("step", [2, 10, 1000])
 def test_warm_up_starts_with_a_short_memory(step: int) -> None:
-    """With warmup the decay rises from step to step towards its value; without, it is there from the second step."""
+    """With warmup, the decay rises at each step towards its value; without, it is constant from the second step."""
     rising = make_ema(EmaConfig(enabled=True, decay=0.9999, warmup=True), tiny_network())
     constant = make_ema(EmaConfig(enabled=True, decay=0.9999), tiny_network())
     assert rising is not None

@@ -1,4 +1,4 @@
-"""Asked to stop: a flag, and all ranks stop after the same step."""
+"""Test that a stop signal sets a flag and that all ranks stop after the same step."""
 
 import multiprocessing
 import os
@@ -20,72 +20,72 @@ ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
-    """Each is only remembered, under its name, and from then on every boundary is one to stop at."""
-    asked = Interruption(ALONE)
-    with asked.listening():
-        assert not asked.requested
-        assert not asked.agreed()
+    """Each signal is recorded by name, and every later step boundary is one to stop at."""
+    request = Interruption(ALONE)
+    with request.listening():
+        assert not request.requested
+        assert not request.agreed()
         os.kill(os.getpid(), number)
-        assert asked.requested
-        assert asked.agreed()
-        assert asked.agreed()
-    assert asked.reason == number.name
+        assert request.requested
+        assert request.agreed()
+        assert request.agreed()
+    assert request.reason == number.name
 
 
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:
-    """As nohup starts a program: the terminal's end is not the run's."""
+    """An ignored SIGHUP, as under nohup, does not stop the run."""
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        asked = Interruption(ALONE)
-        with asked.listening():
+        request = Interruption(ALONE)
+        with request.listening():
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not asked.requested
+            assert not request.requested
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, former)
 
 
-def wait_for_data(asked: Interruption, signals: int) -> None:
-    """For long, while so many signals come."""
-    with asked.waiting():
+def wait_for_data(request: Interruption, signals: int) -> None:
+    """Wait for 20 s after sending this many signals."""
+    with request.waiting():
         for _ in range(signals):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
 
 
-def test_a_wait_is_left_at_once() -> None:
-    """By a signal that comes during it, and by one that came before; not after it."""
-    asked = Interruption(ALONE)
-    with asked.listening():
-        with asked.waiting():
+def test_a_wait_ends_at_once() -> None:
+    """A signal during or before a wait ends it; a signal after it does not raise."""
+    request = Interruption(ALONE)
+    with request.listening():
+        with request.waiting():
             pass
         for signals in (1, 0):
             began = time.monotonic()
             with pytest.raises(StopWaitingError):
-                wait_for_data(asked, signals)
+                wait_for_data(request, signals)
             assert time.monotonic() - began < 10
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.pending
-        assert asked.agreed()
-        assert not asked.pending
+        assert request.pending
+        assert request.agreed()
+        assert not request.pending
 
 
 def test_the_first_signal_is_the_reason() -> None:
-    """More of them, as when a launcher passes on what has come already, neither end the process nor change it."""
-    asked = Interruption(ALONE)
-    with asked.listening():
+    """Further signals, as forwarded by a launcher, neither end the process nor change the reason."""
+    request = Interruption(ALONE)
+    with request.listening():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
-    assert asked.reason == "SIGUSR1"
+    assert request.reason == "SIGUSR1"
 
 
-def test_handlers_are_put_back() -> None:
-    """Also after an error: a later signal ends the process as it did before."""
+def test_handlers_are_restored() -> None:
+    """The previous signal handlers are restored, even after an error."""
     former = [signal.getsignal(number) for number in STOP_SIGNALS]
-    asked = Interruption(ALONE)
+    request = Interruption(ALONE)
 
     def fail() -> None:
-        with asked.listening():
+        with request.listening():
             assert all(signal.getsignal(number) not in former for number in STOP_SIGNALS)
             raise RuntimeError("an error")
 
@@ -95,7 +95,7 @@ def test_handlers_are_put_back() -> None:
 
 
 def interrupt_twice(pause: float) -> None:
-    """In a process of its own: two SIGINT, the second after a pause."""
+    """Send SIGINT to this process twice, with a pause between."""
     interruption.SECONDS_OF_ONE_KEYSTROKE = 0.3
     with Interruption(ALONE).listening():
         os.kill(os.getpid(), signal.SIGINT)
@@ -104,8 +104,8 @@ def interrupt_twice(pause: float) -> None:
 
 
 @pytest.mark.parametrize(("pause", "code"), [(0.0, 0), (0.4, 130)])
-def test_a_second_ctrl_c_ends_it(pause: float, code: int) -> None:
-    """Not the second of one keystroke, which reaches a process from the terminal and from the launcher."""
+def test_a_second_ctrl_c_ends_the_process(pause: float, code: int) -> None:
+    """A second keystroke ends the process, but not the duplicate of one, which comes from terminal and launcher."""
     process = multiprocessing.get_context("fork").Process(target=interrupt_twice, args=(pause,))
     process.start()
     process.join(20)
@@ -113,36 +113,36 @@ def test_a_second_ctrl_c_ends_it(pause: float, code: int) -> None:
 
 
 def stop_after_a_signal(runtime: Runtime) -> Any:
-    """Ten steps; the last rank gets a signal in the fourth. Ranks exchange other things between, as training does."""
-    asked = Interruption(runtime)
-    with asked.listening():
+    """Run ten steps with other collectives between, as in training; the last rank gets a signal in the fourth."""
+    request = Interruption(runtime)
+    with request.listening():
         for step in range(1, 11):
             if step == 4 and runtime.rank == runtime.world_size - 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
             assert runtime.sum(torch.ones(1)) == runtime.world_size
             if step % 2:
                 assert len(runtime.gather(torch.ones(2))) == runtime.world_size
-            if asked.agreed():
-                return step, asked.requested, asked.reason
+            if request.agreed():
+                return step, request.requested, request.reason
     return None
 
 
 def test_ranks_stop_after_the_same_step() -> None:
-    """A signal on one of two ranks in step 4, known to it at that step's end: both stop at the end of step 5."""
+    """A signal on one of two ranks in step 4 stops both at the end of step 5."""
     assert on_ranks(stop_after_a_signal) == [(5, False, "a signal to another rank"), (5, True, "SIGUSR1")]
 
 
-def settle(runtime: Runtime) -> Any:
-    """A signal after the last boundary but one of a run: it ends as any other, and nothing is left under way."""
-    asked = Interruption(runtime)
-    with asked.listening():
-        before = asked.agreed()
+def finish_vote(runtime: Runtime) -> Any:
+    """Finish the vote after a signal between the last two boundaries, then use another collective."""
+    request = Interruption(runtime)
+    with request.listening():
+        before = request.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
-        asked.finish_vote()
-        asked.finish_vote()
-        return before, asked.agreed(), float(runtime.sum(torch.ones(1)))
+        request.finish_vote()
+        request.finish_vote()
+        return before, request.agreed(), float(runtime.sum(torch.ones(1)))
 
 
-def test_the_last_exchange_is_settled() -> None:
-    """After `settle` the ranks' next exchange is a new one."""
-    assert on_ranks(settle) == [(False, False, 2.0)] * 2
+def test_the_last_vote_is_finished() -> None:
+    """No vote is pending after `finish_vote`, so the next collective is not affected."""
+    assert on_ranks(finish_vote) == [(False, False, 2.0)] * 2

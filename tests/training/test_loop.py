@@ -1,4 +1,4 @@
-"""The loop: divergence, clipping, accumulation."""
+"""Test the training loop: clipping, accumulation, logging, skipped steps and divergence."""
 
 import json
 import math
@@ -41,11 +41,11 @@ CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))
 
 @dataclass
 class Numbers:
-    """Endless data for the tiny network: the same at every call, cut into batches of any size."""
+    """Data for the tiny network: 96 images per epoch, the same at every call, in batches of any size."""
 
     batch_size: int
     scale: float = 1.0
-    poisoned_from: int = 96  # images from here on are not numbers
+    poisoned_from: int = 96  # images from this index on are NaN
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(epoch)
@@ -63,7 +63,7 @@ class Numbers:
 
 @dataclass
 class Rows(NullTracker):
-    """Keeps what it is told."""
+    """Records rows of metrics."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -105,19 +105,19 @@ def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int
 
 
 def logged(loop: Trainer, kind: str = "train") -> list[dict[str, Any]]:
-    """The rows of one kind that the loop's tracker was told."""
+    """Return the rows of one kind that the loop has logged."""
     assert isinstance(loop.tracker, Rows)
     return [row for row in loop.tracker.rows if row["kind"] == kind]
 
 
 def sgd_state() -> TrainState:
-    """Without BatchNorm, momentum and decay: an update is the gradient times the learning rate."""
+    """Return a state without BatchNorm, momentum or decay, whose update is the gradient times the learning rate."""
     plain = OptimizerConfig(name="momentum", momentum=0.0, weight_decay=0.0)
     return tiny_state(tiny_network(nn.Tanh), ema=False, lr=0.5, optimizer=plain)
 
 
 def update_norm(tmp_path: Path, clip: float | None) -> tuple[float, float]:
-    """How far one step goes, and the gradient's norm that the loop logged for it."""
+    """Return the norm of one step's update, and the gradient norm that the loop logged for it."""
     state = sgd_state()
     before = tensors(state.model)
     loop = trainer(state, tmp_path, Numbers(8, scale=10.0), clip_grad_norm=clip, max_steps=1)
@@ -127,18 +127,18 @@ def update_norm(tmp_path: Path, clip: float | None) -> tuple[float, float]:
 
 
 def test_clipping_limits_the_update(tmp_path: Path) -> None:
-    """The update's length is lr times the gradient's norm, or times clip_grad_norm where that is less."""
+    """The norm of the update is lr times the smaller of the gradient norm and clip_grad_norm."""
     free, norm = update_norm(tmp_path / "free", None)
     assert free == pytest.approx(0.5 * norm, rel=1e-5)
     clipped, norm_before = update_norm(tmp_path / "clipped", norm / 10)
     assert clipped == pytest.approx(0.05 * norm, rel=1e-4)
-    assert norm_before == pytest.approx(norm), "the norm before clipping is logged"
+    assert norm_before == pytest.approx(norm), "the norm before clipping must be logged"
     assert update_norm(tmp_path / "loose", 10 * norm)[0] == pytest.approx(free, rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_equals_the_big_batch(tmp_path: Path, parts: int) -> None:
-    """Batches of 8 in 2 or 4 parts: the weights, losses and counts of whole batches."""
+    """Accumulating batches of 8 in 2 or 4 parts gives the weights, losses and counts of whole batches."""
     whole, cut = sgd_state(), sgd_state()
     loops = [
         trainer(whole, tmp_path / "whole", Numbers(8)),
@@ -153,7 +153,7 @@ def test_accumulation_equals_the_big_batch(tmp_path: Path, parts: int) -> None:
 
 
 def test_logged_losses_are_means(tmp_path: Path) -> None:
-    """Rows of every third step, and of an epoch's last, hold the mean loss of the steps since the row before."""
+    """Rows at every third step and at an epoch's end have the mean loss of the steps since the previous row."""
     each, some = (
         trainer(sgd_state(), tmp_path / name, Numbers(8), log_every_steps=every)
         for name, every in (("each", 1), ("some", 3))
@@ -169,9 +169,9 @@ def test_logged_losses_are_means(tmp_path: Path) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operators that bring a number to the host: on a GPU each waits until the device has come so far.
+    """Counts operators that copy a value to the host, each of which would synchronise with a GPU.
 
-    An optimizer's count of steps is not counted: it is on the host also where training is on a GPU.
+    Reads of an optimizer's step count are ignored, because it is on the host even when training on a GPU.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -188,13 +188,13 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])
 def test_a_step_reads_nothing_back(tmp_path: Path, name: str) -> None:
-    """Steps without a log row, with clipping, EMA and BatchNorm, read no value of a tensor; a log row does.
+    """Steps with clipping, EMA and BatchNorm copy no value to the host unless they log a row.
 
-    lamb, which is not fused, reads one in its very first step.
+    lamb, which is not fused, copies one in its first step.
     """
     reads = []
 
-    class Watched(Numbers):
+    class CountedNumbers(Numbers):
         def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
             for batch in super().epoch(epoch, first):
                 reads.append(host.count)
@@ -202,7 +202,7 @@ def test_a_step_reads_nothing_back(tmp_path: Path, name: str) -> None:
 
     state = tiny_state(tiny_network(), optimizer=OptimizerConfig(name=name))
     assert state.ema is not None
-    loop = trainer(state, tmp_path, Watched(8), clip_grad_norm=1.0, log_every_steps=3, max_steps=4)
+    loop = trainer(state, tmp_path, CountedNumbers(8), clip_grad_norm=1.0, log_every_steps=3, max_steps=4)
     with HostReads(state.optimizer) as host:
         loop.run()
     before_second, before_third, before_fourth = (later - reads[0] for later in reads[1:])
@@ -211,7 +211,7 @@ def test_a_step_reads_nothing_back(tmp_path: Path, name: str) -> None:
 
 
 def test_divergence_ends_the_run(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """An absurd learning rate in the second epoch: exit code 3, one line, and the first epoch's checkpoint stays."""
+    """Divergence in the second epoch gives exit code 3 and a one-line error, and the first epoch's checkpoint stays."""
     command = (f"data.root={images}", *SMALL, "epochs=3", "optimizer.lr=1e18", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(Diverged, match=r"^epoch 2, step 12: the validation loss is nan and .*; lower opt") as caught:
         run_program("train", *command)
@@ -221,11 +221,11 @@ def test_divergence_ends_the_run(images: Path, tmp_path: Path, run_program: Run)
     assert last.name == "epoch-001"
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
     assert json.loads((last / "manifest.json").read_text())["progress"]["step"] == STEPS_PER_EPOCH
-    assert rows(tmp_path / "run")[-1]["loss"] is None, "which JSON has for what is not a number"
+    assert rows(tmp_path / "run")[-1]["loss"] is None, "JSON has null for NaN"
 
 
-def test_steps_on_nan_are_left_out_and_counted(tmp_path: Path) -> None:
-    """The last two batches of each epoch are NaN: the weights are those of training without them, the rows say so."""
+def test_steps_on_nan_are_skipped_and_counted(tmp_path: Path) -> None:
+    """If the last two batches of each epoch are NaN, the weights are those of training without these batches."""
     whole, cut = sgd_state(), sgd_state()
     loop = trainer(whole, tmp_path / "whole", Numbers(8, poisoned_from=16))
     loop.run()
@@ -240,9 +240,12 @@ def test_steps_on_nan_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "lamb", "nadamw", "rmsproptf", "adamp"])
-def test_a_step_that_is_left_out_leaves_no_trace(tmp_path: Path, name: str) -> None:
-    """The last two batches of each epoch are NaN. Weights, BatchNorm's statistics, their average and the optimizer's
-    state, its own count of steps included, are bit for bit those of training without these batches."""
+def test_a_skipped_step_leaves_no_trace(tmp_path: Path, name: str) -> None:
+    """NaN batches change neither weights, BatchNorm statistics and their average nor the optimizer state.
+
+    If the last two batches of each epoch are NaN, all of these, including the optimizer's step count, are bit-identical
+    to those of training without the two batches.
+    """
     states = [tiny_state(optimizer=OptimizerConfig(name=name)) for _ in range(2)]
     trainer(states[0], tmp_path / "whole", Numbers(8, poisoned_from=16)).run()
     trainer(states[1], tmp_path / "cut", Numbers(8), steps_per_epoch=2).run()
@@ -257,8 +260,8 @@ def test_a_step_that_is_left_out_leaves_no_trace(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) -> None:
-    """Nothing is saved while steps are left out, and the run ends with the good checkpoints as they were."""
+def test_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) -> None:
+    """Nothing is saved while steps are skipped, and the run ends with the earlier checkpoints intact."""
     state, checkpoint = sgd_state(), CheckpointConfig(every_steps=1)
     data, guards = Numbers(8, poisoned_from=32), GuardConfig(max_skipped_steps=3)
     settings: dict[str, Any] = {
@@ -272,12 +275,12 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path, log_every: int) ->
         loop.run()
     loop.saver.close()
     saved = sorted(folder.name for folder in tmp_path.glob("step-*"))
-    assert saved == [f"step-{step:08d}" for step in (3, 4)], "the two newest"
+    assert saved == [f"step-{step:08d}" for step in (3, 4)], "the two newest must be kept"
     assert checkpoint_folder(tmp_path).find().folder == tmp_path / saved[-1]
 
 
 def test_one_bad_step_does_not_end_the_run(tmp_path: Path) -> None:
-    """The count of steps in a row begins anew after one that was taken."""
+    """A step that is taken resets the count of skipped steps in a row."""
     guards = GuardConfig(max_skipped_steps=3)
     loop = trainer(sgd_state(), tmp_path, Numbers(8, poisoned_from=16), guards=guards)
     loop.run()
@@ -285,7 +288,7 @@ def test_one_bad_step_does_not_end_the_run(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    """A NaN in the weights, however it came there: the save is refused, with the tensor's name."""
+    """Weights with a NaN are not saved, and the error names the tensor."""
     state = sgd_state()
     loop = trainer(state, tmp_path, Numbers(8), max_steps=1)
     loop.run()
@@ -298,7 +301,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_changed_hyperparameters_hold_after_a_resume(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """Resumed with another learning rate and weight decay, a run uses these, not those of its checkpoint."""
+    """A run that resumes with another learning rate and weight decay uses these, not those of its checkpoint."""
     command = (f"data.root={images}", *SMALL, "epochs=2", "schedule.warmup_epochs=0", f"run_dir={tmp_path / 'run'}")
     run_program("train", *command, "optimizer.lr=1e-3", f"max_steps={STEPS_PER_EPOCH}")
     run_program("train", *command, "optimizer.lr=1e-4", "optimizer.weight_decay=0.3")

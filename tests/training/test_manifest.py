@@ -1,4 +1,4 @@
-"""The manifest: a checkpoint of which any byte has changed is not believed."""
+"""Test that the manifest detects any changed byte of a checkpoint."""
 
 import json
 import math
@@ -16,7 +16,7 @@ FACTS = {"model": "tiny", "identity": {"seed": 0}, "progress": {"step": 3, "best
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files and their manifest."""
+    """Return a folder with two files and their manifest."""
     (tmp_path / "model.safetensors").write_bytes(bytes(range(64)))
     (tmp_path / "trainer.pt").write_bytes(b"")
     write_manifest(tmp_path, FACTS)
@@ -24,14 +24,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def flip(file: Path, position: int) -> None:
-    """Change one bit."""
+    """Flip one bit."""
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
 
 
-def test_says_what_it_was_given_and_what_is_there(folder: Path) -> None:
-    """The facts come back as they were, with every file, and the versions that wrote them."""
+def test_content(folder: Path) -> None:
+    """The manifest returns the given facts, and lists all files and the versions that wrote them."""
     manifest = verify(folder)
     assert {name: manifest[name] for name in FACTS} == FACTS
     assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == {
@@ -43,32 +43,32 @@ def test_says_what_it_was_given_and_what_is_there(folder: Path) -> None:
 
 
 def test_figures_that_are_not_finite(tmp_path: Path) -> None:
-    """They are null, in what is written and in its digest: the file is JSON, and is believed."""
+    """Figures that are not finite are stored as null, and the manifest is valid JSON with a correct digest."""
     facts = {**FACTS, "progress": {"loss": math.nan, "row": [{"top1": math.inf}, -math.inf]}}
     write_manifest(tmp_path, facts)
     assert verify(tmp_path)["progress"] == {"loss": None, "row": [{"top1": None}, None]}
 
 
 def test_any_byte_of_the_manifest(folder: Path) -> None:
-    """One bit of any of its bytes: one line that names it, never another error, nor belief in what was not written."""
+    """A flipped bit in any byte of the manifest gives a one-line error that names it, never wrong content."""
     file = folder / "manifest.json"
     content, written = file.read_bytes(), verify(folder)
-    believed, said = 0, []
+    accepted, messages = 0, []
     for position in range(len(content)):
         flip(file, position)
         try:
             assert verify(folder) == written
-            believed += 1
+            accepted += 1
         except UserError as error:
-            said.append(str(error))
+            messages.append(str(error))
         file.write_bytes(content)
-    assert all(str(folder) in line and "\n" not in line for line in said)
-    assert believed <= 1, "the last digit of a float's seventeen may be no other float"
+    assert all(str(folder) in line and "\n" not in line for line in messages)
+    assert accepted <= 1, "a changed 17th digit of a float may parse to the same float"
 
 
 @pytest.mark.parametrize("position", [0, 31, 63])
 def test_any_byte_of_a_file(folder: Path, position: int) -> None:
-    """A file of the right size with one other bit is named."""
+    """A file with the right size but one flipped bit is named."""
     flip(folder / "model.safetensors", position)
     with pytest.raises(UserError, match=r"model\.safetensors: damaged: its SHA-256 differs from the manifest's"):
         verify(folder)
@@ -83,8 +83,8 @@ def test_any_byte_of_a_file(folder: Path, position: int) -> None:
     ],
     ids=["shorter", "longer", "missing"],
 )
-def test_files_that_are_not_as_they_were(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
-    """A file that is cut, has grown or is gone is named with what is wrong."""
+def test_changed_files(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
+    """A file that is truncated, longer or missing is named, with what is wrong."""
     damage(folder / "model.safetensors")
     with pytest.raises(UserError, match=rf"model\.safetensors: {reason}"):
         verify(folder)
@@ -101,8 +101,8 @@ def test_files_that_are_not_as_they_were(folder: Path, damage: Callable[[Path], 
     ],
     ids=["empty", "binary", "list", "without-fields", "missing"],
 )
-def test_what_is_no_manifest(folder: Path, content: bytes | None, reason: str) -> None:
-    """Something else under its name, or nothing, ends in one line."""
+def test_not_a_manifest(folder: Path, content: bytes | None, reason: str) -> None:
+    """An invalid or missing manifest gives an error that names it."""
     file = folder / "manifest.json"
     file.unlink()
     if content is not None:
@@ -112,7 +112,7 @@ def test_what_is_no_manifest(folder: Path, content: bytes | None, reason: str) -
 
 
 def test_another_format_is_refused(folder: Path) -> None:
-    """A later version's manifest is not misread."""
+    """A manifest of a later format is refused."""
     file = folder / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     with pytest.raises(UserError, match=r"not a manifest of format 2; .* by another version"):

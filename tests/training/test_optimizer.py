@@ -1,4 +1,4 @@
-"""Optimizers: the right parameters decayed, the same updates as the reference, errors that help."""
+"""Test optimizers: which parameters are decayed, updates compared with references, and errors."""
 
 import copy
 import importlib.util
@@ -18,18 +18,18 @@ LR, DECAY = 1e-3, 0.05
 
 
 def test_only_matrices_are_decayed() -> None:
-    """Of PoolFormer-S12, exactly the parameters with one dimension or none are in groups without weight decay."""
+    """Exactly the parameters of PoolFormer-S12 with at most one dimension have no weight decay."""
     model = create_model("poolformer_s12", num_classes=4)
     model.register_parameter("scalar", nn.Parameter(torch.ones(())))
     model.register_parameter("position", nn.Parameter(torch.ones(1, 8, 2, 2)))
     groups = make_optimizer(OptimizerConfig(), model, LR).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {id(p): DECAY if p.ndim > 1 else 0.0 for p in model.parameters()}
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())), "none is in two groups"
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())), "none may be in two groups"
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The parameters after 20 steps on gradients drawn from a fixed generator."""
+    """Return the parameters after 20 steps on gradients from a fixed generator."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         for parameter in model.parameters():
@@ -40,7 +40,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
 
 @pytest.mark.parametrize("reference", ["torch", "timm"])
 def test_adamw_updates_as_the_reference(reference: str) -> None:
-    """20 steps of ours, fused, equal those of PyTorch's plain loop and of timm's own AdamW, group by group."""
+    """20 steps of the fused AdamW equal those of PyTorch's unfused loop and of timm's AdamW."""
     ours, theirs = tiny_network(), tiny_network()
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": DECAY},
@@ -58,13 +58,13 @@ def test_adamw_updates_as_the_reference(reference: str) -> None:
 
 @pytest.mark.parametrize(("batch", "lr"), [(1024, 1e-3), (4096, 4e-3), (8, 1e-3 / 128)])
 def test_learning_rate_grows_with_the_batch(batch: int, lr: float) -> None:
-    """1e-3 for each 1024 images of the global batch, unless lr is given."""
+    """The learning rate is 1e-3 per 1024 images of the global batch, unless lr is set."""
     assert OptimizerConfig().learning_rate(batch) == pytest.approx(lr, rel=1e-12)
     assert OptimizerConfig(lr=0.5).learning_rate(batch) == 0.5
 
 
 def test_options_reach_the_optimizer() -> None:
-    """lr, betas, eps, momentum and weight decay are those of the configuration."""
+    """The optimizer gets lr, betas, eps, momentum and weight decay from the configuration."""
     config = OptimizerConfig(betas=[0.8, 0.95], eps=1e-6, weight_decay=0.3)
     for group, decay in zip(make_optimizer(config, tiny_network(), 0.7).param_groups, (0.0, 0.3), strict=True):
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.7, (0.8, 0.95), 1e-6, decay)
@@ -74,7 +74,7 @@ def test_options_reach_the_optimizer() -> None:
 
 @pytest.mark.parametrize("name", ["lamb", "sgd", "adam", "adamw", "lion"])
 def test_named_optimizers_reduce_a_loss(name: str) -> None:
-    """Other optimizers build and learn."""
+    """Optimizers chosen by name reduce a loss."""
     model = tiny_network()
     optimizer = make_optimizer(OptimizerConfig(name=name), model, 1e-2)
     images = torch.randn(16, FEATURES, generator=torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def test_named_optimizers_reduce_a_loss(name: str) -> None:
 
 
 def test_unknown_name() -> None:
-    """The error offers the near names."""
+    """The error for an unknown name suggests similar names."""
     with pytest.raises(UserError, match=r"optimizer\.name=adamv: unknown; did you mean .*\badamw\b.*\?"):
         make_optimizer(OptimizerConfig(name="adamv"), tiny_network(), LR)
 
@@ -103,8 +103,8 @@ def test_unknown_name() -> None:
         pytest.param({"name": "fusedadamw"}, id="not-installed"),
     ],
 )
-def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
-    """An option that cannot work ends in one line that names a field of the optimizer."""
+def test_invalid_options(options: dict[str, Any]) -> None:
+    """An invalid option gives a one-line error that names a field of the optimizer."""
 
     def make() -> None:
         config = OptimizerConfig(**options)
@@ -117,7 +117,7 @@ def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed here")
 def test_apex_missing() -> None:
-    """Asked for and not installed, apex ends in one line that says where it comes from."""
+    """If apex is configured but not installed, a one-line error says where to get it."""
     with pytest.raises(UserError, match=r"implementation=apex: apex is not installed; .*NVIDIA/apex") as caught:
         make_optimizer(OptimizerConfig(implementation=Implementation.apex), tiny_network(), LR)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""`last` and `best` in all their forms: links, files where there are no links, folders in a copy, damaged."""
+"""Test `last` and `best` as links, as files without link support, as copied folders, and damaged."""
 
 import errno
 import os
@@ -19,8 +19,8 @@ from tests.training.test_checkpoint import Checkpoints, names, save_steps
 from tests.training.test_checkpoint_choice import flip
 
 
-def refuse(number: int) -> Callable[..., Any]:
-    """A system call that fails."""
+def failing_call(number: int) -> Callable[..., Any]:
+    """Return a stand-in for a system call that fails with this error number."""
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise OSError(number, os.strerror(number))
@@ -29,7 +29,7 @@ def refuse(number: int) -> Callable[..., Any]:
 
 
 def as_link(pointer: Path) -> None:
-    """The form that it has."""
+    """Leave the pointer as it is, a link."""
 
 
 def as_file(pointer: Path) -> None:
@@ -39,7 +39,7 @@ def as_file(pointer: Path) -> None:
 
 
 def as_copy(pointer: Path) -> None:
-    """What `cp -rL` makes of it."""
+    """Replace the pointer by a copy of its target, as `cp -rL` does."""
     shutil.copytree(pointer.resolve(), pointer.with_name("copy"))
     pointer.unlink()
     pointer.with_name("copy").rename(pointer)
@@ -49,7 +49,7 @@ def as_copy(pointer: Path) -> None:
 def test_every_form_is_read_and_replaced(
     tmp_path: Path, checkpoints: Checkpoints, form: Callable[[Path], None]
 ) -> None:
-    """A run resumes, is validated and saves with pointers of any form; then they are links, and nothing is left."""
+    """A run with pointers of any form resumes, is found and saves, after which they are links without leftovers."""
     run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     state = save_steps(checkpoints(), 1, 2, 3, best=2)
     weights = {step: (folder / f"step-{step:08d}" / "model.safetensors").read_bytes() for step in (2, 3)}
@@ -60,8 +60,8 @@ def test_every_form_is_read_and_replaced(
     assert found.skipped == ()
     assert found.folder is not None
     assert (found.folder / "model.safetensors").read_bytes() == weights[3]
-    for given, step in ((run, 2), (folder / "last", 3), (folder / "last" / "model.safetensors", 3)):
-        assert find_weights("checkpoint", given, use_ema=False).read_bytes() == weights[step]
+    for source, step in ((run, 2), (folder / "last", 3), (folder / "last" / "model.safetensors", 3)):
+        assert find_weights("checkpoint", source, use_ema=False).read_bytes() == weights[step]
     assert [aliases for _, aliases in sorted(checkpoints().aliases().items())] in ([["best"], ["latest"]],
                                                                                    [["latest"], ["best"]])  # fmt: skip
 
@@ -73,8 +73,8 @@ def test_every_form_is_read_and_replaced(
 
 
 def test_a_file_system_without_links(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As SMB and exFAT answer: pointers are files, and all is kept and found as with links."""
-    monkeypatch.setattr(os, "symlink", refuse(errno.EPERM))
+    """Without symbolic links, as on SMB and exFAT, pointers are files that work like links."""
+    monkeypatch.setattr(os, "symlink", failing_call(errno.EPERM))
     folder = tmp_path / "run" / "checkpoints"
     checkpoints().probe(0)
     save_steps(checkpoints(), 1, 2, 3, 4, best=1)
@@ -112,7 +112,7 @@ def pipe(pointer: Path) -> None:
 
 @pytest.mark.parametrize("damage", [outside, another_name, text, binary, large, pipe])
 def test_a_damaged_pointer(tmp_path: Path, checkpoints: Checkpoints, damage: Callable[[Path], None]) -> None:
-    """It is passed over with a line, and replaced by the next save; what is outside the folder stays as it is."""
+    """A damaged pointer is skipped with a message and replaced at the next save; files elsewhere stay unchanged."""
     other = tmp_path / "other" / "step-00000009"
     state = save_steps(checkpoints(), 1, 2)
     folder = tmp_path / "run" / "checkpoints"
@@ -133,8 +133,10 @@ def test_a_damaged_pointer(tmp_path: Path, checkpoints: Checkpoints, damage: Cal
 
 
 def test_no_copy_is_lost(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """A folder in the pointer's place: without an original it gets its name; beside a damaged one, or if it is no
-    checkpoint, it is kept under another name."""
+    """A folder in place of a pointer is renamed to its checkpoint's name if that is missing.
+
+    It is kept under another name if that checkpoint is damaged, or if the folder is not a checkpoint.
+    """
     state = save_steps(checkpoints(keep=9), 1, 2)
     folder = tmp_path / "run" / "checkpoints"
     expected = {"last", "step-00000001", "step-00000002"}
@@ -162,7 +164,7 @@ def test_no_copy_is_lost(tmp_path: Path, checkpoints: Checkpoints) -> None:
 def test_a_pointer_that_cannot_be_replaced(
     tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says what refuses, and not that there is no room."""
+    """The error names the pointer that cannot be replaced, rather than a full disk."""
     state, saver = tiny_state(), CheckpointSaver(checkpoints(), checkpoints()._config, lambda line: None)
     last = tmp_path / "run" / "checkpoints" / "last"
     replace = Path.replace
@@ -182,7 +184,7 @@ def test_a_pointer_that_cannot_be_replaced(
 
 
 def test_a_clock_that_is_set_back(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By 30 days in the middle of a run: the newest are still those of the last steps, with `last` and without."""
+    """If the clock is set back by 30 days, the checkpoints of the last steps still count as newest."""
     state = save_steps(checkpoints(), 10, 20)
     folder = tmp_path / "run" / "checkpoints"
     now = time.time()
@@ -212,8 +214,8 @@ def test_a_clock_that_is_set_back(tmp_path: Path, checkpoints: Checkpoints, monk
 def test_a_folder_that_cannot_hold_a_run(
     tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str, number: int, expected: str
 ) -> None:
-    """What a save needs and the file system has not is named before the first step; the probe leaves nothing."""
-    monkeypatch.setattr(os, call, refuse(number))
+    """Operations that a save needs but the file system lacks are named before the first step; no files remain."""
+    monkeypatch.setattr(os, call, failing_call(number))
     with pytest.raises(UserError, match=expected):
         checkpoints().probe(0)
     monkeypatch.undo()
@@ -221,7 +223,7 @@ def test_a_folder_that_cannot_hold_a_run(
 
 
 def test_room_for_checkpoints(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For two at the first start, for one more at a resume; a file system that does not say its size is trusted."""
+    """Space for two checkpoints is required at the first start and for one on resuming, unless the size is unknown."""
     size = tiny_state().size()
     usage = shutil.disk_usage(tmp_path)
     room = 2 * size - 1

@@ -1,4 +1,4 @@
-"""Number formats: what is cast, what is scaled, what is refused."""
+"""Test number formats: casts, loss scaling, skipped steps and errors."""
 
 import copy
 import math
@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_products_have_the_format(name: str, dtype: torch.dtype) -> None:
-    """Inside, matrix products come out in the format; parameters, their gradients and what is outside stay float32."""
+def test_matrix_products_have_the_format(name: str, dtype: torch.dtype) -> None:
+    """Matrix products under autocast have the format; parameters, gradients and results outside are float32."""
     precision, layer, images = Precision(PrecisionConfig(PrecisionName[name]), CPU), nn.Linear(3, 2), torch.randn(4, 3)
     with precision.autocast():
         inside = layer(images)
@@ -27,7 +27,7 @@ def test_products_have_the_format(name: str, dtype: torch.dtype) -> None:
 
 
 def test_fp32_changes_nothing() -> None:
-    """With fp32 the result is bit for bit the plain one, and with bf16 it is not."""
+    """With fp32 the result is bit-identical to that without autocast; with bf16 it is not."""
     layer, images = nn.Linear(64, 8), torch.randn(4, 64)
     for name in (PrecisionName.fp32, PrecisionName.bf16):
         with Precision(PrecisionConfig(name), CPU).autocast():
@@ -37,7 +37,7 @@ def test_fp32_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
 def test_only_fp16_is_scaled(name: str) -> None:
-    """Elsewhere the scaler passes losses through, has nothing to save, and steps the optimizer."""
+    """For other formats, the scaler does not scale losses, has no state, and steps the optimizer."""
     scaler = Precision(PrecisionConfig(PrecisionName[name]), CPU).scaler
     weight = nn.Parameter(torch.tensor(3.0))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -53,8 +53,8 @@ def test_only_fp16_is_scaled(name: str) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_a_step_on_what_is_not_finite_is_left_out(fused: bool, wrong: float) -> None:
-    """One NaN or infinity in one gradient: weights, moments and the optimizer's own count stay, and it is told."""
+def test_a_step_on_non_finite_gradients_is_skipped(fused: bool, wrong: float) -> None:
+    """After a NaN or infinity in a gradient, weights and optimizer state are unchanged, and the skip is reported."""
     scaler = Precision(PrecisionConfig(PrecisionName.bf16), CPU).scaler
     weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     optimizer = torch.optim.AdamW(weights, lr=0.1, fused=fused)
@@ -77,22 +77,22 @@ def test_a_step_on_what_is_not_finite_is_left_out(fused: bool, wrong: float) -> 
 
 
 def test_fp16_needs_a_gpu() -> None:
-    """fp16 on a CPU is refused, with what to use there."""
+    """fp16 on a CPU is refused, and the error suggests alternatives."""
     with pytest.raises(UserError, match=r"precision=fp16: needs a GPU; use precision=fp32 or precision=bf16"):
         Precision(PrecisionConfig(PrecisionName.fp16), CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fp16_is_scaled_on_a_gpu() -> None:
-    """On a GPU fp16 scales losses, so that small gradients survive."""
+    """On a GPU, fp16 scales losses so that small gradients do not underflow."""
     precision = Precision(PrecisionConfig(PrecisionName.fp16), torch.device("cuda"))
     assert precision.scaler.is_enabled()
     assert precision.scaler.scale(torch.ones((), device="cuda")) > 1
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_how_float32_is_multiplied(tf32: bool) -> None:
-    """Exactly by default, or in TF32: matrix products and convolutions alike, whatever was set before."""
+def test_tf32_setting(tf32: bool) -> None:
+    """The setting of TF32, off by default, applies to matrix products and convolutions, whatever was set before."""
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
     try:
         torch.backends.cudnn.deterministic = False
@@ -100,7 +100,7 @@ def test_how_float32_is_multiplied(tf32: bool) -> None:
         Precision(PrecisionConfig(PrecisionName.fp32, tf32=tf32), CPU)
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
-        assert torch.backends.cudnn.deterministic  # bits repeat
+        assert torch.backends.cudnn.deterministic  # so that results are bit-reproducible
         assert not PrecisionConfig().tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags[:2]

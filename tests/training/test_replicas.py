@@ -1,4 +1,4 @@
-"""Whether ranks still have the same weights."""
+"""Test the comparison of weights between ranks."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from tests.training.conftest import tiny_network
 
 
 def compare(runtime: Runtime) -> list[Any]:
-    """What the ranks find while they are equal, after one bit on the last rank, and after it is put back."""
+    """Return the errors while ranks are equal, after a bit is flipped on the last rank, and after it is restored."""
     found: list[Any] = []
     model = tiny_network()
     weight = model.get_parameter("2.weight")
-    model.get_buffer("1.running_mean").fill_(runtime.rank)  # each rank's own, as is right
+    model.get_buffer("1.running_mean").fill_(runtime.rank)  # buffers may differ between ranks
     for flip in (0, 1, 1):
         if runtime.rank == runtime.world_size - 1:
             weight.detach().view(torch.int32)[1, 2] ^= flip
@@ -29,7 +29,7 @@ def compare(runtime: Runtime) -> list[Any]:
 
 
 def test_one_bit_on_one_rank_is_named_on_all() -> None:
-    """Equal weights pass; the lowest bit of one number on one rank ends all ranks with its name and place."""
+    """Equal weights pass; a flipped lowest bit on one rank is an error on all ranks that names parameter and rank."""
     for found in on_ranks(compare):
         assert found[0] is None
         assert found[1].startswith("step 7: 2.weight on rank 1 is not what it is on rank 0;")
@@ -38,28 +38,28 @@ def test_one_bit_on_one_rank_is_named_on_all() -> None:
 
 
 def test_checksum_sees_every_single_change() -> None:
-    """Any bit of any number, the sign of zero and two exchanged numbers change it; a copy does not."""
+    """Any flipped bit, including the sign of zero, and any two swapped values change the checksum; a copy does not."""
     numbers = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     numbers[0, 0] = 0.0
-    own = checksum(numbers)
-    assert own.dtype == torch.int64
-    assert own.shape == ()
-    assert checksum(numbers.clone()) == own
-    seen = {int(own)}
+    expected = checksum(numbers)
+    assert expected.dtype == torch.int64
+    assert expected.shape == ()
+    assert checksum(numbers.clone()) == expected
+    seen = {int(expected)}
     for place in range(numbers.numel()):
         for bit in range(32):
             other = numbers.clone()
             other.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
-            assert checksum(other) != own
+            assert checksum(other) != expected
             seen.add(int(checksum(other)))
     assert len(seen) > 0.9 * 32 * numbers.numel()
     for place in range(1, numbers.numel()):
         other = numbers.clone()
         other.view(-1)[[0, place]] = other.view(-1)[[place, 0]]
-        assert checksum(other) != own
+        assert checksum(other) != expected
 
 
-def test_checksum_reads_any_layout_alike() -> None:
-    """A parameter in channels-last order has the checksum of the same numbers in plain order."""
+def test_checksum_ignores_the_memory_format() -> None:
+    """A parameter has the same checksum in channels-last and in contiguous memory format."""
     numbers = torch.randn(4, 3, 5, 5)
     assert checksum(numbers.to(memory_format=torch.channels_last)) == checksum(numbers)

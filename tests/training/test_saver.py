@@ -1,4 +1,4 @@
-"""Saving beside training: what is saved, when training waits, and what a disk that refuses leads to."""
+"""Test background saves: what is saved, when training waits, and what happens when a disk fails."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ from metaformer.training.state import TrainState
 from tests.ranks import fill, small_disk
 from tests.training.conftest import advance, tensors, tiny_state
 
-MOMENT = 0.3  # seconds, in which what does not wait would have ended
+MOMENT = 0.3  # seconds after which a call that does not wait would have returned
 
 
 class SlowDisk:
-    """Takes a file's bytes at once, and says that it has them only when it is let go: a pipe that nobody reads."""
+    """A disk whose writes do not finish until `release` is called, implemented with a pipe that nobody reads."""
 
     def __init__(self, pipe: Path) -> None:
         self._pipe = pipe
@@ -35,7 +35,7 @@ class SlowDisk:
         with self._pipe.open("wb"):
             pass
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         with self._pipe.open("rb"):
             pass
 
@@ -43,7 +43,7 @@ class SlowDisk:
 def make_saver(
     run: Path, lines: list[str], save: Callable[[dict[str, Tensor], Path], None] | None = None, **config: int | bool
 ) -> CheckpointSaver:
-    """The real one, over RUN/checkpoints; its alarms become lines."""
+    """Return a real saver for RUN/checkpoints whose alarms are appended to `lines`."""
     run.mkdir(exist_ok=True)
     settings = CheckpointConfig(**config)  # type: ignore[arg-type]
     weight_files = WeightFiles(save or partial(save_state, name="tiny"), load_weights)
@@ -51,8 +51,8 @@ def make_saver(
     return CheckpointSaver(folder, settings, lines.append)
 
 
-def loaded(saver: CheckpointSaver) -> TrainState:
-    """A new state from the run's last checkpoint."""
+def load_last(saver: CheckpointSaver) -> TrainState:
+    """Return a new state, loaded from the run's last checkpoint."""
     found = saver.folder.find().folder
     assert found is not None
     state = tiny_state(ema=False)
@@ -60,8 +60,8 @@ def loaded(saver: CheckpointSaver) -> TrainState:
     return state
 
 
-def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
-    """`save` returns before the disk has taken it; what lands there is the state at the call, not what came after."""
+def test_training_continues_during_a_write(tmp_path: Path) -> None:
+    """`save` returns before the write is complete, and saves the state at the time of the call."""
     disk, state = SlowDisk(tmp_path / "pipe"), tiny_state(ema=False)
     saver = make_saver(tmp_path / "run", [], disk.save)
     advance(state, 2)
@@ -69,10 +69,10 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
     moments = [{k: v.clone() for k, v in entry.items()} for entry in state.optimizer.state_dict()["state"].values()]
     saver.save(state, "step-00000002", is_best=True)
     advance(state, 3)
-    assert saver.folder.find().folder is None, "it is not there yet"
-    disk.let_go()
+    assert saver.folder.find().folder is None, "it must not exist yet"
+    disk.release()
     saver.wait()
-    found = loaded(saver)
+    found = load_last(saver)
     assert found.progress.step == 2
     torch.testing.assert_close(found.model.state_dict(), weights, rtol=0, atol=0)
     restored = list(found.optimizer.state_dict()["state"].values())
@@ -82,8 +82,8 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("then", ["save", "wait", "close", "in the foreground"])
-def test_what_waits_for_the_disk(tmp_path: Path, then: str) -> None:
-    """One at a time: the next save, the end, closing, and any save without background=true wait for the write."""
+def test_calls_that_wait_for_the_write(tmp_path: Path, then: str) -> None:
+    """The next save, waiting, closing, and any save with background=false wait for the write."""
     disk, state = SlowDisk(tmp_path / "pipe"), tiny_state(ema=False)
     saver = make_saver(tmp_path / "run", [], disk.save, background=then != "in the foreground")
     calls = {
@@ -99,18 +99,18 @@ def test_what_waits_for_the_disk(tmp_path: Path, then: str) -> None:
     waiting.join(MOMENT)
     assert waiting.is_alive()
     assert saver.folder.find().folder is None
-    disk.let_go()
+    disk.release()
     waiting.join(20)
     assert not waiting.is_alive()
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
     if then == "save":
-        disk.let_go()
+        disk.release()
     saver.close()
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_failures_in_a_row(tmp_path: Path, background: bool) -> None:
-    """A run folder that is gone: an alarm for each save that failed, an error at the third, and it is not made anew."""
+    """If the run folder is gone, failed saves give an alarm, the third an error, and the folder is not recreated."""
     lines: list[str] = []
     saver, state = make_saver(tmp_path / "run", lines, background=background), tiny_state(ema=False)
     shutil.rmtree(tmp_path / "run")
@@ -128,7 +128,7 @@ def test_failures_in_a_row(tmp_path: Path, background: bool) -> None:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_the_last_save_must_succeed(tmp_path: Path, background: bool) -> None:
-    """Where training ends, the first failure is an error: else it would count as saved."""
+    """At the end of training the first failure is an error, because otherwise the run would seem saved."""
     lines: list[str] = []
     saver = make_saver(tmp_path / "run", lines, background=background)
     shutil.rmtree(tmp_path / "run")
@@ -140,7 +140,7 @@ def test_the_last_save_must_succeed(tmp_path: Path, background: bool) -> None:
 
 
 def test_full_disk(tmp_path: Path) -> None:
-    """A real one: alarms, the former checkpoint whole; with room again the next save succeeds and the count is 0."""
+    """A full disk gives alarms and keeps the previous checkpoint; a later successful save resets the count."""
     lines: list[str] = []
     with small_disk(tmp_path / "disk", "256k") as disk:
         saver, state = make_saver(disk / "run", lines), tiny_state(ema=False)
@@ -156,7 +156,7 @@ def test_full_disk(tmp_path: Path) -> None:
             assert found.folder is not None
             assert found.folder.name in ("step-00000001", "step-00000009")
             assert found.skipped == ()
-            loaded(saver)
+            load_last(saver)
             filler.unlink()
             saver.save(state, "step-00000009", is_best=False)
             saver.wait(must_succeed=True)
@@ -169,8 +169,8 @@ def test_full_disk(tmp_path: Path) -> None:
         saver.close()
 
 
-def test_a_run_that_lost_its_folder(tmp_path: Path) -> None:
-    """The lock is looked at before each save: a line is passed on, and nothing is written once another run is there."""
+def test_the_lock_is_checked(tmp_path: Path) -> None:
+    """The lock is checked before each save: a message is logged, and nothing is saved if another run holds the lock."""
     lines: list[str] = []
     answers = iter([None, "taken again", UserError("another run")])
 
@@ -193,7 +193,7 @@ def test_a_run_that_lost_its_folder(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    """They are not written, the error names the tensor, and the checkpoint before stays the last."""
+    """Weights that are not finite are not saved, the error names the tensor, and `last` is unchanged."""
     saver, state = make_saver(tmp_path / "run", []), tiny_state(ema=False)
     advance(state, 1)
     saver.save(state, "step-00000001", is_best=True)
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_nothing_to_wait_for(tmp_path: Path) -> None:
-    """Before the first save and after the last, waiting ends at once and raises nothing."""
+    """Without a save in progress, waiting returns at once without an error."""
     saver = make_saver(tmp_path / "run", [])
     began = time.monotonic()
     saver.wait()

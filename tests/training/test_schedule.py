@@ -1,4 +1,4 @@
-"""The learning rate of every epoch and step, against the paper's formula."""
+"""Test the learning rate of every epoch and step against the paper's formula."""
 
 import math
 
@@ -13,7 +13,7 @@ EPOCHS, WARMUP, COOLDOWN, STEPS = 300, 5, 10, 7
 
 
 def paper(epoch: float) -> float:
-    """The paper's program's learning rate."""
+    """Return the learning rate of the authors' code."""
     if epoch < WARMUP:
         return WARMUP_LR + epoch * (PEAK - WARMUP_LR) / WARMUP
     if epoch < EPOCHS:
@@ -22,14 +22,14 @@ def paper(epoch: float) -> float:
 
 
 def schedule(unit: ScheduleUnit) -> tuple[Schedule, torch.optim.Optimizer]:
-    """The default schedule, over an optimizer with two parameter groups."""
+    """Return the default schedule and its optimizer with two parameter groups."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)]
     optimizer = torch.optim.SGD(groups, lr=PEAK)
     return Schedule(ScheduleConfig(unit=unit), optimizer, EPOCHS, STEPS), optimizer
 
 
 def test_every_epoch_has_the_papers_rate() -> None:
-    """All 310 epochs, each at its first and last step: the formula, in what is returned and in every group."""
+    """At the first and last step of all 310 epochs, the returned rate and that of every group follow the formula."""
     rates, optimizer = schedule(ScheduleUnit.epoch)
     for epoch in range(EPOCHS + COOLDOWN):
         for step in (epoch * STEPS, epoch * STEPS + STEPS - 1):
@@ -38,7 +38,7 @@ def test_every_epoch_has_the_papers_rate() -> None:
 
 
 def test_every_step_follows_the_same_curve() -> None:
-    """Per step: the formula at every fraction of an epoch, so that epochs begin with the per-epoch variant's rate."""
+    """Per step, the rate follows the formula at fractions of epochs; at an epoch's start both units agree."""
     per_step, _ = schedule(ScheduleUnit.step)
     per_epoch, _ = schedule(ScheduleUnit.epoch)
     for step in range((EPOCHS + COOLDOWN) * STEPS):
@@ -48,7 +48,7 @@ def test_every_step_follows_the_same_curve() -> None:
 
 
 def test_warm_up_and_cool_down() -> None:
-    """Epoch 0 runs at 1e-6, epoch 5 is the first on the cosine, already below the peak; 300 to 309 run at 1e-5."""
+    """Epoch 0 has 1e-6; epoch 5, the first on the cosine, is already below the peak; epochs 300 to 309 have 1e-5."""
     rates, _ = schedule(ScheduleUnit.epoch)
     assert rates.set(0) == WARMUP_LR
     assert rates.set(4 * STEPS) == pytest.approx(3.2002e-3, rel=1e-6)
@@ -57,7 +57,7 @@ def test_warm_up_and_cool_down() -> None:
 
 
 def test_depends_on_the_step_alone() -> None:
-    """A step's rate is the same whatever was set before: resuming needs no state."""
+    """The rate depends only on the step, so resuming needs no state."""
     rates, _ = schedule(ScheduleUnit.step)
     forward = [rates.set(step) for step in range(50)]
     assert [rates.set(step) for step in reversed(range(50))] == forward[::-1]

@@ -1,4 +1,4 @@
-"""The training state: what is counted, copied and restored."""
+"""Test the training state: counting, copying and restoring."""
 
 import copy
 import math
@@ -16,8 +16,8 @@ def count(state: TrainState, loss: float, skipped: float) -> None:
     state.count(torch.tensor(loss, dtype=torch.float64), torch.tensor(skipped))
 
 
-def test_counts_losses_and_steps_left_out() -> None:
-    """Losses of the steps that were taken add up, NaN ones do not; a step that is taken ends a row of skips."""
+def test_counts_losses_and_skipped_steps() -> None:
+    """Losses of skipped steps are not added, and a step that is taken resets the count of skips in a row."""
     state = tiny_state()
     expected = [(1.5, [0, 0]), (1.5, [1, 1]), (1.5, [2, 2]), (3.75, [2, 0]), (3.75, [3, 1])]
     steps = [(1.5, 0.0), (math.nan, 1.0), (math.inf, 1.0), (2.25, 0.0), (4.0, 1.0)]
@@ -29,7 +29,7 @@ def test_counts_losses_and_steps_left_out() -> None:
 
 
 def test_snapshot_is_a_copy() -> None:
-    """What training does afterwards changes nothing in it: weights, average, moments, counters, progress."""
+    """Further training does not change a snapshot's weights, average, optimizer state, counters or progress."""
     state = tiny_state()
     advance(state, 2)
     state.progress.best, state.progress.last_validation = Best(50.0, 1, "ema"), {"top1": 50.0}
@@ -48,7 +48,7 @@ def test_snapshot_is_a_copy() -> None:
 
 
 def test_snapshot_of_a_run_without_average() -> None:
-    """No EMA, no copy of one."""
+    """Without EMA, a snapshot has no average."""
     assert tiny_state(ema=False).snapshot().ema is None
 
 
@@ -57,8 +57,8 @@ def test_snapshot_of_a_run_without_average() -> None:
     [("2.weight", "2.weight"), ("1.running_var", "1.running_var"), ("ema 0.bias", "ema 0.bias"), (None, None)],
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_finds_what_is_not_finite(where: str | None, name: str | None, wrong: float) -> None:
-    """One number of a weight, of a buffer or of the average is found, under the tensor's name."""
+def test_finds_non_finite_values(where: str | None, name: str | None, wrong: float) -> None:
+    """A single non-finite value in a weight, a buffer or the average is found, with the tensor's name."""
     state = tiny_state()
     assert state.ema is not None
     if where is not None:
@@ -68,7 +68,7 @@ def test_finds_what_is_not_finite(where: str | None, name: str | None, wrong: fl
 
 
 def test_restores_counters_and_progress() -> None:
-    """A state that was saved comes back in another, which goes on with its own tensors."""
+    """A snapshot is restored into another state, which keeps its own tensors."""
     state, other = tiny_state(), tiny_state()
     advance(state, 3)
     count(state, 1.5, 0.0)
@@ -83,24 +83,24 @@ def test_restores_counters_and_progress() -> None:
     assert other.skips.tolist() == [1, 1]
 
 
-def test_options_stay_those_that_were_given() -> None:
-    """Learning rate, decay and what the schedule keeps of its peak are this run's, the moments the saved one's."""
+def test_configured_options_are_kept() -> None:
+    """Learning rate, weight decay and initial_lr are not restored; the optimizer's moments are."""
     state = tiny_state(lr=0.1)
     advance(state, 2)
     for group in state.optimizer.param_groups:
         group["initial_lr"] = 0.1
     other = tiny_state(lr=0.3, optimizer=OptimizerConfig(weight_decay=0.2))
-    given = [group["weight_decay"] for group in other.optimizer.param_groups]
+    configured = [group["weight_decay"] for group in other.optimizer.param_groups]
     other.load_trainer_state_dict(state.snapshot().trainer)
     assert {group["lr"] for group in other.optimizer.param_groups} == {0.3}
-    assert [group["weight_decay"] for group in other.optimizer.param_groups] == given
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == configured
     assert all("initial_lr" not in group for group in other.optimizer.param_groups)
-    own, saved = (one.optimizer.state_dict()["state"] for one in (other, state))
-    torch.testing.assert_close(own, saved, rtol=0, atol=0)
+    restored, saved = (each.optimizer.state_dict()["state"] for each in (other, state))
+    torch.testing.assert_close(restored, saved, rtol=0, atol=0)
 
 
-def test_a_factor_goes_on_where_there_is_one() -> None:
-    """From fp32 to fp16 and back: the factor of fp16 is restored, and where none was saved the fresh one stays."""
+def test_loss_scale_is_restored_if_saved() -> None:
+    """The loss scale of fp16 is restored; resuming an fp32 run with fp16 keeps the initial scale, and vice versa."""
     state, scaled, again = tiny_state(), tiny_state(), tiny_state()
     scaled.scaler, again.scaler = Scaler("cpu", init_scale=8.0), Scaler("cpu", init_scale=64.0)
     scaled.load_trainer_state_dict(state.snapshot().trainer)

@@ -1,4 +1,4 @@
-"""Which rank the others wait for."""
+"""Test which rank is reported as slow."""
 
 import time
 
@@ -9,7 +9,7 @@ from metaformer.training.stragglers import Stopwatch, describe_straggler
 
 
 def test_names_the_slow_rank_and_its_node() -> None:
-    """Rank 2 works for eight of ten seconds, the others for three: it is named, with its node and both shares."""
+    """A rank that works for eight of ten seconds, others for about three, is named with its node and both shares."""
     line = describe_straggler([3.0, 3.5, 8.0, 2.5], ["a", "a", "b", "b"], elapsed=10.0)
     assert line == (
         "slow rank    rank 2 on b: 80 % of the time was its own work, the others' median is 30 %: they wait for it"
@@ -20,19 +20,19 @@ def test_names_the_slow_rank_and_its_node() -> None:
     ("seconds", "elapsed"),
     [
         ([3.0, 3.0, 3.0], 10.0),
-        ([3.0, 4.4, 3.0], 10.0),  # less than half as much again
-        ([0.1, 0.9, 0.1], 10.0),  # nine times, and hardly anything
+        ([3.0, 4.4, 3.0], 10.0),  # less than 1.5 times the median
+        ([0.1, 0.9, 0.1], 10.0),  # nine times the median, but a small share
         ([0.0, 0.0], 10.0),
     ],
 )
-def test_says_nothing_where_nobody_waits(seconds: list[float], elapsed: float) -> None:
-    """Equal ranks, a little more work, or much more of next to nothing: no line."""
+def test_no_line_if_nobody_waits(seconds: list[float], elapsed: float) -> None:
+    """Equal ranks, slightly more work, or much more of very little work give no line."""
     assert describe_straggler(seconds, ["a"] * len(seconds), elapsed) is None
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_two_ranks(slow: int) -> None:
-    """Either of two can be the slow one."""
+    """Either of two ranks can be the slow one."""
     seconds = [1.0, 1.0]
     seconds[slow] = 5.0
     line = describe_straggler(seconds, ["a", "b"], elapsed=6.0)
@@ -40,8 +40,8 @@ def test_two_ranks(slow: int) -> None:
     assert f"rank {slow} on {'ab'[slow]}:" in line
 
 
-def test_stopwatch_adds_only_what_lies_between() -> None:
-    """Two spells of work with a pause: their sum; read again, nothing."""
+def test_stopwatch_excludes_pauses() -> None:
+    """The stopwatch adds up work without pauses, and reading it resets it."""
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         watch.start()
@@ -54,7 +54,7 @@ def test_stopwatch_adds_only_what_lies_between() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_stopwatch_measures_the_gpu() -> None:
-    """On a GPU the time is the device's: launching takes the host next to none of it."""
+    """On a GPU, the stopwatch measures device time, not the time that launching takes on the host."""
     watch, numbers = Stopwatch(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
     for _ in range(2):
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The watchdog, in processes of its own: what hangs ends, with all stacks on disk; what goes on is left alone."""
+"""Test the watchdog in separate processes: hangs end with all stacks on disk, and progress is not disturbed."""
 
 import os
 import shutil
@@ -54,13 +54,13 @@ def start(script: str, folder: Path, stall: float, *peers: int) -> subprocess.Po
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and stderr."""
+    """Wait for a process; return its exit code and stderr."""
     _, stderr = process.communicate(timeout=30)
     return process.returncode, stderr
 
 
 def test_a_hang_ends_with_stacks(tmp_path: Path) -> None:
-    """Without a beat for the bound: exit code 4, one line for people, the function that hangs in the rank's file."""
+    """A hang gives exit code 4, a one-line error, and the hanging function in the rank's stacks file."""
     began = time.monotonic()
     code, stderr = finish(start(HANGS, tmp_path / "run" / "stacks", 0.5))
     assert code == EXIT_CODE == 4
@@ -72,8 +72,8 @@ def test_a_hang_ends_with_stacks(tmp_path: Path) -> None:
     assert "waits_for_somebody" in (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
 
 
-def test_what_goes_on_is_left_alone(tmp_path: Path) -> None:
-    """Beats for four times the bound: it ends by itself, and leaves neither file nor folder."""
+def test_progress_is_not_disturbed(tmp_path: Path) -> None:
+    """A process with regular beats ends by itself and leaves neither file nor folder."""
     code, stderr = finish(
         start(
             """
@@ -92,8 +92,8 @@ def test_what_goes_on_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks").exists()
 
 
-def test_beats_before_do_not_count(tmp_path: Path) -> None:
-    """The bound runs from the moment it watches: a model may take long to build after the watchdog is made."""
+def test_time_before_watching_does_not_count(tmp_path: Path) -> None:
+    """The limit starts with watching, not with the creation of the watchdog."""
     dog = Watchdog(0, 0.5)
     time.sleep(0.8)
     with dog.watching():
@@ -101,9 +101,9 @@ def test_beats_before_do_not_count(tmp_path: Path) -> None:
 
 
 def test_a_hang_in_the_start(tmp_path: Path) -> None:
-    """Before training has begun, and has a folder, the stacks are on stderr; a pause for one rank's long work is none.
+    """Before training has begun and has a folder, the stacks are on stderr.
 
-    The pause does not hold for a hang that comes after it.
+    A pause for one rank's long work is not a hang, but a hang after it is detected.
     """
     script = """
         def hangs():
@@ -124,7 +124,7 @@ def test_a_hang_in_the_start(tmp_path: Path) -> None:
 
 
 def test_no_pause_in_training(tmp_path: Path) -> None:
-    """What waits for one rank's save is watched, while in the start it is not."""
+    """During training, unlike in the start, a pause is watched."""
     script = """
         with watching(0) as dog, dog.pause():
             time.sleep(60)
@@ -133,7 +133,7 @@ def test_no_pause_in_training(tmp_path: Path) -> None:
 
 
 def test_nothing_is_expected_after_training(tmp_path: Path) -> None:
-    """An upload may take longer than the bound."""
+    """After training, for example during uploads, no beats are required."""
     script = """
         with watching(0) as dog:
             dog.training_ends()
@@ -143,8 +143,8 @@ def test_nothing_is_expected_after_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "least", "most"), [(0.1, 0.5, 2.5), (1.0, 1.9, 5.5)], ids=["quick", "slow"])
-def test_a_stop_that_is_not_followed(tmp_path: Path, step: float, least: float, most: float) -> None:
-    """A rank that was asked to stop and waits for others has a short bound: three steps, at least `STOP_SECONDS`."""
+def test_a_stop_request_shortens_the_limit(tmp_path: Path, step: float, least: float, most: float) -> None:
+    """A rank that was asked to stop and waits for others has a limit of three steps, but at least `STOP_SECONDS`."""
     script = f"""
         watchdog.STOP_SECONDS = 0.5
         asked = []
@@ -169,7 +169,7 @@ def test_a_stop_that_is_not_followed(tmp_path: Path, step: float, least: float, 
 
 
 def test_a_stopped_peer_writes_its_stacks(tmp_path: Path) -> None:
-    """A rank under SIGSTOP cannot watch itself: the one that waits for it makes it write, and ends the job."""
+    """A rank under SIGSTOP cannot watch itself: the waiting rank makes it write its stacks, and ends the job."""
     peer = start(PEER, tmp_path, 60.0)
     assert peer.stdout is not None
     assert peer.stdout.readline() == "ready\n"
@@ -179,14 +179,14 @@ def test_a_stopped_peer_writes_its_stacks(tmp_path: Path) -> None:
         assert code == EXIT_CODE
         assert "waits_for_somebody" in (tmp_path / "rank-0.txt").read_text()
         assert "is_stopped" in (tmp_path / "rank-1.txt").read_text()
-        assert peer.poll() is None, "it has only written; the launcher ends it"
+        assert peer.poll() is None, "it must only write; the launcher ends it"
     finally:
         peer.kill()
         peer.communicate()
 
 
 def test_a_peer_that_has_ended(tmp_path: Path) -> None:
-    """A process id that is no longer there does not keep the job from ending."""
+    """The process ID of a peer that has ended does not prevent the job from ending."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     code, stderr = finish(start(HANGS, tmp_path, 0.5, gone.pid))
@@ -196,7 +196,7 @@ def test_a_peer_that_has_ended(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
 def test_a_process_of_another_user(tmp_path: Path) -> None:
-    """A process id that has gone to somebody else's process: that is left alone, and the job ends all the same."""
+    """A process ID reused by another user's process does not prevent the end of the job, and that process is spared."""
     other = subprocess.Popen(["sleep", "30"])
     script = """
         with watching(0):
@@ -212,14 +212,14 @@ def test_a_process_of_another_user(tmp_path: Path) -> None:
 
 
 def test_threads_that_cannot_run(tmp_path: Path) -> None:
-    """A rank that hangs in C and lets no other thread run is killed from outside, its stacks written."""
+    """A rank that hangs in C and blocks its other threads is killed from outside after its stacks are written."""
     code, _ = finish(
         start(
             """
             watchdog.BACKSTOP_SECONDS = 0.3
             def hangs_in_c():
                 mutex = ctypes.create_string_buffer(64)
-                for _ in range(2):  # it waits for itself
+                for _ in range(2):  # a deadlock
                     ctypes.PyDLL(None).pthread_mutex_lock(mutex)
             with watching(0):
                 hangs_in_c()
@@ -233,7 +233,7 @@ def test_threads_that_cannot_run(tmp_path: Path) -> None:
 
 
 def test_beats_reach_the_backstop(tmp_path: Path) -> None:
-    """What kills a process whose threads cannot run also counts from the last beat."""
+    """The backstop, which kills a process whose threads cannot run, also counts from the last beat."""
     script = """
         watchdog.BACKSTOP_SECONDS = 0.1
         with watching(0) as dog:
@@ -246,7 +246,7 @@ def test_beats_reach_the_backstop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_backstop", [True, False], ids=["the process group", "the process alone"])
 def test_a_suspend_is_no_stall(tmp_path: Path, with_backstop: bool) -> None:
-    """A healthy process that is stopped for several times the bound, as by a closed lid, continues when it wakes."""
+    """A healthy process that is suspended for several times the limit, as by a closed lid, continues afterwards."""
     script = """
         watchdog.BACKSTOP_SECONDS = 0.1
         with watching(0) as dog:
@@ -269,8 +269,8 @@ def test_a_suspend_is_no_stall(tmp_path: Path, with_backstop: bool) -> None:
     assert finish(process) == (0, "")
 
 
-def test_stop_signals_leave_the_backstop_alone(tmp_path: Path) -> None:
-    """Launchers signal a whole process group: the backstop of a rank that is still saving must not end before it."""
+def test_stop_signals_do_not_end_the_backstop(tmp_path: Path) -> None:
+    """A launcher's signal to the process group does not end the backstop of a rank that is still saving."""
     script = """
         import signal
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
@@ -291,7 +291,7 @@ def test_stop_signals_leave_the_backstop_alone(tmp_path: Path) -> None:
 
 
 def test_nobody_reads_stderr(tmp_path: Path) -> None:
-    """Where the launcher is dead and its pipe closed, the process ends all the same, by the same code."""
+    """A process whose launcher has died and closed its pipe still ends with the same exit code."""
     process = start(HANGS, tmp_path, 0.5)
     for pipe in (process.stdout, process.stderr):
         assert pipe is not None
@@ -301,7 +301,7 @@ def test_nobody_reads_stderr(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", ["nothing", "vanished", "an earlier hang's stacks"])
 def test_the_end_of_watching_hides_no_error(tmp_path: Path, left: str) -> None:
-    """The error that ends training comes through, also where the run folder is gone; earlier stacks alone are kept."""
+    """The error that ends training is raised even if the run folder is gone; only stacks of earlier hangs are kept."""
     folder = tmp_path / "run" / "stacks"
     folder.mkdir(parents=True)
     if left == "an earlier hang's stacks":

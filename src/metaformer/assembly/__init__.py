@@ -1,8 +1,15 @@
-"""From a configuration to objects: the only folder that knows every component."""
+"""Builds the objects that a configuration describes; the only package that imports every component."""
 
 from metaformer.assembly.parts import automatic_loader, locate_weights, make_loader
-from metaformer.assembly.preprocessing import resolve
-from metaformer.assembly.training import training
-from metaformer.assembly.validation import validation
+from metaformer.assembly.preprocessing import resolve_config
+from metaformer.assembly.training import build_training
+from metaformer.assembly.validation import build_validation
 
-__all__ = ["automatic_loader", "locate_weights", "make_loader", "resolve", "training", "validation"]
+__all__ = [
+    "automatic_loader",
+    "build_training",
+    "build_validation",
+    "locate_weights",
+    "make_loader",
+    "resolve_config",
+]

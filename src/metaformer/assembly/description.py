@@ -1,4 +1,4 @@
-"""Lines for people about a run: what was derived from its configuration, and what would make it faster."""
+"""Human-readable lines about a run: its settings, and advice for faster loading."""
 
 import shlex
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ def describe(
     state: TrainState,
     steps_per_epoch: int,
 ) -> Iterator[str]:
-    """Yield the lines that a run begins with: what was derived from the configuration, for people to check."""
+    """Yield the lines that a run logs first: its settings, including those derived from the configuration."""
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     rank_batch = config.rank_batch_size(runtime.world_size)
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
     yield f"model        {config.model.name}, {parameters:,} parameters, {splits.num_classes} classes"
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
-    out = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are excluded by {config.data.quarantine}"
-    yield f"data         {root}: {train:,} training, {val:,} validation images{out if config.data.quarantine else ''}"
+    note = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are excluded by {config.data.quarantine}"
+    yield f"data         {root}: {train:,} training, {val:,} validation images{note if config.data.quarantine else ''}"
     yield from (f"data         {note}" for note in (*splits.train.notes, *splits.val.notes))
     loader = loader_name(config, runtime).value
     yield f"loader       {loader}, augmentation {config.augmentation.name}"
@@ -54,7 +54,7 @@ def describe(
 
 
 def loading_advice(config: TrainConfig, runtime: Runtime) -> str:
-    """Return what would make loading faster, with the present settings."""
+    """Return advice for faster loading, with the current settings."""
     workers = worker_count(config, runtime)
     if loader_name(config, runtime) is LoaderName.dali:
         return f"raise workers (now {workers}) or loader.prefetch_batches (now {config.loader.prefetch_batches})"

@@ -1,6 +1,6 @@
-"""Which fused parts a run uses: those that pass their check on every rank.
+"""Selects the fused operators and transforms that pass their check on every rank.
 
-What is used, or why not, is a short text for people: "on (Triton)", "off (rank 3: ...)".
+The selection is reported as a short text, such as "on (Triton)" or "off (rank 3: ...)".
 """
 
 import torch
@@ -19,36 +19,36 @@ from metaformer.runtime import Runtime
 def fuse_blocks(
     config: CommonConfig, images: Preprocessing, runtime: Runtime, model: nn.Module, dtype: torch.dtype | None
 ) -> str:
-    """Let the network compute its blocks by the fused operators where it can; returns what is used.
+    """Switch the network's blocks to the fused operators where possible, and return a status text.
 
     Args:
-        model: changed in place.
-        dtype: of the matrix products under autocast; None without.
+        model: The network, which is modified in place.
+        dtype: The dtype of matrix products under autocast, or None without autocast.
 
     Raises:
-        UserError: the plain path would compute wrong gradients on this device.
+        UserError: The plain path, where it is needed, would compute wrong gradients on this device.
     """
     if not isinstance(model, MetaFormer):
         return "off (not a network of this project)"
     if not config.channels_last:
         return "off (channels_last=false)"
-    stages, used = fused.fusable_stages(model), "off (no stage has the paper's blocks)"
+    stages, status = fused.fusable_stages(model), "off (no stage has the paper's blocks)"
     count = 0
     if not config.model.fused:
-        used = "off (model.fused=false)"
+        status = "off (model.fused=false)"
     elif stages:
         fault = runtime.first_fault(fused.find_fault(model, images.image_size, runtime.device, dtype))
         count = 0 if fault else fused.fuse(model)
-        way = "Triton" if runtime.device.type == "cuda" else "in plain torch on a CPU"
-        part = "" if count == len(model.stages) else f", {count} of {len(model.stages)} stages"
-        used = f"off ({fault})" if fault else f"on ({way}{part})"
+        backend = "Triton" if runtime.device.type == "cuda" else "in plain torch on a CPU"
+        partial = "" if count == len(model.stages) else f", {count} of {len(model.stages)} stages"
+        status = f"off ({fault})" if fault else f"on ({backend}{partial})"
     if count < len(model.stages):
         check_pooling(runtime.device)
-    return used
+    return status
 
 
 def choose_transform(config: CommonConfig, images: Preprocessing, runtime: Runtime) -> tuple[ImageTransform, str]:
-    """The function that normalises, mixes and erases training images, and what is used."""
+    """Return the function that normalises, mixes and erases training images, and a status text."""
     if runtime.device.type != "cuda":
         return transform_plainly, "off (a CPU)"
     if not config.channels_last:

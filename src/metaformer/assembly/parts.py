@@ -1,4 +1,4 @@
-"""What both programs are built of: data, network, weights."""
+"""Builds the parts that training and validation share: data, network and weights."""
 
 import dataclasses
 from functools import partial
@@ -33,42 +33,35 @@ from metaformer.training.checkpoint import find_weights
 
 
 class LocatedWeights(NamedTuple):
-    """A file of weights, and which of the sets in it are meant."""
+    """A weights file, and which set of weights in it to use."""
 
-    name: str  # for results
+    name: str  # as shown in results
     path: Path
     use_ema: bool
 
 
-def locate_weights(field: str, given: str, use_ema: bool) -> LocatedWeights:
-    """The file behind a name, a path, a checkpoint folder or a run folder; what a name means is downloaded.
+def locate_weights(field: str, source: str, use_ema: bool) -> LocatedWeights:
+    """Find the weights file for a released name, file, checkpoint folder or run folder; download released weights.
 
     Args:
-        field: what the user gave it as, for errors.
-
-    Raises:
-        UserError: there is none.
+        field: The configuration field or argument of `source`, for error messages.
     """
-    if is_weights_name(given):
-        return LocatedWeights(given, download_weights(given, field), use_ema)
-    path = find_weights(field, Path(given), use_ema)
-    return LocatedWeights(str(path), path, use_ema and path == Path(given))  # folders have a file for each set
+    if is_weights_name(source):
+        return LocatedWeights(source, download_weights(source, field), use_ema)
+    path = find_weights(field, Path(source), use_ema)
+    return LocatedWeights(str(path), path, use_ema and path == Path(source))  # folders have a file for each set
 
 
 def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex:
-    """One split of the data set, the same on all ranks; the sample is built if it is not there.
-
-    Raises:
-        UserError: the folder is missing or no data set, data.quarantine does not fit it, or ranks see another one.
-    """
+    """Open a split of the data set, checking that all ranks see the same; build the sample data set if missing."""
     root = Path(config.data.root)
     if config.data.source is Source.sample:
         runtime.main_only(lambda: None if root.exists() else build_sample(root), None)
 
     def load() -> ImageIndex:
-        found = load_index(root, split, config.data.check)
-        check_several_classes(found, config.data, split)
-        return relabel(drop_quarantined(found, config.data, split), config.data)
+        index = load_index(root, split, config.data.check)
+        check_several_classes(index, config.data, split)
+        return relabel(drop_quarantined(index, config.data, split), config.data)
 
     index = runtime.main_first(load)
     runtime.check_agreement(f"the data set in {root}", index.fingerprint)
@@ -76,7 +69,7 @@ def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex
 
 
 class BuiltModel(NamedTuple):
-    """A network on its device, and what it uses of the fused operators, for people."""
+    """A network on its device, and the status text of its fused operators."""
 
     model: nn.Module
     fused: str
@@ -85,61 +78,61 @@ class BuiltModel(NamedTuple):
 def make_model(
     config: CommonConfig, images: Preprocessing, num_classes: int, runtime: Runtime, product_type: torch.dtype | None
 ) -> BuiltModel:
-    """The network on the device; equal on all ranks, because all start from the seed.
+    """Build the network on the device, with the same initial weights on all ranks.
 
     Args:
-        product_type: of matrix products under autocast; None without.
+        product_type: The dtype of matrix products under autocast, or None without autocast.
     """
     torch.manual_seed(config.seed)
-    named = config.model
+    settings = config.model
     model: nn.Module
-    if named.library is Library.timm:
-        model = create_timm_model(named.name, num_classes, named.drop_path_rate, images.image_size)
+    if settings.library is Library.timm:
+        model = create_timm_model(settings.name, num_classes, settings.drop_path_rate, images.image_size)
     else:
-        model = create_model(named.name, num_classes, named.drop_path_rate, images.image_size)
+        model = create_model(settings.name, num_classes, settings.drop_path_rate, images.image_size)
     fused = fuse_blocks(config, images, runtime, model, product_type)
     model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.compile:
-        model.compile()  # in place, at the first call: the state dict keeps its keys, and DDP may still wrap it
+        model.compile()  # compiles in place at the first call, so state-dict keys stay and DDP can still wrap it
     return BuiltModel(model, fused)
 
 
 def example_images(config: CommonConfig, images: Preprocessing, runtime: Runtime) -> Tensor:
-    """Two black images, as the network takes them."""
+    """Return a batch of two black images in the network's input format."""
     black = torch.zeros(2, 3, images.image_size, images.image_size, device=runtime.device)
     return black.contiguous(memory_format=memory_format(config))
 
 
-def colours(images: Preprocessing) -> ColourStatistics:
-    """The mean and deviation that the network expects."""
+def colour_statistics(images: Preprocessing) -> ColourStatistics:
+    """Return the channel means and standard deviations that the network expects."""
     return ColourStatistics(images.mean, images.std)
 
 
 def memory_format(config: CommonConfig) -> torch.memory_format:
-    """How images and activations lie in memory."""
+    """Return the memory format of images and activations."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def prepare_workers(config: CommonConfig, runtime: Runtime) -> None:
-    """Let the server of worker processes start, which takes seconds, while this process makes the network."""
+    """Start the server of worker processes, which takes seconds, while this process builds the network."""
     if loader_name(config, runtime) is not LoaderName.dali and worker_count(config, runtime):
-        start_worker_server(preload=[__package__])  # with all that a worker imports when it imports the main program
+        start_worker_server(preload=[__package__])  # what workers import with the main program
 
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
-    """A plan's batches, read by the configured loader."""
+    """Build a feed of a plan's batches, read by the configured loader."""
     settings = dataclasses.replace(config.loader, name=loader_name(config, runtime))
     loader = make_loader(settings, index, plan, runtime.device, worker_count(config, runtime))
     return Feed(index, plan, loader, transform, Placement(runtime.device, memory_format(config)))
 
 
 def worker_count(config: CommonConfig, runtime: Runtime) -> int:
-    """A loader's processes or threads."""
+    """Return the number of loader processes or threads per rank."""
     return runtime.cpus_per_rank() if config.workers is None else config.workers
 
 
 def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: torch.device, workers: int) -> Loader:
-    """The loader of that name (not `auto`), with `workers` processes or threads."""
+    """Build the loader that `config.name` selects (not `auto`), with `workers` processes or threads."""
     if config.name is LoaderName.dali:
         return DaliLoader(index, plan, config, device, max(1, workers))
     read = read_with_torch if config.name is LoaderName.torch else read_with_pil
@@ -148,17 +141,17 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
 
 
 def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
-    """The loader that is meant, `auto` resolved."""
+    """Return the name of the configured loader, with `auto` resolved."""
     return automatic_loader(runtime.device) if config.loader.name is LoaderName.auto else config.loader.name
 
 
 def automatic_loader(device: torch.device) -> LoaderName:
-    """What `auto` means where the training runs on this device."""
+    """Return the loader that `auto` selects for a device."""
     return LoaderName.dali if device.type == "cuda" and dali_is_installed() else LoaderName.torch
 
 
 def evaluation_feed(config: CommonConfig, images: Preprocessing, runtime: Runtime, index: ImageIndex) -> Feed:
-    """This rank's share of the images, each once."""
+    """Build a feed of this rank's share of the images, each exactly once."""
     plan = EvaluationPlan(
         num_samples=len(index),
         batch_size=config.eval_batch_size,
@@ -168,4 +161,4 @@ def evaluation_feed(config: CommonConfig, images: Preprocessing, runtime: Runtim
         crop_pct=images.crop_pct,
         bicubic=images.interpolation is ResizeFilter.bicubic,
     )
-    return make_feed(config, runtime, index, plan, EvaluationTransform(colours(images)))
+    return make_feed(config, runtime, index, plan, EvaluationTransform(colour_statistics(images)))

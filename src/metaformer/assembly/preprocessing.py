@@ -1,4 +1,4 @@
-"""Preprocessing: resolved once, from what was given, the run that weights belong to, and the network's own."""
+"""Resolves preprocessing from the configuration, the run that weights come from, and the network's defaults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,28 +16,25 @@ from metaformer.models.preprocessing import Preprocessing, resolve_preprocessing
 from metaformer.tracking.run_folder import parse_config
 
 C = TypeVar("C", bound=CommonConfig)
-FIELDS = ("crop_pct", "interpolation", "crop_mode", "mean", "std")  # of ModelConfig
+FIELDS = ("crop_pct", "interpolation", "crop_mode", "mean", "std")  # fields of ModelConfig
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """The run that a checkpoint belongs to, and what its config.yaml says of images."""
+    """The run that a checkpoint belongs to, and the preprocessing in its config.yaml."""
 
     folder: Path
     model: ModelConfig
     image_size: int | None
 
 
-def resolve(config: C, weights: str | None, evaluation: bool = False) -> tuple[C, Preprocessing]:
-    """Return what happens to images, and the configuration with these values, as a run folder records it.
+def resolve_config(config: C, weights: str | None, evaluation: bool = False) -> tuple[C, Preprocessing]:
+    """Resolve the preprocessing; return it, and the configuration with its values filled in.
 
     Args:
-        config: null in a field of preprocessing means the network's own value.
-        weights: what is loaded, as the user named it.
-        evaluation: nothing is trained.
-
-    Raises:
-        UserError: see `resolve_preprocessing`.
+        config: The configuration. A preprocessing field that is None takes the network's default.
+        weights: The weights to load, as the user named them.
+        evaluation: Whether the network is only evaluated.
     """
     images = resolve_preprocessing(config.model, config.image_size, weights, evaluation)
     model = replace(
@@ -52,14 +49,10 @@ def resolve(config: C, weights: str | None, evaluation: bool = False) -> tuple[C
 
 
 def find_run(checkpoint: str) -> TrainedRun | None:
-    """Return the run of a run folder, of a checkpoint in one, or of a file of such a checkpoint; else None.
-
-    Raises:
-        UserError: its config.yaml cannot be read.
-    """
+    """Return the run that a run folder, a checkpoint or a file in a checkpoint belongs to, or None."""
     path = Path(checkpoint).absolute()
-    above = [parent.parent for parent in (path.parent, path.parent.parent) if parent.name == "checkpoints"]
-    for folder in (path, *above):
+    run_folders = [parent.parent for parent in (path.parent, path.parent.parent) if parent.name == "checkpoints"]
+    for folder in (path, *run_folders):
         file = folder / "config.yaml"
         if not ((folder / "checkpoints").is_dir() and file.is_file()):
             continue
@@ -68,36 +61,32 @@ def find_run(checkpoint: str) -> TrainedRun | None:
             model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values.model))
             image_size = values.image_size
             if image_size is not None and type(image_size) is not int:
-                raise ValueError(f"image_size: {image_size!r} is no number of pixels")
+                raise ValueError(f"image_size: {image_size!r} is not an integer")
             return TrainedRun(folder, model, image_size)
         except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
             reason = one_line(error)
-            raise UserError(f"{file}: not the configuration of a run ({reason}); give a file of weights") from error
+            raise UserError(f"{file}: not the configuration of a run ({reason}); give a weights file") from error
     return None
 
 
-def adopt(config: ValidateConfig, run: TrainedRun) -> ValidateConfig:
-    """Return the configuration with the run's preprocessing where none is given.
-
-    Raises:
-        UserError: the run trained another network.
-    """
+def adopt_preprocessing(config: ValidateConfig, run: TrainedRun) -> ValidateConfig:
+    """Fill unset preprocessing fields with the run's values; raise `UserError` if the run trained another network."""
     if (config.model.library, config.model.name) != (run.model.library, run.model.name):
-        timms = run.model.library is Library.timm
-        mend = f"model=timm model.name={run.model.name}" if timms else f"model={run.model.name}"
-        raise UserError(f"model={config.model.name}: {run.folder} trained {run.model.name}; give {mend}")
+        is_timm = run.model.library is Library.timm
+        fix = f"model=timm model.name={run.model.name}" if is_timm else f"model={run.model.name}"
+        raise UserError(f"model={config.model.name}: {run.folder} trained {run.model.name}; give {fix}")
     unset = {name: getattr(run.model, name) for name in FIELDS if getattr(config.model, name) is None}
     image_size = run.image_size if config.image_size is None else config.image_size
     return replace(config, model=replace(config.model, **unset), image_size=image_size)
 
 
-def differences(config: ValidateConfig, run: TrainedRun) -> Iterator[str]:
-    """A line for each given value that is not the run's."""
+def describe_differences(config: ValidateConfig, run: TrainedRun) -> Iterator[str]:
+    """Yield a line for each configured value that differs from the run's."""
     pairs = {f"model.{name}": (getattr(config.model, name), getattr(run.model, name)) for name in FIELDS}
-    for name, (given, trained) in ({"image_size": (config.image_size, run.image_size)} | pairs).items():
-        if given is not None and trained is not None and given != trained:
-            yield f"{name}={_plain(given)}: {run.folder} was trained with {_plain(trained)}"
+    for name, (configured, trained) in ({"image_size": (config.image_size, run.image_size)} | pairs).items():
+        if configured is not None and trained is not None and configured != trained:
+            yield f"{name}={_enum_value(configured)}: {run.folder} was trained with {_enum_value(trained)}"
 
 
-def _plain(value: Any) -> Any:
+def _enum_value(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value

@@ -1,4 +1,4 @@
-"""Opens the status file and the trackers of a run, on rank 0."""
+"""Opens a run's status file and trackers on rank 0."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,11 +26,11 @@ from metaformer.training.state import TrainState
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is about to be tracked.
+    """A run to be tracked.
 
     Attributes:
-        world_size: ranks.
-        fused: which fused parts it uses, for the status file.
+        world_size: The number of ranks.
+        fused: The status text of the fused operators, for the status file.
     """
 
     config: TrainConfig
@@ -41,15 +41,15 @@ class Run:
     goodput: Goodput
 
     @property
-    def derived(self) -> dict[str, Any]:
-        """What changes if the run resumes on another number of ranks, by names for people."""
+    def derived_settings(self) -> dict[str, Any]:
+        """Return the settings that change if the run resumes on another number of ranks, under readable names."""
         config = self.config
         group = config.augmentation.mix_group_size or config.rank_batch_size(self.world_size)
         return {"ranks": self.world_size, "images that share one mixing": group if config.augmentation.mixes else None}
 
     @property
-    def complete(self) -> str:
-        """What a run that is trained and validated to its end has in full; empty for any other."""
+    def completed_length(self) -> str:
+        """Return the length of a run that is trained and validated to its end, as text; "" for any other run."""
         progress, max_steps = self.state.progress, self.config.max_steps
         if not progress.validated:
             return ""
@@ -59,23 +59,23 @@ class Run:
 
 
 @contextmanager
-def tracking(run: Run, runtime: Runtime) -> Iterator[Tracker]:
-    """Yield the run's tracker; at the end, close it and write to the status file how the run ended.
+def open_tracker(run: Run, runtime: Runtime) -> Iterator[Tracker]:
+    """Yield the run's tracker; on exit, close it and record in the status file how the run ended.
 
     Raises:
-        UserError: the run folder cannot be written, or too many starts have ended before a new checkpoint.
+        UserError: The run folder cannot be written, or too many starts in a row have ended without a new checkpoint.
     """
-    with ExitStack() as parts:
+    with ExitStack() as stack:
         silent: Tracker = NullTracker()
-        yield runtime.main_only(lambda: _open(run, parts), otherwise=silent)
+        yield runtime.main_only(lambda: _open(run, stack), otherwise=silent)
 
 
-def _open(run: Run, parts: ExitStack) -> Tracker:
+def _open(run: Run, stack: ExitStack) -> Tracker:
     run_dir = run.config.resolved_run_dir
     status = StatusFile(run_dir, status_file_of_launcher(), run.goodput)
     status.start(run.state.progress.step, run.config.guards.max_starts_without_progress, run.fused)
     try:
-        return _open_trackers(run, status, parts)
+        return _open_trackers(run, status, stack)
     except BaseException as error:
         if isinstance(error, OSError):
             error = UserError(f"run_dir={run_dir}: cannot be written ({error.strerror or error})")
@@ -83,10 +83,10 @@ def _open(run: Run, parts: ExitStack) -> Tracker:
         raise error
 
 
-def _open_trackers(run: Run, status: StatusFile, parts: ExitStack) -> Tracker:
+def _open_trackers(run: Run, status: StatusFile, stack: ExitStack) -> Tracker:
     config, progress = run.config, run.state.progress
     run_dir, values = config.resolved_run_dir, redacted(config)
-    changes = open_run_folder(run_dir, OmegaConf.to_yaml(values), progress.step, run.derived)
+    changes = open_run_folder(run_dir, OmegaConf.to_yaml(values), progress.step, run.derived_settings)
     steps = config.total_epochs * run.steps_per_epoch
     console = ConsoleTracker(
         config.total_epochs, steps, config.global_batch_size, run_dir / "log.txt", status.console_failed
@@ -94,15 +94,15 @@ def _open_trackers(run: Run, status: StatusFile, parts: ExitStack) -> Tracker:
     for change in changes:
         console.message(f"changed      {change}")
     tracker: Tracker = console
-    if run.complete and ends_with_final(run_dir, progress.step):
-        console.message(f"complete     {run_dir} has all its {run.complete}; nothing is left to train")
+    if run.completed_length and ends_with_final(run_dir, progress.step):
+        console.message(f"complete     {run_dir}: all {run.completed_length} are done; nothing is left to train")
     else:
         plain: Any = OmegaConf.to_container(values)
         tracked = make_tracker(config.tracking, run_dir, console, progress.step, plain, progress.validated)
         tracker = FanOut([tracked, status])
-    parts.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
-    parts.push(partial(_record_end, status, run.state))  # before the tracker is closed, which may take long
-    parts.callback(lambda: console.message(f"time         {run.goodput.spent()}"))
+    stack.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
+    stack.push(partial(_record_end, status, run.state))  # runs before the tracker is closed, which may take long
+    stack.callback(lambda: console.message(f"time         {run.goodput.spent()}"))
     return tracker
 
 

@@ -1,4 +1,4 @@
-"""The training and validation split of a run."""
+"""Opens the training and validation splits of a run."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from metaformer.runtime import Runtime
 
 
 class Splits(NamedTuple):
-    """The data set's two indices, and the number of classes."""
+    """Indices of the training and validation split, and the number of classes."""
 
     train: ImageIndex
     val: ImageIndex
@@ -18,11 +18,7 @@ class Splits(NamedTuple):
 
 
 def open_splits(config: TrainConfig, runtime: Runtime) -> Splits:
-    """Open both splits; count the classes unless `num_classes` is given.
-
-    Raises:
-        UserError: the splits or `num_classes` do not fit each other.
-    """
+    """Open both splits, check them against each other, and count the classes unless `num_classes` is given."""
     assert config.data.train_split is not None
     train, val = (open_index(config, runtime, split) for split in (config.data.train_split, config.data.val_split))
     check_same_classes(train, val)

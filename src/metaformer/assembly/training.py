@@ -1,4 +1,4 @@
-"""Builds everything that train.py runs."""
+"""Builds and runs a training from its configuration."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 from metaformer.assembly.description import describe, loading_advice
 from metaformer.assembly.fusion import choose_transform
 from metaformer.assembly.parts import (
-    colours,
+    colour_statistics,
     evaluation_feed,
     example_images,
     locate_weights,
@@ -22,8 +22,8 @@ from metaformer.assembly.parts import (
     make_model,
     prepare_workers,
 )
-from metaformer.assembly.preprocessing import resolve
-from metaformer.assembly.run import Run, tracking
+from metaformer.assembly.preprocessing import resolve_config
+from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits, open_splits
 from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.data.device.transform import TrainingTransform, denormalize
@@ -57,18 +57,18 @@ from metaformer.training.state import Best, TrainState
 from metaformer.training.step import Learner
 from metaformer.training.watchdog import Watchdog
 
-PICTURE_IMAGES = 16
+GRID_IMAGES = 16
 
 
 @contextmanager
-def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Yield a function that trains from the run folder's last checkpoint and returns what train.py prints last.
+def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield a function that trains from the last checkpoint, if any, and returns the result that train.py prints.
 
     Args:
-        watchdog: a watchdog that is watching already.
+        watchdog: A watchdog that is already running.
     """
     runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
-    config, images = resolve(config, config.init_weights)
+    config, images = resolve_config(config, config.init_weights)
     runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     config.check_batches(runtime.world_size)
@@ -81,37 +81,37 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
     transform_images, fused_transform = choose_transform(config, images, runtime)
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     state = _new_state(config, images, runtime, splits, precision, model)
-    with ExitStack() as parts:
-        lock = runtime.main_only(lambda: parts.enter_context(lock_run_folder(config.resolved_run_dir)), None)
+    with ExitStack() as stack:
+        lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
         checkpoints = _checkpoints(config, runtime)
         resume_point = _resume(config, runtime, checkpoints, state)
         if state.progress.epochs_completed < config.total_epochs:
             runtime.main_only(lambda: checkpoints.probe(state.size()), None)
-        # Before there are worker processes: it talks to the other ranks.
+        # DDP communicates with the other ranks, which must happen before worker processes exist.
         example = example_images(config, images, runtime)
         network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
         transform = TrainingTransform(
             splits.num_classes,
             config.augmentation.label_smoothing,
-            colours(images),
+            colour_statistics(images),
             transform_images,
         )
-        train_feed = parts.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
-        val_feed = parts.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
-        starting = parts.enter_context(ExitStack())  # until training listens to signals
-        starting.enter_context(interruptible_start())
+        train_feed = stack.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
+        val_feed = stack.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
+        startup = stack.enter_context(ExitStack())  # closed when training handles signals itself
+        startup.enter_context(interruptible_start())
         goodput = Goodput()
         run = Run(config, runtime.world_size, plan.steps_per_epoch, state, fused, goodput)
-        tracker = parts.enter_context(tracking(run, runtime))
-        described = describe(config, images, runtime, splits, state, plan.steps_per_epoch)
-        for line in [*resume_point.skipped, *described, f"fused        {fused}"]:
+        tracker = stack.enter_context(open_tracker(run, runtime))
+        description = describe(config, images, runtime, splits, state, plan.steps_per_epoch)
+        for line in [*resume_point.skipped, *description, f"fused        {fused}"]:
             tracker.message(line)
         if resume_point.folder is not None:
             tracker.message(f"resuming     {resume_point.folder}, step {state.progress.step}")
         check_lock = (lambda: None) if lock is None else lock.check
         saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
-        parts.enter_context(closing(saver))
+        stack.enter_context(closing(saver))
         processes = runtime.processes()
         hosts = [process.host for process in processes]
         meter = Meter(state, runtime, hosts, goodput, Bottleneck(loading_advice(config, runtime)))
@@ -138,16 +138,16 @@ def training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Itera
             goodput=goodput,
             meter=meter,
             config=config,
-            inspect=partial(_save_picture, config, images, runtime, tracker),
+            inspect=partial(_save_image_grid, config, images, runtime, tracker),
         )
         peers = [process.pid for process in processes if process.node == runtime.node]
         watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.is_asked_to_stop)
-        starting.close()
+        startup.close()
         yield lambda: _result(config, trainer.run(), state.progress.best) | {"fused": fused}
 
 
 def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict[str, Any]:
-    """Return the last validation, the best one, and the run folder."""
+    """Return the last validation's figures, the best result, and the run folder."""
     figures = {name: value for name, value in validation.items() if name not in ("kind", "samples")}
     return {
         "model": config.model.name,
@@ -160,16 +160,16 @@ def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict
 
 
 def _quarantined(config: TrainConfig, splits: Splits) -> dict[str, int]:
-    """Return the number of files of both splits that data.quarantine excludes, for the result."""
+    """Return the number of files that data.quarantine excludes from both splits, as a field of the result."""
     return {"quarantined": splits.train.quarantined + splits.val.quarantined} if config.data.quarantine else {}
 
 
 def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
-    kept = OmegaConf.to_yaml(redacted(config)).encode()
+    config_yaml = OmegaConf.to_yaml(redacted(config)).encode()
     facts = {
         "model": config.model.name,
         "world_size": runtime.world_size,
-        "config_sha256": hashlib.sha256(kept).hexdigest(),
+        "config_sha256": hashlib.sha256(config_yaml).hexdigest(),
     }
     weight_files = WeightFiles(partial(save_state, name=config.model.name), load_weights)
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
@@ -197,14 +197,14 @@ def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime,
 
 
 def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:
-    """Refuse a batch of one image if a BatchNorm gets a single value per channel from it."""
+    """Raise `UserError` if batches hold one image and a BatchNorm gets a single value per channel from it."""
     if config.rank_batch_size(runtime.world_size) > 1:
         return
     norm = find_single_value_batch_norm(model, example_images(config, images, runtime))
     if norm is not None:
         raise UserError(
-            f"global_batch_size={config.global_batch_size}: one image per rank and accumulation step, of which {norm} "
-            f"(BatchNorm) gets one value per channel at image_size={images.image_size}; give at least "
+            f"global_batch_size={config.global_batch_size}: with one image per rank and accumulation step, {norm} "
+            f"(BatchNorm) gets one value per channel at image_size={images.image_size}; use at least "
             f"{2 * config.global_batch_size}, or fewer ranks or accumulation_steps"
         )
 
@@ -240,8 +240,8 @@ def _new_state(
 def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> ResumePoint:
     """Load the checkpoint to resume from, if there is one.
 
-    `resume=FOLDER` with a checkpoint of this run goes back to it. With any other folder a new run starts there; once
-    the run has a checkpoint of its own, the same command resumes from that.
+    `resume=FOLDER` goes back to that checkpoint if it belongs to this run. Any other checkpoint is the start of a new
+    run, which the same command resumes from the run's own checkpoints once it has one.
     """
     run_dir = config.resolved_run_dir
 
@@ -249,13 +249,13 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
         if config.resume == "never":
             check_empty(run_dir)
             return ResumePoint(None)
-        given = None if config.resume == "auto" else follow(Path(config.resume)).resolve()
+        chosen = None if config.resume == "auto" else follow(Path(config.resume)).resolve()
         found = (
-            ResumePoint(None) if given and given.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
+            ResumePoint(None) if chosen and chosen.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
         )
-        if given is not None and found.folder is None:
-            verify(given)
-            found = ResumePoint(given)
+        if chosen is not None and found.folder is None:
+            verify(chosen)
+            found = ResumePoint(chosen)
         return found
 
     found = runtime.from_main(find)
@@ -264,13 +264,15 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
     return found
 
 
-def _save_picture(config: TrainConfig, images: Preprocessing, runtime: Runtime, tracker: Tracker, batch: Batch) -> None:
+def _save_image_grid(
+    config: TrainConfig, images: Preprocessing, runtime: Runtime, tracker: Tracker, batch: Batch
+) -> None:
     """Save a grid of the first training images as the network receives them."""
     if runtime.is_main:
         file = config.resolved_run_dir / "mixed_images.png"
         try:
-            save_image(denormalize(batch.images[:PICTURE_IMAGES], colours(images)), file, nrow=4)
-        except OSError as error:  # training does not need it
+            save_image(denormalize(batch.images[:GRID_IMAGES], colour_statistics(images)), file, nrow=4)
+        except OSError as error:  # not worth ending the training
             tracker.message(f"warning      {file}: cannot be written ({error.strerror or error})")
         else:
             tracker.picture("train/mixed_images", file)

@@ -1,4 +1,4 @@
-"""What validate.py runs."""
+"""Builds and runs an evaluation from its configuration."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ from metaformer.assembly.parts import (
     open_index,
     prepare_workers,
 )
-from metaformer.assembly.preprocessing import adopt, differences, find_run, resolve
+from metaformer.assembly.preprocessing import adopt_preprocessing, describe_differences, find_run, resolve_config
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index.config import Labels
@@ -37,19 +37,21 @@ from metaformer.training.precision import Precision
 
 
 @contextmanager
-def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A function that evaluates, prints the result as validate.py's last line, then writes the results file.
+def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield a function that evaluates, prints the result as validate.py's last line, and writes the results file.
+
+    All inputs, including the results file, are checked before the evaluation.
 
     Raises:
-        UserError: something that the user gave cannot work, the results file included: nothing is evaluated then.
-        Diverged: the network's outputs are not numbers. The result is printed all the same, with null for what could
-            not be measured, and has no row in the results file.
+        Diverged: The loss is not finite. The result is still printed, with null for top1, top5 and loss, but no row
+            is added to the results file.
     """
     checkpoint = config.checkpoint
     assert checkpoint is not None
     trained = runtime.from_main(partial(find_run, checkpoint))
-    notes = [] if trained is None else list(differences(config, trained))
-    config, images = resolve(config if trained is None else adopt(config, trained), checkpoint, evaluation=True)
+    notes = [] if trained is None else list(describe_differences(config, trained))
+    config = config if trained is None else adopt_preprocessing(config, trained)
+    config, images = resolve_config(config, checkpoint, evaluation=True)
     runtime.check_agreement("the configuration", fingerprint(config))
     results = None if config.results_csv is None else Path(config.results_csv)
     if results is not None:
@@ -62,25 +64,25 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     classes = config.num_classes or len(index.classes)
     model, fused = make_model(config, images, classes, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
-    notes += [f"images       {images}", f"weights      {weights.name}{_average_beside(weights)}"]
+    notes += [f"images       {images}", f"weights      {weights.name}{_ema_hint(weights)}"]
     runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
     scoring = _scoring(config, index, runtime.device)
 
     def run(feed: Feed) -> dict[str, Any]:
-        """Evaluate, print, append to the results file if there is one, and return what is printed."""
+        """Evaluate, print the result, append it to the results file if there is one, and return it."""
         accuracy = evaluate(model, feed, precision, runtime, scoring)
-        scored = {**accuracy.as_dict(), **class_counts(index, config.data)}
+        figures = {**accuracy.as_dict(), **class_counts(index, config.data)}
         if config.data.quarantine is not None:
-            scored["quarantined"] = index.quarantined
+            figures["quarantined"] = index.quarantined
         settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
         names = {"model": config.model.name, "data": config.data.name}
-        result = {**names, **scored, **settings, "checkpoint": weights.name, "fused": fused}
+        result = {**names, **figures, **settings, "checkpoint": weights.name, "fused": fused}
         if not math.isfinite(accuracy.loss):
             runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
             raise Diverged(
                 f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model, precision)}"
             )
-        runtime.print_result(result)  # first: a disk that refuses the file takes no result away
+        runtime.print_result(result)  # before the file, so that a full disk does not lose the result
         if results is not None:
             row: dict[str, str | int | float] = {
                 "model": config.model.name,
@@ -104,28 +106,28 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
 
 
 def _why_not_finite(model: nn.Module, precision: Precision) -> str:
-    """Why a network's outputs are not finite, and what to do."""
+    """Explain why a network's outputs are not finite, and how to fix it."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            return f"{name} holds numbers that are not finite; give weights from before training diverged"
-    mend = "give other weights" if precision.dtype is None else "use precision=fp32"
-    return f"the weights are finite, but what the network computes overflows; {mend}"
+            return f"{name} has values that are not finite; use weights from before training diverged"
+    fix = "use other weights" if precision.dtype is None else "use precision=fp32"
+    return f"the weights are finite, but the computation overflows; {fix}"
 
 
-def _average_beside(weights: LocatedWeights) -> str:
-    """Say that a checkpoint has averaged weights too, where these were not asked for."""
-    beside = weights.path.name == MODEL_FILE and (weights.path.parent / EMA_FILE).is_file()
-    return f"; the averaged weights are in {EMA_FILE}: use_ema=true" if beside else ""
+def _ema_hint(weights: LocatedWeights) -> str:
+    """Return a hint that the checkpoint also has averaged weights if those are not the ones in use."""
+    has_ema = weights.path.name == MODEL_FILE and (weights.path.parent / EMA_FILE).is_file()
+    return f"; use_ema=true evaluates the averaged weights in {EMA_FILE}" if has_ema else ""
 
 
 def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
-    """The images to evaluate on; the training split need not be there."""
+    """Open the images to evaluate on. The training split may be missing."""
     index = open_index(config, runtime, config.data.val_split)
     if config.num_classes is not None and config.num_classes != len(index.classes):
         _check_num_classes(config.num_classes, config, runtime, index)
     if config.data.quarantine is not None:
-        left_out = f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images left out"
-        runtime.main_only(lambda: print(left_out, file=sys.stderr, flush=True), None)
+        note = f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images excluded"
+        runtime.main_only(lambda: print(note, file=sys.stderr, flush=True), None)
     runtime.main_only(
         lambda: print("".join(f"data         {note}\n" for note in index.notes), end="", file=sys.stderr), None
     )
@@ -136,15 +138,18 @@ def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
 
 
 def _check_num_classes(num_classes: int, config: ValidateConfig, runtime: Runtime, index: ImageIndex) -> None:
-    """Labels by folder fit a network of more classes only if the training split, where it is, has the same folders."""
+    """Raise `UserError` unless the labels are right for a network of `num_classes`.
+
+    With more classes than folders, they are right only if the training split exists and has the same class folders.
+    """
     data = config.data
     by_folder = data.labels is Labels.folders and data.train_split is not None
     if by_folder and (Path(data.root) / str(data.train_split)).is_dir() and num_classes > len(index.classes):
         check_same_classes(open_index(config, runtime, str(data.train_split)), index)
         return
-    what = f"{len(index.classes)} class folders" if by_folder else "labels of ImageNet-1K's 1000 classes"
-    mend = ", or, where some of ImageNet's folders are missing, give data.labels=wnids" if by_folder else ""
-    raise UserError(f"num_classes={num_classes}: {index.folder} has {what}; leave it null{mend}")
+    found = f"{len(index.classes)} class folders" if by_folder else "labels of ImageNet-1K's 1000 classes"
+    fix = ", or give data.labels=wnids if some of ImageNet's folders are missing" if by_folder else ""
+    raise UserError(f"num_classes={num_classes}: {index.folder} has {found}; leave it null{fix}")
 
 
 def _scoring(config: ValidateConfig, index: ImageIndex, device: torch.device) -> Scoring:
