@@ -146,13 +146,15 @@ class FailureStats:
         kills: The number of kills of each kind of process.
         ended: The number of failures that stopped the run.
         lost_steps: For each of those, the number of steps that were taken but not saved.
-        recovery_seconds: Seconds from each of those to the next step in the log.
+        recovery_seconds: Seconds to the next step in the log, for failures without another one before that step.
+        repeated: The number of failures before whose next step another one stopped the run.
     """
 
     kills: dict[str, int] = field(default_factory=dict)
     ended: int = 0
     lost_steps: list[int] = field(default_factory=list)
     recovery_seconds: list[float] = field(default_factory=list)
+    repeated: int = 0
 
     @property
     def count(self) -> int:
@@ -181,7 +183,7 @@ def inject_failures(arguments: argparse.Namespace, undisturbed_dir: Path) -> boo
         lost, seconds = failures.lost_steps, failures.recovery_seconds
         print(f"lost steps: median {statistics.median(lost):g}, maximum {max(lost)}")
         print(f"recovery (failure to next step): median {statistics.median(seconds):.1f} s, "
-              f"maximum {max(seconds):.1f} s")  # fmt: skip
+              f"maximum {max(seconds):.1f} s; {failures.repeated} failed again before it")  # fmt: skip
     return differing == 0
 
 
@@ -218,7 +220,8 @@ def _train_with_failures(
             raise UserError(f"train.py: ended with exit code {process.returncode} without being killed; see {log}")
         failures.ended += 1
         failures.lost_steps.append(max(0, last_step - _saved_step(run_dir)))
-        failed_at = failed_at or killed_at
+        failures.repeated += failed_at is not None
+        failed_at = killed_at
 
 
 def _last_step(metrics: Path) -> int:
