@@ -1,6 +1,7 @@
 # make demo    from a fresh clone to a trained, validated PoolFormer on built-in sample data
 # make test    all tests; those on SLURM where it is installed
 # make test-slurm   those on SLURM, with all they need: installs Debian's packages, as root
+# make gpu-model   predict a training step on GPUs without one; make gpu-budgets writes the budgets that tests compare
 # make check   format, lint, types
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slurm check clean
+.PHONY: install demo test test-slurm gpu-model gpu-budgets check clean
 
 install: $(BIN)/.installed
 
@@ -32,6 +33,12 @@ test: install
 test-slurm: install
 	tests/slurm/install.sh
 	METAFORMER_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+gpu-model: install
+	$(BIN)/python -m benchmarks.gpu
+
+gpu-budgets: install
+	$(BIN)/python -m benchmarks.gpu --update
 
 check: install
 	$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ SHAPES_AND_TYPES = [
     *((shape, torch.float32) for shape in SHAPES),
     *((shape, dtype) for shape in SHAPES[2:4] for dtype in (torch.bfloat16, torch.float16)),
 ]
+MANY = 16384  # images
 Draw = Callable[..., Tensor]
 
 
@@ -162,3 +163,45 @@ def test_the_same_input_gives_the_same_bits(kernels: Kernels, draw: Draw) -> Non
     arguments = (x, reference.statistics(x, EPS), scale, None, 3)
     first, second = (kernels.mix_backward(grad, *arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def last_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter run only the last 16,384th of the programs along an axis that has so many."""
+    from triton.runtime import interpreter
+
+    def last(*limits: int) -> range:
+        share = limits[0] // MANY if len(limits) == 1 else 0
+        return range(limits[0] - share, limits[0]) if share else range(*limits)
+
+    monkeypatch.setattr(interpreter, "range", last, raising=False)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs 30 GB, of which the interpreter touches only the last image")
+@pytest.mark.usefixtures("last_image_only")
+def test_offsets_beyond_two_billion(kernels: Kernels, draw: Draw) -> None:
+    """With 16,384 images a tensor of the first stage has 3.3 billion elements, and the last image is still correct."""
+    shape, half = (56, 56, 64), torch.float16
+
+    def many(last: Tensor) -> Tensor:
+        tensor = torch.empty((MANY, *last.shape[1:]), dtype=last.dtype)
+        tensor[-1:] = last
+        return tensor
+
+    x, grad, scale = draw(1, *shape, dtype=half), draw(1, *shape, dtype=half), draw(shape[2])
+    stats, keep = reference.statistics(x, EPS), torch.tensor([2.0])
+    xs, grads, all_stats, all_keep = many(x), many(grad), many(stats), many(keep[:, None])[:, 0]
+    assert xs.numel() > 2**31
+    assert_near(kernels.statistics(xs, EPS)[-1:], reference.statistics(x.double(), EPS), torch.float32)
+    mixed, mixed_stats = kernels.mix(xs, all_stats, scale, all_keep, 3, EPS)
+    expected = reference.mix(*exact(x, stats, scale, keep, 3, EPS))
+    assert_near((mixed[-1:], mixed_stats[-1:]), expected, half, torch.float32)
+    normed = kernels.normalize(xs, all_stats, scale, scale, half)[-1:]
+    assert_near(normed, reference.normalize(*exact(x, stats, scale, scale, half)), half)
+    summed, _ = kernels.residual(xs, grads, scale, all_keep, EPS)
+    assert_near(summed[-1:], reference.residual(*exact(x, grad, scale, keep, EPS))[0], half)
+    kept, _ = kernels.residual_backward(grads, all_keep, half)
+    assert_near(kept[-1:], reference.residual_backward(*exact(grad, keep, half))[0], half)
+    assert_near(kernels.gelu(xs)[-1:], reference.gelu(x.double()), half)
+    found = kernels.gelu_backward(grads, xs, None)[0][-1:, -1, -1]
+    assert_near(found, reference.gelu_backward(*exact(grad, x, None))[0][:, -1, -1], half)

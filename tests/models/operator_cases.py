@@ -8,6 +8,7 @@ kernels.
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaformer.models.fused import run_fused
+from metaformer.models.fused import fuse, run_fused
 from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import REFERENCE, triton_kernels
-from metaformer.models.metaformer import BlockParts, MetaFormerBlock, run_plain
+from metaformer.models.metaformer import Architecture, BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plain
 from metaformer.models.token_mixers import Pooling
 
 EPS = 1e-5
@@ -208,6 +209,79 @@ def test_float16_weight_gradient_does_not_overflow(device: torch.device) -> None
     grads = operators.mlp_branch_backward(grad, x, stats, torch.ones_like(scale), mlp, scale, None, saved)
     expected = 1000.0 * 2 * 16 * 16 * 0.8413447 * 1e-3  # gelu(1)
     torch.testing.assert_close(grads[5], torch.full_like(grads[5], expected), rtol=1e-3, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of the interpreter, which uses numpy
+def test_gradient_scaler(device: torch.device) -> None:
+    """With a scaler, float16 gradients at layer scale 1e-6 are the unscaled ones, and an overflow is noticed."""
+    blocks, images = blocks_of(16, 3, 1e-6, device), torch.randn(2, 16, 6, 5, device=device)
+    exact = outcome(run_plain, blocks.double(), images.double(), images, None)
+    blocks.float().zero_grad()
+    optimizer = torch.optim.SGD(blocks.parameters(), lr=0.0)
+    for weight, overflows in ((images, False), (images * 1e35, True)):
+        scaler = torch.amp.GradScaler(device.type, init_scale=1024)
+        torch.manual_seed(1)
+        with torch.autocast(device.type, torch.float16):
+            out = run_fused(blocks, images)
+        scaler.scale((out * weight).sum()).backward()
+        scaler.unscale_(optimizer)
+        found = list(scaler._found_inf_per_device(optimizer).values())
+        assert any(value > 0 for value in found) == overflows
+        if not overflows:
+            for name, parameter in blocks.named_parameters():
+                assert parameter.grad is not None
+                if not name.endswith("norm1.bias"):
+                    error = (parameter.grad.double() - exact[name]).norm()
+                    assert error <= 4e-3 * exact[name].norm() + 1e-9, name
+        optimizer.zero_grad()
+
+
+def test_gradients_in_the_buckets_of_distributed_training(device: torch.device, tmp_path: Path) -> None:
+    """Gradients that are views of DDP's buckets are bit-identical, in the first step and when they are accumulated."""
+    blocks, images = blocks_of(16, 3, 0.5, device), torch.randn(2, 16, 6, 5, device=device)
+    expected = outcome(run_fused, blocks, images, images, None)
+    stage = Stage(nn.Identity(), list(blocks), None).to(memory_format=torch.channels_last)
+    stage.run_blocks = run_fused
+    stage.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(stage, gradient_as_bucket_view=True)
+        for times in (1, 2):
+            torch.manual_seed(1)
+            wrapped(images).backward(images)
+            for name, parameter in blocks.named_parameters():
+                assert parameter.grad is not None
+                assert torch.equal(parameter.grad, times * expected[name]), name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_network_of_36_blocks(device: torch.device) -> None:
+    """Output and all gradients of the deepest network, with few channels, equal those of the plain path."""
+
+    def pooling(dim: int, side: int) -> Pooling:
+        return Pooling(dim, side, 3)
+
+    torch.manual_seed(0)
+    parts = BlockParts(layer_scale_init=0.1)
+    model = MetaFormer(Architecture((6, 6, 18, 6), (8, 8, 16, 16), [pooling] * 4, parts=parts), num_classes=3)
+    model = model.to(device)
+    images = torch.randn(1, 3, 32, 32, device=device)
+    results = []
+    for kind in ("plain", "fused"):
+        if kind == "fused":
+            assert fuse(model) == 4
+            model.float()
+        else:
+            model.double()
+        model.zero_grad()
+        logits = model(images.to(next(model.parameters()).dtype))
+        logits.square().sum().backward()
+        grads = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"logits": logits.detach().double(), **grads})
+    for name, value in results[0].items():
+        if not name.endswith("norm1.bias"):
+            assert (results[1][name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
 
 
 class FilledSizes(TorchDispatchMode):

@@ -157,8 +157,9 @@ def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         parts = BlockParts(layer_scale_init=0.5)
-        blocks = [MetaFormerBlock(shape.channels, shape.height, mixer, rate, parts) for rate in (0.0, 0.4)]
-        network = nn.Sequential(*blocks).to(device)
+        with device:
+            blocks = [MetaFormerBlock(shape.channels, shape.height, mixer, rate, parts) for rate in (0.0, 0.4)]
+        network = nn.Sequential(*blocks)
         for parameter in network.parameters():
             nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
         images = torch.randn(shape.images, shape.channels, shape.height, shape.width, device=device)

@@ -249,11 +249,15 @@ def _product(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad.flatten(0, 2), weight).view(*grad.shape[:3], weight.shape[1])
 
 
+def can_output_float32(x: Tensor) -> bool:
+    """Return whether products of half types can be stored in float32: GPUs accumulate in it, CPUs do not support it."""
+    return x.is_cuda
+
+
 def _weight_gradient(grad: Tensor, pixels: Tensor) -> Tensor:
     """Return the product over all positions, not in float16, in which the sum would overflow."""
     rows, columns = grad.flatten(0, 2).t(), pixels.flatten(0, 2)
-    if rows.is_cuda and rows.element_size() < 4:
-        # GPUs accumulate in float32 anyway; CPUs do not support out_dtype.
+    if rows.element_size() < 4 and can_output_float32(rows):
         return torch.mm(rows, columns, out_dtype=torch.float32)
     if rows.dtype is torch.float16:
         rows, columns = rows.float(), columns.float()

@@ -1,0 +1,108 @@
+"""All Triton kernels, compiled for GPUs on a machine without one, as the project's own functions launch them.
+
+The everyday test compiles for one architecture. The slow one (`-m slow`) covers all architectures, widths and types.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="torch's CPU builds do not include triton")
+
+from benchmarks.gpu.compiling import MAX_SHARED_BYTES, KernelLaunch, compiling
+from metaformer.data.device import triton_kernel
+from metaformer.models.kernels.backend import triton_kernels
+
+EPS = 1e-5
+COSINE_STACK = 32  # bytes that the slow path of the cosine needs; the noise of random erasing uses it
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Side and channels. The paper's networks at 224 px; and sizes that specialise otherwise: 1, or not divisible by 16.
+S12 = ((56, 64), (28, 128), (14, 320), (7, 512))
+M36 = ((56, 96), (28, 192), (14, 384), (7, 768))
+ODD = ((9, 64), (1, 320), (13, 33))
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor that has no memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_mixer(side: int, channels: int, window: int, dropped: bool, stream: torch.dtype = torch.float32) -> None:
+    """Launch the kernels of the token mixer branch on 128 images."""
+    x, stats, scale = new(128, side, side, channels, dtype=stream), new(128, 2), new(channels)
+    keep = new(128) if dropped else None
+    triton_kernels().mix(x, stats, scale, keep, window, EPS)
+    triton_kernels().mix_backward(x, x, stats, scale, keep, window)
+
+
+def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> None:
+    """Launch the kernels of the channel MLP branch on 128 images, and those of the statistics."""
+    kernels, shape = triton_kernels(), (128, side, side, channels)
+    x, stats, vector = new(*shape), new(128, 2), new(channels)
+    branch, hidden = new(*shape, dtype=dtype), new(*shape[:3], 4 * channels, dtype=dtype)
+    keep, factor = (new(128), new(1)) if dropped else (None, None)
+    kernels.statistics(x, EPS)
+    kernels.normalize(x, stats, vector, vector, dtype)
+    kernels.normalize_backward(branch, x, stats, vector, x)
+    kernels.gelu(hidden)
+    kernels.gelu_backward(hidden, hidden, factor)
+    kernels.residual(x, branch, vector, keep, EPS)
+    kernels.residual_backward(x, keep, dtype)
+
+
+def launch_transform(side: int) -> None:
+    """Launch all variants of the transform of 128 images."""
+    pixels = new(128, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    colours, boxes, keys = new(3, 1, 1), new(128, 4, dtype=torch.int64), new(128, dtype=torch.int64)
+    for mixing in (None, (new(1), boxes[:1])):
+        for erasing in (None, (keys, boxes, keys)):
+            triton_kernel.transform(pixels, colours, colours, mixing, erasing)
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest) -> Iterator[list[KernelLaunch]]:
+    """The launches that a test makes, compiled for the architecture that is the fixture's parameter, and checked."""
+    found: list[KernelLaunch] = []
+    with compiling(request.param, found.append):
+        yield found
+    assert found
+    for facts in {launch.facts for launch in found}:
+        assert facts.stack_bytes <= (COSINE_STACK if facts.name == "kernel.transform" else 0), facts
+        assert facts.shared_bytes <= MAX_SHARED_BYTES[facts.arch], facts
+
+
+@pytest.mark.parametrize("launches", [90], indirect=True)
+def test_kernels_of_training(launches: list[KernelLaunch]) -> None:
+    """Kernels of S12's first stage and the transform compile without spills, and load in wide vectors."""
+    launch_mixer(56, 64, 3, True)
+    launch_mlp(56, 64, False, torch.bfloat16)
+    launch_transform(224)
+    for facts in (launch.facts for launch in launches):
+        if facts.name.partition(".")[0] in ("mixer", "norm", "elementwise") and "finish" not in facts.name:
+            assert max(facts.loads) == 128, facts.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launches", [80, 89, 90, 100], indirect=True, ids="sm_{}".format)
+@pytest.mark.parametrize("shapes", [S12, M36, ODD], ids=["s12", "m36", "odd"])
+def test_all_kernels(launches: list[KernelLaunch], shapes: tuple[tuple[int, int], ...]) -> None:
+    """All kernels in all types, with and without drop path, compile without spills on all architectures."""
+    for side, channels in shapes:
+        for dropped in (True, False):
+            launch_mixer(side, channels, 3, dropped)
+            for dtype in TYPES:
+                launch_mlp(side, channels, dropped, dtype)
+        launch_mixer(side, channels, 3, True, torch.bfloat16)
+    for size in (224, 37):
+        launch_transform(size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launches", [80, 89, 90, 100], indirect=True, ids="sm_{}".format)
+@pytest.mark.parametrize("window", [5, 7, 9])
+def test_wide_windows(launches: list[KernelLaunch], window: int) -> None:
+    """The ablations' windows compile in all stages without spills."""
+    for side, channels in S12:
+        launch_mixer(side, channels, window, True)
