@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from metaformer.data.load.bad_file import BAD_FILE
+from metaformer.data.plan.geometry import Box
 
 Encoded = NDArray[np.uint8]  # [bytes]
+PixelArray = NDArray[np.uint8]  # RGB, [H, W, 3]; may be a read-only view of a file, so cut out what is needed
+StoredImage = NDArray[np.uint8]  # Encoded, or a PixelArray
 
 # PIL's format names. Its other readers are never tried, because one of them passes the file's content to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -94,6 +97,16 @@ def jpeg_header(encoded: Encoded) -> JpegHeader | None:
         adobe |= marker == _ADOBE and bytes(content[pos + 4 : pos + 9]) == b"Adobe"
         pos += 2 + (content[pos + 2] << 8 | content[pos + 3])
     return None if frame is None else JpegHeader(*frame, adobe)
+
+
+def is_decoded(image: StoredImage) -> bool:
+    """Return whether a stored image is an array of pixels."""
+    return image.ndim == 3
+
+
+def cut_out(pixels: PixelArray, box: Box) -> PixelArray:
+    """Return a contiguous copy of a region; only its rows are read."""
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width].copy()
 
 
 def has_plain_pixels(image: ImageFile.ImageFile) -> bool:
