@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_the_index_is_the_folders(image_root: Path, pixel_root: Path) -> None:
 def test_the_safetensors_library_reads_the_same(pixel_root: Path) -> None:
     """The format is what its own library says it is; rows are read without the rest."""
     index = load_index(pixel_root, "train")
-    read = {}
+    read: dict[str, Any] = {}
     for file in sorted((pixel_root / "train").glob("*.safetensors")):
         with safe_open(file, "np") as tensors:
             read |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

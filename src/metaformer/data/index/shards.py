@@ -63,7 +63,7 @@ class Shards(NamedTuple):
 
     def with_arrays(self, numbers: NDArray[np.int64], offsets: NDArray[np.int64], *of_pixels: Any) -> "Shards":
         """Return the location of other images in the same files."""
-        pixels = self.pixels and Pixels(*of_pixels, self.pixels.states)
+        pixels = self.pixels and Pixels(of_pixels[0], of_pixels[1], self.pixels.states)
         return Shards(self.names, numbers, offsets, pixels)
 
 
