@@ -16,7 +16,7 @@ class LoaderName(Enum):
 
     auto = "auto"  # dali on a GPU if DALI is installed, otherwise torch
     dali = "dali"  # NVIDIA DALI; decodes on the GPU if there is one
-    torch = "torch"  # torchvision's decoder and resize on uint8 tensors, in worker processes
+    torch = "torch"  # libjpeg-turbo's pixels and torch's resize on uint8 tensors, in worker processes
     pil = "pil"  # PIL in worker processes; the reference that published weights expect
 
 

@@ -24,7 +24,7 @@ JPEG_START = b"\xff\xd8"
 # JPEG markers (ITU-T T.81, table B.1)
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _MARKERS_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
-_ADOBE, _SCAN = 0xEE, 0xDA
+_EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA
 
 
 class JpegHeader(NamedTuple):
@@ -34,6 +34,7 @@ class JpegHeader(NamedTuple):
     height: int
     components: int
     adobe: bool  # has Adobe's marker, which specifies the colour encoding
+    exif: bool  # has EXIF data, which may ask for a rotation
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def jpeg_header(encoded: Encoded) -> JpegHeader | None:
     Returns:
         None if this is not a JPEG, or a JPEG with a damaged header.
     """
-    content, adobe, frame, pos = encoded.data, False, None, 2
+    content, adobe, exif, frame, pos = encoded.data, False, False, None, 2
     if bytes(content[:2]) != JPEG_START:
         return None
     while pos + 10 <= len(content) and content[pos] == 0xFF:
@@ -95,8 +96,9 @@ def jpeg_header(encoded: Encoded) -> JpegHeader | None:
             height, width = content[pos + 5] << 8 | content[pos + 6], content[pos + 7] << 8 | content[pos + 8]
             frame = (width, height, content[pos + 9])
         adobe |= marker == _ADOBE and bytes(content[pos + 4 : pos + 9]) == b"Adobe"
+        exif |= marker == _EXIF and bytes(content[pos + 4 : pos + 8]) == b"Exif"
         pos += 2 + (content[pos + 2] << 8 | content[pos + 3])
-    return None if frame is None else JpegHeader(*frame, adobe)
+    return None if frame is None else JpegHeader(*frame, adobe, exif)
 
 
 def is_decoded(image: StoredImage) -> bool:
