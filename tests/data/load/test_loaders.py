@@ -37,9 +37,6 @@ from tests.data.conftest import picture
 
 LOADERS = ("torch", "pil", "dali")
 every_loader = pytest.mark.parametrize("name", LOADERS)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
-)
 CPU = torch.device("cpu")
 WITHOUT_RANDAUGMENT = AugmentationConfig(randaugment=RandAugmentConfig(num_ops=0))
 IMAGES = 13  # of each split

@@ -28,10 +28,6 @@ from tests.data.load.test_loaders import (
 )
 from tests.data.load.test_loaders_on_shards import PLANS, every_plan
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
-)
-
 
 @pytest.fixture(scope="module")
 def files(image_root: Path) -> ImageIndex:
