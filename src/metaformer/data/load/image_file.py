@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from metaformer.data.load.bad_file import BAD_FILE
+from metaformer.data.load.limits import MAX_PIXELS as MAX_PIXELS
 from metaformer.data.plan.geometry import Box
 
 Encoded = NDArray[np.uint8]  # [bytes]
@@ -18,7 +19,6 @@ StoredImage = NDArray[np.uint8]  # Encoded, or a PixelArray
 
 # PIL's format names. Its other readers are never tried, because one of them passes the file's content to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; ImageNet's largest image has 38,451,400
 JPEG_START = b"\xff\xd8"
 
 # JPEG markers (ITU-T T.81, table B.1)
