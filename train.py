@@ -7,16 +7,17 @@ from metaformer.death_signal import end_with_launcher
 from metaformer.program import launched_rank, run_program
 
 if __name__ == "__main__":
-    end_with_launcher()  # now: the imports below take seconds
+    end_with_launcher()  # before the imports, which take time
 
-from metaformer import assembly, runtime
 from metaformer.config import TrainConfig, compose
-from metaformer.training.watchdog import Watchdog
 
 
 def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
+    from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
+    from metaformer.training.watchdog import Watchdog
+
     watchdog = Watchdog(launched_rank(), config.guards.stall_seconds)
     with watchdog.watching(), runtime.start(pause_watchdog=watchdog.pause) as ranks:
         with assembly.build_training(config, ranks, watchdog) as train:

@@ -7,15 +7,16 @@ from metaformer.death_signal import end_with_launcher
 from metaformer.program import run_program
 
 if __name__ == "__main__":
-    end_with_launcher()  # now: the imports below take seconds
+    end_with_launcher()  # before the imports, which take time
 
-from metaformer import assembly, runtime
 from metaformer.config import ValidateConfig, compose
 
 
 def main() -> None:
     """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
     config = compose("validate", ValidateConfig)
+    from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
+
     with runtime.start() as ranks, assembly.build_validation(config, ranks) as evaluate:
         evaluate()
 

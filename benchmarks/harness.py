@@ -21,7 +21,7 @@ from metaformer.errors import UserError
 from metaformer.files import check_output, write_text_atomically
 
 REPOSITORY = Path(__file__).parents[1]
-PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "torchcodec", "pillow")
 WIDTH = 120  # columns of a table where stdout is not a terminal
 
 Case = TypeVar("Case", bound=Hashable)

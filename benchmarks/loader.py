@@ -123,7 +123,7 @@ def _fill_page_cache(index: ImageIndex) -> None:
     with closing(ImageBytes(index)) as stored:
         for sample in range(len(index)):
             try:
-                stored.read(sample)
+                stored.read(sample).tobytes()
             except OSError as error:
                 raise UserError(
                     f"{index.location(sample)}: cannot be read ({error}); repair or remove the file"

@@ -27,10 +27,7 @@ from metaformer.models import list_models
 from metaformer.models.config import ModelConfig
 from metaformer.reporting.recipes import recipes
 from metaformer.tracking.config import TrackingConfig
-from metaformer.training.config import LoopConfig
-from metaformer.training.ema import EmaConfig
-from metaformer.training.optimizer import OptimizerConfig
-from metaformer.training.precision import PrecisionConfig
+from metaformer.training.config import EmaConfig, LoopConfig, OptimizerConfig, PrecisionConfig
 
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 CONF_FOLDER = Path(__file__).parents[2] / "conf"
@@ -224,7 +221,9 @@ def _check_values(value: Any, name: str = "") -> None:
 
 
 def _store_schemas() -> None:
-    store = ConfigStore.instance()
+    store: Any = ConfigStore.instance()
+    # Hydra copies the store for each group that --help lists, which took two seconds; it copies what it loads anyway.
+    store.__deepcopy__ = lambda memo: store
     store.store("train_schema", TrainConfig)
     store.store("validate_schema", ValidateConfig)
     # Choices that only repeat a table are registered from it instead of having a file in conf/.

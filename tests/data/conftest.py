@@ -1,4 +1,4 @@
-"""Fixtures with small folders of real images, and shards made of them."""
+"""Fixtures with small folders of real images, and shards and pixels made of them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from metaformer.data.index.image_index import load_index
+from metaformer.data.prepare.pixel_writer import PixelPacking, size_images, write_pixels
 from metaformer.data.prepare.shard_writer import Packing, write_shards
 from metaformer.data.prepare.source_images import list_source_images
 
@@ -76,3 +77,26 @@ def shard_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def own_shards(own_root: Path) -> Path:
     """`own_root` packed into shards that a test may modify."""
     return pack(own_root, own_root.parent / "shards")
+
+
+def decode(source: Path, out: Path, shard_bytes: int = 100_000, resize: int | None = None) -> Path:
+    """Decode the data set into files of a few images each, in this process; return `out`."""
+    packing = PixelPacking(shard_bytes, resize)
+    for split in ("train", "val"):
+        sources = list_source_images(load_index(source, split))
+        with ThreadPoolExecutor(1) as pool:
+            images = size_images(sources, packing, pool, lambda *step: None)
+            write_pixels(images, out / split, packing, pool, lambda *step: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pixel_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`image_root` decoded into several files of pixels per split; tests must not modify it."""
+    return decode(image_root, tmp_path_factory.mktemp("pixels"))
+
+
+@pytest.fixture
+def own_pixels(own_root: Path) -> Path:
+    """`own_root` decoded into pixels that a test may modify."""
+    return decode(own_root, own_root.parent / "pixels")

@@ -11,6 +11,7 @@ from torch import nn
 from metaformer.errors import UserError
 from metaformer.models import MetaFormerBlock, create_model, create_timm_model, list_models
 from metaformer.models.token_mixers import Attention, DepthwiseConv, Pooling, SpatialFC
+from metaformer.models.variants import VARIANTS
 from tests.conftest import REPOSITORY
 
 # name: parameters at 1000 classes, blocks, drop path rate, LayerScale's initial value (paper, table 1 and appendix)
@@ -44,6 +45,11 @@ HYBRIDS = ("pppa", "ppaa", "pppf", "ppff")
 
 def blocks(model: nn.Module) -> list[MetaFormerBlock]:
     return [module for module in model.modules() if isinstance(module, MetaFormerBlock)]
+
+
+def test_every_listed_network_is_defined() -> None:
+    """The names that are listed without torch are those of the table, in its order."""
+    assert list_models() == list(VARIANTS)
 
 
 def test_list_models_returns_the_papers_networks() -> None:

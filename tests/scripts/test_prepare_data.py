@@ -8,6 +8,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,59 @@ def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepa
         assert np.array_equal(packed.labels, files.labels)
 
 
+def test_imagenet_as_pixels(tmp_path: Path, archives: tuple[str, ...], prepare: Prepare) -> None:
+    """From the archives straight into pixels: the index of the folders, PIL's pixels, and nothing else on disk."""
+    folders, pixels = tmp_path / "data" / "folders", tmp_path / "data" / "pixels"
+    prepare("imagenet", *archives, "--out", str(folders))
+    printed = prepare("imagenet", *archives, "--out", str(pixels), "--format", "pixels")
+    assert printed.splitlines()[-1] == f"{pixels}: 9 training and 5 validation images, 3 classes"
+    for split in ("train", "val"):
+        assert_same_pixels(folders, pixels, split)
+    assert {path.name for path in pixels.parent.iterdir()} == {"folders", "pixels"}
+    assert {path.suffix for path in (pixels / "train").iterdir()} == {".safetensors", ".json"}
+
+
+def assert_same_pixels(folders: Path, pixels: Path, split: str) -> None:
+    files, decoded = load_index(folders, split), load_index(pixels, split)
+    assert decoded.fingerprint == files.fingerprint
+    with closing(ImageBytes(decoded)) as stored:
+        for sample in range(len(files)):
+            with Image.open(files.path(sample)) as image:
+                assert np.array_equal(stored.check(sample), np.asarray(image.convert("RGB")))
+
+
+def test_shards_to_pixels(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """Shards become pixels, with a report that nothing differs; pixels become nothing else."""
+    shards, pixels = tmp_path / "shards", tmp_path / "pixels"
+    prepare("folder", "--from", str(images), "--out", str(shards), "--format", "shards", "--workers", "1")
+    options = ("--format", "pixels", "--shard-size", "1", "--workers", "1")
+    lines = prepare("folder", "--from", str(shards), "--out", str(pixels), *options).splitlines()
+    number = r"[\d,]+"
+    for split, line, count in zip(("train", "val"), lines, (48, 200), strict=False):
+        kept = rf"{split}: {number} bytes of images before, {number} after \(\d+\.\d %\); at 224 px, crop \.9, "
+        assert re.fullmatch(kept + rf"{count} images differ by 0\.00 of 255 on average, PSNR inf dB", line), line
+    assert_same_pixels(images, pixels, "train")
+    with pytest.raises(UserError, match=rf"^{pixels}/train: contains decoded pixels; give the data set that they"):
+        prepare("folder", "--from", str(pixels), "--out", str(tmp_path / "back"))
+
+
+def test_smaller_pixels(images: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """--resize reduces the short side of larger images, and the data set is another one."""
+    out = tmp_path / "out"
+    printed = prepare("folder", "--from", str(images), "--out", str(out), "--format", "pixels", "--resize", "40")
+    assert "PSNR inf" not in printed
+    files, pixels = load_index(images, "val"), load_index(out, "val")
+    assert np.array_equal(pixels.paths, files.paths)
+    assert pixels.fingerprint != files.fingerprint
+    assert pixels.shards is not None
+    assert pixels.shards.pixels is not None
+    for sample, stored in enumerate(pixels.shards.pixels.shapes.tolist()):
+        with Image.open(files.path(sample)) as image:
+            short = min(image.size)
+            sides = [side if short <= 40 else round(side * 40 / short) for side in (image.height, image.width)]
+        assert stored == sides
+
+
 def test_invalid_options(images: Path, tmp_path: Path, prepare: Prepare) -> None:
     """Options that need others, values out of range, a missing data set and an existing --out give a one-line error."""
     (tmp_path / "empty").mkdir()
@@ -320,7 +374,12 @@ def test_invalid_options(images: Path, tmp_path: Path, prepare: Prepare) -> None
     shards = ("--format", "shards")
     for source, options, message in (
         (images, ("--max-side", "500"), "--max-side 500: requires --format shards"),
-        (images, ("--shard-size", "9"), "--shard-size 9: requires --format shards"),
+        (images, ("--shard-size", "9"), "--shard-size 9: requires --format shards or pixels"),
+        (images, ("--resize", "256"), "--resize 256: requires --format pixels"),
+        (images, (*shards, "--resize", "none"), "--resize none: requires --format pixels"),
+        (images, ("--format", "pixels", "--max-side", "500"), "--max-side 500: requires --format shards"),
+        (images, ("--format", "pixels", "--resize", "31"), "--resize 31: must be none, or from 32"),
+        (images, ("--format", "pixels", "--resize", "all"), "--resize all: must be none, or from 32"),
         (images, (*shards, "--quality", "90"), "--quality 90: requires --max-side"),
         (images, (*shards, "--max-side", "500", "--quality", "101"), "--quality 101: must be from 1 to 100"),
         (images, (*shards, "--max-side", "0"), "--max-side 0: must be from 32"),

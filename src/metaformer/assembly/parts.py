@@ -16,8 +16,9 @@ from metaformer.data.index.config import Source
 from metaformer.data.index.image_index import ImageIndex, check_several_classes, load_index
 from metaformer.data.index.labels import relabel
 from metaformer.data.index.quarantine import drop_quarantined
-from metaformer.data.load.config import Loader, LoaderConfig, LoaderName
+from metaformer.data.load.config import LoaderConfig, LoaderName
 from metaformer.data.load.dali_loader import DaliLoader, dali_is_installed
+from metaformer.data.load.loader import Loader
 from metaformer.data.load.pil_reader import read_with_pil
 from metaformer.data.load.torch_reader import read_with_torch
 from metaformer.data.load.worker_loader import WorkerLoader

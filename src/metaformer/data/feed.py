@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaformer.data.device.transfer import to_device
 from metaformer.data.index.image_index import ImageIndex
-from metaformer.data.load.config import Loader
+from metaformer.data.load.loader import Loader
 from metaformer.data.plan.plan import BatchPlan, Plan
 from metaformer.interfaces import Batch
 

@@ -1,8 +1,27 @@
-"""Networks and their weights: `create_model`, `list_models`, `load_weights`."""
+"""Networks and their weights: `create_model`, `list_models`, `load_weights`.
 
-from metaformer.models.metaformer import MetaFormer, MetaFormerBlock
-from metaformer.models.variants import create_model, create_timm_model, list_models
-from metaformer.models.weights import load_weights, save_state, save_weights
+What needs torch is imported on first use, so that a program can list the networks without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metaformer.models.names import list_models
+
+if TYPE_CHECKING:
+    from metaformer.models.metaformer import MetaFormer, MetaFormerBlock
+    from metaformer.models.variants import create_model, create_timm_model
+    from metaformer.models.weights import load_weights, save_state, save_weights
+
+_MODULES = {
+    "MetaFormer": "metaformer",
+    "MetaFormerBlock": "metaformer",
+    "create_model": "variants",
+    "create_timm_model": "variants",
+    "load_weights": "weights",
+    "save_state": "weights",
+    "save_weights": "weights",
+}
 
 __all__ = [
     "MetaFormer",
@@ -14,3 +33,9 @@ __all__ = [
     "save_state",
     "save_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -60,11 +60,6 @@ VARIANTS = {
 }
 
 
-def list_models() -> list[str]:
-    """Return the names that `create_model` accepts, in the paper's order."""
-    return list(VARIANTS)
-
-
 def find_architecture(name: str) -> Architecture:
     """Return the architecture of one of `list_models()`."""
     if name not in VARIANTS:

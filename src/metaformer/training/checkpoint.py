@@ -9,15 +9,15 @@ RUN/checkpoints/
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metaformer.errors import UserError, check_at_least
+from metaformer.errors import UserError
 from metaformer.files import fsync
+from metaformer.training.config import CheckpointConfig as CheckpointConfig
 from metaformer.training.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from metaformer.training.pointers import BEST, LAST, NAME, follow, read_pointer, write_pointer
 from metaformer.training.probe import check_room, try_out
@@ -31,22 +31,6 @@ class WeightFiles(NamedTuple):
 
     save: Callable[[dict[str, Tensor], Path], None]
     load: Callable[[nn.Module, Path], None]
-
-
-@dataclass
-class CheckpointConfig:
-    """When to save checkpoints, and which ones to keep."""
-
-    every_epochs: int = 1
-    every_steps: int | None = None  # also save in the middle of epochs
-    keep: int = 2  # newest checkpoints to keep, besides the best and the last one
-    keep_every_epochs: int | None = None  # keep every Nth epoch forever
-    max_failed_saves: int = 3  # consecutive failures, as on a full disk, after which training stops
-    background: bool = True  # write while training continues, from a copy in host memory
-
-    def __post_init__(self) -> None:
-        names = ("every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves")
-        check_at_least(1, self, *names, prefix="checkpoint.")
 
 
 class ResumePoint(NamedTuple):

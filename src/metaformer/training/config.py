@@ -1,10 +1,107 @@
-"""Configuration of the training loop."""
+"""Configuration of training. Imports neither torch nor timm, so that command lines are checked quickly."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from metaformer.errors import UserError, check_at_least
-from metaformer.training.checkpoint import CheckpointConfig
-from metaformer.training.schedule import ScheduleConfig
+
+
+class ScheduleUnit(Enum):
+    """How often the learning rate changes."""
+
+    epoch = "epoch"  # as in the authors' code
+    step = "step"
+
+
+@dataclass
+class ScheduleConfig:
+    """The defaults are the paper's: 5 warm-up epochs within the cosine, then 10 more epochs at the final rate."""
+
+    unit: ScheduleUnit = ScheduleUnit.epoch
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    cooldown_epochs: int = 10
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save checkpoints, and which ones to keep."""
+
+    every_epochs: int = 1
+    every_steps: int | None = None  # also save in the middle of epochs
+    keep: int = 2  # newest checkpoints to keep, besides the best and the last one
+    keep_every_epochs: int | None = None  # keep every Nth epoch forever
+    max_failed_saves: int = 3  # consecutive failures, as on a full disk, after which training stops
+    background: bool = True  # write while training continues, from a copy in host memory
+
+    def __post_init__(self) -> None:
+        names = ("every_epochs", "every_steps", "keep", "keep_every_epochs", "max_failed_saves")
+        check_at_least(1, self, *names, prefix="checkpoint.")
+
+
+class Implementation(Enum):
+    """The library whose code runs the update."""
+
+    torch = "torch"
+    apex = "apex"
+
+
+@dataclass
+class OptimizerConfig:
+    """The defaults are the paper's: AdamW, lr = 1e-3 * global batch / 1024."""
+
+    name: str = "adamw"  # any of timm.optim.list_optimizers()
+    lr: float | None = None  # None: base_lr * global_batch_size / base_batch_size
+    base_lr: float = 1e-3
+    base_batch_size: int = 1024
+    weight_decay: float = 0.05
+    betas: list[float] | None = None  # None: the optimizer's own
+    eps: float | None = None
+    momentum: float = 0.9  # used by optimizers that have one
+    implementation: Implementation = Implementation.torch
+
+    def __post_init__(self) -> None:
+        if self.betas is not None and len(self.betas) != 2:
+            raise UserError(f"optimizer.betas={self.betas}: must be two numbers, as in [0.9,0.999]")
+
+    def learning_rate(self, global_batch_size: int) -> float:
+        """Return the peak learning rate."""
+        return self.base_lr * global_batch_size / self.base_batch_size if self.lr is None else self.lr
+
+
+@dataclass
+class EmaConfig:
+    """After each optimizer step: average = decay * average + (1 - decay) * weights."""
+
+    enabled: bool = False
+    decay: float = 0.9999
+    warmup: bool = False  # let the decay rise to its value gradually, for short runs
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"ema.decay={self.decay}: must lie in [0, 1]")
+
+
+class PrecisionName(Enum):
+    """Format of matrix products; parameters, the norms' statistics and the loss stay in float32."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@dataclass
+class PrecisionConfig:
+    """Configuration of automatic mixed precision."""
+
+    name: PrecisionName = PrecisionName.bf16
+    # Let GPUs round the inputs of float32 products to TF32's 10 bits, in matrix products and convolutions.
+    tf32: bool = False
+    reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16, for half the network traffic
 
 
 @dataclass

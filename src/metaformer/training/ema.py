@@ -1,25 +1,10 @@
 """An exponential moving average of the weights, by timm. The paper trains without."""
 
-from dataclasses import dataclass
-
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from metaformer.errors import UserError
-
-
-@dataclass
-class EmaConfig:
-    """After each optimizer step: average = decay * average + (1 - decay) * weights."""
-
-    enabled: bool = False
-    decay: float = 0.9999
-    warmup: bool = False  # let the decay rise to its value gradually, for short runs
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
-            raise UserError(f"ema.decay={self.decay}: must lie in [0, 1]")
+from metaformer.training.config import EmaConfig as EmaConfig
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]

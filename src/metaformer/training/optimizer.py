@@ -1,7 +1,5 @@
 """Optimizers by name, from timm. Parameters with fewer than two dimensions are not decayed."""
 
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import timm.optim
@@ -9,36 +7,8 @@ import torch
 from torch import nn
 
 from metaformer.errors import UserError, one_line, unknown_name
-
-
-class Implementation(Enum):
-    """The library whose code runs the update."""
-
-    torch = "torch"
-    apex = "apex"
-
-
-@dataclass
-class OptimizerConfig:
-    """The defaults are the paper's: AdamW, lr = 1e-3 * global batch / 1024."""
-
-    name: str = "adamw"  # any of timm.optim.list_optimizers()
-    lr: float | None = None  # None: base_lr * global_batch_size / base_batch_size
-    base_lr: float = 1e-3
-    base_batch_size: int = 1024
-    weight_decay: float = 0.05
-    betas: list[float] | None = None  # None: the optimizer's own
-    eps: float | None = None
-    momentum: float = 0.9  # used by optimizers that have one
-    implementation: Implementation = Implementation.torch
-
-    def __post_init__(self) -> None:
-        if self.betas is not None and len(self.betas) != 2:
-            raise UserError(f"optimizer.betas={self.betas}: must be two numbers, as in [0.9,0.999]")
-
-    def learning_rate(self, global_batch_size: int) -> float:
-        """Return the peak learning rate."""
-        return self.base_lr * global_batch_size / self.base_batch_size if self.lr is None else self.lr
+from metaformer.training.config import Implementation as Implementation
+from metaformer.training.config import OptimizerConfig as OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:

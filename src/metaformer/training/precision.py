@@ -1,33 +1,15 @@
 """Number formats of a training step: autocast, gradient scaling, skipping of steps with non-finite gradients."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaformer.errors import UserError
+from metaformer.training.config import PrecisionConfig as PrecisionConfig
+from metaformer.training.config import PrecisionName as PrecisionName
 from metaformer.training.undo import UndoableStep
-
-
-class PrecisionName(Enum):
-    """Format of matrix products; parameters, the norms' statistics and the loss stay in float32."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-@dataclass
-class PrecisionConfig:
-    """Configuration of automatic mixed precision."""
-
-    name: PrecisionName = PrecisionName.bf16
-    # Let GPUs round the inputs of float32 products to TF32's 10 bits, in matrix products and convolutions.
-    tf32: bool = False
-    reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16, for half the network traffic
 
 
 class Scaler(torch.amp.GradScaler):

@@ -1,33 +1,10 @@
 """The learning rate schedule: timm's cosine with warm-up, a function of the step, without state to save."""
 
-from dataclasses import dataclass
-from enum import Enum
-
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from metaformer.errors import check_at_least
-
-
-class ScheduleUnit(Enum):
-    """How often the learning rate changes."""
-
-    epoch = "epoch"  # as in the authors' code
-    step = "step"
-
-
-@dataclass
-class ScheduleConfig:
-    """The defaults are the paper's: 5 warm-up epochs within the cosine, then 10 more epochs at the final rate."""
-
-    unit: ScheduleUnit = ScheduleUnit.epoch
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    cooldown_epochs: int = 10
-
-    def __post_init__(self) -> None:
-        check_at_least(0, self, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
+from metaformer.training.config import ScheduleConfig as ScheduleConfig
+from metaformer.training.config import ScheduleUnit as ScheduleUnit
 
 
 class Schedule:

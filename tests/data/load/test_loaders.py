@@ -23,8 +23,9 @@ from metaformer.assembly import make_loader
 from metaformer.data.device.transform import EvaluationTransform, TrainingTransform, normalize
 from metaformer.data.feed import Feed, Placement
 from metaformer.data.index.image_index import ImageIndex, load_index
-from metaformer.data.load.config import Loader, LoaderConfig, LoaderName
+from metaformer.data.load.config import LoaderConfig, LoaderName
 from metaformer.data.load.dali_loader import DaliLoader
+from metaformer.data.load.loader import Loader
 from metaformer.data.load.pil_reader import read_with_pil
 from metaformer.data.load.torch_reader import read_with_torch
 from metaformer.data.load.worker_loader import ReadImage, WorkerLoader
@@ -37,9 +38,6 @@ from tests.data.conftest import picture
 
 LOADERS = ("torch", "pil", "dali")
 every_loader = pytest.mark.parametrize("name", LOADERS)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
-)
 CPU = torch.device("cpu")
 WITHOUT_RANDAUGMENT = AugmentationConfig(randaugment=RandAugmentConfig(num_ops=0))
 IMAGES = 13  # of each split

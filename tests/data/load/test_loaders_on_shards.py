@@ -22,9 +22,6 @@ from tests.data.load.test_loaders import (
     training_plan,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
-)
 PLANS: dict[str, Plan] = {
     "evaluation": evaluation_plan(batch=3),
     "evaluation of a rank": evaluation_plan(batch=3, rank=1, world_size=2),

@@ -16,8 +16,7 @@ from metaformer.data.load.worker_server import start_worker_server, worker_conte
 
 def arrays_of(index: ImageIndex) -> list[NDArray[Any]]:
     """Return all arrays of an index."""
-    of_shards = [index.shards.numbers, index.shards.offsets] if index.shards else []
-    return [index.paths, index.labels, index.sizes, *of_shards]
+    return [index.paths, index.labels, index.sizes, *(index.shards.arrays if index.shards else ())]
 
 
 def describe(shared: SharedIndex, results: Any) -> None:
@@ -29,7 +28,8 @@ def describe(shared: SharedIndex, results: Any) -> None:
 
 def contents(index: ImageIndex) -> tuple[Any, ...]:
     """Return everything that a worker uses of an index."""
-    return index.fingerprint, index.classes, [array.tolist() for array in arrays_of(index)], index.location(1)
+    states = index.shards.pixels.states if index.shards and index.shards.pixels else ()
+    return index.fingerprint, index.classes, [array.tolist() for array in arrays_of(index)], index.location(1), states
 
 
 def in_worker(shared: SharedIndex) -> Any:
@@ -43,11 +43,11 @@ def in_worker(shared: SharedIndex) -> Any:
     return result
 
 
-@pytest.mark.parametrize("kind", ["files", "shards"])
+@pytest.mark.parametrize("kind", ["files", "shards", "pixels"])
 @pytest.mark.parametrize("part", ["all", "selected"])
-def test_a_worker_maps_the_same_index(own_root: Path, own_shards: Path, kind: str, part: str) -> None:
+def test_a_worker_maps_the_same_index(own_root: Path, own_shards: Path, own_pixels: Path, kind: str, part: str) -> None:
     """Every array is equal and mapped, both for a cached scan and for a selection, which has no file."""
-    index = load_index(own_root if kind == "files" else own_shards, "train")
+    index = load_index({"files": own_root, "shards": own_shards, "pixels": own_pixels}[kind], "train")
     if part == "selected":
         index = index.select(np.array([3, 1, 2]))
     assert in_worker(SharedIndex(index)) == (*contents(index), True)

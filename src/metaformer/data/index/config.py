@@ -18,7 +18,7 @@ class IndexCheck(Enum):
     """What to compare with the cached index; any difference triggers a new scan."""
 
     quick = "quick"  # modification times of all folders; sizes and times of a thousand files, or of all shards
-    files = "files"  # sizes and times of all files; for shards, names and sizes of all images
+    files = "files"  # sizes and times of all files; in shards, names and sizes of all images; for pixels, checksums
 
 
 class Labels(Enum):

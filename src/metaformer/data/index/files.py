@@ -7,7 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +138,42 @@ def scan_files(folder: Path, classes: list[str]) -> FileScan:
     paths = pad(names)
     digest = fingerprint(tuple(classes), paths, sizes)
     return FileScan(tuple(classes), paths, labels, sizes, digest, walk.folders, dict(walk.passed_over), changed)
+
+
+class Arrangement(NamedTuple):
+    """Images in the order of an index: by class, folder and name.
+
+    Attributes:
+        order: positions in the list of names that was given.
+        classes, paths, labels: as in `SplitScan`.
+    """
+
+    order: list[int]
+    classes: tuple[str, ...]
+    paths: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def arrange(names: list[str], folder: Path) -> Arrangement:
+    """Sort the images of shards, named CLASS/IMAGE, as those of class folders are.
+
+    Raises:
+        UserError: a name occurs twice.
+    """
+    order = sorted(range(len(names)), key=lambda position: sorting_key(names[position]))
+    classes = sorted({name.partition("/")[0] for name in names})
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = np.array([label_of[names[position].partition("/")[0]] for position in order], np.int64)
+    paths = pad([os.fsencode(names[position]) for position in order])
+    (duplicates,) = np.nonzero((paths[1:] == paths[:-1]).all(1))
+    if len(duplicates):
+        raise UserError(f"{folder}: {names[order[duplicates[0]]]!r} occurs twice; pack the data again")
+    return Arrangement(order, tuple(classes), paths, labels)
+
+
+def sorting_key(name: str) -> tuple[str, tuple[str, str]]:
+    """Return the key by which images are sorted: class, folder below it, file name."""
+    return name.partition("/")[0], os.path.split(name)
 
 
 def pad(names: list[bytes]) -> NDArray[np.uint8]:

@@ -1,9 +1,9 @@
 """Index of the images of a split, in a fixed order.
 
 The layout on disk is ImageNet's, SPLIT/CLASS/IMAGE, with classes and images in sorted order and the labels of
-torchvision's ImageFolder (`labels` provides others). The same images packed into SPLIT/shard-*.tar (`shards`) have the
-same index. A scan is cached beside the data, or in the user's cache folder if the data is read-only, and reused until a
-folder or shard changes.
+torchvision's ImageFolder (`labels` provides others). The same images packed into SPLIT/shard-*.tar (`shards`), or
+decoded into SPLIT/pixels-*.safetensors (`pixels`), have the same index. A scan is cached beside the data, or in the
+user's cache folder if the data is read-only, and reused until a folder or shard changes.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from metaformer.data.index.files import (
     is_hidden,
     scan_files,
 )
-from metaformer.data.index.shards import Shards, ShardScan, ShardSource, holds_shards
+from metaformer.data.index.pixels import PixelScan, PixelSource, holds_pixels
+from metaformer.data.index.shards import Pixels, Shards, ShardScan, ShardSource, holds_shards
 from metaformer.errors import UserError, printable
 
 
@@ -39,11 +40,11 @@ class ImageIndex:
         classes: class names; a label is a position in this tuple.
         paths: uint8 [N, L], each row the path of a file below `folder`, or its name in its shard, padded with NUL.
         labels: int64 [N]; row numbers of `label_sets` if that is given.
-        sizes: int64 [N], in bytes.
+        sizes: int64 [N], in bytes; of the pixels if the images are stored decoded.
         fingerprint: SHA-256 over classes, paths and sizes, and over labels that are not positions of class folders.
         label_sets: int64 [S, L] if an image may have several labels; short rows are padded with -1.
         quarantined: number of images excluded from the split by a quarantine list.
-        shards: location of the images if they are packed into shards.
+        shards: location of the images if they are packed into shards, encoded or as pixels.
         notes: messages about the data set for the user, one line each.
     """
 
@@ -93,7 +94,7 @@ class ImageIndex:
         """Return the index of the given samples only, in the given order."""
         digest = hashlib.sha256(self.fingerprint.encode() + samples.tobytes()).hexdigest()
         arrays = {name: getattr(self, name)[samples] for name in ("paths", "labels", "sizes")}
-        shards = self.shards and Shards(self.shards.names, self.shards.numbers[samples], self.shards.offsets[samples])
+        shards = self.shards and self.shards.with_arrays(*(array[samples] for array in self.shards.arrays))
         return replace(self, **arrays, fingerprint=digest, shards=shards)
 
 
@@ -106,7 +107,7 @@ def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> 
     """
     folder, notes = root / split, list[str]()
     try:
-        source: ImageSource = ShardSource(folder) if holds_shards(folder) else FileSource(root, split)
+        source = _packed_source(folder) or FileSource(root, split)
         scan = load_or_scan(source, root, split, check is IndexCheck.files, notes.append)
     except OSError as error:
         raise UserError(
@@ -116,19 +117,27 @@ def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> 
 
 
 def find_images(folder: Path) -> ImageIndex:
-    """Index all images of a folder without caching: in class folders, in shards, or directly in the folder.
+    """Index all images of a folder without caching: in class folders, packed, or directly in the folder.
 
     Raises:
         UserError: there are no images, or the folder contains both images and class folders.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if holds_shards(folder):
-        return _index(folder, ShardSource(folder).scan())
+    source = _packed_source(folder)
+    if source is not None:
+        return _index(folder, source.scan(check_all=False))
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if classes and any(entry.name.lower().endswith(EXTENSIONS) for entry in folder.iterdir() if entry.is_file()):
         raise UserError(f"{folder}: contains both images and class folders; give a folder that contains only one kind")
     return _index(folder, scan_files(folder, classes or ["."]))
+
+
+def _packed_source(folder: Path) -> ImageSource | None:
+    """Return the source of a folder with shards or pixels; None for another one."""
+    if holds_pixels(folder):
+        return PixelSource(folder)
+    return ShardSource(folder) if holds_shards(folder) else None
 
 
 def _index(folder: Path, scan: SplitScan, notes: list[str] | None = None) -> ImageIndex:
@@ -136,7 +145,6 @@ def _index(folder: Path, scan: SplitScan, notes: list[str] | None = None) -> Ima
     if isinstance(scan, FileScan) and scan.passed_over:
         counts = describe_passed_over(scan.passed_over)
         notes.append(f"{folder}: skipped {sum(scan.passed_over.values()):,} files without an image suffix: {counts}")
-    shards = Shards(tuple(scan.tars), scan.numbers, scan.offsets) if isinstance(scan, ShardScan) else None
     return ImageIndex(
         folder,
         scan.classes,
@@ -144,9 +152,17 @@ def _index(folder: Path, scan: SplitScan, notes: list[str] | None = None) -> Ima
         scan.labels,
         scan.sizes,
         scan.fingerprint,
-        shards=shards,
+        shards=_location(scan),
         notes=tuple(map(printable, notes)),
     )
+
+
+def _location(scan: SplitScan) -> Shards | None:
+    if isinstance(scan, PixelScan):
+        states = tuple((size, changed) for _, size, _, _, changed in scan.files.values())
+        pixels = Pixels(scan.shapes, scan.checksums, states)
+        return Shards(tuple(scan.files), scan.numbers, scan.offsets, pixels)
+    return Shards(tuple(scan.tars), scan.numbers, scan.offsets) if isinstance(scan, ShardScan) else None
 
 
 def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> None:

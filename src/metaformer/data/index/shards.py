@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaformer.data.index.files import THREADS, SplitScan, fingerprint, pad
+from metaformer.data.index.files import THREADS, SplitScan, arrange, fingerprint
 from metaformer.errors import UserError
 
 MANIFEST = "shards.json"
@@ -27,18 +27,44 @@ BLOCK = 512  # bytes of a tar member's header; contents are padded to a multiple
 _SHARD = re.compile(r"shard-\d{6}\.tar")
 
 
+class Pixels(NamedTuple):
+    """Properties of images that are stored decoded, as uint8 [height, width, 3].
+
+    Attributes:
+        shapes: int64 [N, 2], height and width.
+        checksums: int64 [N], CRC-32 of each image's pixels.
+        states: size in bytes and modification time in nanoseconds of each file when it was indexed.
+    """
+
+    shapes: NDArray[np.int64]
+    checksums: NDArray[np.int64]
+    states: tuple[tuple[int, int], ...]
+
+
 class Shards(NamedTuple):
     """The location of packed images.
 
     Attributes:
-        names: file names of the tars in the split's folder.
-        numbers: int64 [N], the position in `names` of each image's tar.
-        offsets: int64 [N], the offset of each image in its tar, in bytes.
+        names: file names of the tars, or of the files of pixels, in the split's folder.
+        numbers: int64 [N], the position in `names` of each image's file.
+        offsets: int64 [N], the offset of each image in its file, in bytes.
+        pixels: given if the images are stored decoded.
     """
 
     names: tuple[str, ...]
     numbers: NDArray[np.int64]
     offsets: NDArray[np.int64]
+    pixels: Pixels | None = None
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.int64], ...]:
+        """The arrays with a row for each image, in the order that `with_arrays` takes."""
+        return (self.numbers, self.offsets, *(self.pixels[:2] if self.pixels else ()))
+
+    def with_arrays(self, numbers: NDArray[np.int64], offsets: NDArray[np.int64], *of_pixels: Any) -> "Shards":
+        """Return the location of other images in the same files."""
+        pixels = self.pixels and Pixels(of_pixels[0], of_pixels[1], self.pixels.states)
+        return Shards(self.names, numbers, offsets, pixels)
 
 
 class _Member(NamedTuple):
@@ -151,18 +177,11 @@ def scan_shards(folder: Path, tars: dict[str, list[int]]) -> ShardScan:
         members += _read_idx(folder / name, images, size, number)
     if not members:
         raise UserError(f"{folder}: its shards contain no images; pack the data again")
-    members.sort(key=lambda member: (member.name.split("/")[0], os.path.split(member.name)))
-    classes = sorted({member.name.split("/")[0] for member in members})
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels, sizes, offsets, numbers = np.ascontiguousarray(
-        np.array([(label_of[m.name.split("/")[0]], m.size, m.offset, m.shard) for m in members], np.int64).T
-    )
-    paths = pad([os.fsencode(member.name) for member in members])
-    (duplicates,) = np.nonzero((paths[1:] == paths[:-1]).all(1))
-    if len(duplicates):
-        raise UserError(f"{folder}: {members[duplicates[0]].name!r} occurs twice; pack the data again")
-    digest = fingerprint(tuple(classes), paths, sizes)
-    scan = ShardScan(tuple(classes), paths, labels, sizes, digest, tars, numbers, offsets)
+    found = arrange([member.name for member in members], folder)
+    columns = np.array([(member.size, member.offset, member.shard) for member in members], np.int64)[found.order]
+    sizes, offsets, numbers = np.ascontiguousarray(columns.T)
+    digest = fingerprint(found.classes, found.paths, sizes)
+    scan = ShardScan(found.classes, found.paths, found.labels, sizes, digest, tars, numbers, offsets)
     order = np.lexsort((offsets, numbers))
     bounds = np.flatnonzero(np.diff(numbers[order], prepend=-1, append=len(tars)))
     check_members(scan, folder, np.union1d(order[bounds[:-1]], order[bounds[1:] - 1]))

@@ -8,8 +8,14 @@ from metaformer.errors import one_line, printable
 BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 
 
+class DamagedShard(OSError):
+    """A file of pixels that changed, or does not have its checksum; the message says how to fix it."""
+
+
 def describe_bad_file(location: str, error: BaseException) -> str:
     """Return the one-line message about an image at `location` that cannot be read."""
+    if isinstance(error, DamagedShard):
+        return f"{location}: {error}"
     return (
         f"{location}: cannot be read as an image ({reason(error)}); repair or remove the file, or exclude it with "
         "data.quarantine=FILE, a list that scripts/scan_data.py writes"

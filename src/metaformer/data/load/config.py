@@ -1,13 +1,9 @@
-"""Configuration and interface of the loaders."""
+"""Configuration of the loaders."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
-from torch import Tensor
-
-from metaformer.data.load.image_file import MAX_PIXELS
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.errors import UserError
 
 
@@ -16,7 +12,7 @@ class LoaderName(Enum):
 
     auto = "auto"  # dali on a GPU if DALI is installed, otherwise torch
     dali = "dali"  # NVIDIA DALI; decodes on the GPU if there is one
-    torch = "torch"  # torchvision's decoder and resize on uint8 tensors, in worker processes
+    torch = "torch"  # libjpeg-turbo's pixels and torch's resize on uint8 tensors, in worker processes
     pil = "pil"  # PIL in worker processes; the reference that published weights expect
 
 
@@ -40,17 +36,3 @@ class LoaderConfig:
             raise UserError(f"loader.max_pixels={self.max_pixels}: must be at least 1")
         if self.prefetch_batches < 1:
             raise UserError(f"loader.prefetch_batches={self.prefetch_batches}: must be at least 1")
-
-
-class Loader(Protocol):
-    """Interface of a loader, which reads the batches of one plan."""
-
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
-        """Yield the images of the plan's batches from `first` on: uint8 [B, 3, S, S], on the CPU or the GPU.
-
-        Raises:
-            UserError: a file cannot be read or decoded; the message names it.
-        """
-
-    def close(self) -> None:
-        """Stop worker processes and free buffers."""

@@ -3,7 +3,7 @@
 DALI's own readers shuffle poorly and cannot resume exactly. Instead, the plan's draws and the files' bytes are passed
 through `external_source` into the graphs of `dali_pipeline`. RandAugment runs on the device afterwards, because DALI
 has neither PIL's equalize nor bicubic warps. Files that DALI cannot decode, or decodes differently from PIL, are passed
-as pixels decoded by PIL.
+as pixels decoded by PIL. Of images that are stored decoded, only the region to be resized is passed.
 """
 
 import importlib.util
@@ -25,15 +25,18 @@ from metaformer.data.load.config import LoaderConfig
 from metaformer.data.load.image_bytes import ImageBytes
 from metaformer.data.load.image_file import (
     Encoded,
+    PixelArray,
+    StoredImage,
     as_ppm,
     check_pixels,
+    cut_out,
     decode_rgb,
     has_plain_pixels,
     jpeg_header,
     open_image,
 )
 from metaformer.data.load.pil_reader import read_with_pil
-from metaformer.data.plan.geometry import central_part
+from metaformer.data.plan.geometry import Box, central_part, random_resized_crop
 from metaformer.data.plan.plan import BatchPlan, Plan
 from metaformer.errors import UserError
 
@@ -55,16 +58,18 @@ class DaliLoader:
     def __init__(self, index: ImageIndex, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> None:
         self._index, self._plan, self._stored = index, plan, ImageBytes(index)
         self._max_pixels = config.max_pixels
+        self._decoded = index.shards is not None and index.shards.pixels is not None
+        self._unreadable: dict[int, str] = {}  # messages by sample, for images that are stored decoded
         self._readers = ThreadPoolExecutor(READERS)
         # Given the stream that uses its images, DALI orders its work before torch's without waiting for the GPU.
         self._streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         self._pending: Iterator[tuple[BatchPlan, Any]] = iter(())
         self._in_pipeline: list[BatchPlan] = []  # needed to name a bad file
         try:
-            from metaformer.data.load.dali_pipeline import build_pipeline
+            from metaformer.data.load.dali_pipeline import PipelineTarget, build_pipeline
         except ImportError as error:
             raise UserError("loader=dali: DALI is not installed; run `uv pip install nvidia-dali-cuda130`") from error
-        self._pipeline = build_pipeline(self._feed, plan, config, device, threads)
+        self._pipeline = build_pipeline(self._feed, plan, config, PipelineTarget(device, threads, self._decoded))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         self._drain()
@@ -78,12 +83,19 @@ class DaliLoader:
             except RuntimeError as error:
                 raise UserError(self._name_bad_file(self._in_pipeline[0], error)) from error
             pixels = from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-            randaugment = self._in_pipeline.pop(0).randaugment
-            yield pixels if randaugment is None else apply_to_batch(pixels, randaugment)
+            done = self._in_pipeline.pop(0)
+            self._check_readable(done)
+            yield pixels if done.randaugment is None else apply_to_batch(pixels, done.randaugment)
+
+    def _check_readable(self, plan: BatchPlan) -> None:
+        for sample in plan.samples.tolist() if self._unreadable else ():
+            if sample in self._unreadable:
+                raise UserError(self._unreadable[sample])
 
     def _drain(self) -> None:
         """Discard the batches that an unfinished epoch left in the pipeline."""
         self._pending = iter(())
+        self._unreadable.clear()
         while self._in_pipeline:
             with suppress(RuntimeError, StopIteration):
                 self._pipeline.run()
@@ -101,26 +113,44 @@ class DaliLoader:
         if plan.crop is None:
             return (images,)
         crop = plan.crop
+        flip, bicubic = crop.flip.astype(np.int32), crop.bicubic.astype(np.int32)
+        if self._decoded:
+            return images, flip, bicubic
         widths, heights = (np.ascontiguousarray(sides) for sides in np.moveaxis(crop.tries, -1, 0))
         left, top = (np.ascontiguousarray(position) for position in crop.position.T)
-        return images, widths, heights, left, top, crop.flip.astype(np.int32), crop.bicubic.astype(np.int32)
+        return images, widths, heights, left, top, flip, bicubic
 
-    def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, list[Encoded]]]:
-        """Yield each plan with its encoded images, while the images of the next plan are being read."""
-        reading: list[tuple[BatchPlan, list[Future[Encoded]]]] = []
+    def _read_ahead(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, list[StoredImage]]]:
+        """Yield each plan with its images, while the images of the next plan are being read."""
+        read = self._read_region if self._decoded else self._read_encoded
+        reading: list[tuple[BatchPlan, list[Future[StoredImage]]]] = []
         for plan in plans:
-            resized_whole = plan.crop is None
-            samples = plan.samples.tolist()
-            reading.append((plan, [self._readers.submit(self._read, sample, resized_whole) for sample in samples]))
+            reading.append((plan, [self._readers.submit(read, plan, row) for row in range(len(plan))]))
             if len(reading) > 1:
                 earlier, images = reading.pop(0)
                 yield earlier, [image.result() for image in images]
         for last, images in reading:
             yield last, [image.result() for image in images]
 
-    def _read(self, sample: int, resized_whole: bool) -> Encoded:
+    def _read_region(self, plan: BatchPlan, row: int) -> PixelArray:
+        """Return the part of a decoded image that is resized; one black pixel for an image that cannot be read."""
+        sample = int(plan.samples[row])
         try:
-            return _encode_for_dali(self._stored.read(sample), resized_whole, self._max_pixels)
+            pixels = self._stored.read(sample)
+            height, width, _ = pixels.shape
+            check_pixels(width, height, self._max_pixels)
+        except BAD_FILE as error:
+            self._unreadable[sample] = describe_bad_file(self._index.location(sample), error)
+            return np.zeros((1, 1, 3), np.uint8)
+        if plan.crop is None:
+            return cut_out(pixels, central_part(width, height) or Box(0, 0, width, height))
+        crop = plan.crop
+        return cut_out(pixels, random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+
+    def _read_encoded(self, plan: BatchPlan, row: int) -> Encoded:
+        try:
+            stored = self._stored.read(int(plan.samples[row]))
+            return _encode_for_dali(stored, plan.crop is None, self._max_pixels)
         except BAD_FILE:  # DALI fails on this byte, so the error appears after the batches before it
             return np.zeros(1, np.uint8)
 

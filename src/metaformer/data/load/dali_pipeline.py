@@ -4,7 +4,7 @@ Importing this module requires DALI. Arguments and results of type `Node` are DA
 image.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,30 +17,45 @@ from metaformer.data.plan.plan import TRIES, BatchPlan, Plan
 Node = Any
 
 
-def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> Any:
+class PipelineTarget(NamedTuple):
+    """Where a pipeline runs, and what it is fed.
+
+    Attributes:
+        threads: number of CPU threads.
+        decoded: it is fed the regions to be resized, uint8 [H, W, 3], instead of encoded files.
+    """
+
+    device: torch.device
+    threads: int
+    decoded: bool = False
+
+
+def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, target: PipelineTarget) -> Any:
     """Build a pipeline whose only output is uint8 [H, W, 3] images.
 
     Args:
-        feed: returns the arrays of the next batch: the bytes of B files, uint8 [bytes], and, for a plan with random
-            crops, widths and heights of the tries float64 [B, T], left and top float64 [B], flip and bicubic int32 [B].
-        threads: number of CPU threads.
+        feed: returns the arrays of the next batch: the bytes of B files, uint8 [bytes], or B regions; and, for a plan
+            with random crops, widths and heights of the tries float64 [B, T], left and top float64 [B] (not for
+            regions), flip and bicubic int32 [B].
     """
     first = plan.batch(0, 0)
-    size, gpu = first.image_size, device.type == "cuda"
+    device, gpu = target.device, target.device.type == "cuda"
     decoder = decoder_options(config, gpu)
     regions = not gpu or config.region_decode
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=plan.batch_size,
-        num_threads=threads,
+        num_threads=target.threads,
         device_id=device.index if gpu else None,
         prefetch_queue_depth=config.prefetch_batches,
         exec_dynamic=True,
     )
     def pipeline() -> Node:
+        if target.decoded:
+            return _graph_on_pixels(feed, first, gpu)
         if first.crop is None:
             return _evaluation_graph(feed, first, decoder)
-        return _training_graph(feed, first.crop.aspects, size, decoder, regions)
+        return _training_graph(feed, first, decoder, regions)
 
     built = pipeline()
     built.build()
@@ -68,14 +83,28 @@ def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], re
     return fn.slice(fn.decoders.image(encoded, **decoder), start=start, shape=shape, axes=[0, 1])
 
 
+def _graph_on_pixels(feed: Any, plan: BatchPlan, gpu: bool) -> Node:
+    pixels, flag = (types.UINT8, 3, "HWC"), (types.INT32, 0)
+    if plan.crop is None:
+        (images,) = _source(feed, pixels)
+        shape = images.shape(dtype=types.INT64)
+        return _resize_and_center_crop(images.gpu() if gpu else images, shape[0], shape[1], plan)
+    images, flip, bicubic = _source(feed, pixels, flag, flag)
+    return _resize_and_flip(images.gpu() if gpu else images, flip, bicubic, plan.image_size)
+
+
 def _evaluation_graph(feed: Any, plan: BatchPlan, decoder: dict[str, Any]) -> Node:
-    resize_to, size = plan.resize_to, plan.image_size
     (encoded,) = _source(feed, (types.UINT8, 1))
     height, width = _height_and_width(encoded)
+    return _resize_and_center_crop(fn.decoders.image(encoded, **decoder), height, width, plan)
+
+
+def _resize_and_center_crop(images: Node, height: Node, width: Node, plan: BatchPlan) -> Node:
+    resize_to, size = plan.resize_to, plan.image_size
     short = dali_math.min(height, width)
     sides = fn.stack(resize_to * height // short, resize_to * width // short)
     images = fn.resize(
-        fn.decoders.image(encoded, **decoder),
+        images,
         size=fn.cast(sides, dtype=types.FLOAT),
         interp_type=types.INTERP_CUBIC if plan.bicubic else types.INTERP_LINEAR,
         antialias=True,
@@ -86,11 +115,16 @@ def _evaluation_graph(feed: Any, plan: BatchPlan, decoder: dict[str, Any]) -> No
     return fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
 
 
-def _training_graph(feed: Any, aspects: tuple[float, float], size: int, decoder: dict[str, Any], regions: bool) -> Node:
+def _training_graph(feed: Any, plan: BatchPlan, decoder: dict[str, Any], regions: bool) -> Node:
+    assert plan.crop is not None
     tries, share, flag = (types.FLOAT64, 1), (types.FLOAT64, 0), (types.INT32, 0)
     encoded, *crop_draws, flip, bicubic = _source(feed, (types.UINT8, 1), tries, tries, share, share, flag, flag)
-    start, shape = _random_resized_crop(encoded, crop_draws, aspects)
+    start, shape = _random_resized_crop(encoded, crop_draws, plan.crop.aspects)
     images = cut_out(encoded, start, shape, decoder, regions)
+    return _resize_and_flip(images, flip, bicubic, plan.image_size)
+
+
+def _resize_and_flip(images: Node, flip: Node, bicubic: Node, size: int) -> Node:
     linear, cubic = int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)
     interp_type = fn.cast(bicubic * (cubic - linear) + linear, dtype=types.INTERP_TYPE)
     images = fn.resize(images, resize_x=size, resize_y=size, interp_type=interp_type, antialias=True)
@@ -131,6 +165,16 @@ def _height_and_width(encoded: Node) -> tuple[Node, Node]:
     return shape[0], shape[1]
 
 
-def _source(feed: Any, *types_and_dims: tuple[Any, int]) -> list[Node]:
-    dtypes, dims = zip(*types_and_dims, strict=True)
-    return list(fn.external_source(source=feed, num_outputs=len(dims), batch=True, dtype=list(dtypes), ndim=list(dims)))
+def _source(feed: Any, *outputs: tuple[Any, int] | tuple[Any, int, str]) -> list[Node]:
+    """Return the nodes of what `feed` returns, given the type, dimensions and, for images, layout of each."""
+    dtypes, dims, layouts = zip(*((*output, "")[:3] for output in outputs), strict=True)
+    return list(
+        fn.external_source(
+            source=feed,
+            num_outputs=len(dims),
+            batch=True,
+            dtype=list(dtypes),
+            ndim=list(dims),
+            layout=list(layouts),
+        )
+    )

@@ -1,4 +1,4 @@
-"""Random access to the encoded images of an index, stored as files or as byte ranges of shards."""
+"""Random access to the images of an index, stored as files, as byte ranges of shards, or as pixels."""
 
 import os
 import resource
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from metaformer.data.index.image_index import ImageIndex
-from metaformer.data.load.image_file import Encoded
+from metaformer.data.load.image_file import Encoded, StoredImage
+from metaformer.data.load.pixel_maps import PixelMaps
 from metaformer.errors import UserError
 
 OTHER_FILES = 256  # open files that a process may need besides the shards
 
 
 class ImageBytes:
-    """Thread-safe reader of the encoded images of an index.
+    """Thread-safe reader of the images of an index.
 
     A process opens each shard once, on first use, and keeps it open. An unpickled copy opens the shards itself.
 
@@ -30,25 +31,38 @@ class ImageBytes:
         self._prefix = os.fsencode(index.folder) + b"/"
         self._lock = Lock()
         self._descriptors: dict[int, int] = {}
+        self._maps: PixelMaps | None = None
         if index.shards is not None:
             _allow_open_files(len(index.shards.names) + OTHER_FILES)
-        self.close = weakref.finalize(self, _close, self._descriptors)
+            if index.shards.pixels is not None:
+                self._maps = PixelMaps(index.folder, index.shards, index.shards.pixels)
+        self.close = weakref.finalize(self, _close, self._descriptors, self._maps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageBytes, (self._index,)
 
-    def read(self, sample: int) -> Encoded:
-        """Return the encoded bytes of an image.
+    def read(self, sample: int) -> StoredImage:
+        """Return the encoded bytes of an image, or a view of its pixels if it is stored decoded.
 
         Raises:
             OSError: the image cannot be read.
         """
+        if self._maps is not None:
+            return self._maps.read(sample)
         shards = self._index.shards
         if shards is None:
             return _read_file(self._prefix + self._index.paths[sample].tobytes().rstrip(b"\0"))
         encoded = np.empty(int(self._index.sizes[sample]), np.uint8)
         descriptor, offset = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample])
         return _read(descriptor, offset, encoded, "the shard ends before the image")
+
+    def check(self, sample: int) -> StoredImage:
+        """Return an image as `read` does, after comparing it with its checksum if it has one.
+
+        Raises:
+            OSError: the image cannot be read, or has changed.
+        """
+        return self.read(sample) if self._maps is None else self._maps.check(sample)
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:
@@ -81,7 +95,9 @@ def _read(descriptor: int, offset: int, content: Encoded, truncated_message: str
     return content
 
 
-def _close(descriptors: dict[int, int]) -> None:
+def _close(descriptors: dict[int, int], maps: PixelMaps | None) -> None:
+    if maps is not None:
+        maps.close()
     while descriptors:
         os.close(descriptors.popitem()[1])
 

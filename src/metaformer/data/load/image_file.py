@@ -10,18 +10,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from metaformer.data.load.bad_file import BAD_FILE
+from metaformer.data.load.limits import MAX_PIXELS as MAX_PIXELS
+from metaformer.data.plan.geometry import Box
 
 Encoded = NDArray[np.uint8]  # [bytes]
+PixelArray = NDArray[np.uint8]  # RGB, [H, W, 3]; may be a read-only view of a file, so cut out what is needed
+StoredImage = NDArray[np.uint8]  # Encoded, or a PixelArray
 
 # PIL's format names. Its other readers are never tried, because one of them passes the file's content to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; ImageNet's largest image has 38,451,400
 JPEG_START = b"\xff\xd8"
 
 # JPEG markers (ITU-T T.81, table B.1)
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _MARKERS_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
-_ADOBE, _SCAN = 0xEE, 0xDA
+_EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA
 
 
 class JpegHeader(NamedTuple):
@@ -31,6 +34,7 @@ class JpegHeader(NamedTuple):
     height: int
     components: int
     adobe: bool  # has Adobe's marker, which specifies the colour encoding
+    exif: bool  # has EXIF data, which may ask for a rotation
 
 
 @contextmanager
@@ -76,7 +80,7 @@ def jpeg_header(encoded: Encoded) -> JpegHeader | None:
     Returns:
         None if this is not a JPEG, or a JPEG with a damaged header.
     """
-    content, adobe, frame, pos = encoded.data, False, None, 2
+    content, adobe, exif, frame, pos = encoded.data, False, False, None, 2
     if bytes(content[:2]) != JPEG_START:
         return None
     while pos + 10 <= len(content) and content[pos] == 0xFF:
@@ -92,8 +96,19 @@ def jpeg_header(encoded: Encoded) -> JpegHeader | None:
             height, width = content[pos + 5] << 8 | content[pos + 6], content[pos + 7] << 8 | content[pos + 8]
             frame = (width, height, content[pos + 9])
         adobe |= marker == _ADOBE and bytes(content[pos + 4 : pos + 9]) == b"Adobe"
+        exif |= marker == _EXIF and bytes(content[pos + 4 : pos + 8]) == b"Exif"
         pos += 2 + (content[pos + 2] << 8 | content[pos + 3])
-    return None if frame is None else JpegHeader(*frame, adobe)
+    return None if frame is None else JpegHeader(*frame, adobe, exif)
+
+
+def is_decoded(image: StoredImage) -> bool:
+    """Return whether a stored image is an array of pixels."""
+    return image.ndim == 3
+
+
+def cut_out(pixels: PixelArray, box: Box) -> PixelArray:
+    """Return a contiguous copy of a region; only its rows are read."""
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width].copy()
 
 
 def has_plain_pixels(image: ImageFile.ImageFile) -> bool:

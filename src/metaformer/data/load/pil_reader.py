@@ -1,41 +1,50 @@
 """Image reader based on PIL and timm's operations, the reference for the other loaders."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from metaformer.data.load.image_file import MAX_PIXELS, Encoded, decode_rgb
-from metaformer.data.plan.geometry import central_part, random_resized_crop, resize_and_center_crop
+from metaformer.data.load.image_file import MAX_PIXELS, StoredImage, check_pixels, cut_out, decode_rgb, is_decoded
+from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
 
 
-def read_with_pil(encoded: Encoded, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_with_pil(stored: StoredImage, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode, crop, resize, flip and augment the plan's image at position `row`; return uint8 [3, S, S].
 
     Raises:
         OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
     """
-    image = decode_rgb(encoded, max_pixels)
+    (width, height), cut = _open(stored, max_pixels)
     size = plan.image_size
     if plan.crop is None:
-        part = central_part(*image.size)
-        if part is not None:
-            image = image.crop(part.corners)
+        image = cut(central_part(width, height) or Box(0, 0, width, height))
         resize = resize_and_center_crop(*image.size, plan.resize_to, size)
         image = image.resize((resize.width, resize.height), _filter(plan.bicubic))
         image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))
     else:
         crop = plan.crop
-        box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, *image.size)
-        image = image.crop(box.corners)
-        image = image.resize((size, size), _filter(bool(crop.bicubic[row])))
+        box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height)
+        image = cut(box).resize((size, size), _filter(bool(crop.bicubic[row])))
         if crop.flip[row]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if plan.randaugment is not None:
         image = apply_operations(image, plan.randaugment.operations_for(row))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _open(stored: StoredImage, max_pixels: int) -> tuple[tuple[int, int], Callable[[Box], Image.Image]]:
+    """Return an image's width and height, and a function that cuts a region out of it."""
+    if is_decoded(stored):
+        height, width, _ = stored.shape
+        check_pixels(width, height, max_pixels)
+        return (width, height), lambda box: Image.fromarray(cut_out(stored, box))
+    image = decode_rgb(stored, max_pixels)
+    return image.size, lambda box: image.crop(box.corners)
 
 
 def _filter(bicubic: bool) -> Image.Resampling:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaformer.data.index.image_index import ImageIndex
-from metaformer.data.index.shards import Shards
 
 EMPTY: Any = np.empty(0, np.int64)
 
@@ -33,9 +32,9 @@ class SharedIndex:
         index, shards = self.index, self.index.shards
         if not self._image_arrays:
             self._image_arrays = tuple(_Array(each) for each in (index.paths, index.labels, index.sizes))
-            self._shard_arrays = tuple(_Array(each) for each in shards[1:]) if shards else ()
+            self._shard_arrays = tuple(_Array(each) for each in shards.arrays) if shards else ()
         if shards is not None:
-            shards = Shards(shards.names, EMPTY, EMPTY)
+            shards = shards.with_arrays(*(EMPTY for _ in shards.arrays))
         empty = replace(index, paths=EMPTY, labels=EMPTY, sizes=EMPTY, shards=shards)
         return _restore, (empty, self._image_arrays, self._shard_arrays)
 
@@ -62,7 +61,7 @@ class _Array:
 
 def _restore(empty: ImageIndex, image_arrays: tuple[Any, ...], shard_arrays: tuple[Any, ...]) -> SharedIndex:
     paths, labels, sizes = image_arrays
-    shards = None if empty.shards is None else Shards(empty.shards.names, *shard_arrays)
+    shards = empty.shards and empty.shards.with_arrays(*shard_arrays)
     return SharedIndex(replace(empty, paths=paths, labels=labels, sizes=sizes, shards=shards))
 
 

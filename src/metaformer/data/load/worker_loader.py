@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.load.image_bytes import ImageBytes
-from metaformer.data.load.image_file import Encoded
+from metaformer.data.load.image_file import StoredImage
 from metaformer.data.load.shared_index import SharedIndex
 from metaformer.data.load.worker_server import start_worker_server, worker_context
 from metaformer.data.plan.plan import BatchPlan, Plan
 from metaformer.death_signal import set_parent_death_signal
 from metaformer.errors import UserError
 
-ReadImage = Callable[[Encoded, BatchPlan, int], Tensor]
+ReadImage = Callable[[StoredImage, BatchPlan, int], Tensor]
 
 
 class WorkerLost(UserError):
@@ -37,7 +37,7 @@ class WorkerLoader:
     Workers live as long as the loader. They receive (epoch, position) for each batch to make.
 
     Args:
-        read: makes one image of a batch from its encoded bytes.
+        read: makes one image of a batch from what is stored of it.
         workers: number of worker processes; 0 reads in this process.
         prefetch_batches: number of batches that each worker prepares in advance.
         pin_memory: put batches in page-locked memory for fast copies to a GPU.

@@ -1,4 +1,4 @@
-"""Conversion of ImageNet-1K's archives to folders or shards, in parallel and without intermediate files.
+"""Conversion of ImageNet-1K's archives to folders, shards or pixels, in parallel and without intermediate files.
 
 The archives are plain tars, so an image is a byte range that any process can copy. The training archive contains one
 tar per class; the validation archive contains all images, which the devkit's ground truth assigns to classes. Class
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metaformer.data.prepare.class_folder import write_class_folder
-from metaformer.data.prepare.conversion import finish, partial_folder, write_split
+from metaformer.data.prepare.conversion import AnyPacking, finish, partial_folder, write_splits
 from metaformer.data.prepare.processes import ProgressCallback, worker_processes
 from metaformer.data.prepare.reencoding import ReencodingEffect
-from metaformer.data.prepare.shard_writer import Packing
 from metaformer.data.prepare.source_images import SourceImage
 from metaformer.errors import UserError
 from metaformer.files import write_text_atomically
@@ -60,16 +59,16 @@ class ClassFolder:
 
 
 def unpack_imagenet(
-    archives: Archives, out: Path, packing: Packing | None, workers: int, report: ProgressCallback
+    archives: Archives, out: Path, packing: AnyPacking | None, workers: int, report: ProgressCallback
 ) -> dict[str, ReencodingEffect]:
-    """Write train/ and val/ from the archives to `out`, as shards if `packing` is given, otherwise as folders.
+    """Write train/ and val/ from the archives to `out`: as shards or pixels if `packing` is given, else as folders.
 
     Args:
         workers: number of processes.
         report: called with the progress.
 
     Returns:
-        The effect of reducing the images of each split; empty if images are not reduced.
+        The effect on the images of each split, as `write_splits`.
 
     Raises:
         UserError: an archive is missing, truncated, not the published one, or contains unexpected members; or the disk
@@ -78,7 +77,9 @@ def unpack_imagenet(
     for archive in archives:
         if not archive.is_file():
             raise UserError(f"{archive}: no such file; download it from image-net.org after signing in")
-    partial, effects = partial_folder(out, packing), {}
+    partial = partial_folder(out, packing)
+    effects: dict[str, ReencodingEffect] = {}
+    sources: dict[str, list[SourceImage]] = {}
     partial.mkdir(parents=True, exist_ok=True)
     with worker_processes(workers) as pool:
         _check_hashes(archives, partial / "hashes.json", pool, report)
@@ -88,11 +89,10 @@ def unpack_imagenet(
         ):
             if packing is None:
                 _unpack(split, folders, pool, report)
-                continue
-            sources = _list_source_images(split, folders, pool, report)
-            effect = write_split(sources, partial / split, packing, pool, report)
-            if effect is not None:
-                effects[split] = effect
+            else:
+                sources[split] = _list_source_images(split, folders, pool, report)
+        if packing is not None:
+            effects = write_splits(sources, partial, packing, pool, report)
     (partial / "hashes.json").unlink()
     finish(partial, out)
     return effects

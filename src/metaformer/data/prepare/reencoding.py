@@ -65,12 +65,11 @@ def reduce_source_image(source: SourceImage, encoded: bytes, max_side: int, qual
     try:
         return reduce_image(encoded, max_side, quality)
     except BAD_FILE as error:
-        location = source.file if source.offset == 0 else f"{source.file}: {source.name}"
-        raise UserError(describe_bad_file(location, error)) from error
+        raise UserError(describe_bad_file(source.location, error)) from error
 
 
 def measure_reencoding(originals: Sequence[SourceImage], packed: Path) -> ReencodingEffect:
-    """Compare a folder of shards with its source images: the total size, and pixels of evenly spaced images.
+    """Compare a folder of shards or pixels with its source images: the total size, and pixels of evenly spaced images.
 
     Pixels are compared at 224 px with a crop of .9.
     """

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageFile
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, reason
 from metaformer.data.load.image_bytes import ImageBytes
-from metaformer.data.load.image_file import MAX_PIXELS, Encoded, open_image
+from metaformer.data.load.image_file import MAX_PIXELS, StoredImage, check_pixels, is_decoded, open_image
 from metaformer.data.prepare.processes import ProgressCallback, worker_processes
 
 TINY = 32  # images with a shorter side below this many pixels are reported
@@ -59,28 +59,34 @@ def scan_images(
             report(f"decoding {split}", done, len(index))
 
 
-def examine(path: str, read: Callable[[], Encoded], max_pixels: int = MAX_PIXELS) -> ScannedImage:
+def examine(path: str, read: Callable[[], StoredImage], max_pixels: int = MAX_PIXELS) -> ScannedImage:
     """Decode one image as the reference loader does, but JPEGs at an eighth of their size.
 
     Args:
         path: the path for the result.
-        read: returns the image's bytes.
+        read: returns the image's bytes, or its pixels.
         max_pixels: as in `scan_images`.
     """
     size, shape, mode, format_, unusual = 0, (0, 0), "", "", ""
+    stored: StoredImage | None = None
     try:
-        encoded = read()
-        size = len(encoded)
+        stored = read()
+        size = stored.nbytes
+        if is_decoded(stored):
+            height, width, _ = stored.shape
+            shape, mode, format_ = (width, height), "RGB", "pixels"
+            check_pixels(width, height, max_pixels)
+            return ScannedImage(path, *shape, mode, format_, size, 1, "tiny" if min(shape) < TINY else "", "")
         with (
             warnings.catch_warnings(action="ignore"),
-            open_image(encoded, max_pixels) as image,
+            open_image(stored, max_pixels) as image,
         ):  # bad EXIF, large images
             shape, mode, format_ = image.size, image.mode, str(image.format)
             unusual = ", ".join(_unusual(image, PurePosixPath(path).suffix.lower()))
             image.draft(None, (1, 1))  # still reads the whole file
             image.convert("RGB")
     except BAD_FILE as error:
-        why = reason(error) if size or (isinstance(error, OSError) and error.errno) else "empty file"
+        why = reason(error) if stored is None or size else "empty file"
         return ScannedImage(path, *shape, mode, format_, size, 0, unusual, why)
     return ScannedImage(path, *shape, mode, format_, size, 1, unusual, "")
 
@@ -112,4 +118,4 @@ def _orientation(image: Image.Image) -> int | None:
 def _examine_all(split: str, max_pixels: int, images: ImageIndex) -> list[ScannedImage]:
     with closing(ImageBytes(images)) as stored:
         names = [str(PurePosixPath(split, images.name(sample))) for sample in range(len(images))]
-        return [examine(name, partial(stored.read, sample), max_pixels) for sample, name in enumerate(names)]
+        return [examine(name, partial(stored.check, sample), max_pixels) for sample, name in enumerate(names)]

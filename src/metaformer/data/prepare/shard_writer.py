@@ -4,7 +4,6 @@ Each shard is written atomically, then its index, and shards.json when all shard
 writes what is missing. Equal images give byte-identical shards.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from metaformer.data.index.files import sorting_key
 from metaformer.data.index.shards import BLOCK, IDX_VERSION, MANIFEST, is_member_name, shard_name
 from metaformer.data.prepare.processes import ProgressCallback
 from metaformer.data.prepare.reencoding import reduce_source_image
 from metaformer.data.prepare.source_images import SourceImage, read_source_images
+from metaformer.data.prepare.work_plan import cannot_write, check_same_plan, finish_plan
 from metaformer.errors import UserError
 from metaformer.files import fsync, remove_temporaries, temporary_beside, write_text_atomically
 
@@ -40,6 +41,11 @@ class Packing:
     max_side: int | None = None
     quality: int = 90
 
+    @property
+    def keeps_images(self) -> bool:
+        """Whether every image stays as it is."""
+        return self.max_side is None
+
 
 class _Task(NamedTuple):
     """A shard to write."""
@@ -59,14 +65,14 @@ def write_shards(
         UserError: an image cannot be read, or its name is not allowed in a shard; the disk is full; or the folder was
             started with other images or another packing. The work done so far is kept.
     """
-    sources = sorted(sources, key=lambda source: (source.class_name, os.path.split(source.name)))
+    sources = sorted(sources, key=lambda source: sorting_key(source.name))
     _check_names(sources)
     labels = {name: label for label, name in enumerate(sorted({source.class_name for source in sources}))}
     shards = enumerate(_split_into_shards(sources, packing.shard_bytes))
     tasks = [_Task(folder / shard_name(number), shard, labels, packing) for number, shard in shards]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_same_plan(folder, sources, packing)
+        check_same_plan(folder, [repr(packing), *(f"{source.name} {source.size}" for source in sources)])
         futures = {pool.submit(write_shard, task): number for number, task in enumerate(tasks)}
         written, images = [0] * len(tasks), 0
         for future in as_completed(futures):
@@ -76,9 +82,9 @@ def write_shards(
             report(f"packing {folder.name}", images, len(sources))
         counts_and_sizes = [[len(task.sources), size] for task, size in zip(tasks, written, strict=True)]
         write_text_atomically(folder / MANIFEST, json.dumps({"shards": counts_and_sizes}))
-        _plan_file(folder).unlink(missing_ok=True)  # another process may have done the same work
+        finish_plan(folder)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     return sources
 
 
@@ -102,7 +108,7 @@ def write_shard(task: _Task) -> int:
             temporary.rename(path)
     except OSError as error:
         if not (tar.exists() and idx.exists()):  # otherwise another process has just written the same shard
-            raise _cannot_write(tar, error) from error
+            raise cannot_write(tar, error) from error
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
@@ -178,23 +184,3 @@ def _fits_in_header(label: str) -> bool:
         return bool(_header(f"{label}.jpeg", 0))  # as long as the image's name, or longer
     except ValueError:
         return False
-
-
-def _check_same_plan(folder: Path, sources: list[SourceImage], packing: Packing) -> None:
-    digest = hashlib.sha256(repr(packing).encode())
-    for source in sources:
-        digest.update(b"%b %d\n" % (os.fsencode(source.name), source.size))
-    plan = _plan_file(folder)
-    if plan.exists() and plan.read_bytes() != digest.hexdigest().encode():
-        raise UserError(f"{folder.parent}: was started with other images or other options; repeat that command, or "
-                        "remove it")  # fmt: skip
-    write_text_atomically(plan, digest.hexdigest())
-
-
-def _plan_file(folder: Path) -> Path:
-    """Return the file that identifies the images and options until the folder is complete."""
-    return folder / "plan.sha256"
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); the same command resumes from here")

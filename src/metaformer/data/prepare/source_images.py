@@ -23,9 +23,20 @@ class SourceImage(NamedTuple):
         """Name of the image's class folder."""
         return self.name.partition("/")[0]
 
+    @property
+    def location(self) -> str:
+        """Where it is now, for messages."""
+        return self.file if self.offset == 0 else f"{self.file}: {self.name}"
+
 
 def list_source_images(index: ImageIndex) -> list[SourceImage]:
-    """List the images of a data set in the order of its index."""
+    """List the images of a data set in the order of its index.
+
+    Raises:
+        UserError: the images are stored decoded.
+    """
+    if index.shards is not None and index.shards.pixels is not None:
+        raise UserError(f"{index.folder}: contains decoded pixels; give the data set that they were made from")
     folder, sizes = os.fspath(index.folder), index.sizes.tolist()
     names = [index.name(sample) for sample in range(len(index))]
     if index.shards is None:

@@ -1,0 +1,156 @@
+"""Tests of the three loaders on decoded pixels: the folder's batches, only the crop is read, and errors."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from metaformer.assembly import make_loader
+from metaformer.data.index.image_index import ImageIndex, load_index
+from metaformer.data.load.config import LoaderConfig, LoaderName
+from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.data.load.image_file import cut_out
+from metaformer.data.plan.geometry import Box
+from metaformer.data.plan.plan import Plan
+from metaformer.errors import UserError
+from tests.data.conftest import decode
+from tests.data.load.test_loaders import (
+    CPU,
+    evaluation_plan,
+    every_loader,
+    open_loader,
+    read_epoch,
+    same,
+    training_plan,
+)
+from tests.data.load.test_loaders_on_shards import PLANS, every_plan
+
+
+@pytest.fixture(scope="module")
+def files(image_root: Path) -> ImageIndex:
+    return load_index(image_root, "train")
+
+
+@pytest.fixture(scope="module")
+def pixels(pixel_root: Path) -> ImageIndex:
+    return load_index(pixel_root, "train")
+
+
+@every_plan
+@every_loader
+def test_batches_are_the_folders(files: ImageIndex, pixels: ImageIndex, name: str, plan: Plan) -> None:
+    """Two epochs equal the folder's in every bit, the second from every resume point, even after an unfinished one."""
+    for epoch in (0, 1):
+        expected = read_epoch(name, files, plan, epoch)
+        with open_loader(name, pixels, plan) as loader:
+            for first in range(len(expected) if epoch else 1):
+                assert same(list(loader.epoch(epoch, first)), expected[first:]), (epoch, first)
+                next(loader.epoch(0))
+
+
+@pytest.mark.parametrize("name", ["torch", "pil"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_images(files: ImageIndex, pixels: ImageIndex, name: str, workers: int) -> None:
+    """Worker processes that map the same files give the folder's batches."""
+    plan = PLANS["training"]
+    expected = read_epoch(name, files, plan)
+    with open_loader(name, pixels, plan, workers) as loader:
+        assert same(list(loader.epoch(0)), expected)
+        assert same(list(loader.epoch(0, 2)), expected[2:])
+
+
+@every_loader
+def test_a_file_is_opened_once_and_closed(pixels: ImageIndex, name: str) -> None:
+    """A loader has each file open once, and none after it is closed."""
+
+    def open_files() -> list[str]:
+        links = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+        return sorted(link for link in links if link.startswith(str(pixels.folder)))
+
+    assert pixels.shards is not None
+    assert len(pixels.shards.names) > 2
+    with open_loader(name, pixels, evaluation_plan(batch=3)) as loader:
+        for _ in range(2):
+            list(loader.epoch(0))
+            opened = open_files()
+            assert sorted(set(opened)) == [str(pixels.folder / each) for each in pixels.shards.names]
+    assert open_files() == []
+
+
+def test_only_the_rows_of_a_crop_are_read(tmp_path: Path) -> None:
+    """Of an image of 24 MB, a crop of 40 rows makes less than a quarter of the map resident."""
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (2000, 4000), "red").save(tmp_path / "data" / split / name / "x.JPEG")
+    index = load_index(decode(tmp_path / "data", tmp_path / "pixels"), "train")
+    stored = ImageBytes(index)
+    view = stored.read(0)
+    region = cut_out(view, Box(100, 2000, 300, 40))
+    assert region.shape == (40, 300, 3)
+    assert resident_kib(index.byte_range(0)[0]) < 6_000
+    assert int(view.sum()) > 0
+    assert resident_kib(index.byte_range(0)[0]) > 20_000
+    stored.close()
+
+
+def resident_kib(file: Path) -> int:
+    """Return how much of a file's maps in this process is resident."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and not line.split()[0].endswith(":"):
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+CHANGED = "the file has changed since it was indexed; start again, and do not modify data during a run"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@every_loader
+def test_a_file_that_changes_during_a_run_is_named(own_pixels: Path, name: str, workers: int) -> None:
+    """A file that is cut short, or written, while a loader has it open fails at its first image; the process lives."""
+    if name == "dali" and workers:
+        pytest.skip("DALI has no workers")
+    index, plan = load_index(own_pixels, "train"), evaluation_plan(batch=1)
+    assert index.shards is not None
+    good = read_epoch(name, index, plan)
+    first = int((index.shards.numbers == 1).argmax())
+    file = own_pixels / "train" / "pixels-000001.safetensors"
+    whole = file.read_bytes()
+    for spoil in (lambda: os.truncate(file, 600), lambda: file.write_bytes(whole), file.unlink):
+        with open_loader(name, index, plan, workers) as loader:
+            batches = loader.epoch(0)
+            if spoil != file.unlink:
+                assert torch.equal(next(batches), good[0])
+            spoil()
+            with pytest.raises(UserError) as caught:
+                list(loader.epoch(0))
+        reason = "cannot be read as an image (No such file" if spoil == file.unlink else CHANGED
+        assert str(caught.value).startswith(f"{file}: {index.name(first)}: {reason}")
+        assert "\n" not in str(caught.value)
+
+
+@every_loader
+def test_images_above_the_limit_are_named(pixels: ImageIndex, name: str) -> None:
+    """loader.max_pixels holds for pixels too."""
+    plan = training_plan(batch=13)
+    loader = make_loader(LoaderConfig(LoaderName(name), max_pixels=9000), pixels, plan, CPU, 0)
+    with pytest.raises(UserError, match=r"pixels-00000\d\.safetensors: a/2\.JPEG: .*more than loader\.max_pixels=9000"):
+        list(loader.epoch(0))
+    loader.close()
+
+
+@every_loader
+def test_resized_pixels_are_read_in_their_size(image_root: Path, tmp_path: Path, name: str) -> None:
+    """Reduced images give other batches, equal between the loaders but for rounding."""
+    index, plan = load_index(decode(image_root, tmp_path / "small", resize=32), "val"), replace(training_plan(), seed=3)
+    found, reference = torch.cat(read_epoch(name, index, plan)), torch.cat(read_epoch("pil", index, plan))
+    assert (found.float() - reference.float()).abs().mean() < 0.5
+    original = torch.cat(read_epoch("pil", load_index(image_root, "val"), plan))
+    assert (reference.float() - original.float()).abs().mean() > 1

@@ -1,0 +1,44 @@
+"""Tests of decoded pixels, from writing them to training and validation on them."""
+
+from pathlib import Path
+
+import pytest
+
+from metaformer.models import create_model, save_weights
+from tests.conftest import QUICK, VAL_IMAGES, rows
+from tests.end_to_end.test_shards import Run, script
+from tests.end_to_end.test_training import assert_same_checkpoint
+
+
+@pytest.fixture(scope="module")
+def pixels(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("decoded") / "pixels"
+    done = script("prepare_data", "folder", "--from", images, "--out", out, "--format", "pixels", "--workers=1")
+    assert done.returncode == 0, done.stderr
+    assert "451 images take 0.0 GB as pixels; " in done.stderr
+    return out
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_run_started_on_a_folder_resumes_on_pixels(
+    images: Path, pixels: Path, tmp_path: Path, run_program: Run, loader: str
+) -> None:
+    """A run stopped within an epoch on a folder and resumed on its pixels ends like a run on the folder alone."""
+    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
+    run_program("train", *common, f"data.root={images}", f"run_dir={moved}", "max_steps=4")
+    run_program("train", *common, f"data.root={pixels}", "data.check=files", f"run_dir={moved}")
+    assert rows(moved) == rows(whole)
+    assert rows(moved, "validation") == rows(whole, "validation")
+    assert_same_checkpoint(moved / "checkpoints" / "last", whole / "checkpoints" / "last")
+
+
+def test_validation_equals_the_folders(images: Path, pixels: Path, tmp_path: Path, run_program: Run) -> None:
+    """validate.py counts every image of the pixels once and gives the folder's result."""
+    save_weights(create_model("poolformer_s12", 4), tmp_path / "w.safetensors", "poolformer_s12")
+    common = ("image_size=32", "workers=1", f"checkpoint={tmp_path / 'w.safetensors'}")
+    results = [run_program("validate", *common, f"data.root={root}") for root in (images, pixels)]
+    assert {result["images"] for result in results} == {VAL_IMAGES}
+    assert results[0]["top1"] == results[1]["top1"]
+    assert results[0]["top5"] == results[1]["top5"]

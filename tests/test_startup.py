@@ -1,0 +1,49 @@
+"""Tests of what the programs import before they have read their command line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PROGRAM = """
+import sys
+sys.argv[0] = PROGRAM + ".py"
+main = __import__(PROGRAM).main
+try:
+    main()
+except (SystemExit, Exception) as end:
+    print(f"{type(end).__name__}: {end}", file=sys.stderr)
+print([name for name in ("torch", "timm", "numpy", "PIL") if name in sys.modules], file=sys.stderr)
+"""
+
+
+def run(program: str, *arguments: str) -> tuple[str, list[str]]:
+    """Return what a program printed, and on stderr how it ended and which slow modules it imported."""
+    code = PROGRAM.replace("PROGRAM", repr(program))
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("program", ["train", "validate"])
+def test_help_needs_no_torch(program: str) -> None:
+    """--help lists groups and fields, the networks among them, without the imports that take seconds."""
+    printed, lines = run(program, "--help")
+    assert "poolformer_m48" in printed
+    assert "experiment/paper: " in printed or program == "validate"
+    assert "eval_batch_size: 128" in printed
+    assert lines == ["SystemExit: 0", "[]"]
+
+
+def test_a_wrong_option_is_refused_without_torch() -> None:
+    """An unknown field and a value that cannot work end before those imports."""
+    for override, message in (
+        ("optimizer.rate=1", "UserError: optimizer.rate: no such field"),
+        ("loader.max_pixels=0", "UserError: loader.max_pixels=0: must be at least 1"),
+        ("model=resnet", "UserError: model=resnet: unknown; "),
+    ):
+        _, (error, imported) = run("train", override)
+        assert error.startswith(message)
+        assert imported == "[]"
