@@ -3,9 +3,9 @@
 python scripts/convert_weights.py official:poolformer_s12 poolformer_s12.safetensors --to timm
 python scripts/convert_weights.py runs/RUN poolformer_s12.pth.tar --to official
 
-IN is what checkpoint= of validate.py takes: a file of this project, of timm or of the paper's authors, a checkpoint or
+IN is what checkpoint= of validate.py takes: a file of this project, of timm or of the papers' authors, a checkpoint or
 run folder, or a name to download. This project's files have timm's keys: --to timm writes safetensors for both. --to
-official writes a torch file for the paper's program.
+official writes a torch file for the program of the network's paper.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
         ) from error
     write(state, out, arguments.to, located.name)
     tensors, parameters = len(state), sum(tensor.numel() for tensor in state.values())
-    classes = state["head.fc.weight"].shape[0]
+    classes = state["head.fc.weight" if "head.fc.weight" in state else "head.fc.fc2.weight"].shape[0]
     print(f"{out}: {tensors} tensors, {parameters:,} values, {classes} classes, in {arguments.to}'s keys")
 
 

@@ -1,4 +1,4 @@
-"""Saving of weights with timm's keys, and loading of weights with timm's or the paper's keys."""
+"""Saving of weights with timm's keys, and loading of weights with timm's or the papers' keys."""
 
 import math
 import re
@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) ->
     """Load weights into a model; every key and shape must match.
 
     Args:
-        model: a network of this project, which also accepts files with the paper's keys, or any other network with the
+        model: a network of this project, which also accepts files with the papers' keys, or any other network with the
             same keys as the file.
         source: a file for `read_weights`, or a name for `download_weights`.
         use_ema: take the averaged weights of a training checkpoint.
