@@ -96,7 +96,8 @@ def make_model(
     if named.library is Library.timm:
         model = create_timm_model(named.name, num_classes, named.drop_path_rate, images.image_size)
     else:
-        model = create_model(named.name, num_classes, named.drop_path_rate, images.image_size)
+        network = named.composition or named.name
+        model = create_model(network, num_classes, named.drop_path_rate, images.image_size, named.head_dropout)
     fused = fuse_blocks(config, images, runtime, model, product_type)
     model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.compile:

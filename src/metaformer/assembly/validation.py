@@ -19,7 +19,7 @@ from metaformer.assembly.parts import (
     open_index,
     prepare_workers,
 )
-from metaformer.assembly.preprocessing import adopt, differences, find_run, resolve
+from metaformer.assembly.preprocessing import adopt, adopt_parts, differences, find_run, resolve
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index.config import Labels
@@ -58,6 +58,7 @@ def validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[]
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
     weights = runtime.from_main(partial(locate_weights, "checkpoint", checkpoint, config.use_ema))
+    config = runtime.from_main(partial(adopt_parts, config, weights.path))
     index = _evaluation_index(config, runtime)
     classes = config.num_classes or len(index.classes)
     model, fused = make_model(config, images, classes, runtime, precision.dtype)

@@ -135,8 +135,12 @@ class Composition:
         return list(dict.fromkeys(name for name in names if ":" in name))
 
     def to_json(self) -> str:
-        """Return the values as text, for a weights file."""
-        return json.dumps(asdict(self))
+        """Return the values as text, for a weights file; equal networks have equal texts."""
+        return json.dumps(asdict(self.canonical()))
+
+    def canonical(self) -> "Composition":
+        """Return the same network with a name for each stage everywhere."""
+        return replace(self, **{name: self.per_stage(name) for name in PER_STAGE})
 
     @classmethod
     def from_json(cls, text: str) -> "Composition":

@@ -1,16 +1,19 @@
 """Functions that create networks: the papers' by name, one's own from a composition, and timm's."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import timm
+import torch
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
 from metaformer.errors import UserError, one_line, unknown_name
 from metaformer.models.composition import Composition, build_architecture
 from metaformer.models.config import OWN_NETWORK
 from metaformer.models.families import COMPOSITIONS
-from metaformer.models.metaformer import Architecture, MetaFormer
+from metaformer.models.metaformer import Architecture, MetaFormer, MetaFormerBlock
+from metaformer.models.recorded import read_composition, refuse_own_parts
 from metaformer.models.token_mixers import Pooling
 
 POOLING = (Pooling,) * 4
@@ -23,10 +26,16 @@ def list_models() -> list[str]:
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the architecture of one of `list_models()`."""
-    if name not in VARIANTS:
+    """Return the architecture of one of `list_models()`, or the one that a weights file records."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if not Path(name).is_file():
         raise unknown_name("model.name", name, VARIANTS)
-    return VARIANTS[name]
+    composition = read_composition(Path(name))
+    if composition is None:
+        raise UserError(f"{name}: does not record its network; give one of list_models() and load the file's weights")
+    refuse_own_parts(Path(name), composition)
+    return build_architecture(composition)
 
 
 def find_timm_cfg(name: str) -> PretrainedCfg:
@@ -50,7 +59,8 @@ def create_model(
     """Create a network with freshly initialised weights.
 
     Args:
-        name: one of `list_models()`, or the composition of another network.
+        name: one of `list_models()`, the composition of another network, or a weights file of this project, which
+            records its network.
         num_classes: size of the last layer.
         drop_path_rate: None takes the paper's rate for this network.
         image_size: side of the images in pixels; only networks with position embeddings, spatial FC or a random matrix
@@ -58,15 +68,44 @@ def create_model(
         head_dropout: None takes the paper's rate; only networks with an MLP head have one.
     """
     architecture = find_architecture(name) if isinstance(name, str) else build_architecture(name)
+    own = isinstance(name, Composition) and bool(name.own_parts)
     if drop_path_rate is not None:
         architecture = replace(architecture, drop_path_rate=drop_path_rate)
     if head_dropout is not None:
         architecture = replace(architecture, head_dropout=head_dropout)
     try:
-        return MetaFormer(architecture, num_classes, image_size)
-    except (TypeError, ValueError, RuntimeError) as error:  # of a part that does not take these arguments
+        model = MetaFormer(architecture, num_classes, image_size)
+        if own:
+            _try(model, image_size)
+        return model
+    except (TypeError, ValueError, RuntimeError) as error:  # of a part that does not fit the others
         named = name if isinstance(name, str) else OWN_NETWORK
         raise UserError(f"model={named}: cannot be made ({one_line(error)})") from error
+
+
+@torch.no_grad()
+def _try(model: MetaFormer, image_size: int) -> None:
+    """Compute logits of two images, and check that token mixers keep the shape of their input.
+
+    Raises:
+        ValueError: a shape is wrong.
+        TypeError, RuntimeError: of a part.
+    """
+
+    def check(mixer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.shape != inputs[0].shape:
+            raise ValueError(f"{type(mixer).__name__} makes {list(out.shape)} of {list(inputs[0].shape)}")
+
+    blocks = [module for module in model.modules() if isinstance(module, MetaFormerBlock)]
+    hooks = [block.token_mixer.register_forward_hook(check) for block in blocks]
+    try:
+        logits = model.eval()(torch.zeros(2, 3, image_size, image_size))
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
+    if logits.shape != (2, model.num_classes):
+        raise ValueError(f"the head makes {list(logits.shape)}, not {[2, model.num_classes]}")
 
 
 def create_timm_model(
