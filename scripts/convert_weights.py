@@ -5,7 +5,7 @@ python scripts/convert_weights.py runs/RUN poolformer_s12.pth.tar --to official
 
 IN is anything that validate.py accepts as checkpoint=: a weights file of this project, of timm or of the authors, a
 checkpoint folder, a run folder, or a name to download. --to timm writes a safetensors file, which also suits this
-project because it uses timm's keys. --to official writes a torch file for the authors' code.
+project because it uses timm's keys. --to official writes a torch file for the code of the network's authors.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
         ) from error
     write(state, out, arguments.to, located.name)
     tensors, parameters = len(state), sum(tensor.numel() for tensor in state.values())
-    classes = state["head.fc.weight"].shape[0]
+    classes = state["head.fc.weight" if "head.fc.weight" in state else "head.fc.fc2.weight"].shape[0]
     print(f"{out}: {tensors} tensors, {parameters:,} values, {classes} classes, in {arguments.to}'s keys")
 
 

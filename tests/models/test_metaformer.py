@@ -60,7 +60,8 @@ def test_block_and_mixer_equal_their_formulas() -> None:
     def window_sum(x: Tensor) -> Tensor:
         return functional.unfold(x.flatten(0, 1)[:, None], 3, padding=1).sum(1).view_as(x)
 
-    def channels(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    def channels(x: Tensor, conv: nn.Module) -> Tensor:
+        assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
         return torch.einsum("bchw,oc->bohw", x, conv.weight[:, :, 0, 0]) + conv.bias.view(-1, 1, 1)
 

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
+from metaformer.config import compose_training
 from metaformer.errors import UserError
 from metaformer.models import MetaFormerBlock, create_model, create_timm_model, list_models
 from metaformer.models.token_mixers import Attention, DepthwiseConv, Pooling, SpatialFC
 from metaformer.models.variants import VARIANTS
-from tests.conftest import REPOSITORY
 
 # name: parameters at 1000 classes, blocks, drop path rate, LayerScale's initial value (paper, table 1 and appendix)
 PAPER = {
@@ -53,10 +52,15 @@ def test_every_listed_network_is_defined() -> None:
 
 
 def test_list_models_returns_the_papers_networks() -> None:
-    """`list_models` returns the five networks and the ablations in the paper's order; `model=` accepts each."""
-    assert list_models() == list(PAPER) + [f"metaformer_s12_{part}" for part in (*ABLATIONS, *HYBRIDS)]
-    files = {file.stem: OmegaConf.load(file) for file in (REPOSITORY / "conf" / "model").glob("*.yaml")}
-    assert {stem: values.name for stem, values in files.items() if stem != "timm"} == {n: n for n in list_models()}
+    """`list_models` returns the 45 networks of both papers in the papers' order; `model=` accepts them."""
+    first = list(PAPER) + [f"metaformer_s12_{part}" for part in (*ABLATIONS, *HYBRIDS)]
+    sizes = ("s12", "s24", "s36", "m36", "m48")
+    second = [f"{family}_{size}" for family in ("identityformer", "randformer", "poolformerv2") for size in sizes]
+    second += [f"{family}_{size}" for family in ("convformer", "caformer") for size in ("s18", "s36", "m36", "b36")]
+    assert list_models() == first + second
+    assert len(list_models()) == 45
+    for name in (first[0], first[-1], second[0], second[-1]):
+        assert compose_training([f"model={name}", "data.root=."]).model.name == name
 
 
 @pytest.mark.parametrize("part", ABLATIONS)

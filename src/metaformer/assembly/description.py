@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 
@@ -9,8 +10,12 @@ from metaformer.assembly.parts import loader_name, worker_count
 from metaformer.assembly.splits import Splits
 from metaformer.config import TrainConfig
 from metaformer.data.load.config import LoaderName
+from metaformer.errors import one_line
+from metaformer.models import Composition, create_model
+from metaformer.models.config import Library, ModelConfig
 from metaformer.models.preprocessing import Preprocessing
 from metaformer.numa import describe_cpus
+from metaformer.reporting.complexity import count_complexity
 from metaformer.runtime import Runtime
 from metaformer.training.state import TrainState
 
@@ -24,10 +29,13 @@ def describe(
     steps_per_epoch: int,
 ) -> Iterator[str]:
     """Yield the lines that a run logs first: its settings, including those derived from the configuration."""
-    parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    parameters = f"{sum(p.numel() for p in state.model.parameters() if p.requires_grad):,} parameters"
     rank_batch = config.rank_batch_size(runtime.world_size)
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
-    yield f"model        {config.model.name}, {parameters:,} parameters, {splits.num_classes} classes"
+    size = f"{parameters}{_describe_macs(config.model, images, splits.num_classes)}"
+    yield f"model        {config.model.name}, {size}, {splits.num_classes} classes"
+    if config.model.composition is not None:
+        yield f"parts        {_describe_parts(config.model.composition)}"
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
     note = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are excluded by {config.data.quarantine}"
     yield f"data         {root}: {train:,} training, {val:,} validation images{note if config.data.quarantine else ''}"
@@ -51,6 +59,26 @@ def describe(
     yield f"run folder   {shlex.quote(str(config.resolved_run_dir))}"
     if schedule.warmup_epochs >= config.epochs:
         yield f"warning      the warm-up is as long as epochs={config.epochs}: the peak lr is never reached"
+
+
+def _describe_macs(model: ModelConfig, images: Preprocessing, num_classes: int) -> str:
+    """Return the multiply-accumulates of one image, counted on a copy without values; "" for timm's networks."""
+    if model.library is Library.timm:
+        return ""
+    composition = model.composition
+    own = composition is not None and composition.own_parts  # its creation computes an image, which needs values
+    with torch.device("cpu" if own else "meta"), torch.random.fork_rng(devices=[]):
+        network = create_model(composition or model.name, num_classes, image_size=images.image_size)
+    try:
+        return f", {count_complexity(network, images.image_size).macs / 1e9:.2f} GMACs"
+    except RuntimeError as error:  # of a part of one's own that torch's meta device does not have
+        return f", GMACs not counted ({one_line(error)[:100]})"
+
+
+def _describe_parts(composition: Composition) -> str:
+    values = asdict(composition).items()
+    texts = (f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in values)
+    return ", ".join(texts)
 
 
 def loading_advice(config: TrainConfig, runtime: Runtime) -> str:

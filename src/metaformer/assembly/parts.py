@@ -90,7 +90,8 @@ def make_model(
     if settings.library is Library.timm:
         model = create_timm_model(settings.name, num_classes, settings.drop_path_rate, images.image_size)
     else:
-        model = create_model(settings.name, num_classes, settings.drop_path_rate, images.image_size)
+        network = settings.composition or settings.name
+        model = create_model(network, num_classes, settings.drop_path_rate, images.image_size, settings.head_dropout)
     fused = fuse_blocks(config, images, runtime, model, product_type)
     model = model.to(runtime.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.compile:

@@ -13,6 +13,7 @@ from metaformer.config import CommonConfig, ValidateConfig
 from metaformer.errors import UserError, one_line
 from metaformer.models.config import CropMode, Library, ModelConfig
 from metaformer.models.preprocessing import Preprocessing, resolve_preprocessing
+from metaformer.models.recorded import read_composition, refuse_own_parts
 from metaformer.tracking.run_folder import parse_config
 
 C = TypeVar("C", bound=CommonConfig)
@@ -80,6 +81,31 @@ def adopt_preprocessing(config: ValidateConfig, run: TrainedRun) -> ValidateConf
     return replace(config, model=replace(config.model, **unset), image_size=image_size)
 
 
+def adopt_parts(config: ValidateConfig, weights: Path) -> ValidateConfig:
+    """Return the configuration with the parts of model=metaformer that the weights file records.
+
+    Raises:
+        UserError: a given part is not the recorded one, or the file names a part outside this project that is not
+            given.
+    """
+    recorded = read_composition(weights) if config.model.is_own else None
+    if recorded is None:
+        return config
+    given = config.model.given_parts
+    for name, value in given.items():
+        if replace(recorded, **{name: value}).canonical() != recorded.canonical():
+            trained = _enum_value(getattr(recorded, name))
+            raise UserError(
+                f"model.{name}={_enum_value(value)}: {weights} was trained with {trained}; remove the field"
+            )
+    names = [name for value in given.values() for name in (value if isinstance(value, tuple) else (value,))]
+    refuse_own_parts(weights, recorded, tuple(name for name in names if isinstance(name, str)))
+    values: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in vars(recorded).items()
+    }
+    return replace(config, model=replace(config.model, **values))
+
+
 def describe_differences(config: ValidateConfig, run: TrainedRun) -> Iterator[str]:
     """Yield a line for each configured value that differs from the run's."""
     pairs = {f"model.{name}": (getattr(config.model, name), getattr(run.model, name)) for name in FIELDS}
@@ -89,4 +115,5 @@ def describe_differences(config: ValidateConfig, run: TrainedRun) -> Iterator[st
 
 
 def _enum_value(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+    plain = list(value) if isinstance(value, tuple) else value
+    return plain.value if isinstance(plain, Enum) else plain

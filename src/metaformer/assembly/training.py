@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
         "world_size": runtime.world_size,
         "config_sha256": hashlib.sha256(config_yaml).hexdigest(),
     }
-    weight_files = WeightFiles(partial(save_state, name=config.model.name), load_weights)
+    save = partial(save_state, name=config.model.name, composition=config.model.composition)
+    weight_files = WeightFiles(save, load_weights)
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
 
 
@@ -232,9 +234,18 @@ def _new_state(
             "fill_last_batch": config.fill_last_batch,
             "data": splits.train.fingerprint[:16],
             **images.settings,
+            **_parts_identity(config),
             "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
         },
     )
+
+
+def _parts_identity(config: TrainConfig) -> dict[str, str]:
+    """Return the parts of a network of one's own, without the rates of drop path and dropout, which may change."""
+    composition = config.model.composition
+    if composition is None:
+        return {}
+    return {"model parts": replace(composition, drop_path_rate=0.0, head_dropout=0.0).to_json()}
 
 
 def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> ResumePoint:

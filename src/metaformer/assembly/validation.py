@@ -19,7 +19,13 @@ from metaformer.assembly.parts import (
     open_index,
     prepare_workers,
 )
-from metaformer.assembly.preprocessing import adopt_preprocessing, describe_differences, find_run, resolve_config
+from metaformer.assembly.preprocessing import (
+    adopt_parts,
+    adopt_preprocessing,
+    describe_differences,
+    find_run,
+    resolve_config,
+)
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index.config import Labels
@@ -60,6 +66,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
     weights = runtime.from_main(partial(locate_weights, "checkpoint", checkpoint, config.use_ema))
+    config = runtime.from_main(partial(adopt_parts, config, weights.path))
     index = _evaluation_index(config, runtime)
     classes = config.num_classes or len(index.classes)
     model, fused = make_model(config, images, classes, runtime, precision.dtype)

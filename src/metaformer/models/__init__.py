@@ -6,7 +6,8 @@ What needs torch is imported on first use, so that a program can list the networ
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from metaformer.models.names import list_models
+from metaformer.models.composition import Composition
+from metaformer.models.families import list_models
 
 if TYPE_CHECKING:
     from metaformer.models.metaformer import MetaFormer, MetaFormerBlock
@@ -24,6 +25,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Composition",
     "MetaFormer",
     "MetaFormerBlock",
     "create_model",

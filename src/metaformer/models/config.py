@@ -1,11 +1,16 @@
 """Configuration of a network and of its input images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
 from metaformer.errors import UserError
+from metaformer.models.composition import Composition
+
+OWN_NETWORK = "metaformer"  # model.name of a network of one's own parts
+RATES = ("drop_path_rate", "head_dropout")  # of a composition; named networks have these fields too
 
 
 class Library(Enum):
@@ -28,9 +33,20 @@ class CropMode(Enum):
     center = "center"  # resize the short side, then crop the center
 
 
+class InitHead(Enum):
+    """How the classifier of `init_weights` becomes that of the network."""
+
+    same = "same"  # the same classes
+    from_21k = "from_21k"  # by wnid, from the 21,841 classes of ImageNet-21K
+
+
 @dataclass
 class ModelConfig:
-    """A network and its preprocessing; a preprocessing field that is null takes the network's own value."""
+    """A network and its preprocessing.
+
+    A preprocessing field that is null takes the network's own value. The fields from `depths` on are for
+    model=metaformer, a network of one's own; one that is null takes PoolFormer-S12's value. See `Composition`.
+    """
 
     name: str = MISSING
     library: Library = Library.metaformer
@@ -42,8 +58,53 @@ class ModelConfig:
     crop_mode: CropMode | None = None
     mean: list[float] | None = None  # of RGB values in [0, 1]
     std: list[float] | None = None
+    head_dropout: float | None = None  # of networks with an MLP head; None: the paper's rate for this network
+    depths: list[int] | None = None
+    dims: list[int] | None = None
+    token_mixers: list[str] | None = None  # as channel_mlps and residuals: one for each stage, or one for all
+    norm: str | None = None
+    activation: str | None = None
+    channel_mlps: list[str] | None = None
+    residuals: list[str] | None = None
+    layer_scale: float | None = None  # initial value; 0: without LayerScale
+    downsampling_norm: str | None = None
+    head: str | None = None
+    position_embedding_stage: int | None = None  # counted from 0
+    initialization: str | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is a network of one's own parts."""
+        return self.library is Library.metaformer and self.name == OWN_NETWORK
+
+    @property
+    def given_parts(self) -> dict[str, Any]:
+        """The values of a composition that are given, as a composition has them, without RATES."""
+        names = [field.name for field in fields(Composition) if field.name not in RATES]
+        values = {name: getattr(self, name) for name in names}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    @property
+    def composition(self) -> Composition | None:
+        """The parts of a network of one's own; None for all others."""
+        if not self.is_own:
+            return None
+        rates = {name: getattr(self, name) for name in RATES if getattr(self, name) is not None}
+        return Composition(**self.given_parts, **rates)
 
     def __post_init__(self) -> None:
+        if self.composition is None and self.given_parts:
+            name = next(iter(self.given_parts))
+            raise UserError(
+                f"model.{name}={getattr(self, name)}: model={self.name} has its own parts; "
+                f"give model={OWN_NETWORK} to compose a network"
+            )
+        if self.head_dropout is not None and self.library is Library.timm:
+            raise UserError(f"model.head_dropout={self.head_dropout}: timm's networks have none here; leave it null")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UserError(f"model.crop_pct={self.crop_pct}: must be in (0, 1]")
         if self.mean is not None and (len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean)):

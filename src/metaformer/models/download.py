@@ -1,11 +1,12 @@
-"""Download of weights by name: `official:poolformer_s12`, `hf:timm/poolformer_s12.sail_in1k`.
+"""Download of weights by name: `official:poolformer_s12`, `official:caformer_s18`, `hf:timm/poolformer_s12.sail_in1k`.
 
-Files of the paper's authors are downloaded from their GitHub release into this project's cache. The authors publish no
+Files of the papers' authors are downloaded into this project's cache: those of the first paper from its GitHub release,
+those of the second paper from a repository of the Hugging Face hub that holds raw torch files. The authors publish no
 hash, so a first download is checked only by its size, by the checksums of its zip archive (if it is one), and by the
 strict loading that follows. Its SHA-256 is then stored beside it, and every later use is checked against that.
 
-Files of the Hugging Face hub are downloaded by its library into its own cache. Where the cache names a file by its
-SHA-256, as it does for all large files, every use is checked against it.
+Networks of the Hugging Face hub (`hf:`) are downloaded by its library into its own cache. Where the cache names a file
+by its SHA-256, as it does for all large files, every use is checked against it.
 
 Cached files are used without a network request.
 """
@@ -45,9 +46,22 @@ OFFICIAL_NAMES = {  # this project's names of networks that have another name in
     "metaformer_s12_identity": "metaformer_id_s12",
     **{f"metaformer_s12_{mixers}": f"metaformer_{mixers}_s12_224" for mixers in ("pppa", "ppaa", "pppf", "ppff")},
 }
+BASELINE_RELEASE = "https://huggingface.co/sail/dl/resolve/main/"
+SIZES = ("s12", "s24", "s36", "m36", "m48")
+# Trained at 224 px; fine-tuned at 384 px; from ImageNet-21K, at both sizes; on ImageNet-21K with its 21,841 classes.
+TRAININGS = ("", "_384", "_in21ft1k", "_384_in21ft1k", "_in21k")
+BASELINE_FILES = (
+    *(f"{family}_{size}" for family in ("identityformer", "randformer", "poolformerv2") for size in SIZES),
+    *(
+        f"{family}_{size}{training}"
+        for family in ("convformer", "caformer")
+        for size in ("s18", "s36", "m36", "b36")
+        for training in TRAININGS
+    ),
+)
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10  # seconds without an answer
-MAX_BYTES = 2**30  # size limit of an authors' file; their largest network has 73 million weights
+MAX_BYTES = 2**30  # size limit of an authors' file; their largest network has 164 million weights
 CHUNK_BYTES = 2**20
 
 
@@ -68,6 +82,7 @@ def download_weights(name: str, field: str = "weights") -> Path:
             return _hub_file(name.removeprefix(HUB))
         files = {OFFICIAL + file: file for file in OFFICIAL_FILES}
         files |= {OFFICIAL + network: file for network, file in OFFICIAL_NAMES.items()}
+        files |= {OFFICIAL + file: file for file in BASELINE_FILES}
         if name not in files:
             raise unknown_name(field, name, files)
         return _official_file(files[name])
@@ -81,8 +96,12 @@ def weights_cache() -> Path:
 
 
 def _official_file(stem: str) -> Path:
-    path = weights_cache() / f"{stem}.pth.tar"
-    url = OFFICIAL_RELEASE + path.name
+    if stem in BASELINE_FILES:
+        path = weights_cache() / f"{stem}.pth"
+        url = f"{BASELINE_RELEASE}{stem.split('_')[0]}/{path.name}"
+    else:
+        path = weights_cache() / f"{stem}.pth.tar"
+        url = OFFICIAL_RELEASE + path.name
     try:
         if not path.is_file():
             print(f"downloading {url} to {path}", file=sys.stderr, flush=True)

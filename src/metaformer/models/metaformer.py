@@ -1,21 +1,25 @@
-"""The MetaFormer network: a four-stage pyramid of blocks with a configurable token mixer, norm and activation.
+"""The MetaFormer network: a pyramid of stages of blocks, composed of a token mixer, norm, activation and other parts.
 
-Module names match timm's `poolformer_*`, so that state dicts can be exchanged without renaming. Two things differ from
-timm on purpose, because the paper's program does them this way: the head applies the norm first and then averages over
-space (timm pools first), and convolutions outside the MLPs keep PyTorch's default initialisation.
+Module names match timm's `poolformer_*`, `poolformerv2_*`, `convformer_*` and `caformer_*`, so that state dicts can be
+exchanged without renaming. Some things differ from timm on purpose, because the papers' programs do them this way. In
+PoolFormer, the head applies the norm first and then averages over space (timm pools first), and convolutions outside
+the MLPs keep PyTorch's default initialisation. In the MLP head of ConvFormer and CAFormer, dropout comes before the
+last layer (timm: before the first), and the norm has eps 1e-5 (timm: 1e-6).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from metaformer.models.channel_mlps import Mlp, PositionwiseLayer, conv_layer
+from metaformer.models.heads import HeadPart, NormFirstHead
 from metaformer.models.initialization import initialize
-from metaformer.models.norms import group_norm
+from metaformer.models.norms import Norm, group_norm, no_norm
 
-Norm = Callable[[int], nn.Module]  # takes channels; makes a module for [B, C, H, W]
 TokenMixer = Callable[[int, int], nn.Module]  # takes channels and side (positions); makes the same
 
 
@@ -24,15 +28,21 @@ class BlockParts:
     """The parts of a block besides its token mixer; each of the paper's ablations changes one of them.
 
     Attributes:
+        layer_scale_init: initial value of LayerScale on the branches; None leaves it out.
         residual: whether a branch is added to its input (True) or replaces it (False).
+        residual_scale: whether the input is multiplied by a learned factor per channel, from 1, before that addition.
         channel_mlp: whether the block has its second branch.
+        mlp_layer, mlp_bias: the layers of that branch.
     """
 
     norm: Norm = group_norm
     activation: Callable[[], nn.Module] = nn.GELU
-    layer_scale_init: float = 1e-5
+    layer_scale_init: float | None = 1e-5
     residual: bool = True
+    residual_scale: bool = False
     channel_mlp: bool = True
+    mlp_layer: PositionwiseLayer = conv_layer
+    mlp_bias: bool = True
 
 
 POOLFORMER_PARTS = BlockParts()
@@ -49,6 +59,11 @@ class Architecture:
         drop_path_rate: drop path rate of the last block; the rate rises linearly from 0 at the first block.
         parts: the other parts of every block.
         position_embedding_stage: the stage that adds a position embedding before its blocks, if any.
+        stage_parts: parts of each stage's blocks, instead of `parts`.
+        downsampling_norm: the norm after the stem's convolution and before those between stages.
+        head: takes channels, classes, the norm of `parts` and a dropout rate; makes the head.
+        head_dropout: dropout rate in the head.
+        initialize_all: draw all convolutions and linear layers as `initialize` does, not only those of MLPs and head.
     """
 
     depths: Sequence[int]
@@ -57,10 +72,15 @@ class Architecture:
     drop_path_rate: float = 0.0
     parts: BlockParts = POOLFORMER_PARTS
     position_embedding_stage: int | None = None
+    stage_parts: Sequence[BlockParts] | None = None
+    downsampling_norm: Norm = no_norm
+    head: HeadPart = NormFirstHead
+    head_dropout: float = 0.0
+    initialize_all: bool = False
 
 
-class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
+class ChannelScale(nn.Module):
+    """A learned factor per channel: LayerScale on a residual branch (CaiT, arXiv 2103.17239), or a residual scale."""
 
     def __init__(self, dim: int, initial_value: float) -> None:
         super().__init__()
@@ -70,60 +90,71 @@ class LayerScale(nn.Module):
         return x * self.scale.view(-1, 1, 1)
 
 
-class Mlp(nn.Module):
-    """Two 1x1 convolutions with an activation between them: the same MLP at every position."""
-
-    def __init__(self, dim: int, hidden_dim: int, activation: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.act = activation()
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
-        initialize(self.fc1)
-        initialize(self.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
-
-
 class MetaFormerBlock(nn.Module):
     """A block: x + ls1 * mixer(norm1(x)), then x + ls2 * mlp(norm2(x)), with drop path on both branches.
 
+    With `residual_scale`, rs1 * x and rs2 * x take the place of x in the sums.
     Shapes: [B, dim, H, W] -> [B, dim, H, W].
+
+    Attributes:
+        residual: whether branches with LayerScale are added to their unscaled input, and the MLP is made of
+            convolutions with biases. Fused operators compute such blocks only.
     """
 
     def __init__(self, dim: int, side: int, token_mixer: TokenMixer, drop_path_rate: float, parts: BlockParts) -> None:
         super().__init__()
-        self.residual = parts.residual
+        self._adds_input = parts.residual
         self.norm1 = parts.norm(dim)
         self.token_mixer = token_mixer(dim, side)
         self.drop_path1 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.layer_scale1 = LayerScale(dim, parts.layer_scale_init)
+        self.layer_scale1 = _scale(dim, parts.layer_scale_init)
+        self.res_scale1 = _scale(dim, 1.0 if parts.residual_scale else None)
         self.channel_mlp = parts.channel_mlp
         if self.channel_mlp:
             self.norm2 = parts.norm(dim)
-            self.mlp = Mlp(dim, 4 * dim, parts.activation)
+            self.mlp = Mlp(dim, 4 * dim, parts.activation, parts.mlp_layer, parts.mlp_bias)
             self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-            self.layer_scale2 = LayerScale(dim, parts.layer_scale_init)
+            self.layer_scale2 = _scale(dim, parts.layer_scale_init)
+            self.res_scale2 = _scale(dim, 1.0 if parts.residual_scale else None)
+        scaled_branches = parts.layer_scale_init is not None and not parts.residual_scale
+        self.residual = parts.residual and scaled_branches and parts.mlp_bias and parts.mlp_layer is conv_layer
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.drop_path1(self.layer_scale1(self.token_mixer(self.norm1(x))))
-        x = x + branch if self.residual else branch
+        x = self.res_scale1(x) + branch if self._adds_input else branch
         if self.channel_mlp:
             branch = self.drop_path2(self.layer_scale2(self.mlp(self.norm2(x))))
-            x = x + branch if self.residual else branch
+            x = self.res_scale2(x) + branch if self._adds_input else branch
         return x
 
 
-class Downsampling(nn.Module):
-    """A strided convolution without a norm: the stem (7x7, stride 4) and the step between stages (3x3, stride 2)."""
+def _scale(dim: int, initial_value: float | None) -> Any:
+    return nn.Identity() if initial_value is None else ChannelScale(dim, initial_value)
 
-    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int, padding: int) -> None:
+
+class Stem(nn.Module):
+    """A 7x7 convolution with stride 4, then a norm: [B, 3, H, W] -> [B, dim, about H / 4, W / 4]."""
+
+    def __init__(self, dim: int, norm: Norm) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride=stride, padding=padding)
+        self.conv = nn.Conv2d(3, dim, 7, stride=4, padding=2)
+        self.norm = norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
+        out: Tensor = self.norm(self.conv(x))
+        return out
+
+
+class Downsampling(nn.Module):
+    """The step between stages: a norm, then a 3x3 convolution with stride 2."""
+
+    def __init__(self, in_dim: int, out_dim: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm(in_dim)
+        self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.norm(x))
         return out
 
 
@@ -156,20 +187,6 @@ class Stage(nn.Module):
         return self.run_blocks(self.blocks, x)
 
 
-class Head(nn.Module):
-    """Norm, then the mean over space, then the classifier, in the paper's order."""
-
-    def __init__(self, dim: int, norm: Norm, num_classes: int) -> None:
-        super().__init__()
-        self.norm = norm(dim)
-        self.fc = nn.Linear(dim, num_classes)
-        initialize(self.fc)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.norm(x).mean((-2, -1)))
-        return out
-
-
 def stage_sides(image_size: int, stages: int) -> list[int]:
     """Return the side of each stage's feature map, in positions, for images of `image_size` x `image_size` pixels."""
     sides = [(image_size - 3) // 4 + 1]  # after the stem
@@ -179,7 +196,7 @@ def stage_sides(image_size: int, stages: int) -> list[int]:
 
 
 class MetaFormer(nn.Module):
-    """The whole network, from images [B, 3, H, W] (H and W at least 32) to logits [B, num_classes].
+    """The whole network, from images [B, 3, H, W] (H and W at least 32 with four stages) to logits [B, num_classes].
 
     Args:
         architecture: the settings that define the network.
@@ -190,24 +207,31 @@ class MetaFormer(nn.Module):
 
     def __init__(self, architecture: Architecture, num_classes: int = 1000, image_size: int = 224) -> None:
         super().__init__()
-        depths, dims, parts = architecture.depths, architecture.dims, architecture.parts
+        depths, dims = architecture.depths, architecture.dims
         self.num_classes = num_classes
-        self.stem = Downsampling(3, dims[0], kernel_size=7, stride=4, padding=2)
-        rates = iter(torch.linspace(0, architecture.drop_path_rate, sum(depths), dtype=torch.float64).tolist())
+        self.stem = Stem(dims[0], architecture.downsampling_norm)
+        rates = torch.linspace(0, architecture.drop_path_rate, sum(depths), dtype=torch.float64, device="cpu").tolist()
         sides = stage_sides(image_size, len(depths))
         stages = []
-        for i, (depth, dim, side, token_mixer) in enumerate(
-            zip(depths, dims, sides, architecture.token_mixers, strict=True)
+        for i, (depth, dim, side, token_mixer, parts) in enumerate(
+            zip(depths, dims, sides, architecture.token_mixers, _stage_parts(architecture), strict=True)
         ):
-            downsample: nn.Module = nn.Identity()
-            if i:
-                downsample = Downsampling(dims[i - 1], dim, kernel_size=3, stride=2, padding=1)
-            blocks = [MetaFormerBlock(dim, side, token_mixer, next(rates), parts) for _ in range(depth)]
+            downsample = Downsampling(dims[i - 1], dim, architecture.downsampling_norm) if i else nn.Identity()
+            first = sum(depths[:i])
+            blocks = [MetaFormerBlock(dim, side, token_mixer, rate, parts) for rate in rates[first : first + depth]]
             embedding_shape = (1, dim, side, side) if i == architecture.position_embedding_stage else None
             stages.append(Stage(downsample, blocks, embedding_shape))
         self.stages = nn.Sequential(*stages)
-        self.head = Head(dims[-1], parts.norm, num_classes)
+        self.head: Any = architecture.head(dims[-1], num_classes, architecture.parts.norm, architecture.head_dropout)
+        if architecture.initialize_all:
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    initialize(module)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.stages(self.stem(x)))
         return logits
+
+
+def _stage_parts(architecture: Architecture) -> Sequence[BlockParts]:
+    return architecture.stage_parts or [architecture.parts] * len(architecture.depths)

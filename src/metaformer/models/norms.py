@@ -1,9 +1,12 @@
-"""Norms of a MetaFormer: the paper's own and those of its ablations. All of them keep the shape [B, C, H, W]."""
+"""Norms of a MetaFormer: those of both papers and of the ablations. All of them keep the shape [B, C, H, W]."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Norm = Callable[[int], nn.Module]  # takes channels; makes a module for [B, C, H, W]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -12,11 +15,19 @@ def group_norm(dim: int) -> nn.Module:
     return nn.GroupNorm(1, dim, eps=1e-5)
 
 
+class GroupNormWithoutBias(nn.GroupNorm):
+    """The norm of the second paper's pooling networks: as `group_norm`, with eps 1e-6 and a weight but no bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(1, dim, eps=1e-6)
+        self.register_parameter("bias", None)
+
+
 class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each position, as in transformers, with one affine per channel."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=1e-5)
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__(dim, eps=eps, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = x.permute(0, 2, 3, 1)

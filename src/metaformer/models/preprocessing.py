@@ -6,11 +6,13 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from metaformer.errors import UserError
-from metaformer.models.config import CropMode, Library, ModelConfig, ResizeFilter
+from metaformer.models.config import OWN_NETWORK, CropMode, Library, ModelConfig, ResizeFilter
+from metaformer.models.download import is_weights_name
+from metaformer.models.families import BASELINES
 from metaformer.models.variants import find_architecture, find_timm_cfg
 
 TIMM_WEIGHTS = "hf:timm/"
-# Evaluated with crop_pct .95; the paper's other networks with .9.
+# Of the first paper, evaluated with crop_pct .95; its other networks with .9, those of the second paper with 1.
 WIDER_CROP = {"poolformer_m36", "poolformer_m48", *(f"metaformer_s12_{mixers}" for mixers in ("pppa", "ppaa", "ppff"))}
 
 
@@ -73,7 +75,7 @@ def resolve_preprocessing(
     if model.library is Library.timm:
         defaults = _timm_preprocessing(_tagged_name(model.name, weights), model, image_size, evaluation)
     else:
-        defaults = paper_preprocessing(model.name)
+        defaults = paper_preprocessing(model.name, weights)
     return Preprocessing(
         image_size=defaults.image_size if image_size is None else image_size,
         crop_pct=defaults.crop_pct if model.crop_pct is None else model.crop_pct,
@@ -83,11 +85,19 @@ def resolve_preprocessing(
     )
 
 
-def paper_preprocessing(name: str) -> Preprocessing:
-    """Return the preprocessing of the paper's program for one of `list_models()`."""
-    find_architecture(name)
-    crop_pct = 0.95 if name in WIDER_CROP else 0.9
-    return Preprocessing(224, crop_pct, ResizeFilter.bicubic, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+def paper_preprocessing(name: str, weights: str | None = None) -> Preprocessing:
+    """Return the preprocessing of the papers' programs.
+
+    Args:
+        name: one of `list_models()`, or `metaformer` for a network of one's own.
+        weights: the weights to load; `official:` or `hf:` and a name with `_384` stands for weights of 384 px.
+    """
+    if name != OWN_NETWORK:
+        find_architecture(name)
+    crop_pct = 1.0 if name in BASELINES else 0.95 if name in WIDER_CROP else 0.9
+    of_384 = weights is not None and is_weights_name(weights) and "_384" in weights
+    size = 384 if of_384 else 224
+    return Preprocessing(size, crop_pct, ResizeFilter.bicubic, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def _tagged_name(name: str, weights: str | None) -> str:

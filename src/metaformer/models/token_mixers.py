@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metaformer.errors import UserError
+from metaformer.models.activations import StarReLU
+from metaformer.models.composition import ATTENTION_HEAD_DIM
 from metaformer.models.initialization import initialize
 
 
@@ -59,15 +61,39 @@ class DepthwiseConv(nn.Module):
         return out
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention between all positions (arXiv 1706.03762), with 32 channels per head."""
+class SeparableConv(nn.Module):
+    """ConvFormer's token mixer: 1x1 convolution to twice the channels, StarReLU, 7x7 filter per channel, 1x1 back.
 
-    HEAD_DIM = 32
+    It is MobileNetV2's inverted separable convolution (arXiv 1801.04381), without biases.
+    """
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
+        self.pwconv1 = nn.Conv2d(dim, 2 * dim, 1, bias=False)
+        self.act1 = StarReLU()
+        self.dwconv = nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False)
+        self.pwconv2 = nn.Conv2d(2 * dim, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention between all positions (arXiv 1706.03762), with 32 channels per head.
+
+    Args:
+        bias: whether the projection of the result has a bias; the projection to query, key and value has none.
+    """
+
+    HEAD_DIM = ATTENTION_HEAD_DIM
+
+    def __init__(self, dim: int, side: int, bias: bool = True) -> None:
+        super().__init__()
+        if dim % self.HEAD_DIM:
+            raise ValueError(f"attention needs a multiple of {self.HEAD_DIM} channels, not {dim}")
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=bias)
         initialize(self.qkv)
         initialize(self.proj)
 

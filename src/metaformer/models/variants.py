@@ -1,70 +1,37 @@
-"""The paper's networks by name, and functions that create them."""
+"""Functions that create networks: the papers' by name, one's own from a composition, and timm's."""
 
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import timm
+import torch
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
-from metaformer.errors import UserError, unknown_name
-from metaformer.models.metaformer import Architecture, BlockParts, MetaFormer, TokenMixer
-from metaformer.models.norms import ChannelLayerNorm, no_norm
-from metaformer.models.token_mixers import Attention, DepthwiseConv, Identity, Pooling, RandomMatrix, SpatialFC
+from metaformer.errors import UserError, one_line, unknown_name
+from metaformer.models.architectures import build_architecture
+from metaformer.models.composition import Composition
+from metaformer.models.config import OWN_NETWORK
+from metaformer.models.families import COMPOSITIONS
+from metaformer.models.metaformer import Architecture, MetaFormer, MetaFormerBlock
+from metaformer.models.recorded import read_composition, refuse_own_parts
+from metaformer.models.token_mixers import Pooling
 
-SMALL_DIMS = (64, 128, 320, 512)
-MEDIUM_DIMS = (96, 192, 384, 768)
-
-# Paper, tables 1 and 5, and appendix.
 POOLING = (Pooling,) * 4
-S12 = Architecture((2, 2, 6, 2), SMALL_DIMS, POOLING, drop_path_rate=0.1)
-DEEP = BlockParts(layer_scale_init=1e-6)
-LETTERS: dict[str, TokenMixer] = {"p": Pooling, "a": Attention, "f": SpatialFC}
-
-
-def _with_mixer(token_mixer: TokenMixer) -> Architecture:
-    return replace(S12, token_mixers=(token_mixer,) * 4)
-
-
-def _hybrid(letters: str) -> Architecture:
-    """Return a hybrid from one letter per stage: pooling, attention or spatial FC.
-
-    Hybrids with attention use LayerNorm and a position embedding.
-    """
-    hybrid = replace(S12, token_mixers=[LETTERS[letter] for letter in letters])
-    if "a" not in letters:
-        return hybrid
-    return replace(hybrid, parts=BlockParts(norm=ChannelLayerNorm), position_embedding_stage=letters.index("a"))
-
-
-VARIANTS = {
-    "poolformer_s12": S12,
-    "poolformer_s24": replace(S12, depths=(4, 4, 12, 4)),
-    "poolformer_s36": Architecture((6, 6, 18, 6), SMALL_DIMS, POOLING, drop_path_rate=0.2, parts=DEEP),
-    "poolformer_m36": Architecture((6, 6, 18, 6), MEDIUM_DIMS, POOLING, drop_path_rate=0.3, parts=DEEP),
-    "poolformer_m48": Architecture((8, 8, 24, 8), MEDIUM_DIMS, POOLING, drop_path_rate=0.4, parts=DEEP),
-    "metaformer_s12_identity": _with_mixer(Identity),
-    "metaformer_s12_random_matrix": _with_mixer(RandomMatrix),
-    "metaformer_s12_depthwise_conv": _with_mixer(DepthwiseConv),
-    "metaformer_s12_pool5": _with_mixer(partial(Pooling, pool_size=5)),
-    "metaformer_s12_pool7": _with_mixer(partial(Pooling, pool_size=7)),
-    "metaformer_s12_pool9": _with_mixer(partial(Pooling, pool_size=9)),
-    "metaformer_s12_layer_norm": replace(S12, parts=BlockParts(norm=ChannelLayerNorm)),
-    "metaformer_s12_batch_norm": replace(S12, parts=BlockParts(norm=nn.BatchNorm2d)),
-    "metaformer_s12_no_norm": replace(S12, parts=BlockParts(norm=no_norm)),
-    "metaformer_s12_relu": replace(S12, parts=BlockParts(activation=nn.ReLU)),
-    "metaformer_s12_silu": replace(S12, parts=BlockParts(activation=nn.SiLU)),
-    "metaformer_s12_no_residual": replace(S12, parts=BlockParts(residual=False)),
-    "metaformer_s12_no_channel_mlp": replace(S12, parts=BlockParts(channel_mlp=False)),
-    **{f"metaformer_s12_{letters}": _hybrid(letters) for letters in ("pppa", "ppaa", "pppf", "ppff")},
-}
+VARIANTS = {name: build_architecture(composition) for name, composition in COMPOSITIONS.items()}
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the architecture of one of `list_models()`."""
-    if name not in VARIANTS:
+    """Return the architecture of one of `list_models()`, or the one that a weights file records."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if not Path(name).is_file():
         raise unknown_name("model.name", name, VARIANTS)
-    return VARIANTS[name]
+    composition = read_composition(Path(name))
+    if composition is None:
+        raise UserError(f"{name}: does not record its network; give one of list_models() and load the file's weights")
+    refuse_own_parts(Path(name), composition)
+    return build_architecture(composition)
 
 
 def find_timm_cfg(name: str) -> PretrainedCfg:
@@ -79,20 +46,62 @@ def find_timm_cfg(name: str) -> PretrainedCfg:
 
 
 def create_model(
-    name: str, num_classes: int = 1000, drop_path_rate: float | None = None, image_size: int = 224
+    name: str | Composition,
+    num_classes: int = 1000,
+    drop_path_rate: float | None = None,
+    image_size: int = 224,
+    head_dropout: float | None = None,
 ) -> MetaFormer:
     """Create a network with freshly initialised weights.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, the composition of another network, or a weights file of this project, which
+            records its network.
         num_classes: size of the last layer.
         drop_path_rate: None takes the paper's rate for this network.
-        image_size: side of the images in pixels; only networks with attention, spatial FC or a random matrix use it.
+        image_size: side of the images in pixels; only networks with position embeddings, spatial FC or a random matrix
+            use it.
+        head_dropout: None takes the paper's rate; only networks with an MLP head have one.
     """
-    architecture = find_architecture(name)
+    architecture = find_architecture(name) if isinstance(name, str) else build_architecture(name)
+    own = isinstance(name, Composition) and bool(name.own_parts)
     if drop_path_rate is not None:
         architecture = replace(architecture, drop_path_rate=drop_path_rate)
-    return MetaFormer(architecture, num_classes, image_size)
+    if head_dropout is not None:
+        architecture = replace(architecture, head_dropout=head_dropout)
+    try:
+        model = MetaFormer(architecture, num_classes, image_size)
+        if own:
+            _try(model, image_size)
+        return model
+    except (TypeError, ValueError, RuntimeError) as error:  # of a part that does not fit the others
+        named = name if isinstance(name, str) else OWN_NETWORK
+        raise UserError(f"model={named}: cannot be made ({one_line(error)})") from error
+
+
+@torch.no_grad()
+def _try(model: MetaFormer, image_size: int) -> None:
+    """Compute logits of two images, and check that token mixers keep the shape of their input.
+
+    Raises:
+        ValueError: a shape is wrong.
+        TypeError, RuntimeError: of a part.
+    """
+
+    def check(mixer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.shape != inputs[0].shape:
+            raise ValueError(f"{type(mixer).__name__} makes {list(out.shape)} of {list(inputs[0].shape)}")
+
+    blocks = [module for module in model.modules() if isinstance(module, MetaFormerBlock)]
+    hooks = [block.token_mixer.register_forward_hook(check) for block in blocks]
+    try:
+        logits = model.eval()(torch.zeros(2, 3, image_size, image_size))
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
+    if logits.shape != (2, model.num_classes):
+        raise ValueError(f"the head makes {list(logits.shape)}, not {[2, model.num_classes]}")
 
 
 def create_timm_model(

@@ -1,9 +1,9 @@
-"""State dicts of other programs: extraction from a file's contents, and conversion between the two key layouts.
+"""State dicts of other programs: extraction from a file's contents, and conversion between the key layouts.
 
-The paper's program keeps everything between the stem and the last norm in one list, `network`. The blocks of a stage,
-the downsampling before a stage and, in the attention hybrids, the position embedding before a stage take one slot each.
-This project uses timm's keys, which name the stage. The stage follows from the order of the slots for every network, so
-no table of networks is needed.
+The first paper's program keeps everything between the stem and the last norm in one list, `network`. The blocks of a
+stage, the downsampling before a stage and, in the attention hybrids, the position embedding before a stage take one
+slot each. This project uses timm's keys, which name the stage. The stage follows from the order of the slots for every
+network, so no table of networks is needed. `baseline_keys` has the second paper's layout.
 """
 
 import re
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.errors import printable
+from metaformer.models import baseline_keys
 
-StateDict = dict[str, Tensor]
+StateDict = baseline_keys.StateDict
 
 # Entries of training checkpoints: timm's, then those of torchvision's references and DeiT.
 STATE_ENTRIES = ("state_dict", "model")
@@ -94,16 +95,18 @@ def unwrap(state: StateDict) -> StateDict:
 
 
 def is_official(state: StateDict) -> bool:
-    """Return whether the keys are those of the paper's program."""
-    return any(key.startswith("network.") for key in state)
+    """Return whether the keys are those of one of the papers' programs."""
+    return any(key.startswith("network.") for key in state) or baseline_keys.has_official_keys(state)
 
 
 def official_to_metaformer(state: StateDict) -> StateDict:
-    """Rename the keys of the paper's program to this project's keys; the tensors are not copied.
+    """Rename the keys of a paper's program to this project's keys; the tensors are not copied.
 
     Raises:
         ValueError: a key does not belong to that program's networks, or no network has this order of slots.
     """
+    if baseline_keys.has_official_keys(state):
+        return baseline_keys.official_to_metaformer(state)
     slots: dict[int, list[str]] = {}
     for key in state:
         if match := re.fullmatch(r"network\.(\d+)\.(.+)", key):
@@ -125,6 +128,8 @@ def metaformer_to_official(state: StateDict) -> StateDict:
     Raises:
         ValueError: a key does not belong to this project's networks.
     """
+    if baseline_keys.has_baseline_keys(state):
+        return baseline_keys.metaformer_to_official(state)
     prefixes = {metaformer: official for official, metaformer in OUTSIDE_NETWORK.items()}
     stages = {int(match[1]) for key in state if (match := re.match(r"stages\.(\d+)\.", key))}
     slot = 0
@@ -141,11 +146,13 @@ def check_complete(state: StateDict) -> None:
     """Check by structure alone that a state dict is a complete network with this project's keys.
 
     It must have a stem, downsampling and a classifier. Stages and blocks must be numbered without gaps. The blocks of a
-    stage must have the same tensors. Every layer except token mixers must have both weight and bias.
+    stage must have the same tensors. Every layer except token mixers must have both weight and bias; in networks of the
+    second paper, those that have biases there.
 
     Raises:
         ValueError: a key is missing or unknown, or its shape differs from the stage's other blocks.
     """
+    baseline = baseline_keys.has_baseline_keys(state)
     shapes: dict[tuple[int, str], list[torch.Size]] = {}  # of one tensor in each block of a stage
     depths: dict[int, int] = {}
     for key, tensor in state.items():
@@ -155,14 +162,14 @@ def check_complete(state: StateDict) -> None:
                 raise ValueError(f"{key}: stages or blocks before it are missing")
             shapes.setdefault((stage, match[3]), []).append(tensor.shape)
             depths[stage] = max(depths.get(stage, 0), block + 1)
-        elif not OTHER_KEY.fullmatch(key):
+        elif not baseline and not OTHER_KEY.fullmatch(key):
             raise ValueError(f"{key}: not a key of a known network")
-    expected = {"stem.conv.weight", "head.fc.weight"}
+    expected = baseline_keys.required_keys(state) if baseline else {"stem.conv.weight", "head.fc.weight"}
     for stage in range(max(depths, default=0) + 1):
         expected |= {f"stages.{stage}.downsample.conv.weight"} if stage else set()
         names = [name for other, name in shapes if other == stage] or ["mlp.fc1.weight"]
         expected |= {f"stages.{stage}.blocks.{block}.{name}" for block in range(depths.get(stage, 1)) for name in names}
-    for key in [*expected, *state]:
+    for key in [] if baseline else [*expected, *state]:
         if match := re.fullmatch(r"(.*)\.(weight|bias)", key):
             expected |= set() if ".token_mixer." in key else {f"{match[1]}.weight", f"{match[1]}.bias"}
     missing = sorted(expected - state.keys())

@@ -1,4 +1,4 @@
-"""Saving of weights with timm's keys, and loading of weights with timm's or the paper's keys."""
+"""Saving of weights with timm's keys, and loading of weights with timm's or the papers' keys."""
 
 import math
 import re
@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import Size, Tensor, nn
 
 from metaformer.errors import UserError, printable
+from metaformer.models.composition import Composition
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.models.metaformer import MetaFormer
+from metaformer.models.recorded import ENTRY
 from metaformer.models.weight_formats import StateDict, is_official, official_to_metaformer
 from metaformer.models.weight_reader import read_weights
 
@@ -18,17 +20,23 @@ from metaformer.models.weight_reader import read_weights
 POSITION_KEY = re.compile(r"stages\.\d+\.(position_embedding|blocks\.\d+\.token_mixer\.\w+(\.weight)?)")
 
 
-def save_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Write a model's state dict as safetensors; `name` is the network's name, for later error messages.
+def save_weights(model: nn.Module, path: Path, name: str, composition: Composition | None = None) -> None:
+    """Write a model's state dict as `save_state` does.
 
     Raises:
         OSError: the file cannot be written.
     """
-    save_state(model.state_dict(), path, name)
+    save_state(model.state_dict(), path, name, composition)
 
 
-def save_state(state: StateDict, path: Path, name: str) -> None:
-    """Write a state dict as safetensors; `name` is the network's name, for later error messages.
+def save_state(state: StateDict, path: Path, name: str, composition: Composition | None = None) -> None:
+    """Write a state dict as safetensors.
+
+    Args:
+        state: the tensors.
+        path: the file to write.
+        name: the network's name, for later error messages.
+        composition: the parts of a network of one's own, to make it again.
 
     Raises:
         OSError: the file cannot be written.
@@ -37,7 +45,8 @@ def save_state(state: StateDict, path: Path, name: str) -> None:
     path.touch()
     permissions = path.stat().st_mode  # of the user's umask: safetensors makes files that only the user can read
     try:
-        save_file(tensors, path, metadata={"format": "pt", "model": name})
+        record = {} if composition is None else {ENTRY: composition.to_json()}
+        save_file(tensors, path, metadata={"format": "pt", "model": name, **record})
         path.chmod(permissions)
     except SafetensorError as error:  # safetensors raises this on a full disk
         raise OSError(str(error)) from error
@@ -47,7 +56,7 @@ def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) ->
     """Load weights into a model; every key and shape must match.
 
     Args:
-        model: a network of this project, which also accepts files with the paper's keys, or any other network with the
+        model: a network of this project, which also accepts files with the papers' keys, or any other network with the
             same keys as the file.
         source: a file for `read_weights`, or a name for `download_weights`.
         use_ema: take the averaged weights of a training checkpoint.

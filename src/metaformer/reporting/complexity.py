@@ -3,8 +3,8 @@
 The paper counted with fvcore, whose last release is from 2022. torch's `FlopCounterMode` is maintained and counts
 matrix products and convolutions in the same way, with two operations for each multiply-accumulate of fvcore. This
 module adds fvcore's rules for norms: 5 per element of a GroupNorm and 2 per element of a BatchNorm. Pooling,
-activations, additions and LayerScale count as zero. So does LayerNorm over channels, which the paper's program
-implements with operations that fvcore does not count.
+activations, additions and LayerScale count as zero. So do LayerNorm over channels and norms without bias, which the
+papers' programs implement with operations that fvcore does not count.
 """
 
 from typing import Any, NamedTuple
@@ -38,8 +38,14 @@ def _per_element(macs: int) -> Any:
     return flops
 
 
+def _group_norm(
+    input_shape: torch.Size, weight: torch.Size | None, bias: torch.Size | None, *args: Any, **kwargs: Any
+) -> int:
+    return 0 if bias is None else 2 * 5 * input_shape.numel()
+
+
 _NORMS = {
-    torch.ops.aten.native_group_norm: _per_element(5),
+    torch.ops.aten.native_group_norm: _group_norm,
     torch.ops.aten.native_batch_norm: _per_element(2),
     torch.ops.aten._native_batch_norm_legit_no_training: _per_element(2),
 }

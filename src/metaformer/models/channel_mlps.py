@@ -1,0 +1,49 @@
+"""The channel MLP: the part of a MetaFormer block that works on each position by itself."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metaformer.models.initialization import initialize
+
+# Takes the channels of input and output and whether there is a bias; makes a module for [B, C, H, W].
+PositionwiseLayer = Callable[[int, int, bool], nn.Conv2d | nn.Linear]
+
+
+def conv_layer(in_dim: int, out_dim: int, bias: bool) -> nn.Conv2d:
+    """Make a 1x1 convolution, with a weight of shape [out_dim, in_dim, 1, 1]."""
+    return nn.Conv2d(in_dim, out_dim, 1, bias=bias)
+
+
+class LinearLayer(nn.Linear):
+    """A linear layer over the channels of [B, C, H, W]: a 1x1 convolution whose weight has the shape [out_dim, in_dim].
+
+    timm has such weights in stages with attention. Input that is channels_last is not copied.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class Mlp(nn.Module):
+    """Two layers over channels with an activation between them: the same MLP at every position."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Callable[[], nn.Module],
+        layer: PositionwiseLayer = conv_layer,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fc1 = layer(dim, hidden_dim, bias)
+        self.act = activation()
+        self.fc2 = layer(hidden_dim, dim, bias)
+        initialize(self.fc1)
+        initialize(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
