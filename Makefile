@@ -1,17 +1,19 @@
 # make demo    from a fresh clone to a trained, validated PoolFormer on built-in sample data
-# make test    all tests; those on SLURM where it is installed
-# make test-slurm   those on SLURM, with all they need: installs Debian's packages, as root
+# make test    the tests that one process can prove, in minutes
+# make test-all     all tests: whole runs, faults, benchmarks and SLURM too; make test-slurm: those on SLURM only. Both
+#              install Debian's packages for SLURM, as root
 # make gpu-model   predict a training step on GPUs without one; make gpu-budgets writes the budgets that tests compare
 # make check   format, lint, types
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/poolformer_s12-demo
+TEST_PROCESSES ?= 2
 # One thread for each of the demo's two processes; torchrun sets the same, with a page of warning.
 export OMP_NUM_THREADS ?= 1
 # Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slurm gpu-model gpu-budgets check clean
+.PHONY: install demo test test-all test-slurm gpu-model gpu-budgets check clean
 
 install: $(BIN)/.installed
 
@@ -28,7 +30,10 @@ demo: install
 	$(BIN)/python scripts/describe_run.py $(RUN)
 
 test: install
-	$(BIN)/python -m pytest $(SELECT)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not whole and not slow" $(SELECT)
+
+test-all: test test-slurm
+	$(BIN)/python -m pytest -m "whole and not slow" --ignore=tests/slurm
 
 test-slurm: install
 	tests/slurm/install.sh

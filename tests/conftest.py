@@ -23,6 +23,9 @@ REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 48, 403
 
+# Tests below these folders run whole programs: `make test` leaves them out, `make test-all` runs them.
+WHOLE = ("benchmarks", "end_to_end", "faults", "scripts", "slurm")
+
 # A recipe that trains in seconds, with all random augmentations on.
 QUICK = (
     "image_size=32",
@@ -36,6 +39,13 @@ QUICK = (
     "schedule.cooldown_epochs=0",
     "optimizer.lr=1e-3",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run whole programs."""
+    for item in items:
+        if item.path.relative_to(REPOSITORY / "tests").parts[0] in WHOLE:
+            item.add_marker(pytest.mark.whole)
 
 
 @dataclass

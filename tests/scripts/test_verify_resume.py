@@ -29,7 +29,6 @@ def test_a_killed_run_ends_as_the_undisturbed_one(images: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_failures_at_random(images: Path, tmp_path: Path) -> None:
     """After four random kills, the runs are equal to the undisturbed one, and the cost is reported."""
     options = ("--steps=100", "--failures=4", "--mean-seconds=6", f"--folder={tmp_path}", "--", f"data.root={images}")
