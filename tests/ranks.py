@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from metaformer.runtime import Runtime, start
+from metaformer.signals import STOP_SIGNALS
 
 TIMEOUT_SECONDS = 60.0  # after which ranks count as hanging
 Work = Callable[[Runtime], Any]
@@ -39,7 +41,13 @@ def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
     return [found[rank] for rank in range(world_size)]
 
 
+def unblock_stop_signals() -> None:
+    """Receive stop signals: the fork server may have been started by a loader, with these signals blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def _run(work: Work, rank: int, world_size: int, port: int, results: Any) -> None:
+    unblock_stop_signals()
     torch.set_num_threads(1)
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}

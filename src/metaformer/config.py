@@ -255,7 +255,9 @@ def _explain_hydra_error(error: HydraException) -> str:
 def _choices(group: str) -> list[str]:
     """Return a group's choices in conf/ and in the config store, including those of its subgroups."""
     files = [str(file.relative_to(CONF_FOLDER / group)) for file in (CONF_FOLDER / group).rglob("*.yaml")]
-    stored = ConfigStore.instance().list(group)
+    stored: Any = ConfigStore.instance().repo
+    for part in group.split("/"):
+        stored = stored.get(part, {})
     nested = [f"{entry}/{name}" for entry in stored if "." not in entry for name in _choices(f"{group}/{entry}")]
     return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *nested]
 
