@@ -1,4 +1,4 @@
-"""Reproduce the paper's tables, row by row: list them, run them here or on SLURM, and report what there is.
+"""Reproduce the papers' tables, row by row: list them, run them here or on SLURM, and report what there is.
 
   python scripts/reproduce_table.py --list
   python scripts/reproduce_table.py --run paper/poolformer_s12 -- data.root=/path/to/imagenet
@@ -33,7 +33,7 @@ from metaformer.models.preprocessing import resolve_preprocessing
 from metaformer.program import run_program
 from metaformer.reporting.commands import submit_command, train_command, validate_command
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
-from metaformer.reporting.paper import PAPER_IMAGE_SIZE, ROWS, Row, find_rows
+from metaformer.reporting.paper import ROWS, Row, find_rows
 from metaformer.reporting.recipes import recipe_file
 from metaformer.reporting.table import Comparison, to_csv, to_markdown
 
@@ -153,12 +153,15 @@ def _trained(rows: list[Row]) -> list[Row]:
 
 
 def _list() -> None:
-    table = Table("row", "table", "top-1 (paper)", "released weights")
+    table = Table("row", "table", "top-1 (papers)", "released weights")
     for row in ROWS:
-        nothing = "none" if row.has_recipe else "none in timm"
+        nothing = "none in timm" if row.is_comparison else "none"
         table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or nothing)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print("Rows of the comparison have no recipe here: their released weights can be evaluated (--released --run).")
+    print(
+        "Rows of the comparison and from ImageNet-21K have no recipe here: their released weights can be evaluated "
+        "(--released --run)."
+    )
 
 
 def _report(runs: Path) -> None:
@@ -193,9 +196,9 @@ def _released(row: Row, results: Path) -> Outcome:
     """What was found with a row's released weights; the preprocessing that they expect was used, or a note says so."""
     if row.model is None:
         return read_released(row, results, 0, "")
-    library = Library.metaformer if row.has_recipe else Library.timm
+    library = Library.timm if row.is_comparison else Library.metaformer
     wants = resolve_preprocessing(
-        ModelConfig(row.model, library), PAPER_IMAGE_SIZE, row.released_weights, evaluation=True
+        ModelConfig(row.model, library), row.image_size, row.released_weights, evaluation=True
     )
     return read_released(row, results, wants.crop_pct, wants.interpolation.value)
 

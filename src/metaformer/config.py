@@ -24,7 +24,7 @@ from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least, one_line, unknown_name
 from metaformer.models import list_models
-from metaformer.models.config import ModelConfig
+from metaformer.models.config import InitHead, ModelConfig
 from metaformer.reporting.recipes import recipes
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.config import LoopConfig
@@ -73,12 +73,15 @@ class TrainConfig(LoopConfig, CommonConfig):
     allow_unused_classes: bool = False  # num_classes may be more than the data set has
     fill_last_batch: bool = False  # of an epoch, with images that it began with; else an incomplete batch is left out
     init_weights: str | None = None  # weights file to start from
+    init_head: InitHead = InitHead.same  # how its classifier becomes the network's
     resume: str = "auto"  # auto: go on where the run folder stands; never: only in an empty folder; or a checkpoint
 
     def __post_init__(self) -> None:
         CommonConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
         self.data.check_can_train()
+        if self.init_head is not InitHead.same and self.init_weights is None:
+            raise UserError(f"init_head={self.init_head.value}: nothing to convert; give init_weights too")
 
     @property
     def learning_rate(self) -> float:

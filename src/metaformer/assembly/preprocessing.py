@@ -111,7 +111,9 @@ def adopt_parts(config: ValidateConfig, weights: Path) -> ValidateConfig:
             )
     names = [name for value in given.values() for name in (value if isinstance(value, tuple) else (value,))]
     refuse_own_parts(weights, recorded, tuple(name for name in names if isinstance(name, str)))
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(recorded).items()}
+    values: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in vars(recorded).items()
+    }
     return replace(config, model=replace(config.model, **values))
 
 

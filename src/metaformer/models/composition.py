@@ -140,7 +140,8 @@ class Composition:
 
     def canonical(self) -> "Composition":
         """Return the same network with a name for each stage everywhere."""
-        return replace(self, **{name: self.per_stage(name) for name in PER_STAGE})
+        names: dict[str, Any] = {name: self.per_stage(name) for name in PER_STAGE}
+        return replace(self, **names)
 
     @classmethod
     def from_json(cls, text: str) -> "Composition":
