@@ -1,4 +1,4 @@
-"""Reproduce the paper's tables: list their rows, run rows here or on SLURM, and report the results.
+"""Reproduce the papers' tables: list their rows, run rows here or on SLURM, and report the results.
 
   python scripts/reproduce_table.py --list
   python scripts/reproduce_table.py --run paper/poolformer_s12 -- data.root=/path/to/imagenet
@@ -33,7 +33,7 @@ from metaformer.models.preprocessing import resolve_preprocessing
 from metaformer.program import run_program
 from metaformer.reporting.commands import submit_command, train_command, validate_command
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
-from metaformer.reporting.paper import PAPER_IMAGE_SIZE, ROWS, Row, find_rows
+from metaformer.reporting.paper import ROWS, Row, find_rows
 from metaformer.reporting.recipes import recipe_file
 from metaformer.reporting.table import Comparison, to_csv, to_markdown
 
@@ -151,12 +151,14 @@ def _require_recipes(rows: list[Row]) -> list[Row]:
 
 
 def _list() -> None:
-    table = Table("row", "table", "top-1 (paper)", "released weights")
+    table = Table("row", "table", "top-1 (papers)", "released weights")
     for row in ROWS:
-        no_weights = "none" if row.has_recipe else "none in timm"
+        no_weights = "none in timm" if row.is_comparison else "none"
         table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or no_weights)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print("Comparison rows have no recipe here; evaluate their released weights with --released --run.")
+    print(
+        "Comparison rows and those from ImageNet-21K have no recipe; evaluate their released weights: --released --run"
+    )
 
 
 def _report(runs: Path) -> None:
@@ -191,9 +193,9 @@ def _released(row: Row, results: Path) -> Outcome:
     """Return the result of a row's released weights, with a note if their expected preprocessing was not used."""
     if row.model is None:
         return read_released(row, results, 0, "")
-    library = Library.metaformer if row.has_recipe else Library.timm
+    library = Library.timm if row.is_comparison else Library.metaformer
     expected = resolve_preprocessing(
-        ModelConfig(row.model, library), PAPER_IMAGE_SIZE, row.released_weights, evaluation=True
+        ModelConfig(row.model, library), row.image_size, row.released_weights, evaluation=True
     )
     return read_released(row, results, expected.crop_pct, expected.interpolation.value)
 

@@ -24,7 +24,7 @@ from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least, one_line, unknown_name
 from metaformer.models import list_models
-from metaformer.models.config import ModelConfig
+from metaformer.models.config import InitHead, ModelConfig
 from metaformer.reporting.recipes import recipes
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.config import EmaConfig, LoopConfig, OptimizerConfig, PrecisionConfig
@@ -70,12 +70,15 @@ class TrainConfig(LoopConfig, CommonConfig):
     allow_unused_classes: bool = False  # allow num_classes to exceed the data set's classes
     fill_last_batch: bool = False  # pad the last batch with the epoch's first images; False: drop an incomplete batch
     init_weights: str | None = None  # weights file to start from
+    init_head: InitHead = InitHead.same  # how the classifier of these weights is used
     resume: str = "auto"  # auto: continue the run in run_dir; never: require an empty run_dir; or a checkpoint
 
     def __post_init__(self) -> None:
         CommonConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
         self.data.check_can_train()
+        if self.init_head is not InitHead.same and self.init_weights is None:
+            raise UserError(f"init_head={self.init_head.value}: nothing to convert; give init_weights too")
 
     @property
     def learning_rate(self) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from metaformer.assembly import resolve_config
 from metaformer.config import CONF_FOLDER, ValidateConfig, compose, compose_recipe
@@ -17,20 +18,67 @@ from metaformer.models.preprocessing import Preprocessing
 from metaformer.reporting.commands import validate_command
 from metaformer.reporting.paper import ROWS, Row, Table, find_rows
 from metaformer.reporting.recipes import recipe_file
+from metaformer.training.schedule import Schedule
 
 TRAINED = [row for row in ROWS if row.has_recipe]
+FIRST_PAPER = [row for row in TRAINED if not row.name.startswith("baselines/")]
+FINETUNED = [row for row in TRAINED if row.table is Table.baselines_384]
+# Second paper, appendix: drop path and head dropout of fine-tuning at 384 px.
+RATES_384 = {
+    "convformer": {"s18": (0.3, 0.4), "s36": (0.5, 0.4), "m36": (0.8, 0.5), "b36": (0.8, 0.5)},
+    "caformer": {"s18": (0.3, 0.4), "s36": (0.5, 0.4), "m36": (0.7, 0.4), "b36": (0.8, 0.5)},
+}
 LONGER = {400: 77.5, 500: 77.9, 1000: 78.4, 1500: 78.6, 2000: 78.8, 2500: 78.8, 3000: 78.8}
 
 
 def test_every_row_of_the_tables_is_there() -> None:
-    """5 PoolFormers, 7 longer trainings, 17 ablations and 22 comparisons, each once; every network has a row."""
+    """Every table has all its rows, each once; every network has a row."""
     counts = {table: sum(row.table is table for row in ROWS) for table in Table}
-    assert counts == {Table.paper: 5, Table.longer: 7, Table.ablation: 17, Table.comparison: 22}
+    assert counts == {
+        Table.paper: 5, Table.longer: 7, Table.ablation: 17, Table.comparison: 22,
+        Table.baselines: 23, Table.baselines_384: 8, Table.baselines_21k: 8, Table.baselines_21k_384: 8,
+    }  # fmt: skip
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert {row.model for row in TRAINED} == set(list_models())
 
 
-@pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.table is Table.baselines], ids=lambda row: row.name)
+def test_baselines_recipe(row: Row) -> None:
+    """PoolFormer's recipe; ConvFormer and CAFormer warm up for 20 epochs, and CAFormer uses LAMB at lr 8e-3."""
+    recipe, images = resolve(compose_recipe(row.name), None)
+    caformer = row.name.startswith("baselines/caformer")
+    trained = caformer or row.name.startswith("baselines/convformer")
+    assert (recipe.model.name, row.released_weights) == (row.model, f"official:{row.model}")
+    assert (recipe.epochs, recipe.global_batch_size, recipe.schedule.cooldown_epochs) == (300, 4096, 10)
+    assert (recipe.schedule.warmup_epochs, recipe.schedule.min_lr) == (20 if trained else 5, 1e-5)
+    assert (recipe.optimizer.name, recipe.learning_rate) == (("lamb", 8e-3) if caformer else ("adamw", 4e-3))
+    assert (recipe.optimizer.weight_decay, recipe.ema.enabled, recipe.augmentation.name) == (0.05, False, "paper")
+    assert (recipe.model.drop_path_rate, recipe.model.head_dropout) == (None, None), "the network's own"
+    assert (images.image_size, images.crop_pct) == (224, 1.0)
+    assert "300 epochs and 10 of cool-down" in recipe_file(row)
+
+
+@pytest.mark.parametrize("row", FINETUNED, ids=lambda row: row.name)
+def test_finetuning_recipe(row: Row) -> None:
+    """30 epochs at a constant lr, 384 px, EMA, no mixing, from the released weights of 224 px."""
+    recipe, images = resolve(compose_recipe(row.name), None)
+    assert row.model is not None
+    family, size = row.model.split("_")
+    assert recipe.init_weights == f"official:{row.model}"
+    assert row.released_weights == f"official:{row.model}_384"
+    assert (images.image_size, images.crop_pct, row.image_size) == (384, 1.0, 384)
+    assert (recipe.total_epochs, recipe.global_batch_size) == (30, 1024)
+    lr = 1e-4 if family == "caformer" else 5e-5
+    weights = torch.nn.Linear(1, 1)
+    schedule = Schedule(recipe.schedule, torch.optim.SGD(weights.parameters(), recipe.learning_rate), 30, 10)
+    assert [schedule.set(step) for step in range(300)] == pytest.approx([lr] * 300)
+    assert recipe.optimizer.name == ("lamb" if family == "caformer" else "adamw")
+    assert (recipe.ema.enabled, recipe.ema.decay, recipe.augmentation.mixes) == (True, 0.9999, False)
+    assert (recipe.model.drop_path_rate, recipe.model.head_dropout) == RATES_384[family][size]
+    assert "30 epochs and 0 of cool-down read 38 million images" in recipe_file(row)
+
+
+@pytest.mark.parametrize("row", FIRST_PAPER, ids=lambda row: row.name)
 def test_recipe_is_the_papers(row: Row) -> None:
     """Each recipe composes to its network under the paper's training; its file states the row in its first lines."""
     recipe = compose_recipe(row.name)
@@ -65,7 +113,7 @@ def test_a_copied_recipe_is_the_recipe(tmp_path: Path, monkeypatch: pytest.Monke
 def test_compared_networks_are_timms() -> None:
     """timm creates the network of each comparison with released weights, with the paper's number of parameters."""
     for row in ROWS:
-        if row.table is Table.comparison and row.model is not None and row.parameters < 70:
+        if row.is_comparison and row.model is not None and row.parameters < 70:
             parameters = sum(p.numel() for p in create_timm_model(row.model, 1000).parameters())
             assert parameters / 1e6 == pytest.approx(row.parameters, abs=0.6), row.name
 
@@ -79,6 +127,11 @@ def test_released_weights_get_their_preprocessing(row: Row, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", command[1:])
     config = compose("validate", ValidateConfig)
     _, found = resolve_config(config, config.checkpoint, evaluation=True)
+    if row.name.startswith("baselines/"):
+        size = 384 if "_384" in row.name else 224
+        assert (found.image_size, found.crop_pct, row.image_size) == (size, 1.0, size)
+        assert found.interpolation is ResizeFilter.bicubic
+        return
     if row.has_recipe:
         wide = ("poolformer_m36", "poolformer_m48", "metaformer_s12_pppa", "metaformer_s12_ppaa", "metaformer_s12_ppff")
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -29,14 +29,15 @@ from metaformer.assembly.splits import Splits, open_splits
 from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.data.device.transform import TrainingTransform, denormalize
 from metaformer.data.plan.plan import TrainingPlan
-from metaformer.errors import UserError
+from metaformer.errors import UserError, warn
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
-from metaformer.models.config import ResizeFilter
+from metaformer.models.config import InitHead, ResizeFilter
 from metaformer.models.norms import find_single_value_batch_norm
 from metaformer.models.preprocessing import Preprocessing
+from metaformer.models.pretraining import describe_missing, load_weights_of_21k
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import code_fingerprint
@@ -221,7 +222,12 @@ def _new_state(
 ) -> TrainState:
     if config.init_weights is not None:
         weights = runtime.from_main(partial(locate_weights, "init_weights", config.init_weights, use_ema=False))
-        load_weights(model, weights.path)
+        if config.init_head is InitHead.from_21k:
+            missing = load_weights_of_21k(model, weights.path, splits.train.classes)
+            if missing:
+                runtime.main_only(lambda: warn(f"init_head=from_21k: {describe_missing(missing)}"), None)
+        else:
+            load_weights(model, weights.path)
     return TrainState(
         model=model,
         ema=make_ema(config.ema, model),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -52,7 +53,12 @@ def save_state(state: StateDict, path: Path, name: str, composition: Composition
         raise OSError(str(error)) from error
 
 
-def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) -> None:
+def load_weights(
+    model: nn.Module,
+    source: Path | str,
+    use_ema: bool = False,
+    convert: Callable[[StateDict], StateDict] | None = None,
+) -> None:
     """Load weights into a model; every key and shape must match.
 
     Args:
@@ -60,6 +66,7 @@ def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) ->
             same keys as the file.
         source: a file for `read_weights`, or a name for `download_weights`.
         use_ema: take the averaged weights of a training checkpoint.
+        convert: changes the state dict, with this project's keys, before it is compared with the model's.
 
     Raises:
         UserError: the file is missing, damaged, refused, or does not match; the model is unchanged.
@@ -71,6 +78,7 @@ def load_weights(model: nn.Module, source: Path | str, use_ema: bool = False) ->
             state = official_to_metaformer(state)
         except ValueError as error:
             raise UserError(f"{path}: {printable(str(error), 500)}") from error
+    state = state if convert is None else convert(state)
     mismatch = _describe_mismatch(model.state_dict(), state, name)
     if mismatch:
         raise UserError(f"{path}: {printable(mismatch, 500)}")

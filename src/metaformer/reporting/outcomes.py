@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metaformer.errors import UserError
-from metaformer.reporting.paper import PAPER_IMAGE_SIZE, Row
+from metaformer.reporting.paper import Row
 
 VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 # Settings that may differ from the recipe; differences in all others are noted in the table.
@@ -104,7 +104,7 @@ def read_released(row: Row, results_csv: Path, crop_pct: float, interpolation: s
         UserError: the file does not have validate.py's columns.
     """
     if row.released_weights is None:
-        return Outcome(note="no released weights" if row.has_recipe else "no weights of this training in timm")
+        return Outcome(note="no weights of this training in timm" if row.is_comparison else "no released weights")
     if not results_csv.is_file():
         return Outcome()
     try:
@@ -123,7 +123,7 @@ def read_released(row: Row, results_csv: Path, crop_pct: float, interpolation: s
             "crop_pct": float(last["crop_pct"]),
             "interpolation": last["interpolation"],
         }
-        values = (row.model, PAPER_IMAGE_SIZE, crop_pct, interpolation)
+        values = (row.model, row.image_size, crop_pct, interpolation)
         expected = dict(zip(found, values, strict=True))
         notes = [f"{name}={value}, not {expected[name]}" for name, value in found.items() if value != expected[name]]
         images = int(last["images"])

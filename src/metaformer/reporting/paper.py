@@ -1,25 +1,32 @@
-"""The rows of the paper's tables, with the reported results and the weights to compare them with.
+"""The rows of the papers' tables, with the reported results and the weights to compare them with.
 
-Figures are as printed in the paper (arXiv 2111.11418, updated version): ImageNet-1K, 224 px, single crop.
+Figures are as printed in the papers (arXiv 2111.11418, updated version, and arXiv 2210.13452): ImageNet-1K, single
+crop, 224 px unless the table says otherwise.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
+from typing import Any
 
 from metaformer.errors import unknown_name
 
+COOLDOWN_EPOCHS = 10  # of every recipe that does not say otherwise
 PAPER_IMAGE_SIZE = 224  # timm evaluates some of the compared networks at a larger size
 
 
 class Table(Enum):
-    """A table of the paper."""
+    """A table of the papers."""
 
     paper = "PoolFormer"
     longer = "PoolFormer-S12 trained longer"
     ablation = "Ablation of PoolFormer-S12"
     comparison = "Comparison"
+    baselines = "MetaFormer Baselines"
+    baselines_384 = "MetaFormer Baselines, fine-tuned at 384 px"
+    baselines_21k = "MetaFormer Baselines, from ImageNet-21K"
+    baselines_21k_384 = "MetaFormer Baselines, from ImageNet-21K, at 384 px"
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Row:
             has no weights of that training.
         released_weights: value of `checkpoint=` for the weights published by the paper's authors or timm, if any.
         epochs, global_batch_size: values of the recipe.
+        image_size: side of the images in pixels.
+        groups, settings: what else the recipe changes: Hydra's groups, and nested values.
     """
 
     name: str
@@ -47,11 +56,24 @@ class Row:
     released_weights: str | None
     epochs: int = 300
     global_batch_size: int = 4096
+    image_size: int = PAPER_IMAGE_SIZE
+    groups: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether the row is of another project's network, which only timm has."""
+        return self.table is Table.comparison
 
     @property
     def has_recipe(self) -> bool:
         """Whether this project has a recipe for the row."""
-        return self.table is not Table.comparison
+        return self.table not in (Table.comparison, Table.baselines_21k, Table.baselines_21k_384)
+
+    @property
+    def cooldown_epochs(self) -> int:
+        """Epochs of the recipe's cool-down."""
+        return int(self.settings.get("schedule", {}).get("cooldown_epochs", COOLDOWN_EPOCHS))
 
 
 def _poolformer(name: str, parameters: float, gmacs: float, top1: float) -> Row:
@@ -75,6 +97,77 @@ def _comparison(name: str, parameters: float, gmacs: float, top1: float, timm_we
     return Row(f"comparison/{name}", Table.comparison, parameters, gmacs, top1, timm_weights, released)
 
 
+def _simple_baselines(family: str, top1: Iterable[float], gmacs: Iterable[float]) -> Iterator[Row]:
+    """Yield the five sizes of a family without trained token mixers; their recipe is PoolFormer's."""
+    sizes = zip(("s12", "s24", "s36", "m36", "m48"), (11.9, 21.3, 30.8, 56.1, 73.3), gmacs, top1, strict=True)
+    for size, parameters, macs, accuracy in sizes:
+        name = f"{family}_{size}"
+        yield Row(f"baselines/{name}", Table.baselines, parameters, macs, accuracy, name, f"official:{name}")
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What the second paper prints of one network, and its rates when fine-tuned at 384 px."""
+
+    parameters: float
+    gmacs: float
+    gmacs_384: float
+    top1: float
+    top1_384: float
+    top1_21k: float
+    top1_21k_384: float
+    drop_path_384: float
+    dropout_384: float
+
+
+def _trained_baselines(family: str, figures: Mapping[str, _Figures]) -> Iterator[Row]:
+    """Yield the rows of ConvFormer or CAFormer: trained, fine-tuned at 384 px, and both from ImageNet-21K."""
+    groups = {"optimizer": "lamb"} if family == "caformer" else {}
+    rates = {"optimizer": {"base_lr": 2e-3}} if family == "caformer" else {}
+    training = {**rates, "schedule": {"warmup_epochs": 20}}
+    for size, f in figures.items():
+        name = f"{family}_{size}"
+        released = f"official:{name}"
+        settings = _finetuning(name, 1e-4 if family == "caformer" else 5e-5, f.drop_path_384, f.dropout_384)
+        row = (f"baselines/{name}", Table.baselines, f.parameters, f.gmacs, f.top1, name, released)
+        yield Row(*row, groups=groups, settings=training)
+        row = (f"baselines/{name}_384", Table.baselines_384, f.parameters, f.gmacs_384, f.top1_384, name,
+               f"{released}_384")  # fmt: skip
+        yield Row(*row, 30, 1024, 384, groups | {"ema": "enabled"}, settings)
+        row = (f"baselines/{name}_in21ft1k", Table.baselines_21k, f.parameters, f.gmacs, f.top1_21k, name,
+               f"{released}_in21ft1k")  # fmt: skip
+        yield Row(*row)
+        row = (f"baselines/{name}_384_in21ft1k", Table.baselines_21k_384, f.parameters, f.gmacs_384, f.top1_21k_384,
+               name, f"{released}_384_in21ft1k")  # fmt: skip
+        yield Row(*row, image_size=384)
+
+
+def _finetuning(name: str, lr: float, drop_path_rate: float, head_dropout: float) -> dict[str, Any]:
+    """Return the recipe of fine-tuning at 384 px: a cosine from lr to lr is a constant."""
+    return {
+        "image_size": 384,
+        "init_weights": f"official:{name}",
+        "model": {"drop_path_rate": drop_path_rate, "head_dropout": head_dropout},
+        "optimizer": {"lr": lr},
+        "schedule": {"min_lr": lr, "warmup_epochs": 0, "cooldown_epochs": 0},
+        "ema": {"decay": 0.9999},
+        "augmentation": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+    }
+
+
+SIMPLE_GMACS = (1.8, 3.4, 5.0, 8.8, 11.5)
+CONVFORMERS = {
+    "s18": _Figures(26.8, 3.9, 11.6, 83.0, 84.4, 83.7, 85.0, 0.3, 0.4),
+    "s36": _Figures(40.0, 7.6, 22.4, 84.1, 85.4, 85.4, 86.4, 0.5, 0.4),
+    "m36": _Figures(57.1, 12.8, 37.7, 84.5, 85.6, 86.1, 86.9, 0.8, 0.5),
+    "b36": _Figures(99.9, 22.6, 66.5, 84.8, 85.7, 87.0, 87.6, 0.8, 0.5),
+}
+CAFORMERS = {
+    "s18": _Figures(26.3, 4.1, 13.4, 83.6, 85.0, 84.1, 85.4, 0.3, 0.4),
+    "s36": _Figures(39.3, 8.0, 26.0, 84.5, 85.7, 85.8, 86.9, 0.5, 0.4),
+    "m36": _Figures(56.2, 13.2, 42.0, 85.2, 86.2, 86.6, 87.5, 0.7, 0.4),
+    "b36": _Figures(98.8, 23.2, 72.2, 85.5, 86.4, 87.4, 88.1, 0.8, 0.5),
+}
 ROWS = (
     _poolformer("poolformer_s12", 11.9, 1.8, 77.2),
     _poolformer("poolformer_s24", 21.4, 3.4, 80.3),
@@ -127,6 +220,11 @@ ROWS = (
     _comparison("swin_mixer_b_d24", 61, 10.4, 81.3),
     _comparison("gmlp_s", 20, 4.5, 79.6, "gmlp_s16_224.ra3_in1k"),
     _comparison("gmlp_b", 73, 15.8, 81.6),
+    *_simple_baselines("identityformer", (74.6, 78.2, 79.3, 80.0, 80.4), SIMPLE_GMACS),
+    *_simple_baselines("randformer", (76.6, 78.2, 79.5, 81.2, 81.4), (1.9, 3.5, 5.2, 9.0, 11.9)),
+    *_simple_baselines("poolformerv2", (78.0, 80.7, 81.6, 82.2, 82.6), SIMPLE_GMACS),
+    *_trained_baselines("convformer", CONVFORMERS),
+    *_trained_baselines("caformer", CAFORMERS),
 )
 
 

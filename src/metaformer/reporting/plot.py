@@ -10,7 +10,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 from metaformer.reporting.paper import Row, Table
 from metaformer.reporting.table import Comparison
 
-COLOURS = {Table.paper: "tab:blue", Table.longer: "tab:cyan", Table.ablation: "tab:orange", Table.comparison: "0.6"}
+COLOURS = {
+    Table.paper: "tab:blue", Table.longer: "tab:cyan", Table.ablation: "tab:orange", Table.comparison: "0.6",
+    Table.baselines: "tab:green", Table.baselines_384: "tab:olive", Table.baselines_21k: "tab:red",
+    Table.baselines_21k_384: "tab:purple",
+}  # fmt: skip
 MIN_TOP1 = 68  # lower values are drawn here: ablations that do not learn would compress the rest of the plot
 
 

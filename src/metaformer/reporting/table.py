@@ -40,8 +40,8 @@ class Comparison:
 
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return a heading and a table for each table of the paper."""
-    lines = ["# Top-1 on ImageNet-1K, 224 px, single crop", ""]
+    """Return a heading and a table for each table of the papers."""
+    lines = ["# Top-1 on ImageNet-1K, single crop, 224 px unless the table says otherwise", ""]
     for table in Table:
         lines += [f"## {table.value}", "", _line(HEADER), _line(["---"] * len(HEADER))]
         lines += [_line(comparison.cells()) for comparison in comparisons if comparison.row.table is table]
