@@ -1,7 +1,7 @@
 """Tests of the decoders of JPEGs: PIL's pixels in every region, the same errors, and the choice between them."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from io import BytesIO
 from types import ModuleType
@@ -15,17 +15,12 @@ from PIL import Image
 from metaformer.data.load import jpeg_decoder
 from metaformer.data.load.bad_file import BAD_FILE
 from metaformer.data.load.image_file import Encoded
-from metaformer.data.load.jpeg_decoder import DecodeRegion
+from metaformer.data.load.jpeg_decoder import DECODERS
 from metaformer.data.load.torch_reader import read_with_torch
 from metaformer.data.plan.geometry import Box
 from metaformer.data.plan.plan import EvaluationPlan
 from tests.data.conftest import picture
 
-DECODERS: dict[str, Callable[[], DecodeRegion]] = {
-    "nvImageCodec": jpeg_decoder.decode_with_nvimagecodec,
-    "torchcodec": jpeg_decoder.decode_with_torchcodec,
-    "torchvision": jpeg_decoder.decode_with_torchvision,
-}
 every_decoder = pytest.mark.parametrize("name", DECODERS)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding capabilities of TorchVision are deprecated:DeprecationWarning"
@@ -120,13 +115,12 @@ def test_damage_does_not_crash(name: str) -> None:
 
 
 @every_decoder
-def test_errors_are_those_of_pil(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_those_of_pil(name: str) -> None:
     """The torch reader raises PIL's error for a truncated file with each decoder."""
-    monkeypatch.setattr("metaformer.data.load.torch_reader.region_decoder", DECODERS[name])
     plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=40, crop_pct=1.0).batch(0, 0)
     for end, message in ((3000, "image file is truncated"), (len(KINDS["4:2:0"]) - 2, "image file is truncated")):
         with pytest.raises(BAD_FILE, match=message):
-            read_with_torch(KINDS["4:2:0"][:end].copy(), plan, 0)
+            read_with_torch(KINDS["4:2:0"][:end].copy(), plan, 0, decode=DECODERS[name]())
 
 
 def test_the_best_decoder_that_is_installed_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,3 +105,10 @@ def _cut_out_of_whole(decode_whole: Callable[[Tensor], Tensor]) -> DecodeRegion:
         return region.expand(3, -1, -1) if image.shape[0] in (1, 3) else None
 
     return decode
+
+
+DECODERS: dict[str, Callable[[], DecodeRegion]] = {
+    "nvImageCodec": decode_with_nvimagecodec,
+    "torchcodec": decode_with_torchcodec,
+    "torchvision": decode_with_torchvision,
+}

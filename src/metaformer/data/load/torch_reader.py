@@ -13,7 +13,6 @@ from torch.nn.functional import interpolate
 
 from metaformer.data.load.image_file import (
     MAX_PIXELS,
-    Encoded,
     PixelArray,
     StoredImage,
     check_pixels,
@@ -22,19 +21,28 @@ from metaformer.data.load.image_file import (
     is_decoded,
     jpeg_header,
 )
-from metaformer.data.load.jpeg_decoder import region_decoder
+from metaformer.data.load.jpeg_decoder import DecodeRegion, region_decoder
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
 
 
-def read_with_torch(stored: StoredImage, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_with_torch(
+    stored: StoredImage,
+    plan: BatchPlan,
+    row: int,
+    max_pixels: int = MAX_PIXELS,
+    decode: DecodeRegion | None = None,
+) -> Tensor:
     """Decode, crop, resize, flip and augment the plan's image at position `row`; return uint8 [3, S, S].
+
+    Args:
+        decode: decoder of JPEGs; None takes the best that is installed.
 
     Raises:
         OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
     """
-    (width, height), cut = _open(stored, max_pixels)
+    (width, height), cut = open_stored(stored, max_pixels, decode)
     size = plan.image_size
     if plan.crop is None:
         part = central_part(width, height) or Box(0, 0, width, height)
@@ -54,8 +62,14 @@ def read_with_torch(stored: StoredImage, plan: BatchPlan, row: int, max_pixels: 
     return image
 
 
-def _open(stored: StoredImage, max_pixels: int) -> tuple[tuple[int, int], Callable[[Box], Tensor]]:
-    """Return an image's width and height, and a function that cuts a region out of it: uint8 [3, H, W]."""
+def open_stored(
+    stored: StoredImage, max_pixels: int = MAX_PIXELS, decode: DecodeRegion | None = None
+) -> tuple[tuple[int, int], Callable[[Box], Tensor]]:
+    """Return an image's width and height, and a function that cuts a region out of it: uint8 [3, H, W].
+
+    Raises:
+        OSError, ValueError, ...: as `read_with_torch`; so does the function.
+    """
     if is_decoded(stored):
         height, width, _ = stored.shape
         check_pixels(width, height, max_pixels)
@@ -66,14 +80,15 @@ def _open(stored: StoredImage, max_pixels: int) -> tuple[tuple[int, int], Callab
         height, width, _ = whole.shape
         return (width, height), lambda box: _as_tensor(cut_out(whole, box))
     check_pixels(header.width, header.height, max_pixels)
-    return (header.width, header.height), lambda box: _decode_region(stored, box, max_pixels)
+    decode = decode or region_decoder()
 
+    def cut(box: Box) -> Tensor:
+        region = decode(stored, box)
+        if region is None:  # PIL reads it, or raises a clear error
+            region = _as_tensor(np.array(decode_rgb(stored, max_pixels).crop(box.corners)))
+        return region
 
-def _decode_region(encoded: Encoded, box: Box, max_pixels: int) -> Tensor:
-    region = region_decoder()(encoded, box)
-    if region is None:  # PIL reads it, or raises a clear error
-        region = _as_tensor(np.array(decode_rgb(encoded, max_pixels).crop(box.corners)))
-    return region
+    return (header.width, header.height), cut
 
 
 def _as_tensor(pixels: PixelArray) -> Tensor:
