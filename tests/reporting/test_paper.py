@@ -45,7 +45,7 @@ def test_every_row_of_the_tables_is_there() -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.table is Table.baselines], ids=lambda row: row.name)
 def test_baselines_recipe(row: Row) -> None:
     """PoolFormer's recipe; ConvFormer and CAFormer warm up for 20 epochs, and CAFormer uses LAMB at lr 8e-3."""
-    recipe, images = resolve(compose_recipe(row.name), None)
+    recipe, images = resolve_config(compose_recipe(row.name), None)
     caformer = row.name.startswith("baselines/caformer")
     trained = caformer or row.name.startswith("baselines/convformer")
     assert (recipe.model.name, row.released_weights) == (row.model, f"official:{row.model}")
@@ -61,7 +61,7 @@ def test_baselines_recipe(row: Row) -> None:
 @pytest.mark.parametrize("row", FINETUNED, ids=lambda row: row.name)
 def test_finetuning_recipe(row: Row) -> None:
     """30 epochs at a constant lr, 384 px, EMA, no mixing, from the released weights of 224 px."""
-    recipe, images = resolve(compose_recipe(row.name), None)
+    recipe, images = resolve_config(compose_recipe(row.name), None)
     assert row.model is not None
     family, size = row.model.split("_")
     assert recipe.init_weights == f"official:{row.model}"
