@@ -1,10 +1,13 @@
 """Fused operators: all tests of operator_cases.py, and the same with Triton kernels in its interpreter."""
 
+import pytest
+
 from tests.models.operator_cases import *  # noqa: F403
 from tests.triton_interpreter import needs_triton, run_interpreted
 
 
 @needs_triton
+@pytest.mark.whole
 def test_operators_with_interpreted_kernels() -> None:
     """All tests of operator_cases.py pass with the GPUs' kernels in Triton's interpreter."""
     run_interpreted("tests/models/operator_cases.py")

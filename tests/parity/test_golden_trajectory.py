@@ -204,6 +204,7 @@ def test_one_process_follows_timms_recipe(one_process: tuple[list[Step], list[St
     assert_same(*one_process)
 
 
+@pytest.mark.whole
 def test_two_processes_follow_timms_recipe(root: Path, tmp_path: Path) -> None:
     """The same holds on two processes with mixing groups of four; each rank draws drop path for half of a batch."""
     reference = Reference(root, ranks=2, mix_group_size=4)

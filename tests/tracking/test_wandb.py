@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, launch, rows
 from tests.tracking.wandb_log import WandbLog, read_wandb_log
 
+pytestmark = pytest.mark.whole
+
 Run = Callable[..., dict[str, Any]]
 STEPS_PER_EPOCH = TRAIN_IMAGES // 8
 SMALL = (

@@ -19,6 +19,8 @@ from tests.tracking.test_wandb import SMALL, STEPS_PER_EPOCH, assert_history_is_
 from tests.tracking.wandb_log import WandbLog, read_wandb_log
 from tests.tracking.wandb_server import WandbServer, serve_wandb
 
+pytestmark = pytest.mark.whole
+
 EPOCHS = 25
 STEPS = EPOCHS * STEPS_PER_EPOCH
 OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"

@@ -106,7 +106,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         goodput = Goodput()
         run = Run(config, runtime.world_size, plan.steps_per_epoch, state, fused, goodput)
         tracker = stack.enter_context(open_tracker(run, runtime))
-        description = describe(config, images, runtime, splits, state, plan.steps_per_epoch)
+        description = describe(config, images, runtime, splits, state, plan.steps_per_epoch) if runtime.is_main else ()
         for line in [*resume_point.skipped, *description, f"fused        {fused}"]:
             tracker.message(line)
         if resume_point.folder is not None:

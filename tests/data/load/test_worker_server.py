@@ -36,6 +36,8 @@ from metaformer.data.load.pil_reader import read_with_pil
 from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.load.worker_loader import WorkerLoader
 
+pytestmark = pytest.mark.whole
+
 index = load_index(Path(sys.argv[1]), "train")
 
 def make_loader(workers):
