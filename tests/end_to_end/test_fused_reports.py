@@ -11,7 +11,7 @@ from tests.conftest import QUICK, Finished, launch
 def fused_lines(done: Finished) -> list[str]:
     """Return the output lines about fused operators, without the result."""
     lines = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("{")]
-    return [line for line in lines if "fused" in line]
+    return [line for line in lines if line.startswith("fused ")]
 
 
 def test_fused_operators_are_reported(images: Path, tmp_path: Path) -> None:
