@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-import metaformer.assembly  # train.py imports it late, and the faults patch its modules
+import metaformer.assembly  # noqa: F401 - train.py imports it late, and the faults patch its modules
 import train
 from metaformer.data.load.worker_loader import WorkerLoader
 from metaformer.interfaces import Batch
