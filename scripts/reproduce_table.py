@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from metaformer.assembly import resolve_config
 from metaformer.config import compose_recipe
@@ -151,7 +151,10 @@ def _require_recipes(rows: list[Row]) -> list[Row]:
 
 
 def _list() -> None:
-    table = Table("row", "table", "top-1 (papers)", "released weights")
+    longest = max(len(row.name) for row in ROWS)
+    # Names are for copying: they keep their length, and a narrow terminal wraps the rest.
+    table = Table(Column("row", no_wrap=True, min_width=longest), "table", "top-1 (papers)",
+                  Column("released weights", overflow="fold"))  # fmt: skip
     for row in ROWS:
         no_weights = "none in timm" if row.is_comparison else "none"
         table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or no_weights)
