@@ -28,9 +28,9 @@ from metaformer import runtime
 from metaformer.models import create_model, load_weights, save_state
 from metaformer.program import run_program
 from metaformer.runtime import Runtime
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
+from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.training.config import CheckpointConfig, PrecisionName
 from metaformer.training.interruption import Interruption
-from metaformer.training.precision import PrecisionName
 from metaformer.training.replicas import check_replicas
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.state import TrainState

@@ -8,9 +8,10 @@ from torch import nn
 
 from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
-from metaformer.training.ema import EmaConfig, make_ema
-from metaformer.training.optimizer import OptimizerConfig, make_optimizer
-from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.config import EmaConfig, OptimizerConfig, PrecisionConfig, PrecisionName
+from metaformer.training.ema import make_ema
+from metaformer.training.optimizer import make_optimizer
+from metaformer.training.precision import Precision
 from metaformer.training.state import TrainState
 from metaformer.training.step import Learner
 from metaformer.training.stragglers import Stopwatch

@@ -31,7 +31,8 @@ from metaformer.models.fused import find_fault, fuse
 from metaformer.models.variants import VARIANTS
 from metaformer.program import keep_freed_memory, run_program
 from metaformer.runtime import Runtime
-from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.config import PrecisionConfig, PrecisionName
+from metaformer.training.precision import Precision
 from metaformer.training.step import train_step
 
 Step = Callable[[Iterator[Batch]], None]

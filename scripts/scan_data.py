@@ -16,7 +16,7 @@ from pathlib import Path
 
 from metaformer.data.index.image_index import load_index
 from metaformer.data.index.quarantine import write_quarantine
-from metaformer.data.load.image_file import MAX_PIXELS
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.prepare.progress import progress_bars
 from metaformer.data.prepare.scan_images import ScannedImage, scan_images
 from metaformer.errors import UserError, printable

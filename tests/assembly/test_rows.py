@@ -25,7 +25,7 @@ from metaformer.interfaces import Row, Tracker
 from metaformer.signals import STOP_SIGNALS
 from metaformer.tracking import run_folder
 from metaformer.tracking.tracker import NullTracker
-from metaformer.training.checkpoint import CheckpointConfig
+from metaformer.training.config import CheckpointConfig
 from metaformer.training.manifest import read_manifest
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.state import TrainState

@@ -16,8 +16,9 @@ from metaformer.errors import Interrupted
 from metaformer.evaluation.accuracy import Accuracy, evaluate
 from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
+from metaformer.training.config import PrecisionConfig, PrecisionName
 from metaformer.training.interruption import Interruption
-from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.precision import Precision
 from tests.ranks import on_ranks
 
 CPU = Runtime(0, 1, 0, 1, torch.device("cpu"))

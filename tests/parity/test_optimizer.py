@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metaformer.models import create_model
-from metaformer.training.optimizer import OptimizerConfig, make_optimizer
+from metaformer.training.config import OptimizerConfig
+from metaformer.training.optimizer import make_optimizer
 
 DECAY, BETAS, EPS, STEPS = 0.05, (0.9, 0.999), 1e-8, 20
 # Every step has a different rate, and the decay of a step, 1 - .05 * lr, is far above the tolerances.

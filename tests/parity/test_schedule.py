@@ -8,8 +8,8 @@ import torch
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-from metaformer.training.optimizer import OptimizerConfig
-from metaformer.training.schedule import Schedule, ScheduleConfig, ScheduleUnit
+from metaformer.training.config import OptimizerConfig, ScheduleConfig, ScheduleUnit
+from metaformer.training.schedule import Schedule
 
 EPOCHS, COOLDOWN = 300, 10
 IMAGES = 1_281_167  # of ImageNet's training split

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.models import load_weights, save_state
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
-from metaformer.training.ema import EmaConfig, make_ema
-from metaformer.training.optimizer import OptimizerConfig, make_optimizer
+from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.training.config import CheckpointConfig, EmaConfig, OptimizerConfig
+from metaformer.training.ema import make_ema
+from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import UnitScaler
 from metaformer.training.state import TrainState
 

@@ -21,7 +21,8 @@ import torch
 
 from metaformer.errors import UserError
 from metaformer.models import load_weights
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, find_weights
+from metaformer.training.checkpoint import CheckpointFolder, find_weights
+from metaformer.training.config import CheckpointConfig
 from metaformer.training.state import Best, TrainState
 from tests.training.conftest import advance, checkpoint_folder, tensors, tiny_network, tiny_state
 

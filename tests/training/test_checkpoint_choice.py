@@ -7,7 +7,8 @@ import pytest
 
 from metaformer.errors import UserError
 from metaformer.models import load_weights, save_state
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
+from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.training.config import CheckpointConfig
 from tests.training.conftest import advance, tiny_state
 from tests.training.test_checkpoint import Checkpoints, assert_same_state, names, save_steps
 

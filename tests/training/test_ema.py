@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from metaformer.training.ema import EmaConfig, make_ema
+from metaformer.training.config import EmaConfig
+from metaformer.training.ema import make_ema
 from tests.training.conftest import advance, tensors, tiny_network, tiny_state
 
 DECAY = 0.9

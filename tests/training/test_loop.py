@@ -19,14 +19,20 @@ from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
-from metaformer.training.checkpoint import CheckpointConfig
-from metaformer.training.config import GuardConfig, LoopConfig
+from metaformer.training.config import (
+    CheckpointConfig,
+    GuardConfig,
+    LoopConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    PrecisionName,
+    ScheduleConfig,
+)
 from metaformer.training.loop import Trainer
 from metaformer.training.meter import Meter
-from metaformer.training.optimizer import OptimizerConfig
-from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
-from metaformer.training.schedule import Schedule, ScheduleConfig
+from metaformer.training.schedule import Schedule
 from metaformer.training.state import TrainState
 from metaformer.training.step import Learner
 from metaformer.training.watchdog import Watchdog

@@ -11,7 +11,8 @@ from torch import nn
 
 from metaformer.errors import UserError
 from metaformer.models import create_model
-from metaformer.training.optimizer import Implementation, OptimizerConfig, make_optimizer
+from metaformer.training.config import Implementation, OptimizerConfig
+from metaformer.training.optimizer import make_optimizer
 from tests.training.conftest import FEATURES, tiny_network
 
 LR, DECAY = 1e-3, 0.05

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from metaformer.errors import UserError
-from metaformer.training.precision import Precision, PrecisionConfig, PrecisionName
+from metaformer.training.config import PrecisionConfig, PrecisionName
+from metaformer.training.precision import Precision
 
 CPU = torch.device("cpu")
 

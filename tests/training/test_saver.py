@@ -14,7 +14,8 @@ from torch import Tensor
 
 from metaformer.errors import Diverged, UserError
 from metaformer.models import load_weights, save_state
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder, WeightFiles
+from metaformer.training.checkpoint import CheckpointFolder, WeightFiles
+from metaformer.training.config import CheckpointConfig
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.state import TrainState
 from tests.ranks import fill, small_disk

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from metaformer.training.schedule import Schedule, ScheduleConfig, ScheduleUnit
+from metaformer.training.config import ScheduleConfig, ScheduleUnit
+from metaformer.training.schedule import Schedule
 
 PEAK, WARMUP_LR, MIN_LR = 4e-3, 1e-6, 1e-5
 EPOCHS, WARMUP, COOLDOWN, STEPS = 300, 5, 10, 7

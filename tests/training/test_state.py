@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from metaformer.training.optimizer import OptimizerConfig
+from metaformer.training.config import OptimizerConfig
 from metaformer.training.precision import Scaler
 from metaformer.training.state import Best, TrainState
 from tests.training.conftest import advance, tiny_state

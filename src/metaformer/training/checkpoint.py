@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metaformer.errors import UserError
 from metaformer.files import fsync
-from metaformer.training.config import CheckpointConfig as CheckpointConfig
+from metaformer.training.config import CheckpointConfig
 from metaformer.training.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from metaformer.training.pointers import BEST, LAST, NAME, follow, read_pointer, write_pointer
 from metaformer.training.probe import check_room, try_out

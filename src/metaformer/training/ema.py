@@ -4,7 +4,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from metaformer.training.config import EmaConfig as EmaConfig
+from metaformer.training.config import EmaConfig
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]

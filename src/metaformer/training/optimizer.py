@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from metaformer.errors import UserError, one_line, unknown_name
-from metaformer.training.config import Implementation as Implementation
-from metaformer.training.config import OptimizerConfig as OptimizerConfig
+from metaformer.training.config import Implementation, OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from metaformer.errors import UserError
-from metaformer.training.config import PrecisionConfig as PrecisionConfig
-from metaformer.training.config import PrecisionName as PrecisionName
+from metaformer.training.config import PrecisionConfig, PrecisionName
 from metaformer.training.undo import UndoableStep
 
 

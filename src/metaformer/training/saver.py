@@ -7,7 +7,8 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 
 from metaformer.errors import Diverged, UserError, one_line
-from metaformer.training.checkpoint import CheckpointConfig, CheckpointFolder
+from metaformer.training.checkpoint import CheckpointFolder
+from metaformer.training.config import CheckpointConfig
 from metaformer.training.divergence import ADVICE
 from metaformer.training.state import Snapshot, TrainState
 

@@ -3,8 +3,7 @@
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from metaformer.training.config import ScheduleConfig as ScheduleConfig
-from metaformer.training.config import ScheduleUnit as ScheduleUnit
+from metaformer.training.config import ScheduleConfig, ScheduleUnit
 
 
 class Schedule:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,14 @@ class FileSource:
     def scan(self, check_all: bool = False) -> FileScan:
         """Read all class folders."""
         return scan_files(self._folder, self._classes)
+
+
+def holds_packed(folder: Path, manifest: str, file: re.Pattern[str]) -> bool:
+    """Return whether a split's folder has a manifest of packed images, or a packed file by its name."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.name == manifest or file.fullmatch(entry.name) for entry in entries)
 
 
 def is_hidden(name: str) -> bool:

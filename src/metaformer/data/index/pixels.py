@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaformer.data.index.files import THREADS, SplitScan, arrange, fingerprint
+from metaformer.data.index.files import THREADS, SplitScan, arrange, fingerprint, holds_packed
 from metaformer.data.index.pixel_file import (
     PixelEntry,
     PixelHeader,
@@ -102,10 +102,7 @@ def pixel_file_name(number: int) -> str:
 
 def holds_pixels(folder: Path) -> bool:
     """Return whether a split's folder contains decoded pixels."""
-    if not folder.is_dir():
-        return False
-    with os.scandir(folder) as entries:
-        return any(entry.name == MANIFEST or _FILE.fullmatch(entry.name) for entry in entries)
+    return holds_packed(folder, MANIFEST, _FILE)
 
 
 def list_pixel_files(folder: Path) -> dict[str, list[Any]]:

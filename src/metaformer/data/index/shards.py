@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaformer.data.index.files import THREADS, SplitScan, arrange, fingerprint
+from metaformer.data.index.files import THREADS, SplitScan, arrange, fingerprint, holds_packed
 from metaformer.errors import UserError
 
 MANIFEST = "shards.json"
@@ -131,10 +131,7 @@ def shard_name(number: int) -> str:
 
 def holds_shards(folder: Path) -> bool:
     """Return whether a split's folder contains shards."""
-    if not folder.is_dir():
-        return False
-    with os.scandir(folder) as entries:
-        return any(entry.name == MANIFEST or _SHARD.fullmatch(entry.name) for entry in entries)
+    return holds_packed(folder, MANIFEST, _SHARD)
 
 
 def list_shards(folder: Path) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from metaformer.data.load.bad_file import BAD_FILE
-from metaformer.data.load.limits import MAX_PIXELS as MAX_PIXELS
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.plan.geometry import Box
 
 Encoded = NDArray[np.uint8]  # [bytes]

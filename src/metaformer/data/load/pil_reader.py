@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaformer.data.load.image_file import MAX_PIXELS, StoredImage, check_pixels, cut_out, decode_rgb, is_decoded
+from metaformer.data.load.image_file import StoredImage, check_pixels, cut_out, decode_rgb, is_decoded
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations

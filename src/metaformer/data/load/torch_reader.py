@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from metaformer.data.load.image_file import (
-    MAX_PIXELS,
     PixelArray,
     StoredImage,
     check_pixels,
@@ -22,6 +21,7 @@ from metaformer.data.load.image_file import (
     jpeg_header,
 )
 from metaformer.data.load.jpeg_decoder import DecodeRegion, region_decoder
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations

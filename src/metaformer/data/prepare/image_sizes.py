@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
-from metaformer.data.load.image_file import MAX_PIXELS, check_pixels, jpeg_header, open_image
+from metaformer.data.load.image_file import check_pixels, jpeg_header, open_image
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.prepare.source_images import SourceImage, read_source_images
 from metaformer.errors import UserError
 

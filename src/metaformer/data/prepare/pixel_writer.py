@@ -11,7 +11,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,7 +34,7 @@ from metaformer.data.load.image_file import decode_rgb
 from metaformer.data.prepare.image_sizes import ImageSize, read_sizes
 from metaformer.data.prepare.processes import ProgressCallback
 from metaformer.data.prepare.source_images import SourceImage, read_source_images
-from metaformer.data.prepare.work_plan import cannot_write, check_same_plan, finish_plan
+from metaformer.data.prepare.work_plan import cannot_write, check_same_plan, finish_plan, run_tasks, split_by_size
 from metaformer.errors import UserError
 from metaformer.files import fsync, remove_temporaries, sha256, temporary_beside, write_text_atomically
 
@@ -142,19 +142,19 @@ def write_pixels(
         UserError: an image cannot be read or decoded; the disk is full; or the folder was started with other images or
             another packing. The work done so far is kept.
     """
-    parts = enumerate(_split(images, packing.shard_bytes))
+    parts = enumerate(split_by_size(images, packing.shard_bytes, lambda image: image.bytes, MAX_IMAGES))
     tasks = [_Task(folder / pixel_file_name(number), part, packing.resize) for number, part in parts]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_same_plan(folder, [repr(packing), *(repr(image.entry) for image in images)])
-        futures = {pool.submit(write_pixel_file, task): number for number, task in enumerate(tasks)}
-        written: dict[int, ListedFile] = {}
         done = 0
-        for future in as_completed(futures):
-            written[futures[future]] = future.result()
-            done += len(tasks[futures[future]].images)
+
+        def report_file(task: _Task) -> None:
+            nonlocal done
+            done += len(task.images)
             report(f"decoding {folder.name}", done, len(images))
-        rows = [written[number] for number in range(len(tasks))]
+
+        rows = run_tasks(write_pixel_file, tasks, pool, report_file)
         write_text_atomically(folder / MANIFEST, json.dumps({"files": rows}))
         finish_plan(folder)
     except OSError as error:
@@ -206,19 +206,6 @@ def _write_images(file: BinaryIO, task: _Task) -> Iterator[PixelEntry]:
         pixels = decoded.tobytes()
         file.write(pixels)
         yield image.entry._replace(checksum=zlib.crc32(pixels))
-
-
-def _split(images: list[SizedImage], shard_bytes: int) -> Iterator[list[SizedImage]]:
-    """Yield the images of each file."""
-    part: list[SizedImage] = []
-    free = shard_bytes
-    for image in images:
-        if part and (image.bytes > free or len(part) == MAX_IMAGES):
-            yield part
-            part, free = [], shard_bytes
-        part.append(image)
-        free -= image.bytes
-    yield part
 
 
 def _check_names(sources: Sequence[SourceImage]) -> None:

@@ -14,7 +14,8 @@ from PIL import ExifTags, Image, ImageFile
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, reason
 from metaformer.data.load.image_bytes import ImageBytes
-from metaformer.data.load.image_file import MAX_PIXELS, StoredImage, check_pixels, is_decoded, open_image
+from metaformer.data.load.image_file import StoredImage, check_pixels, is_decoded, open_image
+from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.prepare.processes import ProgressCallback, worker_processes
 
 TINY = 32  # images with a shorter side below this many pixels are reported

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,7 +19,7 @@ from metaformer.data.index.shards import BLOCK, IDX_VERSION, MANIFEST, is_member
 from metaformer.data.prepare.processes import ProgressCallback
 from metaformer.data.prepare.reencoding import reduce_source_image
 from metaformer.data.prepare.source_images import SourceImage, read_source_images
-from metaformer.data.prepare.work_plan import cannot_write, check_same_plan, finish_plan
+from metaformer.data.prepare.work_plan import cannot_write, check_same_plan, finish_plan, run_tasks, split_by_size
 from metaformer.errors import UserError
 from metaformer.files import fsync, remove_temporaries, temporary_beside, write_text_atomically
 
@@ -68,18 +68,19 @@ def write_shards(
     sources = sorted(sources, key=lambda source: sorting_key(source.name))
     _check_names(sources)
     labels = {name: label for label, name in enumerate(sorted({source.class_name for source in sources}))}
-    shards = enumerate(_split_into_shards(sources, packing.shard_bytes))
+    shards = enumerate(split_by_size(sources, packing.shard_bytes, _packed_bytes))
     tasks = [_Task(folder / shard_name(number), shard, labels, packing) for number, shard in shards]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_same_plan(folder, [repr(packing), *(f"{source.name} {source.size}" for source in sources)])
-        futures = {pool.submit(write_shard, task): number for number, task in enumerate(tasks)}
-        written, images = [0] * len(tasks), 0
-        for future in as_completed(futures):
-            number = futures[future]
-            written[number] = future.result()
-            images += len(tasks[number].sources)
+        images = 0
+
+        def report_shard(task: _Task) -> None:
+            nonlocal images
+            images += len(task.sources)
             report(f"packing {folder.name}", images, len(sources))
+
+        written = run_tasks(write_shard, tasks, pool, report_shard)
         counts_and_sizes = [[len(task.sources), size] for task, size in zip(tasks, written, strict=True)]
         write_text_atomically(folder / MANIFEST, json.dumps({"shards": counts_and_sizes}))
         finish_plan(folder)
@@ -146,18 +147,9 @@ def _label_name(name: str) -> str:
     return name.rpartition(".")[0] + ".cls"
 
 
-def _split_into_shards(sources: list[SourceImage], shard_bytes: int) -> Iterator[list[SourceImage]]:
-    """Yield the images of each shard."""
-    shard: list[SourceImage] = []
-    free = shard_bytes
-    for source in sources:
-        needed = 3 * BLOCK + -(-source.size // BLOCK) * BLOCK  # two headers, the label and the image
-        if shard and needed > free:
-            yield shard
-            shard, free = [], shard_bytes
-        shard.append(source)
-        free -= needed
-    yield shard
+def _packed_bytes(source: SourceImage) -> int:
+    """Return the bytes that an image takes in a shard: two headers, the label and the image."""
+    return 3 * BLOCK + -(-source.size // BLOCK) * BLOCK
 
 
 def _check_names(sources: list[SourceImage]) -> None:

@@ -1,11 +1,49 @@
-"""Record of the images and options of an interrupted preparation, which is resumed only with the same ones."""
+"""Parallel work that can be interrupted: its parts, and a record of images and options that a resume must match."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
+from typing import TypeVar
 
 from metaformer.errors import UserError
 from metaformer.files import write_text_atomically
+
+Item = TypeVar("Item")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def split_by_size(
+    items: Iterable[Item], limit: int, size: Callable[[Item], int], max_items: int | None = None
+) -> Iterator[list[Item]]:
+    """Yield consecutive items whose sizes add up to at most `limit`; a single larger item is a part of its own."""
+    part: list[Item] = []
+    free = limit
+    for item in items:
+        if part and (size(item) > free or len(part) == max_items):
+            yield part
+            part, free = [], limit
+        part.append(item)
+        free -= size(item)
+    yield part
+
+
+def run_tasks(
+    work: Callable[[Task], Result], tasks: Sequence[Task], pool: Executor, report: Callable[[Task], None]
+) -> list[Result]:
+    """Run `work` on all tasks in the pool; return the results in the order of the tasks.
+
+    Args:
+        report: called with each task when it is done.
+    """
+    futures = {pool.submit(work, task): number for number, task in enumerate(tasks)}
+    results: dict[int, Result] = {}
+    for future in as_completed(futures):
+        number = futures[future]
+        results[number] = future.result()
+        report(tasks[number])
+    return [results[number] for number in range(len(tasks))]
 
 
 def check_same_plan(folder: Path, description: Iterable[str]) -> None:
