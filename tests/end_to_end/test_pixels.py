@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, VAL_IMAGES, rows
-from tests.end_to_end.test_shards import Run, script
-from tests.end_to_end.test_training import assert_same_checkpoint
+from tests.conftest import VAL_IMAGES
+from tests.end_to_end.test_shards import Run, assert_resumes_on, script
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +23,7 @@ def test_a_run_started_on_a_folder_resumes_on_pixels(
     images: Path, pixels: Path, tmp_path: Path, run_program: Run, loader: str
 ) -> None:
     """A run stopped within an epoch on a folder and resumed on its pixels ends like a run on the folder alone."""
-    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
-    run_program("train", *common, f"data.root={images}", f"run_dir={moved}", "max_steps=4")
-    run_program("train", *common, f"data.root={pixels}", "data.check=files", f"run_dir={moved}")
-    assert rows(moved) == rows(whole)
-    assert rows(moved, "validation") == rows(whole, "validation")
-    assert_same_checkpoint(moved / "checkpoints" / "last", whole / "checkpoints" / "last")
+    assert_resumes_on(pixels, images, tmp_path, run_program, loader)
 
 
 def test_validation_equals_the_folders(images: Path, pixels: Path, tmp_path: Path, run_program: Run) -> None:

@@ -32,19 +32,24 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(images, tmp_path_factory.mktemp("packed") / "shards")
 
 
+def assert_resumes_on(packed: Path, images: Path, tmp_path: Path, run_program: Run, loader: str) -> None:
+    """Check that a run resumed on the packed images of a folder ends like a run on the folder alone."""
+    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
+    run_program("train", *common, f"data.root={images}", f"run_dir={moved}", "max_steps=4")
+    run_program("train", *common, f"data.root={packed}", "data.check=files", f"run_dir={moved}")
+    assert rows(moved) == rows(whole)
+    assert rows(moved, "validation") == rows(whole, "validation")
+    assert_same_checkpoint(moved / "checkpoints" / "last", whole / "checkpoints" / "last")
+
+
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_a_run_started_on_a_folder_resumes_on_shards(
     images: Path, shards: Path, tmp_path: Path, run_program: Run, loader: str
 ) -> None:
     """A run stopped within an epoch on a folder and resumed on its shards ends like a run on the folder alone."""
-    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
-    run_program("train", *common, f"data.root={images}", f"run_dir={moved}", "max_steps=4")
-    run_program("train", *common, f"data.root={shards}", "data.check=files", f"run_dir={moved}")
-    assert rows(moved) == rows(whole)
-    assert rows(moved, "validation") == rows(whole, "validation")
-    assert_same_checkpoint(moved / "checkpoints" / "last", whole / "checkpoints" / "last")
+    assert_resumes_on(shards, images, tmp_path, run_program, loader)
 
 
 def test_validation_equals_the_folders(images: Path, shards: Path, tmp_path: Path, run_program: Run) -> None:

@@ -14,7 +14,6 @@ from metaformer.data.load.config import LoaderConfig, LoaderName
 from metaformer.data.load.image_bytes import ImageBytes
 from metaformer.data.load.image_file import cut_out
 from metaformer.data.plan.geometry import Box
-from metaformer.data.plan.plan import Plan
 from metaformer.errors import UserError
 from tests.data.conftest import decode
 from tests.data.load.test_loaders import (
@@ -23,43 +22,13 @@ from tests.data.load.test_loaders import (
     every_loader,
     open_loader,
     read_epoch,
-    same,
     training_plan,
 )
-from tests.data.load.test_loaders_on_shards import PLANS, every_plan
-
-
-@pytest.fixture(scope="module")
-def files(image_root: Path) -> ImageIndex:
-    return load_index(image_root, "train")
 
 
 @pytest.fixture(scope="module")
 def pixels(pixel_root: Path) -> ImageIndex:
     return load_index(pixel_root, "train")
-
-
-@every_plan
-@every_loader
-def test_batches_are_the_folders(files: ImageIndex, pixels: ImageIndex, name: str, plan: Plan) -> None:
-    """Two epochs equal the folder's in every bit, the second from every resume point, even after an unfinished one."""
-    for epoch in (0, 1):
-        expected = read_epoch(name, files, plan, epoch)
-        with open_loader(name, pixels, plan) as loader:
-            for first in range(len(expected) if epoch else 1):
-                assert same(list(loader.epoch(epoch, first)), expected[first:]), (epoch, first)
-                next(loader.epoch(0))
-
-
-@pytest.mark.parametrize("name", ["torch", "pil"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_do_not_change_the_images(files: ImageIndex, pixels: ImageIndex, name: str, workers: int) -> None:
-    """Worker processes that map the same files give the folder's batches."""
-    plan = PLANS["training"]
-    expected = read_epoch(name, files, plan)
-    with open_loader(name, pixels, plan, workers) as loader:
-        assert same(list(loader.epoch(0)), expected)
-        assert same(list(loader.epoch(0, 2)), expected[2:])
 
 
 @every_loader
