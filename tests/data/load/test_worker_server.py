@@ -13,6 +13,8 @@ from metaformer.data.index.image_index import load_index
 from metaformer.files import MAX_TEMPORARY_FOLDER_BYTES
 from tests.conftest import BIN, QUICK, REPOSITORY
 
+pytestmark = pytest.mark.whole
+
 # Imported by every Python process at its start. Records each fork: the process, and its number of threads.
 AT_EACH_FORK = """
 import os
@@ -35,8 +37,6 @@ from metaformer.data.index.image_index import load_index
 from metaformer.data.load.pil_reader import read_with_pil
 from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.load.worker_loader import WorkerLoader
-
-pytestmark = pytest.mark.whole
 
 index = load_index(Path(sys.argv[1]), "train")
 
