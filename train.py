@@ -9,7 +9,8 @@ from metaformer.program import launched_rank, run_program
 if __name__ == "__main__":
     end_with_launcher()  # before the imports, which take time
 
-from metaformer.config import TrainConfig, compose
+from metaformer.composing import compose
+from metaformer.config import TrainConfig
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from metaformer.program import run_program
 if __name__ == "__main__":
     end_with_launcher()  # before the imports, which take time
 
-from metaformer.config import ValidateConfig, compose
+from metaformer.composing import compose
+from metaformer.config import ValidateConfig
 
 
 def main() -> None:

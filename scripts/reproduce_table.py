@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from metaformer.assembly import resolve_config
-from metaformer.config import compose_recipe
+from metaformer.composing import compose_recipe
 from metaformer.errors import UserError
 from metaformer.files import write_atomically, write_text_atomically
 from metaformer.models.config import Library, ModelConfig

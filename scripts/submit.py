@@ -23,7 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from metaformer.config import TrainConfig, compose_training, freeze
+from metaformer.composing import compose_training, freeze
+from metaformer.config import TrainConfig
 from metaformer.errors import UserError
 from metaformer.files import write_text_atomically
 from metaformer.program import run_program

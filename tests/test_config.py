@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from metaformer.config import TrainConfig, compose, fingerprint, freeze, redacted
+from metaformer.composing import compose, freeze
+from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.errors import UserError
 
 SECRET = "canary-7f3a"

@@ -1,36 +1,22 @@
-"""Typed configuration of train.py and validate.py, composed by Hydra from conf/ and the command line."""
+"""Typed configuration of train.py and validate.py, which `composing` composes from conf/ and the command line."""
 
 import dataclasses
-import difflib
 import hashlib
-import os
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import hydra
-from hydra.conf import HydraConf
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from metaformer.data.index.config import DataConfig
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
-from metaformer.errors import UserError, check_at_least, one_line, unknown_name
-from metaformer.models import list_models
+from metaformer.errors import UserError, check_at_least
 from metaformer.models.config import InitHead, ModelConfig
-from metaformer.reporting.recipes import recipes
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.config import EmaConfig, LoopConfig, OptimizerConfig, PrecisionConfig
-
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-CONF_FOLDER = Path(__file__).parents[2] / "conf"
 
 
 @dataclass
@@ -123,160 +109,6 @@ class ValidateConfig(CommonConfig):
             raise UserError("checkpoint: missing; give checkpoint=FILE, a checkpoint folder or a run folder")
 
 
-C = TypeVar("C", bound=CommonConfig)
-
-
-def compose(name: str, config_type: type[C]) -> C:
-    """Return the validated configuration from conf/NAME.yaml and the command line.
-
-    Hydra's own flags, such as `--help` and `--cfg job`, print and exit.
-    """
-    _store_schemas()
-    composed: list[tuple[DictConfig, HydraConf]] = []
-
-    # The program itself runs outside hydra.main, which would catch its errors and report them differently.
-    @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name=name)
-    def capture(config: DictConfig) -> None:
-        composed.append((config, HydraConfig.get()))
-
-    try:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
-        capture()
-        if not composed:
-            raise SystemExit(0)
-        if len(composed) > 1:
-            raise UserError("-m: multi-run is not supported; start one job for each configuration")
-        ((values, hydra_config),) = composed
-        config = _to_dataclasses(values)
-    except HydraException as error:
-        raise UserError(_explain_hydra_error(error)) from error
-    except OmegaConfBaseException as error:
-        raise UserError(_explain_omegaconf_error(error)) from error
-    if isinstance(config, TrainConfig) and config.run_dir is None:
-        config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
-    assert isinstance(config, config_type)
-    return config
-
-
-def compose_recipe(experiment: str) -> TrainConfig:
-    """Return the configuration of train.py with `experiment=` as the only override."""
-    return compose_training([f"experiment={experiment}"])
-
-
-def compose_training(overrides: Sequence[str]) -> TrainConfig:
-    """Return the configuration of train.py with these overrides on its command line."""
-    _store_schemas()
-    try:
-        with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
-            values = hydra.compose("train", list(overrides), return_hydra_config=True)
-        experiment = values.hydra.runtime.choices.get("experiment") or "default"
-        with open_dict(values):
-            del values["hydra"]
-        config = _to_dataclasses(values)
-    except HydraException as error:
-        raise UserError(_explain_hydra_error(error)) from error
-    except OmegaConfBaseException as error:
-        raise UserError(_explain_omegaconf_error(error)) from error
-    assert isinstance(config, TrainConfig)
-    config.run_dir = config.run_dir or _default_run_dir(config, experiment)
-    return config
-
-
-def freeze(config: TrainConfig) -> str:
-    """Return YAML from which `train.py --config-dir --config-name` composes this configuration without conf/."""
-    root = OmegaConf.load(CONF_FOLDER / "train.yaml")
-    assert isinstance(root, DictConfig)
-    no_logging = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
-    root.defaults = ["train_schema", "_self_", *no_logging]
-    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(root, redacted(config)))
-
-
-def _to_dataclasses(values: DictConfig) -> Any:
-    """Convert composed values to the validated dataclasses."""
-    config: Any = OmegaConf.to_object(values)
-    _check_values(config)
-    _check_no_added_fields(config, OmegaConf.to_container(values, resolve=False))
-    config.from_environment = dict(_interpolated_fields(values))
-    return config
-
-
-def _check_no_added_fields(config: Any, values: Any, parent: str = "") -> None:
-    """Raise `UserError` for a field that no dataclass has, such as `_target_`, which Hydra's `+a.b=c` can add."""
-    names = [field.name for field in dataclasses.fields(config)]
-    for name, value in values.items():
-        if name not in names:
-            raise UserError(f"{parent}{name}: no such field; the fields are {', '.join(names)}")
-        if dataclasses.is_dataclass(getattr(config, name)):
-            _check_no_added_fields(getattr(config, name), value, f"{parent}{name}.")
-
-
-def _check_values(value: Any, name: str = "") -> None:
-    """Raise `UserError` for control characters and for integers of more than 64 bits, which paths and torch reject."""
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_values(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, str) and (found := _CONTROL_CHARACTER.search(value)):
-        raise UserError(f"{name}: contains the control character {found[0]!r}; remove it")
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f"{name}={value}: too large; must be less than 2^63")
-
-
-def _store_schemas() -> None:
-    store: Any = ConfigStore.instance()
-    # Hydra copies the store for each group that --help lists, which took two seconds; it copies what it loads anyway.
-    store.__deepcopy__ = lambda memo: store
-    store.store("train_schema", TrainConfig)
-    store.store("validate_schema", ValidateConfig)
-    # Choices that only repeat a table are registered from it instead of having a file in conf/.
-    for name in list_models():
-        store.store(name, {"name": name}, group="model")
-    for recipe in recipes():
-        store.store(recipe.name, recipe.values, group=recipe.group, package="_global_")
-
-
-def _default_run_dir(config: TrainConfig, experiment: str) -> str:
-    return f"runs/{config.model.name}-{experiment.replace('/', '-')}"
-
-
-def _explain_hydra_error(error: HydraException) -> str:
-    """Return a one-line message for a Hydra error, taken from its more specific OmegaConf cause if it has one."""
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        return _explain_omegaconf_error(error.__cause__)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, name = error.missing_cfg_file.split("/", 1)
-        if not (CONF_FOLDER / group).is_dir():  # one of Hydra's own groups
-            group, name = os.path.split(error.missing_cfg_file)
-            return str(unknown_name(group, name, error.options))
-        return str(unknown_name(group, name, _choices(group)))
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
-    return one_line(error)
-
-
-def _choices(group: str) -> list[str]:
-    """Return a group's choices in conf/ and in the config store, including those of its subgroups."""
-    files = [str(file.relative_to(CONF_FOLDER / group)) for file in (CONF_FOLDER / group).rglob("*.yaml")]
-    stored: Any = ConfigStore.instance().repo
-    for part in group.split("/"):
-        stored = stored.get(part, {})
-    nested = [f"{entry}/{name}" for entry in stored if "." not in entry for name in _choices(f"{group}/{entry}")]
-    return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *nested]
-
-
-def _explain_omegaconf_error(error: OmegaConfBaseException) -> str:
-    key = error.full_key or str(error.key)
-    if isinstance(error, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(error.object_type):
-        names = [field.name for field in dataclasses.fields(error.object_type)]
-        parent = key.removesuffix(str(error.key))
-        near = difflib.get_close_matches(str(error.key), names, n=3) or names
-        return f"{key}: no such field; did you mean {', '.join(parent + name for name in near)}?"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key}: missing; give {key}=..."
-    return f"{key}: {str(error).splitlines()[0]}"
-
-
 def redacted(config: CommonConfig) -> DictConfig:
     """Return the configuration with interpolations such as `${oc.env:NAME}` unresolved, safe to write to files."""
     values = OmegaConf.create(_to_containers(config))
@@ -303,18 +135,3 @@ def _to_containers(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value.name if isinstance(value, Enum) else value
-
-
-def _interpolated_fields(values: DictConfig) -> Iterator[tuple[str, str]]:
-    """Yield the key and raw text of each field that interpolates a variable or another field.
-
-    List items count as fields. `data.root` is left out, because the path of a data set is not a secret.
-    """
-    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(values, resolve=False))]
-    while pending:
-        key, value = pending.pop()
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            pending.extend((f"{key}.{name}" if key else str(name), item) for name, item in items)
-        elif isinstance(value, str) and "${" in value and key != "data.root":
-            yield key, value

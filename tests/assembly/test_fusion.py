@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metaformer.assembly.fusion import choose_transform, fuse_blocks
-from metaformer.config import compose_training
+from metaformer.composing import compose_training
 from metaformer.data.device import choice
 from metaformer.data.device.choice import transform_by_triton
 from metaformer.data.device.transform import transform_plainly

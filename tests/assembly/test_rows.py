@@ -19,7 +19,8 @@ from torch import nn
 
 from metaformer.assembly import run as assembly_run
 from metaformer.assembly.run import Run, open_tracker
-from metaformer.config import TrainConfig, compose_training
+from metaformer.composing import compose_training
+from metaformer.config import TrainConfig
 from metaformer.errors import Interrupted
 from metaformer.interfaces import Row, Tracker
 from metaformer.signals import STOP_SIGNALS

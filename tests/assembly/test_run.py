@@ -3,7 +3,7 @@
 import pytest
 
 from metaformer.assembly.run import Run
-from metaformer.config import compose_training
+from metaformer.composing import compose_training
 from metaformer.goodput import Goodput
 from tests.training.conftest import tiny_state
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from metaformer.config import compose_training
+from metaformer.composing import compose_training
 from metaformer.errors import UserError
 from metaformer.models import MetaFormerBlock, create_model, create_timm_model, list_models
 from metaformer.models.token_mixers import Attention, DepthwiseConv, Pooling, SpatialFC

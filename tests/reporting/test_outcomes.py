@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from metaformer.config import TrainConfig, compose_recipe, redacted
+from metaformer.composing import compose_recipe
+from metaformer.config import TrainConfig, redacted
 from metaformer.errors import UserError
 from metaformer.reporting.outcomes import Outcome, read_released, read_run
 from metaformer.reporting.paper import find_rows

@@ -10,7 +10,8 @@ import timm
 import torch
 
 from metaformer.assembly import resolve_config
-from metaformer.config import CONF_FOLDER, ValidateConfig, compose, compose_recipe
+from metaformer.composing import CONF_FOLDER, compose, compose_recipe
+from metaformer.config import ValidateConfig
 from metaformer.errors import UserError
 from metaformer.models import create_timm_model, list_models
 from metaformer.models.config import ResizeFilter
@@ -105,7 +106,7 @@ def test_a_copied_recipe_is_the_recipe(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copytree(CONF_FOLDER, conf)
     (row,) = find_rows(["paper/poolformer_s12_400_epochs"])
     (conf / "experiment" / "mine.yaml").write_text(recipe_file(row))
-    monkeypatch.setattr("metaformer.config.CONF_FOLDER", conf)
+    monkeypatch.setattr("metaformer.composing.CONF_FOLDER", conf)
     expected = compose_recipe(row.name)
     assert replace(compose_recipe("mine"), run_dir=expected.run_dir) == expected
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from metaformer.config import TrainConfig, compose, compose_training, fingerprint, freeze
+from metaformer.composing import compose, compose_training, freeze
+from metaformer.config import TrainConfig, fingerprint
 from metaformer.errors import UserError
 from scripts import submit
 
@@ -49,7 +50,7 @@ def test_a_frozen_file_is_the_configuration(tmp_path: Path, monkeypatch: pytest.
     """train.py composes the same configuration from the frozen file as from the overrides, without reading conf/."""
     config = compose_training(["experiment=demo", "optimizer=lamb", "optimizer.lr=3e-3", "run_dir='runs/a: \"b\" $c'"])
     (tmp_path / "frozen.yaml").write_text(freeze(config))
-    monkeypatch.setattr("metaformer.config.CONF_FOLDER", tmp_path)  # a conf/ without files
+    monkeypatch.setattr("metaformer.composing.CONF_FOLDER", tmp_path)  # a conf/ without files
     monkeypatch.setattr(sys, "argv", ["train.py", f"--config-dir={tmp_path}", "--config-name=frozen"])
     again = compose("train", TrainConfig)
     assert fingerprint(again) == fingerprint(config)

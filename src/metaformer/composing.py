@@ -1,0 +1,126 @@
+"""Compose configurations by Hydra, from conf/ and the command line."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, redacted
+from metaformer.config_errors import check_no_added_fields, check_values, explain
+from metaformer.errors import UserError
+from metaformer.models import list_models
+from metaformer.reporting.recipes import recipes
+
+CONF_FOLDER = Path(__file__).parents[2] / "conf"
+
+C = TypeVar("C", bound=CommonConfig)
+
+
+def compose(name: str, config_type: type[C]) -> C:
+    """Return the validated configuration from conf/NAME.yaml and the command line.
+
+    Hydra's own flags, such as `--help` and `--cfg job`, print and exit.
+    """
+    _store_schemas()
+    composed: list[tuple[DictConfig, HydraConf]] = []
+
+    # The program itself runs outside hydra.main, which would catch its errors and report them differently.
+    @hydra.main(version_base="1.3", config_path=str(CONF_FOLDER), config_name=name)
+    def capture(config: DictConfig) -> None:
+        composed.append((config, HydraConfig.get()))
+
+    try:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
+        capture()
+        if not composed:
+            raise SystemExit(0)
+        if len(composed) > 1:
+            raise UserError("-m: multi-run is not supported; start one job for each configuration")
+        ((values, hydra_config),) = composed
+        config = _to_dataclasses(values)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, CONF_FOLDER)) from error
+    if isinstance(config, TrainConfig) and config.run_dir is None:
+        config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
+    assert isinstance(config, config_type)
+    return config
+
+
+def compose_recipe(experiment: str) -> TrainConfig:
+    """Return the configuration of train.py with `experiment=` as the only override."""
+    return compose_training([f"experiment={experiment}"])
+
+
+def compose_training(overrides: Sequence[str]) -> TrainConfig:
+    """Return the configuration of train.py with these overrides on its command line."""
+    _store_schemas()
+    try:
+        with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
+            values = hydra.compose("train", list(overrides), return_hydra_config=True)
+        experiment = values.hydra.runtime.choices.get("experiment") or "default"
+        with open_dict(values):
+            del values["hydra"]
+        config = _to_dataclasses(values)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, CONF_FOLDER)) from error
+    assert isinstance(config, TrainConfig)
+    config.run_dir = config.run_dir or _default_run_dir(config, experiment)
+    return config
+
+
+def freeze(config: TrainConfig) -> str:
+    """Return YAML from which `train.py --config-dir --config-name` composes this configuration without conf/."""
+    root = OmegaConf.load(CONF_FOLDER / "train.yaml")
+    assert isinstance(root, DictConfig)
+    no_logging = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
+    root.defaults = ["train_schema", "_self_", *no_logging]
+    return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(root, redacted(config)))
+
+
+def _to_dataclasses(values: DictConfig) -> Any:
+    """Convert composed values to the validated dataclasses."""
+    config: Any = OmegaConf.to_object(values)
+    check_values(config)
+    check_no_added_fields(config, OmegaConf.to_container(values, resolve=False))
+    config.from_environment = dict(_interpolated_fields(values))
+    return config
+
+
+def _store_schemas() -> None:
+    store: Any = ConfigStore.instance()
+    # Hydra copies the store for each group that --help lists, which took two seconds; it copies what it loads anyway.
+    store.__deepcopy__ = lambda memo: store
+    store.store("train_schema", TrainConfig)
+    store.store("validate_schema", ValidateConfig)
+    # Choices that only repeat a table are registered from it instead of having a file in conf/.
+    for name in list_models():
+        store.store(name, {"name": name}, group="model")
+    for recipe in recipes():
+        store.store(recipe.name, recipe.values, group=recipe.group, package="_global_")
+
+
+def _default_run_dir(config: TrainConfig, experiment: str) -> str:
+    return f"runs/{config.model.name}-{experiment.replace('/', '-')}"
+
+
+def _interpolated_fields(values: DictConfig) -> Iterator[tuple[str, str]]:
+    """Yield the key and raw text of each field that interpolates a variable or another field.
+
+    List items count as fields. `data.root` is left out, because the path of a data set is not a secret.
+    """
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(values, resolve=False))]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending.extend((f"{key}.{name}" if key else str(name), item) for name, item in items)
+        elif isinstance(value, str) and "${" in value and key != "data.root":
+            yield key, value
