@@ -131,6 +131,32 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert program.communicate(timeout=60) == ("", "")
 
 
+def test_a_worker_whose_trainer_is_killed_while_it_starts_ends(image_root: Path) -> None:
+    """A worker that asks for the signal of its server's death only after that death ends as well."""
+    program = start(
+        """
+class StopWorker:
+    def __reduce__(self):
+        return eval, ("__import__('os').kill(__import__('os').getpid(), 19)",)
+
+plan = EvaluationPlan(num_samples=len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+loader = WorkerLoader(StopWorker(), index, plan, workers=1, prefetch_batches=1, pin_memory=False)
+batches = iter(loader._loader)
+worker = batches._workers[0].pid
+while Path(f"/proc/{worker}/stat").read_text().rsplit(")")[-1].split()[0] != "T":
+    pass
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        image_root,
+    )
+    assert program.stdout is not None
+    worker = int(program.stdout.readline())
+    assert program.wait(60) == -signal.SIGKILL
+    os.kill(worker, signal.SIGCONT)
+    assert program.communicate(timeout=60) == ("", "")
+
+
 def test_a_batch_that_cannot_be_sent_ends_the_worker(image_root: Path, tmp_path: Path) -> None:
     """The worker ends with a one-line message, instead of dropping the batch while the trainer waits forever."""
     program = tmp_path / "program.py"  # a file, which workers can import

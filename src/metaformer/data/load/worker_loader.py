@@ -1,5 +1,6 @@
 """Loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -143,6 +144,9 @@ def _prepare_worker(worker: int) -> None:
     # The server is killed with the training process, and the workers (even stopped ones) with the server. DataLoader's
     # own check is not enough: it only detects the death of the server, which itself lives as long as its workers.
     set_parent_death_signal(signal.SIGKILL)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and not trainer.is_alive():  # both ended before this worker asked for the signal
+        os._exit(1)
     torch.set_num_threads(1)
     # By default the sending thread drops a batch that it cannot send, and the training process waits for it forever.
     queues.Queue._on_queue_feeder_error = staticmethod(_exit_after_send_error)  # type: ignore[attr-defined]
