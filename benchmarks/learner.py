@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
@@ -36,7 +37,7 @@ def make_learner(
         identity={},
     )
     network = model if network is None else network
-    return Learner(state, network, formats, runtime, Stopwatch(runtime.device))
+    return Learner(state, network, formats, runtime, Stopwatch(runtime.device), functional.cross_entropy)
 
 
 def random_batches(size: int, image_size: int, device: torch.device) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least
 from metaformer.models.config import InitHead, ModelConfig
 from metaformer.tracking.config import TrackingConfig
-from metaformer.training.config import EmaConfig, LoopConfig, OptimizerConfig, PrecisionConfig
+from metaformer.training.config import EmaConfig, LoopConfig, LossConfig, OptimizerConfig, PrecisionConfig
 
 
 @dataclass
@@ -49,6 +49,7 @@ class TrainConfig(LoopConfig, CommonConfig):
     """Configuration of train.py. The defaults are the paper's recipe."""
 
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

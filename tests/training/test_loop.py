@@ -23,12 +23,14 @@ from metaformer.training.config import (
     CheckpointConfig,
     GuardConfig,
     LoopConfig,
+    LossConfig,
     OptimizerConfig,
     PrecisionConfig,
     PrecisionName,
     ScheduleConfig,
 )
 from metaformer.training.loop import Trainer
+from metaformer.training.losses import make_loss
 from metaformer.training.meter import Meter
 from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
@@ -91,6 +93,7 @@ def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int
         precision=Precision(PrecisionConfig(PrecisionName.fp32), CPU.device),
         runtime=CPU,
         stopwatch=meter.stopwatch,
+        loss=make_loss(LossConfig()),
         accumulation_steps=config.accumulation_steps,
         clip_grad_norm=config.clip_grad_norm,
     )

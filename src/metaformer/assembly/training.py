@@ -48,6 +48,7 @@ from metaformer.training.checkpoint import CheckpointFolder, ResumePoint, Weight
 from metaformer.training.ema import make_ema
 from metaformer.training.interruption import interruptible_start
 from metaformer.training.loop import Trainer
+from metaformer.training.losses import make_loss
 from metaformer.training.manifest import verify
 from metaformer.training.meter import Meter
 from metaformer.training.optimizer import make_optimizer
@@ -124,6 +125,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
                 precision=precision,
                 runtime=runtime,
                 stopwatch=meter.stopwatch,
+                loss=make_loss(config.loss),
                 seed=config.seed,
                 accumulation_steps=config.accumulation_steps,
                 clip_grad_norm=config.clip_grad_norm,

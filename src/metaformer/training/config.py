@@ -86,6 +86,29 @@ class EmaConfig:
             raise UserError(f"ema.decay={self.decay}: must lie in [0, 1]")
 
 
+class LossName(Enum):
+    """The training loss; validation always reports the cross entropy."""
+
+    cross_entropy = "cross_entropy"  # as in the paper
+    bce = "bce"  # binary cross entropy of each class, as in timm's RSB recipes (arXiv 2110.00476)
+
+
+@dataclass
+class LossConfig:
+    """The training loss of soft targets. Their smoothing is `augmentation.label_smoothing`."""
+
+    name: LossName = LossName.cross_entropy
+    target_threshold: float | None = None  # of bce: targets above it become 1, the others 0; None: soft targets
+    sum_classes: bool = False  # of bce: sum over the classes instead of the mean
+
+    def __post_init__(self) -> None:
+        if self.target_threshold is not None and not 0 <= self.target_threshold < 1:
+            raise UserError(f"loss.target_threshold={self.target_threshold}: must be in [0, 1), or null for none")
+        if self.name is not LossName.bce and (self.target_threshold is not None or self.sum_classes):
+            name = "sum_classes" if self.target_threshold is None else "target_threshold"
+            raise UserError(f"loss.{name}={getattr(self, name)}: not used by loss={self.name.value}; give loss=bce")
+
+
 class PrecisionName(Enum):
     """Format of matrix products; parameters, the norms' statistics and the loss stay in float32."""
 

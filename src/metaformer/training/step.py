@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
+from metaformer.training.losses import Loss
 from metaformer.training.precision import Precision
 from metaformer.training.state import TrainState
 from metaformer.training.stragglers import Stopwatch
@@ -21,6 +21,7 @@ class Learner:
 
     Attributes:
         network: the state's model as it is called: compiled, wrapped by DDP.
+        loss: of a batch's logits and targets.
         stopwatch: measures the forward passes: the work of this rank that does not wait for the others.
         seed: of drop path.
         accumulation_steps: batches of a step.
@@ -32,6 +33,7 @@ class Learner:
     precision: Precision
     runtime: Runtime
     stopwatch: Stopwatch
+    loss: Loss
     seed: int = 0
     accumulation_steps: int = 1
     clip_grad_norm: float | None = None
@@ -90,7 +92,7 @@ def _forward_backward(learner: Learner, batch: Batch) -> Tensor:
     learner.stopwatch.start()
     with learner.precision.autocast():
         logits = learner.network(batch.images)
-    loss = functional.cross_entropy(logits.float(), batch.targets) / learner.accumulation_steps
+    loss = learner.loss(logits.float(), batch.targets) / learner.accumulation_steps
     learner.stopwatch.stop()
     learner.state.scaler.scale(loss).backward()
     return loss.detach()
