@@ -129,7 +129,7 @@ def checkpoint_cost(
     state: TrainState, step: Callable[[], None], ranks: Runtime, folder: Path, arguments: argparse.Namespace
 ) -> dict[str, float]:
     """Return the seconds that a save takes from training, and its parts; rank 0 saves while all ranks train."""
-    weight_files = WeightFiles(partial(save_state, name=arguments.model), load_weights)
+    weight_files = WeightFiles(partial(save_state, network=arguments.model), load_weights)
     config = CheckpointConfig(keep=1)
     checkpoints = CheckpointFolder(folder / "checkpoints", config, {"model": arguments.model}, weight_files)
     saver = CheckpointSaver(checkpoints, config, print)

@@ -16,6 +16,7 @@ import torch
 from metaformer.assembly import locate_weights
 from metaformer.errors import UserError, printable
 from metaformer.files import check_output, write_atomically
+from metaformer.models.record import Record, read_record
 from metaformer.models.weight_formats import (
     StateDict,
     check_complete,
@@ -49,22 +50,22 @@ def main() -> None:
         raise UserError(
             f"{located.path}: not a complete network in a known layout: {printable(str(error), 500)}"
         ) from error
-    write(state, out, arguments.to, located.name)
+    write(state, out, arguments.to, read_record(located.path) or located.name)
     tensors, parameters = len(state), sum(tensor.numel() for tensor in state.values())
     classes = state["head.fc.weight" if "head.fc.weight" in state else "head.fc.fc2.weight"].shape[0]
     print(f"{out}: {tensors} tensors, {parameters:,} values, {classes} classes, in {arguments.to}'s keys")
 
 
-def write(state: StateDict, out: Path, target: str, name: str) -> None:
+def write(state: StateDict, out: Path, target: str, network: Record | str) -> None:
     """Write a state dict that has this project's keys in the layout of `target`; leave no file if writing fails.
 
     Args:
-        name: The source of the weights, stored in a safetensors file's metadata.
+        network: What the source records of its network, or the name of the source, for a safetensors file's metadata.
     """
 
     def write_file(temporary: Path) -> None:
         if target == "timm":
-            save_state(state, temporary, name)
+            save_state(state, temporary, network)
         else:
             torch.save(metaformer_to_official(state), temporary)
 

@@ -11,9 +11,8 @@ from metaformer.data.device import choice
 from metaformer.data.device.choice import transform_by_triton
 from metaformer.data.device.transform import transform_plainly
 from metaformer.models import create_model, create_timm_model, fused
-from metaformer.models.config import ResizeFilter
+from metaformer.models.config import Preprocessing, ResizeFilter
 from metaformer.models.metaformer import MetaFormer, Stage, run_plain
-from metaformer.models.preprocessing import Preprocessing
 from metaformer.runtime import Runtime
 from tests.ranks import on_ranks
 

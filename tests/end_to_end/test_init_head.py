@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 from metaformer.errors import UserError
 from metaformer.models import create_model, save_weights
 from metaformer.models.composition import Composition
+from metaformer.models.record import Record
 from tests.conftest import QUICK
 
 WNIDS = ("n01440764", "n02123045", "n03272010", "n04399382")  # of ImageNet-1K; ImageNet-21K does not have the last one
@@ -28,7 +29,7 @@ def test_training_starts_from_21841_classes(
         for number, wnid in enumerate(WNIDS):
             (root / split / wnid).symlink_to(images / split / f"class_{number}")
     composition = Composition(depths=(1, 1), dims=(4, 8))
-    save_weights(create_model(composition, num_classes=21841), file, "metaformer", composition)
+    save_weights(create_model(composition, num_classes=21841), file, Record("metaformer", composition=composition))
     assert len(ImageNetInfo("imagenet-22k").label_names()) == 21841
     warnings: list[str] = []
     monkeypatch.setattr(sys.modules["metaformer.assembly.training"], "warn", warnings.append)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from metaformer.errors import UserError
 from metaformer.models import create_model, load_weights
+from metaformer.models.record import read_record
 from metaformer.models.token_mixers import Attention
 from tests.conftest import QUICK, rows
 
@@ -48,6 +49,10 @@ def test_a_network_of_parts_is_trained_described_and_rebuilt(
     (tmp_path / "alone.safetensors").write_bytes(file.read_bytes())
     alone = run_program(*evaluate, f"checkpoint={tmp_path / 'alone.safetensors'}", "model.norm=layer_norm")
     assert alone["loss"] == again["loss"]
+    record = read_record(file)
+    assert record is not None
+    assert (record.name, record.num_classes, record.images and record.images.image_size) == ("metaformer", 4, 32)
+    assert record.classes == ("class_0", "class_1", "class_2", "class_3")
     model = create_model(str(file), num_classes=4, image_size=32)
     load_weights(model, file)
     assert isinstance(model.stages[2].blocks[1].token_mixer, Attention)  # type: ignore[union-attr,index]

@@ -11,6 +11,7 @@ from metaformer.errors import UserError
 from metaformer.models import create_model, save_weights
 from metaformer.models.composition import Composition
 from metaformer.models.pretraining import load_weights_of_21k
+from metaformer.models.record import Record
 
 TINY = Composition(depths=(1, 1), dims=(4, 8), head="mlp", downsampling_norm="layer_norm_without_bias")
 ALL = ImageNetInfo("imagenet-22k").label_names()
@@ -23,7 +24,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = create_model(TINY, num_classes=len(ALL))
     nn.init.normal_(model.head.fc.fc2.bias)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save_weights(model, path, "tiny", TINY)
+    save_weights(model, path, Record("metaformer", composition=TINY))
     return path
 
 

@@ -14,8 +14,7 @@ from metaformer.composing import CONF_FOLDER, compose, compose_recipe
 from metaformer.config import ValidateConfig
 from metaformer.errors import UserError
 from metaformer.models import create_timm_model, list_models
-from metaformer.models.config import ResizeFilter
-from metaformer.models.preprocessing import Preprocessing
+from metaformer.models.config import Preprocessing, ResizeFilter
 from metaformer.reporting.commands import validate_command
 from metaformer.reporting.paper import ROWS, Row, Table, find_rows
 from metaformer.reporting.recipes import recipe_file

@@ -61,7 +61,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def checkpoint_folder(folder: Path, keep: int = 2) -> CheckpointFolder:
     """Return a checkpoint folder of the tiny network, set up as in train.py."""
-    weight_files = WeightFiles(partial(save_state, name="tiny"), load_weights)
+    weight_files = WeightFiles(partial(save_state, network="tiny"), load_weights)
     return CheckpointFolder(folder, CheckpointConfig(keep=keep), {"model": "tiny"}, weight_files)
 
 

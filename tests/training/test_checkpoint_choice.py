@@ -77,7 +77,7 @@ def test_some_epochs_are_kept_forever(tmp_path: Path) -> None:
     """With keep=1 and keep_every_epochs=3, epochs 3 and 6 are kept besides the newest; checkpoints by step are not."""
     (tmp_path / "run").mkdir()
     config = CheckpointConfig(keep=1, keep_every_epochs=3)
-    weight_files = WeightFiles(partial(save_state, name="tiny"), load_weights)
+    weight_files = WeightFiles(partial(save_state, network="tiny"), load_weights)
     checkpoints = CheckpointFolder(tmp_path / "run" / "checkpoints", config, {"model": "tiny"}, weight_files)
     state = tiny_state()
     for epoch in range(1, 8):

@@ -47,7 +47,7 @@ def make_saver(
     """Return a real saver for RUN/checkpoints whose alarms are appended to `lines`."""
     run.mkdir(exist_ok=True)
     settings = CheckpointConfig(**config)  # type: ignore[arg-type]
-    weight_files = WeightFiles(save or partial(save_state, name="tiny"), load_weights)
+    weight_files = WeightFiles(save or partial(save_state, network="tiny"), load_weights)
     folder = CheckpointFolder(run / "checkpoints", settings, {"model": "tiny"}, weight_files)
     return CheckpointSaver(folder, settings, lines.append)
 

@@ -12,8 +12,7 @@ from metaformer.config import TrainConfig
 from metaformer.data.load.config import LoaderName
 from metaformer.errors import one_line
 from metaformer.models import Composition, create_model
-from metaformer.models.config import Library, ModelConfig
-from metaformer.models.preprocessing import Preprocessing
+from metaformer.models.config import Library, ModelConfig, Preprocessing
 from metaformer.numa import describe_cpus
 from metaformer.reporting.complexity import count_complexity
 from metaformer.runtime import Runtime

@@ -10,8 +10,8 @@ from metaformer.config import CommonConfig
 from metaformer.data.device import choice
 from metaformer.data.device.transform import ImageTransform, transform_plainly
 from metaformer.models import fused
+from metaformer.models.config import Preprocessing
 from metaformer.models.metaformer import MetaFormer
-from metaformer.models.preprocessing import Preprocessing
 from metaformer.models.token_mixers import check_pooling
 from metaformer.runtime import Runtime
 

@@ -26,9 +26,8 @@ from metaformer.data.load.worker_server import start_worker_server
 from metaformer.data.plan.plan import EvaluationPlan, Plan
 from metaformer.data.prepare.sample import build_sample
 from metaformer.models import create_model, create_timm_model
-from metaformer.models.config import Library, ResizeFilter
+from metaformer.models.config import Library, Preprocessing, ResizeFilter
 from metaformer.models.download import download_weights, is_weights_name
-from metaformer.models.preprocessing import Preprocessing
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import find_weights
 

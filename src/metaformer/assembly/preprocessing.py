@@ -11,9 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metaformer.config import CommonConfig, ValidateConfig
 from metaformer.errors import UserError, one_line
-from metaformer.models.config import CropMode, Library, ModelConfig
-from metaformer.models.preprocessing import Preprocessing, resolve_preprocessing
-from metaformer.models.recorded import read_composition, refuse_own_parts
+from metaformer.models.config import CropMode, Library, ModelConfig, Preprocessing
+from metaformer.models.preprocessing import resolve_preprocessing
+from metaformer.models.record import read_record, refuse_own_parts
 from metaformer.tracking.run_folder import parse_config
 
 C = TypeVar("C", bound=CommonConfig)
@@ -88,7 +88,8 @@ def adopt_parts(config: ValidateConfig, weights: Path) -> ValidateConfig:
         UserError: a given part is not the recorded one, or the file names a part outside this project that is not
             given.
     """
-    recorded = read_composition(weights) if config.model.is_own else None
+    record = read_record(weights) if config.model.is_own else None
+    recorded = None if record is None else record.parts
     if recorded is None:
         return config
     given = config.model.given_parts

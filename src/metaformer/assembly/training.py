@@ -34,10 +34,10 @@ from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
-from metaformer.models.config import InitHead, ResizeFilter
+from metaformer.models.config import InitHead, Preprocessing, ResizeFilter
 from metaformer.models.norms import find_single_value_batch_norm
-from metaformer.models.preprocessing import Preprocessing
 from metaformer.models.pretraining import describe_missing, load_weights_of_21k
+from metaformer.models.record import MAX_LENGTH, Record
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import code_fingerprint
@@ -87,7 +87,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
-        checkpoints = _checkpoints(config, runtime)
+        checkpoints = _checkpoints(config, images, runtime, splits)
         resume_point = _resume(config, runtime, checkpoints, state)
         if state.progress.epochs_completed < config.total_epochs:
             runtime.main_only(lambda: checkpoints.probe(state.size()), None)
@@ -168,16 +168,25 @@ def _quarantined(config: TrainConfig, splits: Splits) -> dict[str, int]:
     return {"quarantined": splits.train.quarantined + splits.val.quarantined} if config.data.quarantine else {}
 
 
-def _checkpoints(config: TrainConfig, runtime: Runtime) -> CheckpointFolder:
+def _checkpoints(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> CheckpointFolder:
     config_yaml = OmegaConf.to_yaml(redacted(config)).encode()
     facts = {
         "model": config.model.name,
         "world_size": runtime.world_size,
         "config_sha256": hashlib.sha256(config_yaml).hexdigest(),
     }
-    save = partial(save_state, name=config.model.name, composition=config.model.composition)
-    weight_files = WeightFiles(save, load_weights)
+    weight_files = WeightFiles(partial(save_state, network=_record(config, images, splits)), load_weights)
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
+
+
+def _record(config: TrainConfig, images: Preprocessing, splits: Splits) -> Record:
+    """Return what checkpoints record of the network."""
+    model, classes = config.model, splits.train.classes
+    record = Record(model.name, model.library, model.composition, splits.num_classes, classes, images)
+    if len(record.to_json()) > MAX_LENGTH:
+        warn(f"checkpoints do not record the names of {len(classes):,} classes, which are too long")
+        return replace(record, classes=None)
+    return record
 
 
 def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> TrainingPlan:

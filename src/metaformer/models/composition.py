@@ -146,8 +146,12 @@ class Composition:
         return list(dict.fromkeys(name for name in names if ":" in name))
 
     def to_json(self) -> str:
-        """Return the values as text, for a weights file; equal networks have equal texts."""
-        return json.dumps(asdict(self.canonical()))
+        """Return the values as text; equal networks have equal texts."""
+        return json.dumps(self.to_values())
+
+    def to_values(self) -> dict[str, Any]:
+        """Return the values for a file; equal networks have equal values."""
+        return asdict(self.canonical())
 
     def canonical(self) -> "Composition":
         """Return the same network with a name for each stage everywhere."""
@@ -161,7 +165,15 @@ class Composition:
         Raises:
             ValueError: the text is none.
         """
-        values = json.loads(text)
+        return cls.from_values(json.loads(text))
+
+    @classmethod
+    def from_values(cls, values: Any) -> "Composition":
+        """Return the composition of values that come out of a file's JSON.
+
+        Raises:
+            ValueError: they are none.
+        """
         if not isinstance(values, dict):
             raise ValueError("no object of JSON")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

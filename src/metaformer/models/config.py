@@ -33,6 +33,48 @@ class CropMode(Enum):
     center = "center"  # resize the short side, then crop the center
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """The preprocessing of a network's images.
+
+    Attributes:
+        image_size: side of the square image, in pixels.
+        crop_pct: evaluation resizes the short side to image_size / crop_pct, then crops the center.
+        interpolation: the filter of that resize.
+        mean, std: of RGB values in [0, 1].
+    """
+
+    image_size: int
+    crop_pct: float
+    interpolation: ResizeFilter
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values, keyed by their names on the command line."""
+        return {
+            "image_size": self.image_size,
+            "model.crop_pct": self.crop_pct,
+            "model.interpolation": self.interpolation.value,
+            "model.mean": list(self.mean),
+            "model.std": list(self.std),
+        }
+
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The mean as an RGB pixel, 0 to 255."""
+        red, green, blue = (min(255, round(255 * value)) for value in self.mean)
+        return red, green, blue
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"{self.image_size} px, evaluated with crop {self.crop_pct:g} ({self.interpolation.value}), "
+            f"mean {mean}, std {std}"
+        )
+
+
 class InitHead(Enum):
     """How the classifier of `init_weights` becomes that of the network."""
 

@@ -1,12 +1,9 @@
 """Preprocessing of images: the configured values, or those with which the paper or timm evaluates the weights."""
 
-from dataclasses import dataclass
-from typing import Any
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from metaformer.errors import UserError
-from metaformer.models.config import OWN_NETWORK, CropMode, Library, ModelConfig, ResizeFilter
+from metaformer.models.config import OWN_NETWORK, CropMode, Library, ModelConfig, Preprocessing, ResizeFilter
 from metaformer.models.download import is_weights_name
 from metaformer.models.families import BASELINES
 from metaformer.models.variants import find_architecture, find_timm_cfg
@@ -14,48 +11,6 @@ from metaformer.models.variants import find_architecture, find_timm_cfg
 TIMM_WEIGHTS = "hf:timm/"
 # Of the first paper, evaluated with crop_pct .95; its other networks with .9, those of the second paper with 1.
 WIDER_CROP = {"poolformer_m36", "poolformer_m48", *(f"metaformer_s12_{mixers}" for mixers in ("pppa", "ppaa", "ppff"))}
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """The preprocessing of a network's images.
-
-    Attributes:
-        image_size: side of the square image, in pixels.
-        crop_pct: evaluation resizes the short side to image_size / crop_pct, then crops the center.
-        interpolation: the filter of that resize.
-        mean, std: of RGB values in [0, 1].
-    """
-
-    image_size: int
-    crop_pct: float
-    interpolation: ResizeFilter
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The values, keyed by their names on the command line."""
-        return {
-            "image_size": self.image_size,
-            "model.crop_pct": self.crop_pct,
-            "model.interpolation": self.interpolation.value,
-            "model.mean": list(self.mean),
-            "model.std": list(self.std),
-        }
-
-    @property
-    def mean_colour(self) -> tuple[int, int, int]:
-        """The mean as an RGB pixel, 0 to 255."""
-        red, green, blue = (min(255, round(255 * value)) for value in self.mean)
-        return red, green, blue
-
-    def __str__(self) -> str:
-        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
-        return (
-            f"{self.image_size} px, evaluated with crop {self.crop_pct:g} ({self.interpolation.value}), "
-            f"mean {mean}, std {std}"
-        )
 
 
 def resolve_preprocessing(

@@ -14,7 +14,7 @@ from metaformer.models.composition import Composition
 from metaformer.models.config import OWN_NETWORK
 from metaformer.models.families import COMPOSITIONS
 from metaformer.models.metaformer import Architecture, MetaFormer, MetaFormerBlock
-from metaformer.models.recorded import read_composition, refuse_own_parts
+from metaformer.models.record import read_record, refuse_own_parts
 from metaformer.models.token_mixers import Pooling
 
 POOLING = (Pooling,) * 4
@@ -27,11 +27,13 @@ def find_architecture(name: str) -> Architecture:
         return VARIANTS[name]
     if not Path(name).is_file():
         raise unknown_name("model.name", name, VARIANTS)
-    composition = read_composition(Path(name))
-    if composition is None:
+    record = read_record(Path(name))
+    if record is None:
         raise UserError(f"{name}: does not record its network; give one of list_models() and load the file's weights")
-    refuse_own_parts(Path(name), composition)
-    return build_architecture(composition)
+    if record.parts is None:
+        raise UserError(f"{name}: is of timm's {record.name}; use create_timm_model")
+    refuse_own_parts(Path(name), record.parts)
+    return build_architecture(record.parts)
 
 
 def find_timm_cfg(name: str) -> PretrainedCfg:

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from torch import Size, Tensor, nn
 
 from metaformer.errors import UserError, printable
-from metaformer.models.composition import Composition
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.models.metaformer import MetaFormer
-from metaformer.models.recorded import ENTRY
+from metaformer.models.record import ENTRY, NAME_ENTRY, Record
 from metaformer.models.weight_formats import StateDict, is_official, official_to_metaformer
 from metaformer.models.weight_reader import read_weights
 
@@ -21,23 +20,22 @@ from metaformer.models.weight_reader import read_weights
 POSITION_KEY = re.compile(r"stages\.\d+\.(position_embedding|blocks\.\d+\.token_mixer\.\w+(\.weight)?)")
 
 
-def save_weights(model: nn.Module, path: Path, name: str, composition: Composition | None = None) -> None:
+def save_weights(model: nn.Module, path: Path, network: Record | str) -> None:
     """Write a model's state dict as `save_state` does.
 
     Raises:
         OSError: the file cannot be written.
     """
-    save_state(model.state_dict(), path, name, composition)
+    save_state(model.state_dict(), path, network)
 
 
-def save_state(state: StateDict, path: Path, name: str, composition: Composition | None = None) -> None:
+def save_state(state: StateDict, path: Path, network: Record | str) -> None:
     """Write a state dict as safetensors.
 
     Args:
         state: the tensors.
         path: the file to write.
-        name: the network's name, for later error messages.
-        composition: the parts of a network of one's own, to make it again.
+        network: what to record of the network, to make it again; or only its name, for later error messages.
 
     Raises:
         OSError: the file cannot be written.
@@ -46,8 +44,11 @@ def save_state(state: StateDict, path: Path, name: str, composition: Composition
     path.touch()
     permissions = path.stat().st_mode  # of the user's umask: safetensors makes files that only the user can read
     try:
-        record = {} if composition is None else {ENTRY: composition.to_json()}
-        save_file(tensors, path, metadata={"format": "pt", "model": name, **record})
+        if isinstance(network, Record):
+            recorded = {NAME_ENTRY: network.name, ENTRY: network.to_json()}
+        else:
+            recorded = {NAME_ENTRY: network}
+        save_file(tensors, path, metadata={"format": "pt", **recorded})
         path.chmod(permissions)
     except SafetensorError as error:  # safetensors raises this on a full disk
         raise OSError(str(error)) from error

@@ -1,0 +1,160 @@
+"""What a weights file records of its network: parts, classes and preprocessing, as JSON in its metadata."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from metaformer.errors import UserError, printable
+from metaformer.models.composition import Composition
+from metaformer.models.config import OWN_NETWORK, Library, Preprocessing, ResizeFilter
+from metaformer.models.families import COMPOSITIONS
+
+ENTRY = "network"  # in the metadata
+NAME_ENTRY, PARTS_ENTRY = "model", "composition"  # all that earlier versions wrote
+MAX_LENGTH = 2**25  # characters of a record; safetensors refuses metadata of 100 MB
+MAX_IMAGE_SIZE = 2**14  # pixels
+
+
+@dataclass(frozen=True)
+class Record:
+    """A network as far as it is recorded; None stands for what is not.
+
+    Attributes:
+        name: one of `list_models()`, `metaformer` for a network of one's own, or a network of timm.
+        composition: the parts of a network of one's own.
+        num_classes: outputs of the network.
+        classes: names of the first outputs, usually all, in order.
+        images: the preprocessing with which the network was trained and evaluated.
+    """
+
+    name: str
+    library: Library = Library.metaformer
+    composition: Composition | None = None
+    num_classes: int | None = None
+    classes: tuple[str, ...] | None = None
+    images: Preprocessing | None = None
+
+    def to_json(self) -> str:
+        """Return the record as text; one that is longer than MAX_LENGTH cannot be read again."""
+        images = self.images and {name.removeprefix("model."): value for name, value in self.images.settings.items()}
+        values = {
+            "name": self.name,
+            "library": self.library.value,
+            "composition": self.composition and self.composition.to_values(),
+            "num_classes": self.num_classes,
+            "classes": self.classes,
+            "images": images,
+        }
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """Return the record that `to_json` has written. Fields of later versions are passed over.
+
+        Raises:
+            ValueError: the text is none.
+        """
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"{len(text):,} characters, more than {MAX_LENGTH:,}")
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not isinstance(values, dict):
+            raise ValueError("no object of JSON")
+        composition, images = values.get("composition"), values.get("images")
+        record = cls(
+            _value(values, "name", str),
+            Library(values.get("library")),
+            None if composition is None else Composition.from_values(composition),
+            None if values.get("num_classes") is None else _value(values, "num_classes", int),
+            None if values.get("classes") is None else tuple(_value(values, "classes", list)),
+            None if images is None else _preprocessing(images),
+        )
+        record._check()
+        return record
+
+    @property
+    def parts(self) -> Composition | None:
+        """Return the parts of a network of this project; None for a network of timm."""
+        return None if self.library is Library.timm else self.composition or COMPOSITIONS[self.name]
+
+    def _check(self) -> None:
+        if self.library is Library.metaformer and self.composition is None and self.name not in COMPOSITIONS:
+            raise ValueError(f"name={printable(self.name, 100)}: an unknown network")
+        count, names = self.num_classes, self.classes or ()
+        if count is not None and count < max(1, len(names)):
+            raise ValueError(f"num_classes={count}: too few for {len(names)} names")
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError("classes: not a list of different names")
+
+
+def _value(values: dict[str, Any], name: str, kind: type) -> Any:
+    """Return an entry that must be of this type."""
+    value = values.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name}={printable(str(value), 100)}: not of type {kind.__name__}")
+    return value
+
+
+def _preprocessing(values: Any) -> Preprocessing:
+    if not isinstance(values, dict):
+        raise ValueError("images: no object of JSON")
+    colours = [tuple(_value(values, name, list)) for name in ("mean", "std")]
+    numbers = [values.get("crop_pct"), *colours[0], *colours[1]]
+    if not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
+        raise ValueError("crop_pct, mean, std: not numbers in [0, 1]")
+    images = Preprocessing(
+        _value(values, "image_size", int), numbers[0], ResizeFilter(values.get("interpolation")), *colours
+    )
+    possible = 1 <= images.image_size <= MAX_IMAGE_SIZE
+    if not possible or not images.crop_pct or [len(colour) for colour in colours] != [3, 3] or 0 in images.std:
+        raise ValueError(f"images={printable(str(values), 200)}: not the preprocessing of a network")
+    return images
+
+
+def read_record(path: Path) -> Record | None:
+    """Return what a safetensors file records of its network.
+
+    Return None for files without a record, such as those of other programs, and for damaged files, which loading
+    reports. Files of earlier versions record the name, and the parts of a network of one's own.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    name, composition = metadata.get(NAME_ENTRY, ""), metadata.get(PARTS_ENTRY)
+    try:
+        if ENTRY in metadata:
+            return Record.from_json(metadata[ENTRY])
+        if composition is not None:
+            return Record(OWN_NETWORK, composition=Composition.from_json(composition))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot read which network it is of ({printable(str(error), 300)})") from error
+    return Record(name) if name in COMPOSITIONS else None
+
+
+def refuse_own_parts(path: Path, composition: Composition, given: tuple[str, ...] = ()) -> None:
+    """Refuse parts outside this project that only a file names: code that a checkpoint names is never imported.
+
+    Args:
+        path: the file.
+        composition: the network that it records.
+        given: names of parts that the user has given.
+
+    Raises:
+        UserError: there are such parts.
+    """
+    unknown = [name for name in composition.own_parts if name not in given]
+    if unknown:
+        raise UserError(
+            f"{path}: its network has the part {unknown[0]}, and code that only a file names is not imported; "
+            "compose the network yourself, with the same fields as in training"
+        )
