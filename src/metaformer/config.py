@@ -57,14 +57,14 @@ class TrainConfig(LoopConfig, CommonConfig):
     allow_unused_classes: bool = False  # allow num_classes to exceed the data set's classes
     fill_last_batch: bool = False  # pad the last batch with the epoch's first images; False: drop an incomplete batch
     init_weights: str | None = None  # weights file to start from
-    init_head: InitHead = InitHead.same  # how the classifier of these weights is used
+    init_head: InitHead = InitHead.auto  # what becomes of the classifier of these weights
     resume: str = "auto"  # auto: continue the run in run_dir; never: require an empty run_dir; or a checkpoint
 
     def __post_init__(self) -> None:
         CommonConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
         self.data.check_can_train()
-        if self.init_head is not InitHead.same and self.init_weights is None:
+        if self.init_head is not InitHead.auto and self.init_weights is None:
             raise UserError(f"init_head={self.init_head.value}: nothing to convert; give init_weights too")
 
     @property

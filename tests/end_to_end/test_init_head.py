@@ -1,12 +1,13 @@
-"""init_head=from_21k through train.py."""
+"""init_head= through train.py."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
 from metaformer.errors import UserError
@@ -32,12 +33,12 @@ def test_training_starts_from_21841_classes(
     save_weights(create_model(composition, num_classes=21841), file, Record("metaformer", composition=composition))
     assert len(ImageNetInfo("imagenet-22k").label_names()) == 21841
     warnings: list[str] = []
-    monkeypatch.setattr(sys.modules["metaformer.assembly.training"], "warn", warnings.append)
+    monkeypatch.setattr("metaformer.assembly.initial_weights.warn", warnings.append)
     common = ("train", *NETWORK, f"data.root={root}", *QUICK, "max_steps=1", "workers=0", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(UserError, match=r"^init_head=from_21k: nothing to convert; give init_weights too$"):
         run_program(*common, "init_head=from_21k")
     with pytest.raises(UserError, match="has 21841 classes"):
-        run_program(*common, f"init_weights={file}")
+        run_program(*common, f"init_weights={file}", "init_head=same")
     result = run_program(*common, f"init_weights={file}", "init_head=from_21k")
     assert result["images"] == 403
     assert warnings == [
@@ -46,3 +47,40 @@ def test_training_starts_from_21841_classes(
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "init_head: from_21k" in config
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_a_new_head(images: Path, tmp_path: Path, run_program: Callable[..., Any]) -> None:
+    """Another number of classes, or other names, give a new head, which a line says; else the head is kept.
+
+    Everything else is loaded; a resume neither makes a new head nor says so.
+    """
+    composition = Composition(depths=(1, 1), dims=(4, 8))
+
+    def start(name: str, num_classes: int, classes: tuple[str, ...] | None, *overrides: str) -> tuple[list[str], bool]:
+        """Train a step at a tiny rate; return the log's lines about the head, and whether it is that of the file."""
+        file, run_dir = tmp_path / f"{name}.safetensors", tmp_path / name
+        record = Record("metaformer", composition=composition, num_classes=num_classes, classes=classes)
+        model = create_model(composition, num_classes=num_classes)
+        save_weights(model, file, record)
+        common = ("train", *NETWORK, f"data.root={images}", *QUICK, "workers=0", f"run_dir={run_dir}",
+                  "optimizer.lr=1e-9", "schedule.warmup_epochs=0", "optimizer.weight_decay=0")  # fmt: skip
+        run_program(*common, f"init_weights={file}", "max_steps=1", *overrides)
+        trained = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
+        same = {key: trained[key].shape == value.shape and torch.allclose(trained[key], value, rtol=0, atol=1e-6)
+                for key, value in model.state_dict().items()}  # fmt: skip
+        assert all(same[key] for key in same if not key.startswith("head.fc")), same
+        return [line.split(" head ")[1].strip() for line in (run_dir / "log.txt").read_text().splitlines()
+                if " head  " in line], same["head.fc.weight"]  # fmt: skip
+
+    folders = ("class_0", "class_1", "class_2", "class_3")
+    assert start("more", 9, None) == (["9 -> 4 classes, new"], False)
+    assert start("equal", 4, folders) == ([], True)
+    assert start("unknown", 4, None) == ([], True)
+    renamed = "4 -> 4 classes, new; the weights' classes have other names, init_head=same keeps their head"
+    assert start("renamed", 4, ("a", "b", "c", "d")) == ([renamed], False)
+    assert start("kept", 4, ("a", "b", "c", "d"), "init_head=same") == ([], True)
+    assert start("forced", 4, folders, "init_head=new") == (["4 -> 4 classes, new"], False)
+    again = start("forced", 4, folders, "init_head=new", "max_steps=2")
+    assert again == (["4 -> 4 classes, new"], False), "a resume says nothing more"
+    with pytest.raises(UserError, match=r"has 9 classes \(head.fc.weight\), but this model has 4"):
+        start("wrong", 9, None, "init_head=same")

@@ -14,11 +14,11 @@ from torchvision.utils import save_image
 
 from metaformer.assembly.description import describe, loading_advice
 from metaformer.assembly.fusion import choose_transform
+from metaformer.assembly.initial_weights import load_initial_weights
 from metaformer.assembly.parts import (
     colour_statistics,
     evaluation_feed,
     example_images,
-    locate_weights,
     make_feed,
     make_model,
     prepare_workers,
@@ -34,9 +34,8 @@ from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
-from metaformer.models.config import InitHead, Preprocessing, ResizeFilter
+from metaformer.models.config import Preprocessing, ResizeFilter
 from metaformer.models.norms import find_single_value_batch_norm
-from metaformer.models.pretraining import describe_missing, load_weights_of_21k
 from metaformer.models.record import MAX_LENGTH, Record
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
@@ -83,7 +82,8 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     _check_batch_norm(config, images, runtime, model)
     transform_images, fused_transform = choose_transform(config, images, runtime)
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
-    state = _new_state(config, images, runtime, splits, precision, model)
+    head = list(load_initial_weights(config, model, splits.train.classes, runtime))
+    state = _new_state(config, images, splits, precision, model)
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
@@ -108,10 +108,11 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         run = Run(config, runtime.world_size, plan.steps_per_epoch, state, fused, goodput)
         tracker = stack.enter_context(open_tracker(run, runtime))
         description = describe(config, images, runtime, splits, state, plan.steps_per_epoch) if runtime.is_main else ()
-        for line in [*resume_point.skipped, *description, f"fused        {fused}"]:
-            tracker.message(line)
+        start = head
         if resume_point.folder is not None:
-            tracker.message(f"resuming     {resume_point.folder}, step {state.progress.step}")
+            start = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
+        for line in [*resume_point.skipped, *description, f"fused        {fused}", *start]:
+            tracker.message(line)
         check_lock = (lambda: None) if lock is None else lock.check
         saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
         stack.enter_context(closing(saver))
@@ -226,19 +227,10 @@ def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runti
 def _new_state(
     config: TrainConfig,
     images: Preprocessing,
-    runtime: Runtime,
     splits: Splits,
     precision: Precision,
     model: nn.Module,
 ) -> TrainState:
-    if config.init_weights is not None:
-        weights = runtime.from_main(partial(locate_weights, "init_weights", config.init_weights, use_ema=False))
-        if config.init_head is InitHead.from_21k:
-            missing = load_weights_of_21k(model, weights.path, splits.train.classes)
-            if missing:
-                runtime.main_only(lambda: warn(f"init_head=from_21k: {describe_missing(missing)}"), None)
-        else:
-            load_weights(model, weights.path)
     return TrainState(
         model=model,
         ema=make_ema(config.ema, model),

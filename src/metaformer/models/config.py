@@ -76,9 +76,11 @@ class Preprocessing:
 
 
 class InitHead(Enum):
-    """How the classifier of `init_weights` becomes that of the network."""
+    """What becomes of the classifier of `init_weights`; everything else must match."""
 
-    same = "same"  # the same classes
+    auto = "auto"  # kept if the classes are the same, else a new one
+    same = "same"  # kept; another number of classes is an error
+    new = "new"  # a new one in any case
     from_21k = "from_21k"  # by wnid, from the 21,841 classes of ImageNet-21K
 
 

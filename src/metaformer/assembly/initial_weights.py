@@ -1,0 +1,45 @@
+"""Loads the weights from which training starts."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch import nn
+
+from metaformer.assembly.parts import locate_weights
+from metaformer.config import TrainConfig
+from metaformer.errors import warn
+from metaformer.models import load_weights
+from metaformer.models.classifier import load_weights_except_head
+from metaformer.models.config import InitHead
+from metaformer.models.pretraining import describe_missing, load_weights_of_21k
+from metaformer.models.record import read_record
+from metaformer.runtime import Runtime
+
+
+def load_initial_weights(
+    config: TrainConfig, model: nn.Module, classes: tuple[str, ...], runtime: Runtime
+) -> Iterator[str]:
+    """Load the weights of `init_weights`, if any; yield a line if the network keeps a new head.
+
+    Args:
+        classes: Names of the data set's classes.
+    """
+    if config.init_weights is None:
+        return
+    head = config.init_head
+    path = runtime.from_main(partial(locate_weights, "init_weights", config.init_weights, use_ema=False)).path
+    if head is InitHead.same:
+        load_weights(model, path)
+    elif head is InitHead.from_21k:
+        missing = load_weights_of_21k(model, path, classes)
+        if missing:
+            runtime.main_only(lambda: warn(f"init_head=from_21k: {describe_missing(missing)}"), None)
+    else:
+        record = read_record(path)
+        renamed = record is not None and record.classes is not None and record.classes != classes
+        new = load_weights_except_head(model, path, always=head is InitHead.new or renamed)
+        if new is not None:
+            before = "the weights have none" if new.before is None else f"{new.before} -> {new.now} classes"
+            others = head is InitHead.auto and new.before == new.now
+            reason = "; the weights' classes have other names, init_head=same keeps their head" if others else ""
+            yield f"head         {before}, new{reason}"

@@ -1,0 +1,65 @@
+"""The classifier: the layer or layers with an output for each class, without the rest of the head."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from metaformer.errors import UserError
+from metaformer.models.metaformer import MetaFormer
+from metaformer.models.weight_formats import StateDict
+from metaformer.models.weights import load_weights
+
+
+class NewHead(NamedTuple):
+    """A classifier that keeps its fresh weights: its outputs, and those in the file; None if the file has none."""
+
+    before: int | None
+    now: int
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classifier's layers: of one, or of two and more in networks such as distilled ones.
+
+    Raises:
+        UserError: the network has no such layer, or does not name it.
+    """
+    if isinstance(model, MetaFormer):
+        layers = [(name, layer) for name, layer in model.head.named_modules() if isinstance(layer, nn.Linear)]
+        names = [f"head.{name}" for name, layer in layers if layer.out_features == model.num_classes][-1:]
+    else:
+        # timm's networks have the name in the configuration of their weights.
+        found: str | tuple[str, ...] | None = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr,operator]
+        names = [found] if isinstance(found, str) else list(found or ())
+    if not any(True for name in names for _ in model.get_submodule(name).parameters()):
+        raise UserError(f"init_head: {type(model).__name__} has no linear layer for its classes; give init_head=same")
+    return tuple(names)
+
+
+def load_weights_except_head(model: nn.Module, path: Path, always: bool = False) -> NewHead | None:
+    """Load weights; the classifier stays as it is if the file has another number of classes, or no classifier.
+
+    Everything else must match, as for `load_weights`.
+
+    Args:
+        always: leave the classifier as it is in any case.
+
+    Returns:
+        None if the classifier was loaded too.
+    """
+    prefixes = tuple(f"{name}." for name in classifier_names(model))
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
+    first = next(iter(own))
+    change: NewHead | None = None
+
+    def convert(state: StateDict) -> StateDict:
+        nonlocal change
+        in_file = {key: tensor for key, tensor in state.items() if key.startswith(prefixes)}
+        before = in_file[first].shape[0] if first in in_file and in_file[first].ndim else None
+        if not always and in_file and before in (None, own[first].shape[0]):
+            return state
+        change = NewHead(before, own[first].shape[0])
+        return {key: tensor for key, tensor in state.items() if key not in in_file} | own
+
+    load_weights(model, path, convert=convert)
+    return change
