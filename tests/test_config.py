@@ -1,4 +1,4 @@
-"""Tests that stored configurations contain no secrets, and of values that are rejected."""
+"""Tests that stored configurations contain no secrets, and of options and values that are rejected."""
 
 import sys
 from collections.abc import Callable
@@ -8,8 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from metaformer.composing import compose, freeze
-from metaformer.config import TrainConfig, fingerprint, redacted
+from metaformer.config import TrainConfig, ValidateConfig, fingerprint, redacted
 from metaformer.errors import UserError
+from metaformer.option_names import ADVICE, FIELDS, field_names
 
 SECRET = "canary-7f3a"
 Compose = Callable[..., TrainConfig]
@@ -118,3 +119,70 @@ def test_unusable_values(composed: Compose, override: str, expected: str) -> Non
     with pytest.raises(UserError) as caught:
         composed(override)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("lr=0.1", "lr: no such field; use optimizer.lr=..."),
+        ("--lr 0.1", "--lr: options are written NAME=VALUE; use optimizer.lr=..."),
+        ("--lr=0.1", "--lr=0.1: options are written NAME=VALUE; use optimizer.lr=..."),
+        ("batch_size=64", "batch_size: no such field; use global_batch_size=... or eval_batch_size=..."),
+        ("-b 64", "-b: options are written NAME=VALUE; use global_batch_size=... or eval_batch_size=..."),
+        ("--epochs 3", "--epochs: options are written NAME=VALUE; use epochs=..."),
+        ("--experiment demo", "--experiment: options are written NAME=VALUE; use experiment=NAME, one of"),
+        ("--data-path /d", "--data-path: options are written NAME=VALUE; use data.root=..."),
+        ("--nproc_per_node=2", "--nproc_per_node=2: options are written NAME=VALUE; start a process for each GPU: "),
+        ("data=/d/images", "data=/d/images: data= selects a kind of data set; use data.root=/d/images"),
+        ("/d/images", "/d/images: options are written NAME=VALUE, as in data.root=/d/images"),
+        ("resnet50", "resnet50: options are written NAME=VALUE, as in model=poolformer_s12"),
+        ("model=resnet50", "model=resnet50: unknown; --help lists the networks of the papers; "
+                           "a network of timm is model=timm model.name=resnet50"),
+        ("model=poolformer_s21", "model=poolformer_s21: unknown; did you mean poolformer_s24, poolformer_s12"),
+        ("pretrained=true", "pretrained: no such field; give init_weights=NAME to train.py or checkpoint=NAME to"),
+        ("device=cuda", "device: no such field; each rank uses its GPU, or the CPU where there is none"),
+        ("amp=true", "amp: no such field; use precision=bf16, precision=fp16 or precision=fp32"),
+        ("ema=true", "ema=true: unknown; known: disabled, enabled"),
+        ("loader=8", "loader=8: unknown; known: auto, dali, pil, torch"),
+        ("warmup_epochs=1", "warmup_epochs: no such field; use schedule.warmup_epochs=..."),
+        ("optimizer.warmup_epochs=1", "optimizer.warmup_epochs: no such field; use schedule.warmup_epochs=..."),
+        ("optimiser=adamw", "optimiser: no such field; did you mean optimizer?"),
+        ("data.rot=/d", "data.rot: no such field; did you mean data.root?"),
+        ("ema.dcy=1", "ema.dcy: no such field; did you mean ema.decay?"),
+        ("ema.zzz=1", "ema.zzz: no such field; its fields are ema.enabled, ema.decay, ema.warmup"),
+        ("+optimizer.zzz.lr=1", "optimizer.zzz: no such field; its fields are optimizer.name, "),
+        ("zzz=1", "zzz: no such field; --help lists all fields"),
+        ("=3", "=3: options are written NAME=VALUE; give the name too"),
+        ("seed=0,1", "seed=0,1: several values; write a list as NAME=[A,B]; python scripts/submit.py starts a job for"),
+        ("-m seed=0,1", "-m: a program trains one configuration; python scripts/submit.py starts a job for each "),
+    ],
+)  # fmt: skip
+def test_options_of_other_programs(composed: Compose, arguments: str, expected: str) -> None:
+    """What newcomers type ends in one short line with the form to use here."""
+    with pytest.raises(UserError) as caught:
+        composed(*arguments.split())
+    assert str(caught.value).startswith(expected)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("batch_size=64", "batch_size: no such field; use eval_batch_size=..."),
+        ("lr=0.1", "lr: no such field; only train.py has it"),
+        ("weights=FILE", "weights: no such field; use checkpoint=..."),
+    ],
+)
+def test_validation_offers_its_own_fields(monkeypatch: pytest.MonkeyPatch, argument: str, expected: str) -> None:
+    """validate.py does not advise fields that only train.py has."""
+    monkeypatch.setattr(sys, "argv", ["validate.py", "checkpoint=FILE", argument])
+    with pytest.raises(UserError) as caught:
+        compose("validate", ValidateConfig)
+    assert str(caught.value) == expected
+
+
+def test_advised_fields_exist() -> None:
+    """Every field that replaces an option of another framework is a field here, and no field is such an option."""
+    fields = {*field_names(TrainConfig), *field_names(ValidateConfig)}
+    assert {field for meant in FIELDS.values() for field in meant} <= fields
+    assert not fields & {*FIELDS, *ADVICE}

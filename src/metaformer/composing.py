@@ -1,7 +1,9 @@
 """Compose configurations by Hydra, from conf/ and the command line."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, redacted
-from metaformer.config_errors import check_no_added_fields, check_values, explain
+from metaformer.config_errors import check_arguments, check_no_added_fields, check_values, explain
 from metaformer.errors import UserError
 from metaformer.models import list_models
 from metaformer.reporting.recipes import recipes
@@ -37,17 +39,14 @@ def compose(name: str, config_type: type[C]) -> C:
     def capture(config: DictConfig) -> None:
         composed.append((config, HydraConfig.get()))
 
-    try:
+    check_arguments(sys.argv[1:], CONF_FOLDER, config_type)
+    with _explained(config_type):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
         capture()
         if not composed:
             raise SystemExit(0)
-        if len(composed) > 1:
-            raise UserError("-m: multi-run is not supported; start one job for each configuration")
         ((values, hydra_config),) = composed
         config = _to_dataclasses(values)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, CONF_FOLDER)) from error
     if isinstance(config, TrainConfig) and config.run_dir is None:
         config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
     assert isinstance(config, config_type)
@@ -62,15 +61,14 @@ def compose_recipe(experiment: str) -> TrainConfig:
 def compose_training(overrides: Sequence[str]) -> TrainConfig:
     """Return the configuration of train.py with these overrides on its command line."""
     _store_schemas()
-    try:
+    check_arguments(overrides, CONF_FOLDER, TrainConfig)
+    with _explained(TrainConfig):
         with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
             values = hydra.compose("train", list(overrides), return_hydra_config=True)
         experiment = values.hydra.runtime.choices.get("experiment") or "default"
         with open_dict(values):
             del values["hydra"]
         config = _to_dataclasses(values)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, CONF_FOLDER)) from error
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or _default_run_dir(config, experiment)
     return config
@@ -83,6 +81,15 @@ def freeze(config: TrainConfig) -> str:
     no_logging = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
     root.defaults = ["train_schema", "_self_", *no_logging]
     return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(root, redacted(config)))
+
+
+@contextmanager
+def _explained(config_type: type) -> Iterator[None]:
+    """Raise the errors of Hydra and OmegaConf as a `UserError` of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, CONF_FOLDER, config_type)) from error
 
 
 def _to_dataclasses(values: DictConfig) -> Any:

@@ -4,26 +4,33 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from metaformer.errors import UserError, one_line, unknown_name
+from metaformer.option_names import advice
 
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def check_no_added_fields(config: Any, values: Any, parent: str = "") -> None:
+def check_no_added_fields(config: Any, values: Any) -> None:
     """Raise `UserError` for a field that no dataclass has, such as `_target_`, which Hydra's `+a.b=c` can add."""
-    names = [field.name for field in dataclasses.fields(config)]
-    for name, value in values.items():
-        if name not in names:
-            raise UserError(f"{parent}{name}: no such field; the fields are {', '.join(names)}")
-        if dataclasses.is_dataclass(getattr(config, name)):
-            check_no_added_fields(getattr(config, name), value, f"{parent}{name}.")
+
+    def check(part: Any, values: Any, parent: str) -> None:
+        names = [field.name for field in dataclasses.fields(part)]
+        for name, value in values.items():
+            if name not in names:
+                raise UserError(f"{parent}{name}: no such field; {advice(f'{parent}{name}', type(config))}")
+            if dataclasses.is_dataclass(getattr(part, name)):
+                check(getattr(part, name), value, f"{parent}{name}.")
+
+    check(config, values, "")
 
 
 def check_values(value: Any, name: str = "") -> None:
@@ -39,26 +46,74 @@ def check_values(value: Any, name: str = "") -> None:
         raise UserError(f"{name}={value}: too large; must be less than 2^63")
 
 
-def explain(error: HydraException | OmegaConfBaseException, conf: Path) -> str:
+def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> None:
+    """Raise `UserError` for arguments that Hydra rejects with a usage text or a traceback, and for its `-m`.
+
+    Args:
+        conf: The folder with the groups.
+        config_type: The dataclass of the program's configuration.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    given, unknown = parser.parse_known_args(arguments)
+    if given.multirun:
+        raise UserError(
+            "-m: a program trains one configuration; python scripts/submit.py starts a job for each combination of "
+            "values, as in optimizer.lr=1e-3,2e-3"
+        )
+    flags = [argument for argument in unknown if argument.startswith("-")]
+    if flags:
+        name = flags[0].lstrip("-").partition("=")[0].replace("-", "_")
+        raise UserError(f"{flags[0]}: options are written NAME=VALUE; {advice(name, config_type)}")
+    for argument in given.overrides:
+        group, _, name = argument.partition("=")
+        if not group:
+            raise UserError(f"{argument}: options are written NAME=VALUE; give the name too")
+        if re.fullmatch(r"true|false|[+-]?[\d.]+", name, re.IGNORECASE) and (conf / group).is_dir():
+            raise unknown_name(group, name, _choices(group, conf))
+
+
+def explain(error: HydraException | OmegaConfBaseException, conf: Path, config_type: type) -> str:
     """Return a one-line message for an error of composing from the folder `conf`."""
-    if isinstance(error, HydraException):
-        return _explain_hydra_error(error, conf)
-    return _explain_omegaconf_error(error)
-
-
-def _explain_hydra_error(error: HydraException, conf: Path) -> str:
-    """Return a one-line message for a Hydra error, taken from its more specific OmegaConf cause if it has one."""
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        return _explain_omegaconf_error(error.__cause__)
+    if isinstance(error, OmegaConfBaseException):
+        return _explain_omegaconf_error(error, config_type)
+    if isinstance(error.__cause__, OmegaConfBaseException):  # more specific
+        return _explain_omegaconf_error(error.__cause__, config_type)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, name = error.missing_cfg_file.split("/", 1)
-        if not (conf / group).is_dir():  # one of Hydra's own groups
-            group, name = os.path.split(error.missing_cfg_file)
-            return str(unknown_name(group, name, error.options))
-        return str(unknown_name(group, name, _choices(group, conf)))
+        return _explain_choice(error.missing_cfg_file, error.options, conf)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
+        return _explain_override(error.override)
+    several = re.match("Ambiguous value for argument '(.+)'", str(error))
+    if several is not None:
+        return (
+            f"{several[1]}: several values; write a list as NAME=[A,B]; "
+            "python scripts/submit.py starts a job for each value"
+        )
     return one_line(error)
+
+
+def _explain_choice(missing: str, options: Sequence[str], conf: Path) -> str:
+    """Return a message for a group's choice that does not exist."""
+    group, name = missing.split("/", 1)
+    if group == "data" and "/" in name:
+        return f"data={name}: data= selects a kind of data set; use data.root={name}"
+    if not (conf / group).is_dir():  # one of Hydra's own groups
+        group, name = os.path.split(missing)
+        return str(unknown_name(group, name, options))
+    choices = _choices(group, conf)
+    if group == "model":
+        near = difflib.get_close_matches(name, choices, n=3)
+        meant = f"did you mean {', '.join(near)}? A" if near else "--help lists the networks of the papers; a"
+        return f"model={name}: unknown; {meant} network of timm is model=timm model.name={name}"
+    return str(unknown_name(group, name, choices))
+
+
+def _explain_override(override: str) -> str:
+    """Return a message for an argument that is not NAME=VALUE."""
+    if "=" in override:
+        return f"{override}: cannot be parsed; quote a value with special characters, as in 'a=\"b c\"'"
+    use = f"data.root={override}" if "/" in override else "model=poolformer_s12"
+    return f"{override}: options are written NAME=VALUE, as in {use}"
 
 
 def _choices(group: str, conf: Path) -> list[str]:
@@ -71,13 +126,10 @@ def _choices(group: str, conf: Path) -> list[str]:
     return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *nested]
 
 
-def _explain_omegaconf_error(error: OmegaConfBaseException) -> str:
+def _explain_omegaconf_error(error: OmegaConfBaseException, config_type: type) -> str:
     key = error.full_key or str(error.key)
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(error.object_type):
-        names = [field.name for field in dataclasses.fields(error.object_type)]
-        parent = key.removesuffix(str(error.key))
-        near = difflib.get_close_matches(str(error.key), names, n=3) or names
-        return f"{key}: no such field; did you mean {', '.join(parent + name for name in near)}?"
+        return f"{key}: no such field; {advice(key, config_type)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: missing; give {key}=..."
     return f"{key}: {str(error).splitlines()[0]}"

@@ -96,6 +96,23 @@ def test_folder_that_is_not_a_data_set(images: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_folder_beside_the_data_set(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder above the data set, a split and a class folder are answered with the folder to give."""
+
+    def message(root: Path) -> str:
+        return error_of(monkeypatch, "train", f"data.root={root}", *QUICK, f"run_dir={tmp_path / 'run'}")
+
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "set").symlink_to(images)
+    assert f"use data.root={tmp_path / 'above' / 'set'}" in message(tmp_path / "above")
+    for inside in ("train", "val", "train/class_0"):
+        assert f"use data.root={images}" in message(images / inside)
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "train").symlink_to(images / "train")
+    (tmp_path / "split" / "valid").symlink_to(images / "val")
+    assert "add data.val_split=valid" in message(tmp_path / "split")
+
+
 def test_imagenet_dir_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """data.root defaults to $IMAGENET_DIR, or to data/imagenet if that is not set."""
     monkeypatch.chdir(tmp_path)

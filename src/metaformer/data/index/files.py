@@ -239,7 +239,7 @@ def _images_below(folder: Path, below: str, walk: _Walk) -> list[tuple[str, int,
 def _list_class_folders(root: Path, split: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
-        raise UserError(f"data.root={root}: no folder {folder.absolute()}; {_expected_layout(split)}")
+        raise UserError(f"data.root={root}: no folder {folder.absolute()}; {_probably_meant(root, split)}")
     with os.scandir(folder) as entries:
         listing = [(e.name, e.is_dir()) for e in entries if not is_hidden(e.name)]
     classes = sorted(name for name, is_dir in listing if is_dir)
@@ -249,6 +249,22 @@ def _list_class_folders(root: Path, split: str) -> list[str]:
             f"data.root={root}: {folder.absolute()} is not a data set: {problem}; {_expected_layout(split)}"
         )
     return classes
+
+
+def _probably_meant(root: Path, split: str) -> str:
+    """Return advice for a data.root without the folder `split`: the folder above or below that has it, if one does."""
+    if split != "." and root.is_dir():
+        above = [folder for folder in root.absolute().parents[:2] if (folder / split).is_dir()]
+        if above:
+            return f"this is a folder inside a data set; use data.root={above[0]}"
+        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+        below = [name for name in folders if (root / name / split).is_dir()]
+        if below:
+            return f"the data set is a folder below; use data.root={root / below[0]}"
+        other = [name for name in folders if name.lower() in ("valid", "validation", "val", "test", "testing", "dev")]
+        if other and split != "train":
+            return f"if {other[0]} is the validation split, add data.val_split={other[0]}"
+    return _expected_layout(split)
 
 
 def _expected_layout(split: str) -> str:
