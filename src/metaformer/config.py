@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metaformer.data.index.config import DataConfig
+from metaformer.data.index.config import Balance, DataConfig
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least
@@ -106,6 +106,8 @@ class ValidateConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.balance is not Balance.none:
+            raise UserError(f"data.balance={self.data.balance.value}: train.py only; validation uses every image once")
         if self.checkpoint is None:
             raise UserError("checkpoint: missing; give checkpoint=FILE, a checkpoint folder or a run folder")
 

@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 
 from metaformer.assembly.description import describe, loading_advice
 from metaformer.assembly.fusion import choose_transform
+from metaformer.assembly.identity import run_identity
 from metaformer.assembly.initial_weights import load_initial_weights
 from metaformer.assembly.parts import (
     colour_statistics,
@@ -23,18 +24,18 @@ from metaformer.assembly.parts import (
     make_model,
     prepare_workers,
 )
+from metaformer.assembly.plan import training_plan
 from metaformer.assembly.preprocessing import resolve_config
 from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits, open_splits
 from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.data.device.transform import TrainingTransform, denormalize
-from metaformer.data.plan.plan import TrainingPlan
 from metaformer.errors import UserError, warn
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
-from metaformer.models.config import Preprocessing, ResizeFilter
+from metaformer.models.config import Preprocessing
 from metaformer.models.norms import find_single_value_batch_norm
 from metaformer.models.record import MAX_LENGTH, Record
 from metaformer.numa import keep_near_gpu
@@ -77,7 +78,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
     splits = open_splits(config, runtime)
-    plan = _training_plan(config, images, runtime, splits)
+    plan = training_plan(config, images, runtime, splits)
     model, fused_blocks = make_model(config, images, splits.num_classes, runtime, precision.dtype)
     _check_batch_norm(config, images, runtime, model)
     transform_images, fused_transform = choose_transform(config, images, runtime)
@@ -190,27 +191,6 @@ def _record(config: TrainConfig, images: Preprocessing, splits: Splits) -> Recor
     return record
 
 
-def _training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> TrainingPlan:
-    if len(splits.train) < config.global_batch_size:
-        raise UserError(
-            f"global_batch_size={config.global_batch_size}: {splits.train.folder} has only {len(splits.train)} images"
-        )
-    return TrainingPlan(
-        num_samples=len(splits.train),
-        global_batch_size=config.global_batch_size,
-        accumulation_steps=config.accumulation_steps,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        seed=config.seed,
-        image_size=images.image_size,
-        crop_pct=images.crop_pct,
-        augmentation=config.augmentation,
-        fill_last_batch=config.fill_last_batch,
-        bicubic=images.interpolation is ResizeFilter.bicubic,
-        fill=images.mean_colour,
-    )
-
-
 def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:
     """Raise `UserError` if batches hold one image and a BatchNorm gets a single value per channel from it."""
     if config.rank_batch_size(runtime.world_size) > 1:
@@ -236,25 +216,8 @@ def _new_state(
         ema=make_ema(config.ema, model),
         optimizer=make_optimizer(config.optimizer, model, config.learning_rate),
         scaler=precision.scaler,
-        identity={
-            "model": config.model.name,
-            "seed": config.seed,
-            "global_batch_size": config.global_batch_size,
-            "fill_last_batch": config.fill_last_batch,
-            "data": splits.train.fingerprint[:16],
-            **images.settings,
-            **_parts_identity(config),
-            "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
-        },
+        identity=run_identity(config, images, splits),
     )
-
-
-def _parts_identity(config: TrainConfig) -> dict[str, str]:
-    """Return the parts of a network of one's own, without the rates of drop path and dropout, which may change."""
-    composition = config.model.composition
-    if composition is None:
-        return {}
-    return {"model parts": replace(composition, drop_path_rate=0.0, head_dropout=0.0).to_json()}
 
 
 def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> ResumePoint:

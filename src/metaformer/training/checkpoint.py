@@ -23,6 +23,9 @@ from metaformer.training.pointers import BEST, LAST, NAME, follow, read_pointer,
 from metaformer.training.probe import check_room, try_out
 from metaformer.training.state import Snapshot, TrainState
 
+# Entries of the identity that earlier versions did not write, where they had one value only.
+_OF_EARLIER_VERSIONS: dict[str, Any] = {"data.balance": "none", "augmentation.repeats": 1}
+
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 
 
@@ -146,7 +149,7 @@ class CheckpointFolder:
         """
         manifest = read_manifest(folder)
         for name, value in state.identity.items():
-            saved = manifest["identity"].get(name, value)  # earlier versions wrote fewer entries
+            saved = manifest["identity"].get(name, _OF_EARLIER_VERSIONS.get(name, value))
             if saved != value:
                 raise UserError(
                     f"{folder}: cannot resume: it was trained with {name}={saved}, this run has {value}; "

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaformer.data.plan.augmentation import AugmentationConfig, Interpolation, RandAugmentConfig
-from metaformer.data.plan.plan import BatchPlan, EvaluationPlan, TrainingPlan, _epoch_order
+from metaformer.data.plan.plan import BatchPlan, EvaluationPlan, TrainingPlan
+from metaformer.data.plan.views import epoch_order
 
 few_examples = settings(max_examples=25, deadline=None, derandomize=True)
 MANY = 20_000
@@ -180,7 +181,7 @@ def test_a_resumed_epoch_is_the_rest(cut: Cut, epoch: int, data: st.DataObject) 
     whole = [plan.batch(epoch, position) for position in range(plan.batches_per_epoch)]
     plan.batch(epoch + 1, 0)
     first = data.draw(st.integers(0, len(whole)))
-    _epoch_order.cache_clear()
+    epoch_order.cache_clear()
     for position in range(first, len(whole)):
         expected, batch = whole[position], replace(plan).batch(epoch, position)
         assert np.array_equal(batch.samples, expected.samples)

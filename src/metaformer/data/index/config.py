@@ -37,6 +37,14 @@ class ClassSubset(Enum):
     imagenet_r = "imagenet_r"  # arXiv 2006.16241
 
 
+class Balance(Enum):
+    """How often an epoch of training uses the images of each class, in proportion to n^p for a class of n images."""
+
+    none = "none"  # p = 1: every image once
+    sqrt = "sqrt"  # p = 1/2
+    uniform = "uniform"  # p = 0: every class equally often
+
+
 @dataclass
 class DataConfig:
     """A data set on disk."""
@@ -49,6 +57,7 @@ class DataConfig:
     check: IndexCheck = IndexCheck.quick
     quarantine: str | None = None  # list of files to exclude, as written by scripts/scan_data.py
     labels: Labels = Labels.folders
+    balance: Balance = Balance.none  # of the classes in training
     class_subset: ClassSubset | None = None  # evaluate predictions among these classes only
     expected_images: int | None = None  # published counts of a test set; an incomplete set gives another accuracy
     expected_classes: int | None = None

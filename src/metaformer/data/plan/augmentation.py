@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from metaformer.errors import UserError
+from metaformer.errors import UserError, check_at_least
 
 
 class Interpolation(Enum):
@@ -44,6 +44,9 @@ class AugmentationConfig:
     mix_group_size: int | None = None  # images that share one mixing; None: each rank's batch, as in the paper's code
     label_smoothing: float = 0.1  # applied to the targets before they are mixed
     erase_probability: float = 0.25
+    repeats: int = (
+        1  # views of an image in a batch, each with its own augmentation; an epoch uses 1/repeats of the images
+    )
 
     @property
     def mixes(self) -> bool:
@@ -61,6 +64,7 @@ class AugmentationConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"augmentation.{name}={value}: must be in [0, 1]")
+        check_at_least(1, self, "repeats", prefix="augmentation.")
         for name in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
                 raise UserError(f"augmentation.{name}={getattr(self, name)}: must be 0 (off) or positive")

@@ -1,19 +1,19 @@
 """Sample plan: the images of each batch and every random number drawn for them.
 
-A plan has no state. The order of epoch e is a permutation drawn from (seed, e), and a sample's draws are a hash of
-(seed, e, sample). Images, crops and augmentations are therefore the same for any number of ranks, workers and
-accumulation steps and in every loader, and training can resume at any batch from two integers.
+A plan has no state. The order of epoch e is a permutation drawn from (seed, e), and the draws of a view, one use of an
+image (`views`), are a hash of (seed, e, view). Images, crops and augmentations are therefore the same for any number of
+ranks, workers and accumulation steps and in every loader, and training can resume at any batch from two integers.
 """
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metaformer.data.plan.augmentation import AugmentationConfig, Interpolation
+from metaformer.data.plan.balance import ClassBalance
 from metaformer.data.plan.draws import Float64, Int64, generator, sample_bits, uniforms
 from metaformer.data.plan.geometry import evaluation_resize
 from metaformer.data.plan.randaugment import (
@@ -23,11 +23,12 @@ from metaformer.data.plan.randaugment import (
     RandAugmentDraws,
     draw_operations,
 )
+from metaformer.data.plan.views import views_at
 
 TRIES = 10  # rectangles to try: after that a crop falls back to a centred one, and nothing is erased
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
-_ORDER_STREAM, _MIX_STREAM = 1, 2
+_MIX_STREAM = 2
 
 
 class CropDraws(NamedTuple):
@@ -138,6 +139,10 @@ class TrainingPlan:
     split into world_size * accumulation_steps equal batches, of which rank r reads number r, r + world_size, ...
     The last, incomplete global batch of an epoch is dropped or, with `fill_last_batch`, padded with the epoch's first
     images.
+
+    With `augmentation.repeats` of R, as in timm's RepeatAugSampler, each image of the order is followed by its other
+    R - 1 views, and the epoch ends after `num_samples` views. A global batch begins with the first view of each of its
+    images, so that the views of an image go to different ranks.
     """
 
     num_samples: int
@@ -152,6 +157,7 @@ class TrainingPlan:
     fill_last_batch: bool = False
     bicubic: bool = True  # filter of the resize without random crops; bilinear if False
     fill: Colour = IMAGENET_COLOUR  # RandAugment's fill for pixels outside an image
+    balance: ClassBalance | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -172,27 +178,29 @@ class TrainingPlan:
         return self.global_batch_size // (self.world_size * self.accumulation_steps)
 
     def batch(self, epoch: int, position: int) -> BatchPlan:
-        """Return a batch; the draws of a sample depend only on seed, epoch and sample."""
+        """Return a batch; the draws of a view depend only on seed, epoch and view."""
         reading, transforming = self.to_read(epoch, position), self.to_transform(epoch, position)
         return replace(reading, mix=transforming.mix, erase=transforming.erase)
 
     def to_read(self, epoch: int, position: int) -> BatchPlan:
-        samples, a = self._samples(epoch, position), self.augmentation
-        crop = _draw_crop(a, uniforms(self._bits(epoch, samples, CROP_WORDS))) if a.random_crop else None
+        views, a = self._views(epoch, position), self.augmentation
+        samples = views % self.num_samples
+        crop = _draw_crop(a, uniforms(sample_bits(self.seed, epoch, views, CROP_WORDS))) if a.random_crop else None
         operations = None
         if a.randaugment.num_ops:
             shape = (a.randaugment.num_ops, DRAWS_PER_OPERATION)
             words = range(RANDAUGMENT_FIRST, RANDAUGMENT_FIRST + math.prod(shape))
-            bits = self._bits(epoch, samples, words)
+            bits = sample_bits(self.seed, epoch, views, words)
             operations = draw_operations(a.randaugment, uniforms(bits).reshape(len(samples), *shape), self.fill)
         resize_to = evaluation_resize(self.image_size, self.crop_pct)
         return BatchPlan(samples, self.image_size, resize_to, self.bicubic, crop=crop, randaugment=operations)
 
     def to_transform(self, epoch: int, position: int) -> BatchPlan:
-        samples, a = self._samples(epoch, position), self.augmentation
+        views, a = self._views(epoch, position), self.augmentation
+        samples = views % self.num_samples
         erase = None
         if a.erase_probability:
-            bits = self._bits(epoch, samples, ERASE_WORDS)
+            bits = sample_bits(self.seed, epoch, views, ERASE_WORDS)
             erase = _draw_erase(a, self.image_size, uniforms(bits[:, :-1]), bits[:, -1:])
         mix = self._draw_mix(epoch, self._batch_number(position)) if a.mixes else None
         resize_to = evaluation_resize(self.image_size, self.crop_pct)
@@ -202,14 +210,18 @@ class TrainingPlan:
         """Return a batch's number among the epoch's batches of all ranks."""
         return position * self.world_size + self.rank
 
-    def _samples(self, epoch: int, position: int) -> Int64:
-        number = self._batch_number(position)
-        indices = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
-        order = _epoch_order(self.seed, epoch, self.num_samples)
-        return order.take(indices, mode="wrap")  # only a padded last batch reaches beyond the end
+    def _views(self, epoch: int, position: int) -> Int64:
+        slots = self._slots(position)
+        return views_at(slots, self.seed, epoch, self.num_samples, self.augmentation.repeats, self.balance)
 
-    def _bits(self, epoch: int, samples: Int64, words: range) -> NDArray[np.uint64]:
-        return sample_bits(self.seed, epoch, samples, words)
+    def _slots(self, position: int) -> Int64:
+        """Return the positions of a batch's views in the epoch; those of a global batch are sorted by view."""
+        step, first = divmod(self._batch_number(position) * self.batch_size, self.global_batch_size)
+        slots = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        slots %= self.num_samples  # only a padded last batch reaches beyond the end
+        if self.augmentation.repeats > 1:
+            slots = slots[np.argsort(slots % self.augmentation.repeats, kind="stable")]
+        return slots[first : first + self.batch_size]
 
     def _draw_mix(self, epoch: int, batch_number: int) -> MixDraws:
         a = self.augmentation
@@ -229,11 +241,6 @@ class TrainingPlan:
 CROP_WORDS = range(2 * TRIES + 4)
 ERASE_WORDS = range(CROP_WORDS.stop, CROP_WORDS.stop + 2 * TRIES + 3 + 1)
 RANDAUGMENT_FIRST = ERASE_WORDS.stop
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> Int64:
-    return generator(seed, epoch, _ORDER_STREAM).permutation(num_samples)
 
 
 def _log_uniform(u: Float64, low: float, high: float) -> Float64:

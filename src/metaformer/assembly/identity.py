@@ -1,0 +1,32 @@
+"""What must not change during a run."""
+
+from dataclasses import replace
+from typing import Any
+
+from metaformer.assembly.splits import Splits
+from metaformer.config import TrainConfig
+from metaformer.models.config import Preprocessing
+
+
+def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits) -> dict[str, Any]:
+    """Return the values that a run keeps when it resumes, under the names that an error shows."""
+    return {
+        "model": config.model.name,
+        "seed": config.seed,
+        "global_batch_size": config.global_batch_size,
+        "fill_last_batch": config.fill_last_batch,
+        "data": splits.train.fingerprint[:16],
+        "data.balance": config.data.balance.value,
+        "augmentation.repeats": config.augmentation.repeats,
+        **images.settings,
+        **_parts_identity(config),
+        "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
+    }
+
+
+def _parts_identity(config: TrainConfig) -> dict[str, str]:
+    """Return the parts of a network of one's own, without the rates of drop path and dropout, which may change."""
+    composition = config.model.composition
+    if composition is None:
+        return {}
+    return {"model parts": replace(composition, drop_path_rate=0.0, head_dropout=0.0).to_json()}
