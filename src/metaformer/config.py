@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metaformer.data.index.config import Balance, DataConfig
+from metaformer.data.index.config import Balance, DataConfig, Labels
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least
@@ -103,11 +103,15 @@ class ValidateConfig(CommonConfig):
     checkpoint: str | None = None  # weights file, checkpoint folder or run folder
     use_ema: bool = False
     results_csv: str | None = None  # append the result to this file
+    per_class_csv: str | None = None  # write the accuracy of each class to this file
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data.balance is not Balance.none:
             raise UserError(f"data.balance={self.data.balance.value}: train.py only; validation uses every image once")
+        if self.per_class_csv is not None and self.data.labels is Labels.real:
+            raise UserError(f"per_class_csv={self.per_class_csv}: images of data={self.data.name} have several correct "
+                            "classes; leave it null")  # fmt: skip
         if self.checkpoint is None:
             raise UserError("checkpoint: missing; give checkpoint=FILE, a checkpoint folder or a run folder")
 

@@ -28,10 +28,10 @@ from metaformer.assembly.plan import training_plan
 from metaformer.assembly.preprocessing import resolve_config
 from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits, open_splits
+from metaformer.assembly.validations import Validation
 from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.data.device.transform import TrainingTransform, denormalize
 from metaformer.errors import UserError, warn
-from metaformer.evaluation.accuracy import evaluate
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
@@ -135,9 +135,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
             data=train_feed,
             steps_per_epoch=plan.steps_per_epoch,
             schedule=Schedule(config.schedule, state.optimizer, config.epochs, plan.steps_per_epoch),
-            validate=lambda model, stop: (
-                evaluate(model, val_feed, precision, runtime, stop=stop).as_dict() | _quarantined(config, splits)
-            ),
+            validate=Validation(config, runtime, splits, val_feed, precision, state, tracker),
             saver=saver,
             tracker=tracker,
             watchdog=watchdog,
@@ -163,11 +161,6 @@ def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict
         "best_weights": best.weights,
         "run_dir": str(config.resolved_run_dir),
     }
-
-
-def _quarantined(config: TrainConfig, splits: Splits) -> dict[str, int]:
-    """Return the number of files that data.quarantine excludes from both splits, as a field of the result."""
-    return {"quarantined": splits.train.quarantined + splits.val.quarantined} if config.data.quarantine else {}
 
 
 def _checkpoints(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> CheckpointFolder:

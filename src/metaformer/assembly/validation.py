@@ -32,9 +32,12 @@ from metaformer.data.index.config import Labels
 from metaformer.data.index.image_index import ImageIndex, check_same_classes
 from metaformer.data.index.labels import class_counts, incompleteness, subset_mask
 from metaformer.errors import Diverged, UserError, warn
-from metaformer.evaluation.accuracy import evaluate
+from metaformer.evaluation.accuracy import evaluate, ignore
+from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
+from metaformer.evaluation.class_files import write_per_class
 from metaformer.evaluation.results import append_result, check_results
 from metaformer.evaluation.scoring import Scoring
+from metaformer.files import check_output
 from metaformer.models import load_weights
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
@@ -62,6 +65,9 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     results = None if config.results_csv is None else Path(config.results_csv)
     if results is not None:
         runtime.main_only(partial(check_results, results), None)
+    if config.per_class_csv is not None:
+        option = f"per_class_csv={config.per_class_csv}"
+        runtime.main_only(partial(check_output, option, Path(config.per_class_csv)), None)
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
@@ -77,7 +83,9 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
 
     def run(feed: Feed) -> dict[str, Any]:
         """Evaluate, print the result, append it to the results file if there is one, and return it."""
-        accuracy = evaluate(model, feed, precision, runtime, scoring)
+        by_class = ClassCounts(classes, runtime.device)
+        observe = by_class.add if config.per_class_csv is not None else ignore
+        accuracy = evaluate(model, feed, precision, runtime, scoring, observe=observe)
         figures = {**accuracy.as_dict(), **class_counts(index, config.data)}
         if config.data.quarantine is not None:
             figures["quarantined"] = index.quarantined
@@ -106,10 +114,20 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
                 "checkpoint": weights.name,
             }
             runtime.main_only(partial(append_result, results, row), None)
+        if config.per_class_csv is not None:
+            file, totals = Path(config.per_class_csv), by_class.total(runtime)
+            runtime.main_only(partial(_write_per_class, file, index.classes, totals), None)
         return result
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)
+
+
+def _write_per_class(file: Path, classes: tuple[str, ...], totals: ClassTotals) -> None:
+    try:
+        write_per_class(file, classes, totals)
+    except OSError as error:
+        raise UserError(f"per_class_csv={file}: cannot be written ({error.strerror or error})") from error
 
 
 def _why_not_finite(model: nn.Module, precision: Precision) -> str:

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metaformer.errors import Interrupted
-from metaformer.evaluation.scoring import SINGLE_LABEL, Scoring
+from metaformer.evaluation.scoring import SINGLE_LABEL, Scores, Scoring
 from metaformer.interfaces import BatchSource
 from metaformer.runtime import Runtime
 
@@ -34,6 +34,10 @@ class Accuracy:
         return asdict(self)
 
 
+def ignore(targets: Tensor, scores: Scores) -> None:
+    """Do nothing with a batch's targets and scores."""
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -42,6 +46,7 @@ def evaluate(
     runtime: Runtime,
     scoring: Scoring = SINGLE_LABEL,
     stop: Callable[[], bool] = lambda: False,
+    observe: Callable[[Tensor, Scores], None] = ignore,
 ) -> Accuracy:
     """Evaluate a model on every image of the data over all ranks, and return the result on every rank.
 
@@ -55,6 +60,7 @@ def evaluate(
         scoring: the definition of correct predictions and of the loss.
         stop: a function that all ranks call before each batch, and equally often on ranks with fewer batches. It must
             return the same answer on all ranks; True stops the evaluation.
+        observe: receives the targets and scores of each batch.
 
     Raises:
         Interrupted: `stop` returned True.
@@ -71,6 +77,7 @@ def evaluate(
         with precision.autocast():
             logits = model(batch.images).float()
         scores = scoring(logits, batch.targets)
+        observe(batch.targets, scores)
         sums[0] += scores.top1.sum()
         sums[1] += scores.top5.sum()
         sums[2] += scores.loss.sum()

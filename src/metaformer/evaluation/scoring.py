@@ -13,6 +13,7 @@ class Scores(NamedTuple):
     top1: Tensor  # bool [B]
     top5: Tensor  # bool [B]; True for fewer than five classes
     loss: Tensor  # float32 [B]; -log of the summed probability of the correct labels
+    predicted: Tensor  # int64 [B]; the class with the highest score
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Scoring:
         top5 = logits.topk(min(5, logits.shape[1])).indices
         hits = (top5[:, :, None] == correct[:, None, :]).any(2)
         log_probabilities = logits.log_softmax(1).gather(1, correct.clamp(min=0)).masked_fill(correct < 0, -math.inf)
-        return Scores(hits[:, 0], hits.any(1), -log_probabilities.logsumexp(1))
+        return Scores(hits[:, 0], hits.any(1), -log_probabilities.logsumexp(1), top5[:, 0])
 
 
 SINGLE_LABEL = Scoring()

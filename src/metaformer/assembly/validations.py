@@ -1,0 +1,59 @@
+"""The validations of a training run, and the files that each of them writes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from metaformer.assembly.splits import Splits
+from metaformer.config import TrainConfig
+from metaformer.data.feed import Feed
+from metaformer.evaluation.accuracy import evaluate
+from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
+from metaformer.evaluation.class_files import write_confusion, write_per_class
+from metaformer.interfaces import Row, Tracker
+from metaformer.runtime import Runtime
+from metaformer.training.precision import Precision
+from metaformer.training.state import TrainState
+
+MAX_CLASSES = 21_841  # of per_class.csv
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Evaluates the weights or their average, and writes results by class into the run folder."""
+
+    config: TrainConfig
+    runtime: Runtime
+    splits: Splits
+    feed: Feed
+    precision: Precision
+    state: TrainState
+    tracker: Tracker
+
+    def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Row:
+        """Return the figures of the row; see `training.loop.Validate`."""
+        counts = ClassCounts(self.splits.num_classes, self.runtime.device)
+        accuracy = evaluate(model, self.feed, self.precision, self.runtime, stop=stop, observe=counts.add)
+        totals = counts.total(self.runtime)
+        if self.runtime.is_main:
+            self._write(totals, prefix="" if model is self.state.model else "ema_")
+        return accuracy.as_dict() | self._quarantined()
+
+    def _write(self, totals: ClassTotals, prefix: str) -> None:
+        folder, classes = self.config.resolved_run_dir, self.splits.val.classes
+        try:
+            if len(classes) <= MAX_CLASSES:
+                write_per_class(folder / f"{prefix}per_class.csv", classes, totals)
+            confusion = folder / "validation" / f"{prefix}confusion.npz"
+            write_confusion(confusion, classes, totals, self.state.progress.step)
+        except OSError as error:  # not worth ending the training
+            self.tracker.message(
+                f"warning      {error.filename or folder}: results by class cannot be written "
+                f"({error.strerror or error})"
+            )
+
+    def _quarantined(self) -> Row:
+        """Return the number of files that data.quarantine excludes from both splits."""
+        train, val, _ = self.splits
+        return {"quarantined": train.quarantined + val.quarantined} if self.config.data.quarantine else {}
