@@ -8,6 +8,8 @@ from metaformer.errors import UserError
 from metaformer.program import run_program
 from metaformer.training.pointers import follow
 
+FILES = ("report.html", "metrics.jsonl", "summary.csv", "config.yaml", "log.txt", "mixed_images.png")
+
 
 def main() -> None:
     """Print the last and best result, and the paths of the weights, metrics and wandb files."""
@@ -29,14 +31,13 @@ def main() -> None:
         print(f"top-1        {last['top1']:.2f} % of {last['images']:,} held-out images in the last validation")
     if best["top1"] is not None:
         print(f"best         {best['top1']:.2f} %, after epoch {best['epoch']}")
-    print(f"run folder   {run_dir}: metrics.jsonl, summary.csv, config.yaml, log.txt, mixed_images.png")
+    files = [name for name in FILES if (run_dir / name).is_file()]
+    print(f"run folder   {run_dir}: {', '.join(files)}")
     weights = follow(run_dir / "checkpoints" / ("last" if best["top1"] is None else "best"))
     print(f"weights      {weights / (best['weights'] or 'model')}.safetensors")
     if offline:
         print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")
-    print(
-        "next         torchrun --nproc_per_node=8 train.py model=poolformer_s12 data.root=/path/to/imagenet (README.md)"
-    )
+    print("next         python train.py data.root=FOLDER, where FOLDER has your images (README.md)")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@
 # Writes JSON, PNG and log files to OUT_FOLDER, and summary.txt with date, commit, device and a line for each part. If a
 # part fails, the others still run and the exit code is 1.
 set -uo pipefail
-out=$(mkdir -p "${1:?give a folder for the results}" && cd "$1" && pwd) || exit 2
+if [[ ${1-} == -* || $# -eq 0 || $# -gt 2 ]]; then
+  sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0"
+  [[ ${1-} == -h || ${1-} == --help ]] && exit
+  exit 2
+fi
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 images=
 if [[ -n ${2-} ]]; then
   images=$(cd "$2" && pwd) || exit 2

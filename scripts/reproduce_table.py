@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from metaformer.assembly import resolve_config
-from metaformer.composing import compose_recipe
+from metaformer.composing import compose_recipe, default_run_dir
 from metaformer.errors import UserError
 from metaformer.files import write_atomically, write_text_atomically
 from metaformer.models.config import Library, ModelConfig
@@ -139,7 +139,7 @@ def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
 def _run_dir(row: Row, runs: Path) -> Path:
     """Return a row's run folder: the one that train.py would choose, but in --runs."""
     _require_recipes([row])
-    return runs / compose_recipe(row.name).resolved_run_dir.name
+    return Path(default_run_dir(compose_recipe(row.name).model.name, row.name, runs))
 
 
 def _require_recipes(rows: list[Row]) -> list[Row]:
@@ -188,7 +188,7 @@ def _compare(row: Row, runs: Path) -> Comparison:
         return Comparison(row, Outcome(note="no recipe here"), _released(row, results))
     recipe, _ = resolve_config(compose_recipe(row.name), weights=None)
     values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
-    ours = read_run(runs / recipe.resolved_run_dir.name, values)
+    ours = read_run(_run_dir(row, runs), values)
     return Comparison(row, ours, _released(row, results))
 
 

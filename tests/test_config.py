@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from metaformer.composing import compose, freeze
+from metaformer.composing import compose, default_run_dir, freeze
 from metaformer.config import TrainConfig, ValidateConfig, fingerprint, redacted
 from metaformer.errors import UserError
 from metaformer.option_names import ADVICE, FIELDS, field_names
+from metaformer.reporting.paper import ROWS
 
 SECRET = "canary-7f3a"
 Compose = Callable[..., TrainConfig]
@@ -186,3 +187,17 @@ def test_advised_fields_exist() -> None:
     fields = {*field_names(TrainConfig), *field_names(ValidateConfig)}
     assert {field for meant in FIELDS.values() for field in meant} <= fields
     assert not fields & {*FIELDS, *ADVICE}
+
+
+def test_run_folders_do_not_repeat_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recipe has a run folder of its own, without the model's name twice; an existing folder is still used."""
+    monkeypatch.chdir(tmp_path)
+    folders = [default_run_dir(row.model or "", row.name) for row in ROWS if row.has_recipe]
+    assert len(set(folders)) == len(folders)
+    assert default_run_dir("poolformer_s12", "default") == "runs/poolformer_s12-default"
+    assert default_run_dir("poolformer_s12", "demo") == "runs/poolformer_s12-demo"
+    assert default_run_dir("poolformer_s12", "paper/poolformer_s12") == "runs/poolformer_s12-paper"
+    assert default_run_dir("caformer_s18", "baselines/caformer_s18_384") == "runs/caformer_s18-baselines-384"
+    old = tmp_path / "runs" / "poolformer_s12-paper-poolformer_s12"
+    old.mkdir(parents=True)
+    assert default_run_dir("poolformer_s12", "paper/poolformer_s12") == str(old.relative_to(tmp_path))

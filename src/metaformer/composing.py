@@ -1,6 +1,7 @@
 """Compose configurations by Hydra, from conf/ and the command line."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ def compose(name: str, config_type: type[C]) -> C:
         ((values, hydra_config),) = composed
         config = _to_dataclasses(values)
     if isinstance(config, TrainConfig) and config.run_dir is None:
-        config.run_dir = _default_run_dir(config, hydra_config.runtime.choices.get("experiment") or "default")
+        config.run_dir = default_run_dir(config.model.name, hydra_config.runtime.choices.get("experiment") or "default")
     assert isinstance(config, config_type)
     return config
 
@@ -70,7 +71,7 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
             del values["hydra"]
         config = _to_dataclasses(values)
     assert isinstance(config, TrainConfig)
-    config.run_dir = config.run_dir or _default_run_dir(config, experiment)
+    config.run_dir = config.run_dir or default_run_dir(config.model.name, experiment)
     return config
 
 
@@ -114,8 +115,18 @@ def _store_schemas() -> None:
         store.store(recipe.name, recipe.values, group=recipe.group, package="_global_")
 
 
-def _default_run_dir(config: TrainConfig, experiment: str) -> str:
-    return f"runs/{config.model.name}-{experiment.replace('/', '-')}"
+def default_run_dir(model: str, experiment: str, runs: Path = Path("runs")) -> str:
+    """Return the run folder of an experiment: RUNS/MODEL-EXPERIMENT, without what the experiment repeats of the model.
+
+    For experiment=paper/poolformer_s12 this is runs/poolformer_s12-paper. A folder with the whole name, as version 0.1
+    had it, is used where it exists, so that its run resumes.
+    """
+    whole = runs / f"{model}-{experiment.replace('/', '-')}"
+    group, _, name = experiment.rpartition("/")
+    repeated = f"_{model}".endswith(f"_{name}")
+    own = "" if repeated else re.sub(f"^{re.escape(model)}_", "", name)
+    short = runs / "-".join(part for part in (model, group.replace("/", "-"), own) if part)
+    return str(whole if whole.is_dir() or (repeated and not group) else short)
 
 
 def _interpolated_fields(values: DictConfig) -> Iterator[tuple[str, str]]:

@@ -58,7 +58,7 @@ def test_results_file(images: Path, weights: Path, tmp_path: Path, run_program: 
     assert float(row["top1"]) == pytest.approx(result["top1"], abs=1e-3)
     assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
     assert row["param_count"] == "11.40"
-    assert (row["images"], row["data"], row["checkpoint"]) == (str(VAL_IMAGES), "imagenet", str(weights))
+    assert (row["images"], row["data"], row["checkpoint"]) == (str(VAL_IMAGES), images.name, str(weights))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,11 @@ def test_a_run(images: Path, tmp_path: Path, run_program: Run, describe: Describ
     assert fields["best"] == f"{result['best_top1']:.2f} %, after epoch {result['best_epoch']}"
     assert Path(fields["weights"]).is_file()
     assert Path(fields["wandb"].split(";")[0]).is_dir()
-    assert str(run_dir) in fields["run"]
+    folder, files = fields["run"].removeprefix("folder ").strip().split(": ")
+    assert folder == str(run_dir)
+    assert {"metrics.jsonl", "summary.csv", "log.txt"} <= set(files.split(", "))
+    (run_dir / "summary.csv").unlink()
+    assert "summary.csv" not in describe(run_dir)
 
 
 def test_a_run_that_was_never_validated(images: Path, tmp_path: Path, run_program: Run, describe: Describe) -> None:

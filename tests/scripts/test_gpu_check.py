@@ -31,6 +31,16 @@ def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "train.png").exists()
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], 2), (["--out"], 2)])
+def test_help_makes_no_folder(tmp_path: Path, arguments: list[str], code: int) -> None:
+    """--help, no argument and an unknown option print the usage, and create nothing."""
+    command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert "scripts/gpu_check.sh OUT_FOLDER [IMAGE_FOLDER]" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_part_that_fails(tmp_path: Path) -> None:
     """Parts that end with exit code 3 are listed with that code, and the script exits with 1."""
     (tmp_path / "empty").mkdir()

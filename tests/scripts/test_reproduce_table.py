@@ -45,7 +45,7 @@ def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
     assert row["images"] == "403"
     assert "epochs=2" in row["note"]
     assert "403 images, not 50,000" in row["note"]
-    assert Path(row["run folder"]) == tmp_path / "metaformer_s12_relu-ablation-relu"
+    assert Path(row["run folder"]) == tmp_path / "metaformer_s12_relu-ablation"
     others = [other for name, other in table(tmp_path).items() if name != "ablation/relu"]
     assert not any(other["top-1, ours"][0].isdigit() for other in others)
     assert (tmp_path / "table.md").read_text().count("| ") > len(ROWS)

@@ -30,7 +30,7 @@ from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
 from metaformer.data.index.config import Labels
 from metaformer.data.index.image_index import ImageIndex, check_same_classes
-from metaformer.data.index.labels import class_counts, incompleteness, subset_mask
+from metaformer.data.index.labels import class_counts, data_set_name, incompleteness, subset_mask
 from metaformer.errors import Diverged, UserError, warn
 from metaformer.evaluation.accuracy import evaluate, ignore
 from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
@@ -90,7 +90,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
         if config.data.quarantine is not None:
             figures["quarantined"] = index.quarantined
         settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
-        names = {"model": config.model.name, "data": config.data.name}
+        names = {"model": config.model.name, "data": data_set_name(index, config.data)}
         result = {**names, **figures, **settings, "checkpoint": weights.name, "fused": fused}
         if not math.isfinite(accuracy.loss):
             runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
@@ -110,7 +110,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
                 "mean": " ".join(map(str, images.mean)),
                 "std": " ".join(map(str, images.std)),
                 "images": accuracy.images,
-                "data": config.data.name,
+                "data": data_set_name(index, config.data),
                 "checkpoint": weights.name,
             }
             runtime.main_only(partial(append_result, results, row), None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 from metaformer.reporting.paper import Row, Table
@@ -20,7 +21,7 @@ MIN_TOP1 = 68  # lower values are drawn here: ablations that do not learn would 
 
 def save_plot(comparisons: Sequence[Comparison], path: Path) -> None:
     """Write a PNG with hollow circles for the paper, filled circles for our runs and crosses for released weights."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     by_parameters, by_macs = figure.subplots(1, 2, sharey=True)
     _draw(by_parameters, comparisons, lambda row: row.parameters)
     _draw(by_macs, comparisons, lambda row: row.gmacs)
@@ -28,7 +29,7 @@ def save_plot(comparisons: Sequence[Comparison], path: Path) -> None:
         xlabel="parameters (millions)", ylabel=f"top-1 on ImageNet-1K (%); on the edge: {MIN_TOP1} or less"
     )
     by_macs.set(xlabel="multiply-accumulates of an image (billions)")
-    by_macs.legend(loc="lower right")
+    figure.legend(*by_macs.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -47,7 +48,10 @@ def _draw(axes: Axes, comparisons: Sequence[Comparison], size: Callable[[Row], f
     for c in comparisons:
         if c.row.table is Table.paper:
             label = c.row.name.rsplit("_", 1)[1].upper()
-            axes.annotate(label, (size(c.row), c.row.top1), xytext=(-8, 5), textcoords="offset points", ha="right")
+            text = axes.annotate(
+                label, (size(c.row), c.row.top1), (-4, 4), textcoords="offset points", ha="right", size=8
+            )
+            text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over the points behind it
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -9,7 +9,7 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,13 @@ def incompleteness(index: ImageIndex, config: DataConfig) -> str | None:
         f"data={config.name}: {index.folder} has {images:,} images of {classes:,} classes to score, but the published "
         f"set has {expected[0]:,} of {expected[1]:,}; do not compare the result with published ones"
     )
+
+
+def data_set_name(index: ImageIndex, config: DataConfig) -> str:
+    """Return the name of a data set in results: `data.name`, or the folder's if that is the default and not true."""
+    if config.name == DataConfig.name and len(index.classes) != 1000:
+        return Path(config.root).absolute().name
+    return config.name
 
 
 def class_counts(index: ImageIndex, config: DataConfig) -> dict[str, int]:
