@@ -34,6 +34,7 @@ QUICK = (
     "eval_batch_size=32",
     "workers=1",
     "tracking=local",
+    "report.enabled=false",
     "log_every_steps=1",
     "schedule.warmup_epochs=1",
     "schedule.cooldown_epochs=0",

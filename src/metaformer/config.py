@@ -15,6 +15,7 @@ from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least
 from metaformer.models.config import InitHead, ModelConfig
+from metaformer.reporting.config import ReportConfig
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.config import EmaConfig, LoopConfig, LossConfig, OptimizerConfig, PrecisionConfig
 
@@ -53,6 +54,7 @@ class TrainConfig(LoopConfig, CommonConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     run_dir: str | None = None  # None: runs/MODEL-EXPERIMENT
     allow_unused_classes: bool = False  # allow num_classes to exceed the data set's classes
     fill_last_batch: bool = False  # pad the last batch with the epoch's first images; False: drop an incomplete batch

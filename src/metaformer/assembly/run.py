@@ -18,6 +18,7 @@ from metaformer.runtime import Runtime
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import ends_with_final
 from metaformer.tracking.make import make_tracker
+from metaformer.tracking.report import ReportTracker
 from metaformer.tracking.run_folder import open_run_folder
 from metaformer.tracking.status import DONE, FAILED, INTERRUPTED, StatusFile
 from metaformer.tracking.tracker import FanOut, NullTracker
@@ -100,10 +101,15 @@ def _open_trackers(run: Run, status: StatusFile, stack: ExitStack) -> Tracker:
         plain: Any = OmegaConf.to_container(values)
         tracked = make_tracker(config.tracking, run_dir, console, progress.step, plain, progress.validated)
         tracker = FanOut([tracked, status])
+    report = ReportTracker(run_dir) if config.report.enabled else None
+    if report is not None:
+        stack.push(lambda kind, error, trace: report.close(failed=kind is not None))
     stack.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
+    if report is not None:  # written while the trackers are closed
+        stack.push(lambda kind, error, trace: report.start_last(failed=kind is not None))
     stack.push(partial(_record_end, status, run.state))  # runs before the tracker is closed, which may take long
     stack.callback(lambda: console.message(f"time         {run.goodput.spent()}"))
-    return tracker
+    return tracker if report is None else FanOut([tracker, report])
 
 
 def _record_end(

@@ -18,11 +18,12 @@ VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 # Settings that may differ from the recipe; differences in all others are noted in the table.
 IGNORED_SETTINGS = (
     "run_dir", "data.root", "data.source", "seed", "workers", "loader.", "tracking.", "checkpoint.", "guards.",
-    "resume", "eval_batch_size", "accumulation_steps", "channels_last", "compile", "log_every_steps", "max_steps",
+    "report.", "resume", "eval_batch_size", "accumulation_steps", "channels_last", "compile", "log_every_steps",
+    "max_steps",
 )  # fmt: skip
 Settings = dict[str, Any]  # dotted names to values
 # Exceptions that a damaged file of a run folder can cause.
-_READ_ERRORS = (
+READ_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, YAMLError,
     OmegaConfBaseException,
 )  # fmt: skip
@@ -64,7 +65,7 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> Outcome:
         return Outcome()
     try:
         return _read_run(folder, flatten(recipe))
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Outcome(source=folder, note=f"damaged: {reason}")
 

@@ -1,0 +1,283 @@
+"""Tests of the report: what it says, and that hostile, damaged and missing files do not stop it."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaformer.errors import UserError
+from metaformer.reporting.run_record import read_record
+from metaformer.reporting.run_report import find_paper_row, format_value, make_report, write_report
+
+EVIL = "</style><script>alert(1)</script><img src=x onerror=alert(1)>&\"'$x_1$"
+# Holds the lock of a run until stdin is closed; a process does not see its own locks.
+HOLD_LOCK = """
+import fcntl, sys
+with open(sys.argv[1], "w") as lock:
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    print("x", end="", flush=True)
+    sys.stdin.read()
+"""
+CONFIG = """
+epochs: 3
+image_size: 224
+model: {name: poolformer_s12}
+data: {name: imagenet}
+optimizer: {lr: 0.001}
+schedule: {cooldown_epochs: 0}
+report: {price_per_hour: 2.5}
+"""
+
+
+def train_row(step: int, **figures: Any) -> dict[str, Any]:
+    return {
+        "kind": "train", "epoch": 1 + step // 10, "step": step, "samples": 8 * step, "loss": 2 / step, "lr": 1e-3,
+        "grad_norm": 0.5, "images_per_second": 160.0, "data_wait": 0.25, "skipped_steps": 0, "memory_gib": 0.0,
+    } | figures  # fmt: skip
+
+
+def validation_row(epoch: int, top1: float | None, **figures: Any) -> dict[str, Any]:
+    scores = {"top1": top1, "top5": 90.0, "loss": 1.5, "images": 400, "ema_top1": 61.25}
+    return {"kind": "validation", "epoch": epoch, "step": 10 * epoch, "samples": 80 * epoch} | scores | figures
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]], config: str = CONFIG) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seconds = {"training": 3600.0, "validation": 600.0, "starting": 3000.0}
+    status = {"state": "done", "step": 20, "reason": "", "starts": 2, "seconds": seconds}
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "environment.json").write_text(json.dumps({"command": ["train.py", "x=1"], "derived": {"ranks": 4}}))
+    (folder / "overrides.yaml").write_text('- "experiment=paper/poolformer_s12"\n')
+    changes = {"step": 10, "time": "2026-11-27T10:00:00+0000", "changes": {"optimizer.lr": [0.002, 0.001]}}
+    (folder / "changes.jsonl").write_text(json.dumps(changes) + "\n")
+    log = ("model        x", f"resuming     {folder}/checkpoints/epoch-001, step 10", "time         training 50 %")
+    (folder / "log.txt").write_text("".join(f"2026-11-27 10:00:00 {line}\n" for line in log))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two epochs that resumed once."""
+    rows = [train_row(5), train_row(10), validation_row(1, 50.0), train_row(20), validation_row(2, 60.0)]
+    return write_run(tmp_path / "run", rows)
+
+
+class Checker(HTMLParser):
+    """Records the elements, their attributes and the text, and fails where elements are not nested properly."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+def report(*folders: Path) -> Checker:
+    """Return the report of runs, which must need neither network nor scripts."""
+    html = make_report([read_record(folder) for folder in folders])
+    checker = Checker(html)
+    ids = [value for name, value in checker.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for name, value in checker.attributes:
+        assert not name.startswith("on")
+        assert name not in ("src", "href", "xlink:href") or str(value).startswith(("#", "data:"))
+    assert not checker.tags & {"script", "iframe", "object"}
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", html)
+    return checker
+
+
+def text(*folders: Path) -> str:
+    return " ".join(report(*folders).text.split())
+
+
+def test_figures(run: Path) -> None:
+    """The report has the results, the paper's number, the time, the cost, the change and the resume."""
+    found = text(run)
+    assert "Best top-1 61.25 % epoch 1 (EMA)" in found
+    assert "The paper's top-1 77.2 % -15.95 here" in found
+    assert "paper, 77.2 %" in found
+    assert "Goodput 50.0 % of 2 h 00 min" in found
+    assert "Process hours 8.00 4 ranks Cost 20.00 at 2.5 an hour" in found
+    assert "validation 8.3 % 10 min 00 s" in found
+    assert "10 optimizer.lr 0.002 0.001" in found
+    assert "step 10" in found
+    assert "Starts 2 1 resumed" in found
+    for chart in ("Top-1", "Top-5", "Loss", "Learning rate", "Gradient norm", "Throughput", "Waiting for data"):
+        assert f" {chart} " in found
+    assert "Skipped steps" not in found
+    assert "GPU memory" not in found
+
+
+def test_figures_of_gpus(tmp_path: Path) -> None:
+    """Memory makes process hours GPU hours; skipped steps are shown where there were any."""
+    rows = [train_row(5, memory_gib=20.0), train_row(10, memory_gib=30.5, skipped_steps=3)]
+    found = text(write_run(tmp_path / "run", rows))
+    assert "GPU memory 30.5 GiB" in found
+    assert "GPU hours 8.00" in found
+    assert "Skipped steps 3" in found
+    assert "images seen" in found, "there is no epoch yet"
+
+
+def test_file(run: Path) -> None:
+    """write_report writes report.html, which needs less than 200 kB, and replaces it."""
+    write_report(run)
+    write_report(run)
+    assert 10_000 < (run / "report.html").stat().st_size < 200_000
+    assert not list(run.glob(".report*"))
+
+
+def test_long_run(tmp_path: Path) -> None:
+    """30,000 log rows give a small report."""
+    rows = [train_row(step) for step in range(1, 30_001)]
+    run = write_run(tmp_path / "run", rows)
+    write_report(run)
+    assert (run / "report.html").stat().st_size < 300_000
+
+
+def test_several_runs(run: Path, tmp_path: Path) -> None:
+    """Runs beside each other: a line for each, and only the settings that differ."""
+    other = write_run(tmp_path / "other", [validation_row(1, 40.0)], CONFIG.replace("lr: 0.001", "lr: 0.5"))
+    found = text(run, other)
+    assert "2 runs" in found
+    assert "run done 2 20 61.25 % 60.00 % 160 8.00 20.00" in found
+    assert "optimizer.lr 0.001 0.5" in found
+    assert "image_size" not in found
+
+
+def test_hostile_text(tmp_path: Path) -> None:
+    """Text of any file is shown as text, wherever it stands."""
+    rows = [validation_row(1, 50.0) | {EVIL: 1.0}, train_row(5) | {EVIL: 1.0}]
+    run = write_run(tmp_path / EVIL.replace("/", "-"), rows, json.dumps({EVIL: EVIL, "model": {"name": EVIL}}))
+    (run / "status.json").write_text(json.dumps({"state": EVIL, "reason": EVIL, "seconds": {EVIL: 1.0}}))
+    environment = {"command": [EVIL], "devices": [EVIL], "git": {"commit": EVIL}, "packages": {EVIL: EVIL}}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "changes.jsonl").write_text(json.dumps({"step": 1, "time": EVIL, "changes": {EVIL: [EVIL, EVIL]}}))
+    (run / "log.txt").write_text(f"2026-11-27 10:00:00 ALARM        {EVIL}\n2026-11-27 10:00:00 ALARM \x1b[31m\x00\n")
+    assert report(run).text.count(EVIL) >= 12
+    assert report(run, run).text.count(EVIL) >= 2
+
+
+FILES = ("config.yaml", "status.json", "environment.json", "overrides.yaml", "changes.jsonl", "log.txt")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '"x"', "null", "\x00\xff", "- 1\n- [", "{}", '{"a": ' * 5000])
+def test_damaged_files(run: Path, content: str) -> None:
+    """A damaged file costs its own part of the report only."""
+    for name in FILES:
+        whole = (run / name).read_text()
+        (run / name).write_text(content)
+        record = read_record(run)
+        assert len(record.rows) == 5
+        assert all(problem.startswith(f"{name}: ") for problem in record.problems)
+        assert len(record.problems) <= 1
+        (run / name).write_text(whole)
+    for name in FILES:
+        (run / name).write_text(content)
+    assert "Top-1" in text(run)
+
+
+def test_missing_files(run: Path) -> None:
+    """metrics.jsonl alone makes a report."""
+    for name in FILES:
+        (run / name).unlink()
+    assert "Top-1" in text(run)
+
+
+ROWS: list[Any] = [
+    [], 1, None, "x", {}, {"kind": "train"}, train_row(5) | {"step": "5"}, train_row(5) | {"samples": 10**400},
+    train_row(5) | {"epoch": True}, train_row(5) | {"step": -1}, train_row(5) | {"kind": "other"},
+]  # fmt: skip
+
+
+def test_broken_rows(run: Path) -> None:
+    """Rows that cannot be used are counted and left out; figures that are not numbers interrupt their curve only."""
+    odd = [
+        dict.fromkeys(train_row(1)) | {"kind": "train", "epoch": 1, "step": 6, "samples": 48},
+        train_row(7, loss="x", lr=[], grad_norm={}, images_per_second=True, data_wait=10**400, memory_gib="x"),
+        validation_row(2, None, top5="x", ema_top1=None, loss=None),
+        validation_row(0, 50.0, step=0, samples=0),
+    ]
+    lines = [json.dumps(row) for row in (*ROWS, *odd)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n".join([*lines, '{"kind": "train", "ep']))
+    found = text(run)
+    assert f"metrics.jsonl: {len(ROWS) + 1} lines are damaged and left out" in found
+    assert "Best top-1 61.25 %" in found
+
+
+def test_a_run_that_goes_on_or_was_killed(run: Path) -> None:
+    """A run whose status says that it is running was killed if no process holds its lock."""
+    (run / "status.json").write_text(json.dumps({"state": "running"}))
+    assert read_record(run).state == "killed", "there is no lock file"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(run / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.read(1) == b"x"
+        assert read_record(run).state == "running"
+        assert "running" in text(run)
+        holder.communicate()
+    assert read_record(run).state == "killed", "nobody holds the lock"
+    assert "killed" in text(run)
+
+
+def test_no_rows_yet(tmp_path: Path) -> None:
+    """A run that has just started has a report without curves."""
+    assert "No rows to draw yet." in text(write_run(tmp_path / "run", []))
+
+
+def test_not_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda run: None, "paper/poolformer_s12"),
+        (lambda run: (run / "overrides.yaml").unlink(), "paper/poolformer_s12"),
+        (lambda run: (run / "overrides.yaml").write_text('- "experiment=demo"\n'), None),
+        (lambda run: (run / "overrides.yaml").write_text('- "experiment=ablation/identity"\n'), "ablation/identity"),
+    ],
+)
+def test_paper_row(run: Path, change: Callable[[Path], None], name: str | None) -> None:
+    """The paper's number is that of the recipe, or of the network on ImageNet with the defaults; else there is none."""
+    change(run)
+    row = find_paper_row(read_record(run))
+    assert (row and row.name) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0015, "0.0015"), (1 / 3, "0.3333"), (123456.0, "123,456"), (None, "null"), (True, "true"),
+                         ([1, "a"], '[1, "a"]'), ("a\nb", "a\\nb")],
+)  # fmt: skip
+def test_values(value: Any, shown: str) -> None:
+    assert format_value(value) == shown
