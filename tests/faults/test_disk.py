@@ -78,7 +78,7 @@ def test_a_full_disk(start: Start, run: Run, small_disk: Path, tmp_path: Path) -
         filler.write_bytes(bytes(2**23))
     full_at = len(rows(run_dir))
     assert job.wait() == [2], job.stderr
-    assert "nor could 2 before it; make room" in job.errors[0]
+    assert "nor could the 2 before it; free some space" in job.errors[0]
     assert "No space left on device" in job.errors[0] or "is the disk full?" in job.errors[0]
     out = (tmp_path / f"{job.log.name}-0.out").read_text()
     assert out.count("ALARM") == 2
