@@ -20,6 +20,7 @@ from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, redacte
 from metaformer.config_errors import check_arguments, check_no_added_fields, check_values, explain
 from metaformer.errors import UserError
 from metaformer.models import list_models
+from metaformer.models.config import AUTO
 from metaformer.reporting.recipes import recipes
 
 CONF_FOLDER = Path(__file__).parents[2] / "conf"
@@ -49,7 +50,9 @@ def compose(name: str, config_type: type[C]) -> C:
         ((values, hydra_config),) = composed
         config = _to_dataclasses(values)
     if isinstance(config, TrainConfig) and config.run_dir is None:
-        config.run_dir = default_run_dir(config.model.name, hydra_config.runtime.choices.get("experiment") or "default")
+        config.run_dir = default_run_dir(
+            _run_label(config), hydra_config.runtime.choices.get("experiment") or "default"
+        )
     assert isinstance(config, config_type)
     return config
 
@@ -71,7 +74,7 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
             del values["hydra"]
         config = _to_dataclasses(values)
     assert isinstance(config, TrainConfig)
-    config.run_dir = config.run_dir or default_run_dir(config.model.name, experiment)
+    config.run_dir = config.run_dir or default_run_dir(_run_label(config), experiment)
     return config
 
 
@@ -127,6 +130,15 @@ def default_run_dir(model: str, experiment: str, runs: Path = Path("runs")) -> s
     own = "" if repeated else re.sub(f"^{re.escape(model)}_", "", name)
     short = runs / "-".join(part for part in (model, group.replace("/", "-"), own) if part)
     return str(whole if whole.is_dir() or (repeated and not group) else short)
+
+
+def _run_label(config: TrainConfig) -> str:
+    """Return the network's name; that of the run, file or released network that brings it if there is none."""
+    if config.model.name != AUTO or config.init_weights is None:
+        return config.model.name
+    parts = config.init_weights.rstrip("/").split("/")
+    label = parts[max(0, parts.index("checkpoints") - 1)] if "checkpoints" in parts else parts[-1]
+    return re.sub(r"\.(safetensors|pth|pt|bin|tar|ckpt)(\..*)?$", "", label.rpartition(":")[2])
 
 
 def _interpolated_fields(values: DictConfig) -> Iterator[tuple[str, str]]:

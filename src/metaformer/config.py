@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metaformer.data.index.config import Balance, DataConfig, Labels
+from metaformer.data.index.config import Balance, DataConfig, Labels, MatchClasses
 from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least
-from metaformer.models.config import InitHead, ModelConfig
+from metaformer.models.config import AUTO, DEFAULT_NETWORK, InitHead, ModelConfig
 from metaformer.reporting.config import ReportConfig
 from metaformer.tracking.config import TrackingConfig
 from metaformer.training.config import EmaConfig, LoopConfig, LossConfig, OptimizerConfig, PrecisionConfig
@@ -66,6 +66,8 @@ class TrainConfig(LoopConfig, CommonConfig):
         CommonConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
         self.data.check_can_train()
+        if self.model.name == AUTO and self.init_weights is None:
+            self.model = dataclasses.replace(self.model, name=DEFAULT_NETWORK)
         if self.init_head is not InitHead.auto and self.init_weights is None:
             raise UserError(f"init_head={self.init_head.value}: nothing to convert; give init_weights too")
 
@@ -106,6 +108,7 @@ class ValidateConfig(CommonConfig):
     use_ema: bool = False
     results_csv: str | None = None  # append the result to this file
     per_class_csv: str | None = None  # write the accuracy of each class to this file
+    match_classes: MatchClasses = MatchClasses.name  # how class folders become the classes that the weights record
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -154,14 +154,13 @@ def test_weight_names_select_the_preprocessing(monkeypatch: pytest.MonkeyPatch, 
     """An unsupported crop mode, an unknown tag and weights of another tag give one line that names the field."""
 
     def message(*overrides: str) -> str:
-        command = ["validate.py", "model=timm", f"data.root={tmp_path}", "checkpoint=w", *overrides]
+        (tmp_path / "w").write_bytes(b"not read: the network is refused first")
+        command = ["validate.py", "model=timm", f"data.root={tmp_path}", f"checkpoint={tmp_path / 'w'}", *overrides]
         return error_of(monkeypatch, "validate", command)
 
     squash = "model.name=vit_so150m2_patch16_reg1_gap_448"
     assert message(squash).startswith("model.crop_mode: timm evaluates vit_so150m2_patch16_reg1_gap_448 with squash")
-    assert message(squash, "model.crop_mode=center").startswith("checkpoint=w"), (
-        "the crop is accepted, and the weights are looked for"
-    )
+    assert message(squash, "model.crop_mode=center").startswith("data.root"), "the crop is accepted"
     assert message("model.name=deepseek_vit_412m_enc").startswith("model.crop_mode: timm evaluates")
     assert message("model.name=vit_large_patch16_sapiens2").startswith("image_size: timm's vit_large_patch16_sapiens2")
     assert message("model.name=resnet18.a9_in1k").startswith("model.name=resnet18.a9_in1k: unknown; did you mean")
@@ -236,24 +235,38 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_run_is_evaluated_as_it_was_trained(images: Path, trained: Path) -> None:
-    """A run folder, its checkpoint or its weights file is evaluated with the run's preprocessing and gives its loss."""
+def without_records(run: Path, copy: Path) -> Path:
+    """Copy a run, with weights files as earlier versions wrote them."""
+    shutil.copytree(run, copy, symlinks=True)
+    for file in copy.glob("checkpoints/*-*/*.safetensors"):
+        save_file(load_file(file), file, metadata={"format": "pt", "model": "metaformer_s12_identity"})
+    return copy
+
+
+def test_a_run_is_evaluated_as_it_was_trained(images: Path, trained: Path, tmp_path: Path) -> None:
+    """A run folder, its checkpoint and its weights file bring network and preprocessing, and give the run's loss.
+
+    So does a copy of the file elsewhere, from its own record, and a run of an earlier version, from its config.yaml.
+    """
     last = trained / "checkpoints" / "last"
     logged = json.loads((last / "manifest.json").read_text())["progress"]["last_validation"]
-    command = ("model=metaformer_s12_identity", f"data.root={images}", "eval_batch_size=32", "workers=1")
-    for place in (trained, last, last.resolve(), last / "model.safetensors"):
+    command = (f"data.root={images}", "eval_batch_size=32", "workers=1")
+    shutil.copy(last / "model.safetensors", tmp_path / "copy.safetensors")
+    earlier = without_records(trained, tmp_path / "earlier")
+    for place in (trained, last.resolve(), last / "model.safetensors", tmp_path / "copy.safetensors", earlier):
         done = launch("validate", *command, f"checkpoint={place}")
         assert done.code == 0, done.stderr
         assert done.result["loss"] == pytest.approx(logged["loss"], rel=1e-6), place
         line = "images       32 px, evaluated with crop 0.8 (bilinear), mean 0.4 0.5 0.6, std 0.229 0.224 0.225"
         assert line in done.stderr.splitlines()
         assert "was trained with" not in done.stderr
-        assert "; use_ema=true evaluates the averaged weights in ema.safetensors" in done.stderr
+        has_ema = place != tmp_path / "copy.safetensors"
+        assert ("; use_ema=true evaluates the averaged weights in ema.safetensors" in done.stderr) == has_ema
 
 
 def test_values_that_differ_from_the_run_are_reported(images: Path, trained: Path) -> None:
     """A given value takes precedence and is reported with the run's; other values are the run's; two ranks agree."""
-    command = ("model=metaformer_s12_identity", f"data.root={images}", "workers=1", f"checkpoint={trained}")
+    command = (f"data.root={images}", "workers=1", f"checkpoint={trained}")
     given = ("image_size=64", "model.crop_pct=0.8", "model.interpolation=bicubic", "use_ema=true")
     done = launch("validate", *command, *given, ranks=2)
     assert done.code == 0, done.stderr
@@ -270,12 +283,13 @@ def test_another_network_than_the_runs_is_rejected(
     images: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error for a run of another network names the right model=; a broken config.yaml is named."""
-    command = ["validate.py", f"data.root={images}", f"checkpoint={trained}"]
-    message = error_of(monkeypatch, "validate", command)
-    assert message == (
-        f"model=poolformer_s12: {trained} trained metaformer_s12_identity; give model=metaformer_s12_identity"
-    )
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    for run in (trained, without_records(trained, tmp_path / "run")):
+        command = ["validate.py", f"data.root={images}", f"checkpoint={run}"]
+        message = error_of(monkeypatch, "validate", [*command, "model=poolformer_s12"])
+        assert message == (
+            f"model=poolformer_s12: {run} is of metaformer_s12_identity; leave model= out, "
+            "or give model=metaformer_s12_identity"
+        )
     (tmp_path / "run" / "config.yaml").write_text("model: {name: x, library: y}\nimage_size: 32\n")
     message = error_of(monkeypatch, "validate", [*command, f"checkpoint={tmp_path / 'run'}"])
     assert message.startswith(f"{tmp_path / 'run' / 'config.yaml'}: not the configuration of a run (")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metaformer.assembly.preprocessing import find_run
+from metaformer.assembly.adoption import find_run
 from metaformer.errors import UserError
 from metaformer.goodput import Goodput
 from metaformer.reporting.outcomes import read_run

@@ -1,33 +1,30 @@
 """Loads the weights from which training starts."""
 
 from collections.abc import Iterator
-from functools import partial
 
 from torch import nn
 
-from metaformer.assembly.parts import locate_weights
+from metaformer.assembly.adoption import Adopted
 from metaformer.config import TrainConfig
 from metaformer.errors import warn
 from metaformer.models import load_weights
 from metaformer.models.classifier import load_weights_except_head
 from metaformer.models.config import InitHead
 from metaformer.models.pretraining import describe_missing, load_weights_of_21k
-from metaformer.models.record import read_record
 from metaformer.runtime import Runtime
 
 
 def load_initial_weights(
-    config: TrainConfig, model: nn.Module, classes: tuple[str, ...], runtime: Runtime
+    initial: Adopted[TrainConfig], model: nn.Module, classes: tuple[str, ...], runtime: Runtime
 ) -> Iterator[str]:
-    """Load the weights of `init_weights`, if any; yield a line if the network keeps a new head.
+    """Load the weights of `init_weights`; yield lines about what differs from their run, and about a new head.
 
     Args:
+        initial: The weights, and the configuration that they complete.
         classes: Names of the data set's classes.
     """
-    if config.init_weights is None:
-        return
-    head = config.init_head
-    path = runtime.from_main(partial(locate_weights, "init_weights", config.init_weights, use_ema=False)).path
+    yield from (f"differs      {note}" for note in initial.notes)
+    head, path, record = initial.config.init_head, initial.weights.path, initial.record
     if head is InitHead.same:
         load_weights(model, path)
     elif head is InitHead.from_21k:
@@ -35,7 +32,6 @@ def load_initial_weights(
         if missing:
             runtime.main_only(lambda: warn(f"init_head=from_21k: {describe_missing(missing)}"), None)
     else:
-        record = read_record(path)
         renamed = record is not None and record.classes is not None and record.classes != classes
         new = load_weights_except_head(model, path, always=head is InitHead.new or renamed)
         if new is not None:

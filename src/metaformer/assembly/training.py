@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.utils import save_image
 
+from metaformer.assembly.adoption import adopt_weights, make_record
 from metaformer.assembly.description import describe, loading_advice
 from metaformer.assembly.fusion import choose_transform
 from metaformer.assembly.identity import run_identity
@@ -31,13 +31,12 @@ from metaformer.assembly.splits import Splits, open_splits
 from metaformer.assembly.validations import Validation
 from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.data.device.transform import TrainingTransform, denormalize
-from metaformer.errors import UserError, warn
+from metaformer.errors import UserError
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import Preprocessing
 from metaformer.models.norms import find_single_value_batch_norm
-from metaformer.models.record import MAX_LENGTH, Record
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.tracking.environment import code_fingerprint
@@ -71,6 +70,10 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         watchdog: A watchdog that is already running.
     """
     runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
+    initial = None
+    if config.init_weights is not None:
+        initial = adopt_weights(config, "init_weights", config.init_weights, False, runtime)
+        config = initial.config
     config, images = resolve_config(config, config.init_weights)
     runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
@@ -83,7 +86,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     _check_batch_norm(config, images, runtime, model)
     transform_images, fused_transform = choose_transform(config, images, runtime)
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
-    head = list(load_initial_weights(config, model, splits.train.classes, runtime))
+    notes = [] if initial is None else list(load_initial_weights(initial, model, splits.train.classes, runtime))
     state = _new_state(config, images, splits, precision, model)
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
@@ -109,10 +112,9 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         run = Run(config, runtime.world_size, plan.steps_per_epoch, state, fused, goodput)
         tracker = stack.enter_context(open_tracker(run, runtime))
         description = describe(config, images, runtime, splits, state, plan.steps_per_epoch) if runtime.is_main else ()
-        start = head
         if resume_point.folder is not None:
-            start = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
-        for line in [*resume_point.skipped, *description, f"fused        {fused}", *start]:
+            notes = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
+        for line in [*resume_point.skipped, *description, f"fused        {fused}", *notes]:
             tracker.message(line)
         check_lock = (lambda: None) if lock is None else lock.check
         saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
@@ -170,18 +172,10 @@ def _checkpoints(config: TrainConfig, images: Preprocessing, runtime: Runtime, s
         "world_size": runtime.world_size,
         "config_sha256": hashlib.sha256(config_yaml).hexdigest(),
     }
-    weight_files = WeightFiles(partial(save_state, network=_record(config, images, splits)), load_weights)
+    weight_files = WeightFiles(
+        partial(save_state, network=make_record(config, images, splits.num_classes, splits.train.classes)), load_weights
+    )
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
-
-
-def _record(config: TrainConfig, images: Preprocessing, splits: Splits) -> Record:
-    """Return what checkpoints record of the network."""
-    model, classes = config.model, splits.train.classes
-    record = Record(model.name, model.library, model.composition, splits.num_classes, classes, images)
-    if len(record.to_json()) > MAX_LENGTH:
-        warn(f"checkpoints do not record the names of {len(classes):,} classes, which are too long")
-        return replace(record, classes=None)
-    return record
 
 
 def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:

@@ -11,26 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from metaformer.assembly.adoption import adopt_weights
 from metaformer.assembly.parts import (
     LocatedWeights,
     evaluation_feed,
-    locate_weights,
     make_model,
     open_index,
     prepare_workers,
 )
-from metaformer.assembly.preprocessing import (
-    adopt_parts,
-    adopt_preprocessing,
-    describe_differences,
-    find_run,
-    resolve_config,
-)
+from metaformer.assembly.preprocessing import resolve_config
 from metaformer.config import ValidateConfig, fingerprint
 from metaformer.data.feed import Feed
-from metaformer.data.index.config import Labels
+from metaformer.data.index.config import Labels, MatchClasses
 from metaformer.data.index.image_index import ImageIndex, check_same_classes
-from metaformer.data.index.labels import class_counts, data_set_name, incompleteness, subset_mask
+from metaformer.data.index.labels import class_counts, data_set_name, incompleteness, match_by_name, subset_mask
 from metaformer.errors import Diverged, UserError, warn
 from metaformer.evaluation.accuracy import evaluate, ignore
 from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
@@ -39,6 +33,7 @@ from metaformer.evaluation.results import append_result, check_results
 from metaformer.evaluation.scoring import Scoring
 from metaformer.files import check_output
 from metaformer.models import load_weights
+from metaformer.models.record import Record
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
 from metaformer.training.checkpoint import EMA_FILE, MODEL_FILE
@@ -57,25 +52,22 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     """
     checkpoint = config.checkpoint
     assert checkpoint is not None
-    trained = runtime.from_main(partial(find_run, checkpoint))
-    notes = [] if trained is None else list(describe_differences(config, trained))
-    config = config if trained is None else adopt_preprocessing(config, trained)
-    config, images = resolve_config(config, checkpoint, evaluation=True)
-    runtime.check_agreement("the configuration", fingerprint(config))
     results = None if config.results_csv is None else Path(config.results_csv)
     if results is not None:
         runtime.main_only(partial(check_results, results), None)
     if config.per_class_csv is not None:
         option = f"per_class_csv={config.per_class_csv}"
         runtime.main_only(partial(check_output, option, Path(config.per_class_csv)), None)
+    config, notes, weights, record = adopt_weights(config, "checkpoint", checkpoint, config.use_ema, runtime)
+    config, images = resolve_config(config, checkpoint, evaluation=True)
+    runtime.check_agreement("the configuration", fingerprint(config))
     runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
     prepare_workers(config, runtime)
     precision = Precision(config.precision, runtime.device)
-    weights = runtime.from_main(partial(locate_weights, "checkpoint", checkpoint, config.use_ema))
-    config = runtime.from_main(partial(adopt_parts, config, weights.path))
-    index = _evaluation_index(config, runtime)
-    classes = config.num_classes or len(index.classes)
-    model, fused = make_model(config, images, classes, runtime, precision.dtype)
+    index = _evaluation_index(config, runtime, record)
+    by_name = record is not None and record.classes == index.classes
+    outputs = config.num_classes or (record.num_classes if record and by_name else None) or len(index.classes)
+    model, fused = make_model(config, images, outputs, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
     notes += [f"images       {images}", f"weights      {weights.name}{_ema_hint(weights)}"]
     runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
@@ -83,7 +75,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
 
     def run(feed: Feed) -> dict[str, Any]:
         """Evaluate, print the result, append it to the results file if there is one, and return it."""
-        by_class = ClassCounts(classes, runtime.device)
+        by_class = ClassCounts(outputs, runtime.device)
         observe = by_class.add if config.per_class_csv is not None else ignore
         accuracy = evaluate(model, feed, precision, runtime, scoring, observe=observe)
         figures = {**accuracy.as_dict(), **class_counts(index, config.data)}
@@ -145,10 +137,16 @@ def _ema_hint(weights: LocatedWeights) -> str:
     return f"; use_ema=true evaluates the averaged weights in {EMA_FILE}" if has_ema else ""
 
 
-def _evaluation_index(config: ValidateConfig, runtime: Runtime) -> ImageIndex:
-    """Open the images to evaluate on. The training split may be missing."""
+def _evaluation_index(config: ValidateConfig, runtime: Runtime, record: Record | None) -> ImageIndex:
+    """Open the images to evaluate on, with the labels of the weights. The training split may be missing."""
     index = open_index(config, runtime, config.data.val_split)
-    if config.num_classes is not None and config.num_classes != len(index.classes):
+    if record is not None and record.classes is not None and config.match_classes is MatchClasses.name:
+        folders = len(index.classes)
+        index = match_by_name(index, record.classes, str(config.checkpoint))
+        if folders != len(index.classes):
+            note = f"classes      {folders} of the {len(index.classes)} that the weights know have images"
+            runtime.main_only(lambda: print(note, file=sys.stderr, flush=True), None)
+    elif config.num_classes is not None and config.num_classes != len(index.classes):
         _check_num_classes(config.num_classes, config, runtime, index)
     if config.data.quarantine is not None:
         note = f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images excluded"

@@ -10,6 +10,8 @@ from metaformer.errors import UserError
 from metaformer.models.composition import Composition
 
 OWN_NETWORK = "metaformer"  # model.name of a network of one's own parts
+AUTO = "auto"  # model.name for the network that weights record
+DEFAULT_NETWORK = "poolformer_s12"  # where they record none
 RATES = ("drop_path_rate", "head_dropout")  # of a composition; named networks have these fields too
 
 

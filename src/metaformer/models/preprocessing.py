@@ -6,9 +6,9 @@ from metaformer.errors import UserError
 from metaformer.models.config import OWN_NETWORK, CropMode, Library, ModelConfig, Preprocessing, ResizeFilter
 from metaformer.models.download import is_weights_name
 from metaformer.models.families import BASELINES
+from metaformer.models.record import TIMM_WEIGHTS
 from metaformer.models.variants import find_architecture, find_timm_cfg
 
-TIMM_WEIGHTS = "hf:timm/"
 # Of the first paper, evaluated with crop_pct .95; its other networks with .9, those of the second paper with 1.
 WIDER_CROP = {"poolformer_m36", "poolformer_m48", *(f"metaformer_s12_{mixers}" for mixers in ("pppa", "ppaa", "ppff"))}
 

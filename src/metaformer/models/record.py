@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError, safe_open
 
 from metaformer.errors import UserError, printable
 from metaformer.models.composition import Composition
 from metaformer.models.config import OWN_NETWORK, Library, Preprocessing, ResizeFilter
+from metaformer.models.download import OFFICIAL, OFFICIAL_NAMES
 from metaformer.models.families import COMPOSITIONS
 
 ENTRY = "network"  # in the metadata
 NAME_ENTRY, PARTS_ENTRY = "model", "composition"  # all that earlier versions wrote
+TIMM_WEIGHTS = "hf:timm/"
 MAX_LENGTH = 2**25  # characters of a record; safetensors refuses metadata of 100 MB
 MAX_IMAGE_SIZE = 2**14  # pixels
 
@@ -141,12 +144,27 @@ def read_record(path: Path) -> Record | None:
     return Record(name) if name in COMPOSITIONS else None
 
 
-def refuse_own_parts(path: Path, composition: Composition, given: tuple[str, ...] = ()) -> None:
+def named_record(source: str) -> Record | None:
+    """Return the network that a name such as `official:caformer_s18_384` or `hf:timm/resnet50.a1_in1k` stands for."""
+    if source.startswith(TIMM_WEIGHTS):
+        name = source.removeprefix(TIMM_WEIGHTS)
+        if name.split(".")[0] in COMPOSITIONS:
+            return Record(name.split(".")[0])
+        return Record(name, Library.timm) if timm.is_model(name) else None
+    if not source.startswith(OFFICIAL):
+        return None
+    file = source.removeprefix(OFFICIAL)
+    network = {official: network for network, official in OFFICIAL_NAMES.items()}.get(file, file)
+    names = [name for name in COMPOSITIONS if network == name or network.startswith(f"{name}_")]
+    return Record(max(names, key=len)) if names else None
+
+
+def refuse_own_parts(source: Path | str, composition: Composition, given: tuple[str, ...] = ()) -> None:
     """Refuse parts outside this project that only a file names: code that a checkpoint names is never imported.
 
     Args:
-        path: the file.
-        composition: the network that it records.
+        source: the weights as the user named them.
+        composition: the network that they record.
         given: names of parts that the user has given.
 
     Raises:
@@ -155,6 +173,6 @@ def refuse_own_parts(path: Path, composition: Composition, given: tuple[str, ...
     unknown = [name for name in composition.own_parts if name not in given]
     if unknown:
         raise UserError(
-            f"{path}: its network has the part {unknown[0]}, and code that only a file names is not imported; "
+            f"{source}: its network has the part {unknown[0]}, and code that only a file names is not imported; "
             "compose the network yourself, with the same fields as in training"
         )

@@ -30,6 +30,13 @@ class Labels(Enum):
     real = "real"  # one or more correct labels, looked up by file name: ReaL (arXiv 2006.07159)
 
 
+class MatchClasses(Enum):
+    """How the class folders of validate.py become the classes that the weights record."""
+
+    name = "name"  # by their names; some classes may be missing
+    order = "order"  # by their order, whatever their names are
+
+
 class ClassSubset(Enum):
     """Subsets of ImageNet-1K's classes."""
 

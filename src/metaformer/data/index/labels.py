@@ -47,6 +47,32 @@ def relabel(index: ImageIndex, config: DataConfig) -> ImageIndex:
     return replace(index, classes=tuple(wnids), labels=labels, fingerprint=_fingerprint(index, labels))
 
 
+def match_by_name(index: ImageIndex, known: Sequence[str], weights: str) -> ImageIndex:
+    """Return the index with the labels that weights have for its class folders.
+
+    Args:
+        known: names of the weights' classes in order; some may have no folder.
+        weights: the weights, for the message.
+
+    Raises:
+        UserError: a folder is none of these classes.
+    """
+    if index.classes == tuple(known):
+        return index
+    label_of = {name: label for label, name in enumerate(known)}
+    unknown = [name for name in index.classes if name not in label_of]
+    if unknown or index.label_sets is not None:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        same = len(known) == len(index.classes)
+        fix = ", or give match_classes=order if only the names differ" if same else ""
+        raise UserError(
+            f"data.root: {index.folder} has the class {(unknown or index.classes)[0]}{more}, which is none of the "
+            f"{len(known)} classes of {weights} ({', '.join(known[:3])}, ...); rename or remove its folder{fix}"
+        )
+    labels = np.array([label_of[name] for name in index.classes], np.int64)[index.labels]
+    return replace(index, classes=tuple(known), labels=labels, fingerprint=_fingerprint(index, labels))
+
+
 def subset_mask(subset: ClassSubset) -> NDArray[np.bool_]:
     """Return bool [1000], true for the classes of ImageNet-1K that are in the subset."""
     return np.isin(_wnids(), _subset_wnids(subset))

@@ -1,0 +1,177 @@
+"""Takes network, parts and preprocessing from what is recorded of weights; values that are given win."""
+
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metaformer.assembly.parts import LocatedWeights, locate_weights
+from metaformer.assembly.preprocessing import resolve_config
+from metaformer.config import CommonConfig, TrainConfig, ValidateConfig
+from metaformer.errors import UserError, one_line, warn
+from metaformer.models.composition import Composition
+from metaformer.models.config import AUTO, DEFAULT_NETWORK, CropMode, Library, ModelConfig, Preprocessing
+from metaformer.models.download import is_weights_name
+from metaformer.models.preprocessing import resolve_preprocessing
+from metaformer.models.record import MAX_LENGTH, Record, named_record, read_record, refuse_own_parts
+from metaformer.runtime import Runtime
+from metaformer.tracking.run_folder import parse_config
+
+C = TypeVar("C", bound=CommonConfig)
+
+
+class Adopted(NamedTuple, Generic[C]):
+    """A configuration completed with what is recorded of its weights.
+
+    Attributes:
+        notes: A line for each given value that differs from the recorded one.
+        record: What is known of the weights' network, if anything.
+    """
+
+    config: C
+    notes: list[str]
+    weights: LocatedWeights
+    record: Record | None
+
+
+def adopt_weights(config: C, field: str, source: str, use_ema: bool, runtime: Runtime) -> Adopted[C]:
+    """Find weights, downloading released ones, and complete the configuration with what is recorded of them.
+
+    Args:
+        field: The configuration field of `source`, for error messages.
+        source: The weights as the user named them.
+    """
+    if is_weights_name(source) and config.model.name != AUTO:
+        resolve_config(config, source, isinstance(config, ValidateConfig))  # a conflict is reported before a download
+    weights = runtime.from_main(partial(locate_weights, field, source, use_ema))
+    record = runtime.from_main(partial(find_record, source, weights.path))
+    return Adopted(*adopt(config, record, source), weights, record)
+
+
+def make_record(config: TrainConfig, images: Preprocessing, num_classes: int, classes: tuple[str, ...]) -> Record:
+    """Return what checkpoints record of the network that this configuration trains."""
+    model = config.model
+    record = Record(model.name, model.library, model.composition, num_classes, classes, images)
+    if len(record.to_json()) > MAX_LENGTH:
+        warn(f"checkpoints do not record the names of {len(classes):,} classes, which are too long")
+        return replace(record, classes=None)
+    return record
+
+
+def find_record(source: str, weights: Path) -> Record | None:
+    """Return what is known of the network of some weights: from their file, from their run, or from their name.
+
+    Args:
+        source: The weights as the user named them.
+        weights: Their file.
+    """
+    record = read_record(weights)
+    if record is not None and record.images is not None:
+        return record
+    return find_run(source) or record or named_record(source)
+
+
+def find_run(checkpoint: str) -> Record | None:
+    """Return what config.yaml says of the run that a run folder, a checkpoint or a file in a checkpoint belongs to.
+
+    Earlier versions recorded the preprocessing only there.
+    """
+    path = Path(checkpoint).absolute()
+    run_folders = [parent.parent for parent in (path.parent, path.parent.parent) if parent.name == "checkpoints"]
+    for folder in (path, *run_folders):
+        file = folder / "config.yaml"
+        if not ((folder / "checkpoints").is_dir() and file.is_file()):
+            continue
+        try:
+            values: Any = OmegaConf.create(parse_config(file.read_bytes()))
+            model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values.model))
+            image_size = values.image_size
+            if image_size is not None and type(image_size) is not int:
+                raise ValueError(f"image_size: {image_size!r} is not an integer")
+            images = resolve_preprocessing(model, image_size, None, evaluation=False)
+            return Record(model.name, model.library, model.composition, images=images)
+        except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
+            reason = one_line(error)
+            raise UserError(f"{file}: not the configuration of a run ({reason}); give a weights file") from error
+    return None
+
+
+def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
+    """Fill in what is not given with what is recorded; return a line for each given value that differs, too.
+
+    Args:
+        record: What is known of the weights' network; None is nothing.
+        source: The weights as the user named them.
+
+    Raises:
+        UserError: The weights to evaluate are of another network than the given one; or only the record names a part
+            outside this project.
+    """
+    model, notes = config.model, list[str]()
+    if model.name == AUTO:
+        name, library = (DEFAULT_NETWORK, Library.metaformer) if record is None else (record.name, record.library)
+        model = replace(model, name=name, library=library)
+    if record is not None and (model.is_own or _is_same_network(model, record)):
+        model, notes = _adopt_parts(model, record, source, evaluation=isinstance(config, ValidateConfig))
+    elif record is not None and record.images is not None:  # else it has only a name, and no library
+        fix = f"model=timm model.name={record.name}" if record.library is Library.timm else f"model={record.name}"
+        if isinstance(config, ValidateConfig):
+            raise UserError(f"model={model.name}: {source} is of {record.name}; leave model= out, or give {fix}")
+        return replace(config, model=model), [f"model={model.name}: {source} is of {record.name}"]
+    images = None if record is None else record.images
+    if images is None:
+        return replace(config, model=model), notes
+    recorded = {name.removeprefix("model."): value for name, value in images.settings.items()}
+    recorded |= {"interpolation": images.interpolation, "crop_mode": CropMode.center}
+    image_size = recorded.pop("image_size")
+    pairs = {"image_size": (config.image_size, image_size)}
+    pairs |= {f"model.{name}": (getattr(model, name), value) for name, value in recorded.items()}
+    for name, (given, trained) in pairs.items():
+        if given is not None and given != trained:
+            notes.append(f"{name}={_text(given)}: {source} was trained with {_text(trained)}")
+    unset = {name: value for name, value in recorded.items() if getattr(model, name) is None}
+    return replace(config, model=replace(model, **unset), image_size=config.image_size or image_size), notes
+
+
+def _is_same_network(model: ModelConfig, record: Record) -> bool:
+    """Return whether the names are the same, but for the tag of timm's weights."""
+    return model.library is record.library and model.name.split(".")[0] == record.name.split(".")[0]
+
+
+def _adopt_parts(model: ModelConfig, record: Record, source: str, evaluation: bool) -> tuple[ModelConfig, list[str]]:
+    """Fill in the parts of model=metaformer."""
+    parts = record.parts if model.is_own else None
+    if parts is None:
+        return model, []
+    given, notes = model.given_parts, []
+    for name, value in given.items():
+        if not _is_same_part(parts, name, value):
+            note = f"model.{name}={_text(value)}: {source} was trained with {_text(getattr(parts, name))}"
+            if evaluation:
+                raise UserError(f"{note}; remove the field")
+            notes.append(note)
+    names = [name for value in given.values() for name in (value if isinstance(value, tuple) else (value,))]
+    refuse_own_parts(source, parts, tuple(name for name in names if isinstance(name, str)))
+    unset: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(parts).items()
+        if getattr(model, name) is None
+    }
+    return replace(model, **unset), notes
+
+
+def _is_same_part(parts: Composition, name: str, value: Any) -> bool:
+    try:
+        return replace(parts, **{name: value}).canonical() == parts.canonical()
+    except UserError:  # a value that does not go with the other parts
+        return False
+
+
+def _text(value: Any) -> Any:
+    """Return a value as it is given on the command line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return plain.value if isinstance(plain, Enum) else plain
