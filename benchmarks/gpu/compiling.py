@@ -140,12 +140,8 @@ def _kernel_name(kernel: Any) -> str:
 
 
 def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) -> KernelFacts:
-    """Return what a compiled kernel needs.
-
-    Its longest loop is executed LOOPS times, a constant of the kernel. The mixer's kernels have another loop before it,
-    over the first rows of a window.
-    """
-    loops, prologue = options.get("LOOPS", 1), 2 * options.get("RADIUS", 0) or 1
+    """Return what a compiled kernel needs. Its longest loop is executed LOOPS times, a constant of the kernel."""
+    loops = options.get("LOOPS", 1)
     usage, code = _disassemble(compiled.asm["cubin"])
     reads, writes = _arguments_used(compiled.asm["ttir"])
     tiles = [math.prod(int(side) for side in sides.split("x")[:-1]) for sides in TILE.findall(compiled.asm["ttir"])]
@@ -159,7 +155,7 @@ def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) 
         registers=usage["REG"],
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        instructions=_executed(code, loops, prologue),
+        instructions=_executed(code, loops),
         elements=max(1, max(tiles, default=1) // (WARP * warps)) * loops,
         loads=tuple(_width(opcode) for opcode in opcodes if opcode.startswith("LDG")),
         products=sum(opcode.startswith(("HMMA", "HGMMA", "UTC")) for opcode in opcodes),
@@ -192,18 +188,14 @@ def _disassemble(binary: bytes) -> tuple[dict[str, int], tuple[Instruction, ...]
     return usage, tuple(each for each in code if each[1] != "NOP")
 
 
-def _executed(code: tuple[Instruction, ...], loops: int, prologue: int) -> int:
-    """Count instructions: those of the longest loop `loops` times, of the first before it `prologue` times, or once."""
+def _executed(code: tuple[Instruction, ...], loops: int) -> int:
+    """Count instructions: those of the longest loop `loops` times, and all others once."""
     sizes = []
     for address, opcode, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if opcode.startswith("BRA") and target and int(target[1], 16) < address:
             sizes.append(sum(int(target[1], 16) <= other <= address for other, _, _ in code))
-    if not sizes:
-        return len(code)
-    longest = sizes.index(max(sizes))
-    before = sum(sizes[:longest][:1])
-    return len(code) + sizes[longest] * (loops - 1) + before * (prologue - 1)
+    return len(code) + max(sizes, default=0) * (loops - 1)
 
 
 def _width(opcode: str) -> int:

@@ -25,6 +25,7 @@ SHAPES_AND_TYPES = [
     *((shape, torch.float32) for shape in SHAPES),
     *((shape, dtype) for shape in SHAPES[2:4] for dtype in (torch.bfloat16, torch.float16)),
 ]
+STRIPS = (1, 19, 17, 3)  # two strips of the mixer along the rows, the second one shorter, and two along the columns
 MANY = 16384  # images
 Draw = Callable[..., Tensor]
 
@@ -94,7 +95,11 @@ def test_norm_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, .
 
 @pytest.mark.parametrize(
     ("shape", "size", "dropped"),
-    [*((shape, 3, bool(n % 2)) for n, shape in enumerate(SHAPES)), *(((2, 3, 6, 8), s, True) for s in (5, 7, 9))],
+    [
+        *((shape, 3, bool(n % 2)) for n, shape in enumerate(SHAPES)),
+        *((shape, s, True) for shape in ((2, 3, 6, 8), STRIPS) for s in (5, 7, 9)),
+        (STRIPS, 3, False),
+    ],
 )
 def test_mixer_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], size: int, dropped: bool) -> None:
     """All windows, including ones larger than the image, with one scale of zero, and with and without drop path."""

@@ -100,10 +100,11 @@ def test_all_kernels(launches: list[KernelLaunch], shapes: tuple[tuple[int, int]
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the mixer's kernels spill registers at these windows (720 bytes at window 5 on sm_90)")
 @pytest.mark.parametrize("launches", [80, 89, 90, 100], indirect=True, ids="sm_{}".format)
 @pytest.mark.parametrize("window", [5, 7, 9])
-def test_wide_windows(launches: list[KernelLaunch], window: int) -> None:
-    """The ablations' windows compile in all stages without spills."""
+def test_wide_windows(request: pytest.FixtureRequest, launches: list[KernelLaunch], window: int) -> None:
+    """The ablations' windows compile in all stages without spills, except window 7 on sm_89."""
+    if window == 7 and request.node.callspec.params["launches"] == 89:
+        request.applymarker(pytest.mark.xfail(reason="mixer.apply_gradient spills 16 to 32 bytes"))
     for side, channels in S12:
         launch_mixer(side, channels, window, True)
