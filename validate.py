@@ -9,18 +9,9 @@ from metaformer.program import run_program
 if __name__ == "__main__":
     end_with_launcher()  # before the imports, which take time
 
-from metaformer.composing import compose
-from metaformer.config import ValidateConfig
+from metaformer.commands.validate import main
 
-
-def main() -> None:
-    """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
-    config = compose("validate", ValidateConfig)
-    from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
-
-    with runtime.start() as ranks, assembly.build_validation(config, ranks) as evaluate:
-        evaluate()
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     run_program(main)

@@ -1,39 +1,9 @@
-"""Write the report of a run, or of several runs beside each other, as one HTML file that needs no network.
+"""Write the report of runs: `python scripts/report.py --help`, or `metaformer report --help`."""
 
-  python scripts/report.py runs/NAME                      writes runs/NAME/report.html
-  python scripts/report.py runs/A runs/B runs/C           writes comparison.html
-
-The runs may be going on, or may have been killed. Training writes the first kind by itself after each validation.
-"""
-
-import argparse
-from pathlib import Path
-
-from metaformer.errors import UserError
-from metaformer.files import check_output, write_text_atomically
+from metaformer.commands.report import main
 from metaformer.program import run_program
-from metaformer.reporting.config import ReportConfig
-from metaformer.reporting.run_record import read_record
-from metaformer.reporting.run_report import GENERATOR, REPORT_FILE, make_report
 
-
-def main() -> None:
-    """Write the report and print its path."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the file to write, instead of the above")
-    parser.add_argument("--price-per-hour", type=float, help="of one GPU; default: the run's report.price_per_hour")
-    arguments = parser.parse_args()
-    prices = ReportConfig(price_per_hour=arguments.price_per_hour)
-    several = len(arguments.runs) > 1
-    file = arguments.output or (Path("comparison.html") if several else arguments.runs[0] / REPORT_FILE)
-    records = [read_record(folder) for folder in arguments.runs]
-    check_output(f"--output={file}", file)
-    if file.exists() and GENERATOR not in file.read_text(errors="replace"):
-        raise UserError(f"--output={file}: exists and is not a report; remove it, or give another name")
-    write_text_atomically(file, make_report(records, prices.price_per_hour))
-    print(file)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     run_program(main)

@@ -47,11 +47,18 @@ def test_foundation_imports_no_component() -> None:
 
 
 def test_config_imports_no_builder_and_entry_points_are_short() -> None:
-    """The configuration does not import assembly; train.py and validate.py have at most 40 lines."""
+    """The configuration does not import assembly; the programs' commands have at most 40 lines."""
     for name in ("config", "config_errors", "composing"):
         assert "assembly" not in imports(PACKAGE / f"{name}.py")
     for name in ("train.py", "validate.py"):
         assert len((REPOSITORY / name).read_text().splitlines()) <= 40
+        assert len((PACKAGE / "commands" / name).read_text().splitlines()) <= 40
+
+
+def test_only_the_command_line_imports_commands() -> None:
+    """Commands are at the top: no other module of the package imports one."""
+    for file in PACKAGE.rglob("*.py"):
+        assert "commands" not in imports(file) or file.parent.name == "commands", file
 
 
 def test_only_two_files_read_the_launchers_variables() -> None:

@@ -29,12 +29,25 @@ def run(program: str, *arguments: str) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("program", ["train", "validate"])
 def test_help_needs_no_torch(program: str) -> None:
-    """--help lists groups and fields, the networks among them, without the imports that take seconds."""
+    """--help lists groups and fields, the networks among them, without the imports that take seconds.
+
+    Each field has its default and the comment of its dataclass.
+    """
     printed, lines = run(program, "--help")
     assert "poolformer_m48" in printed
-    assert "experiment/paper: " in printed or program == "validate"
-    assert "eval_batch_size: 128" in printed
+    assert ("paper/poolformer_m48" in printed) == ("optimizer=\n" in printed) == (program == "train")
+    assert "  eval_batch_size=128\n      integer; images per rank\n" in printed
+    assert "  data.source=folder\n      folder (provided by the user), sample (built on " in printed
     assert lines == ["SystemExit: 0", "[]"]
+
+
+def test_help_shows_the_values_of_the_other_options() -> None:
+    """--help with options shows the defaults under them."""
+    printed, _ = run("train", "optimizer=lamb", "optimizer.lr=1e-3", "--help")
+    assert "  optimizer.name=lamb\n" in printed
+    assert (
+        "  optimizer.lr=0.001\n      number or null; null: base_lr * global_batch_size / base_batch_size\n" in printed
+    )
 
 
 def test_a_wrong_option_is_refused_without_torch() -> None:

@@ -16,14 +16,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from metaformer import __version__
 from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, redacted
-from metaformer.config_errors import check_arguments, check_no_added_fields, check_values, explain
+from metaformer.config_errors import check_arguments, check_no_added_fields, check_values, explain, group_choices
 from metaformer.errors import UserError
 from metaformer.models import list_models
 from metaformer.models.config import AUTO
+from metaformer.option_help import describe_options
 from metaformer.reporting.recipes import recipes
 
-CONF_FOLDER = Path(__file__).parents[2] / "conf"
+_INSTALLED_CONF = Path(__file__).parent / "conf"  # a wheel has a copy; see setup.py
+CONF_FOLDER = _INSTALLED_CONF if _INSTALLED_CONF.is_dir() else Path(__file__).parents[2] / "conf"
 
 C = TypeVar("C", bound=CommonConfig)
 
@@ -41,7 +44,13 @@ def compose(name: str, config_type: type[C]) -> C:
     def capture(config: DictConfig) -> None:
         composed.append((config, HydraConfig.get()))
 
-    check_arguments(sys.argv[1:], CONF_FOLDER, config_type)
+    if "--version" in sys.argv[1:]:  # which Hydra's parser would answer with its own
+        print(f"metaformer {__version__}")
+        raise SystemExit(0)
+    given = check_arguments(sys.argv[1:], CONF_FOLDER, config_type)
+    if given.help:
+        print(_help(name, config_type, given.overrides))
+        raise SystemExit(0)
     with _explained(config_type):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
         capture()
@@ -76,6 +85,17 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     config.run_dir = config.run_dir or default_run_dir(_run_label(config), experiment)
     return config
+
+
+def _help(name: str, config_type: type[CommonConfig], overrides: Sequence[str]) -> str:
+    """Return the help of a program, with the values that these overrides give as defaults."""
+    with _explained(config_type), hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
+        values = hydra.compose(name, list(overrides))
+    config: Any = OmegaConf.to_container(values, resolve=False)
+    own = {*config, "experiment"} if config_type is TrainConfig else {*config}
+    names = sorted(folder.name for folder in CONF_FOLDER.iterdir() if folder.is_dir() and folder.name in own)
+    groups = {group: sorted(group_choices(group, CONF_FOLDER)) for group in names}
+    return describe_options(Path(sys.argv[0]).name, config_type, config, groups)
 
 
 def freeze(config: TrainConfig) -> str:

@@ -1,5 +1,6 @@
 """Reject values that no run can use, and explain the errors of Hydra and OmegaConf in one line."""
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -46,12 +47,15 @@ def check_values(value: Any, name: str = "") -> None:
         raise UserError(f"{name}={value}: too large; must be less than 2^63")
 
 
-def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> None:
-    """Raise `UserError` for arguments that Hydra rejects with a usage text or a traceback, and for its `-m`.
+def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> argparse.Namespace:
+    """Return the arguments as Hydra parses them.
 
     Args:
         conf: The folder with the groups.
         config_type: The dataclass of the program's configuration.
+
+    Raises:
+        UserError: Hydra would reject an argument with a usage text or a traceback, or start several trainings (`-m`).
     """
     parser = get_args_parser()
     parser.allow_abbrev = False
@@ -70,7 +74,8 @@ def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> 
         if not group:
             raise UserError(f"{argument}: options are written NAME=VALUE; give the name too")
         if re.fullmatch(r"true|false|[+-]?[\d.]+", name, re.IGNORECASE) and (conf / group).is_dir():
-            raise unknown_name(group, name, _choices(group, conf))
+            raise unknown_name(group, name, group_choices(group, conf))
+    return given
 
 
 def explain(error: HydraException | OmegaConfBaseException, conf: Path, config_type: type) -> str:
@@ -100,7 +105,7 @@ def _explain_choice(missing: str, options: Sequence[str], conf: Path) -> str:
     if not (conf / group).is_dir():  # one of Hydra's own groups
         group, name = os.path.split(missing)
         return str(unknown_name(group, name, options))
-    choices = _choices(group, conf)
+    choices = group_choices(group, conf)
     if group == "model":
         near = difflib.get_close_matches(name, choices, n=3)
         meant = f"did you mean {', '.join(near)}? A" if near else "--help lists the networks of the papers; a"
@@ -116,13 +121,15 @@ def _explain_override(override: str) -> str:
     return f"{override}: options are written NAME=VALUE, as in {use}"
 
 
-def _choices(group: str, conf: Path) -> list[str]:
+def group_choices(group: str, conf: Path) -> list[str]:
     """Return a group's choices in conf/ and in the config store, including those of its subgroups."""
     files = [str(file.relative_to(conf / group)) for file in (conf / group).rglob("*.yaml")]
     stored: Any = ConfigStore.instance().repo
     for part in group.split("/"):
         stored = stored.get(part, {})
-    nested = [f"{entry}/{name}" for entry in stored if "." not in entry for name in _choices(f"{group}/{entry}", conf)]
+    nested = [
+        f"{entry}/{name}" for entry in stored if "." not in entry for name in group_choices(f"{group}/{entry}", conf)
+    ]
     return [*(name.removesuffix(".yaml") for name in [*files, *stored] if name.endswith(".yaml")), *nested]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from metaformer.commands import doctor
 from metaformer.diagnosis import machine
 from metaformer.diagnosis.finding import Verdict, fail, ok
-from scripts import doctor
 from tests.conftest import BIN, REPOSITORY, launch
 from tests.faults.conftest import free_port
 

@@ -1,0 +1,1 @@
+"""The programs that `metaformer COMMAND` runs; train.py, validate.py and files in scripts/ run the same functions."""

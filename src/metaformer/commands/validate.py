@@ -1,0 +1,13 @@
+"""Evaluate weights."""
+
+from metaformer.composing import compose
+from metaformer.config import ValidateConfig
+
+
+def main() -> None:
+    """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
+    config = compose("validate", ValidateConfig)
+    from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
+
+    with runtime.start() as ranks, assembly.build_validation(config, ranks) as evaluate:
+        evaluate()
