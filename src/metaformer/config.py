@@ -68,6 +68,8 @@ class TrainConfig(LoopConfig, CommonConfig):
         self.data.check_can_train()
         if self.model.name == AUTO and self.init_weights is None:
             self.model = dataclasses.replace(self.model, name=DEFAULT_NETWORK)
+        if self.model.freeze is not None and self.init_weights is None:
+            raise UserError(f"model.freeze={self.model.freeze}: would keep random weights; give init_weights too")
         if self.init_head is not InitHead.auto and self.init_weights is None:
             raise UserError(f"init_head={self.init_head.value}: nothing to convert; give init_weights too")
 

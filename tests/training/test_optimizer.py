@@ -11,8 +11,9 @@ from torch import nn
 
 from metaformer.errors import UserError
 from metaformer.models import create_model
-from metaformer.training.config import Implementation, OptimizerConfig
+from metaformer.training.config import Implementation, OptimizerConfig, ScheduleConfig, ScheduleUnit
 from metaformer.training.optimizer import make_optimizer
+from metaformer.training.schedule import Schedule
 from tests.training.conftest import FEATURES, tiny_network
 
 LR, DECAY = 1e-3, 0.05
@@ -27,6 +28,24 @@ def test_only_matrices_are_decayed() -> None:
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {id(p): DECAY if p.ndim > 1 else 0.0 for p in model.parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())), "none may be in two groups"
+
+
+def test_learning_rates_decay_towards_the_stem() -> None:
+    """With layer decay, each layer of PoolFormer-S12 has the rate of the next one times the factor; the head has lr."""
+    model = create_model("poolformer_s12", num_classes=4)
+    optimizer = make_optimizer(OptimizerConfig(layer_decay=0.5), model, LR)
+    config = ScheduleConfig(unit=ScheduleUnit.step, warmup_epochs=0)
+    assert Schedule(config, optimizer, 10, 10).set(0) == pytest.approx(LR)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    layers = ["head", "stages.3.blocks.1", "stages.3.blocks.0", "stages.3.downsample", "stages.2.blocks.5"]
+    for name, parameter in model.named_parameters():
+        depth = next((i for i, layer in enumerate(layers) if name.startswith(layer)), None)
+        rate, decay = rates.pop(id(parameter))
+        assert decay == (DECAY if parameter.ndim > 1 else 0), name
+        assert depth is None or rate == pytest.approx(LR * 0.5**depth), name
+        assert depth is not None or rate <= LR * 0.5**5, name
+        assert not name.startswith("stem") or rate == pytest.approx(LR * 0.5**16)
+    assert not rates
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from metaformer.errors import UserError
 from metaformer.training.config import ScheduleConfig, ScheduleUnit
 from metaformer.training.schedule import Schedule
 
@@ -55,6 +56,18 @@ def test_warm_up_and_cool_down() -> None:
     assert rates.set(4 * STEPS) == pytest.approx(3.2002e-3, rel=1e-6)
     assert 0.999 * PEAK < rates.set(5 * STEPS) < PEAK
     assert {rates.set(epoch * STEPS) for epoch in range(EPOCHS, EPOCHS + COOLDOWN)} == {MIN_LR}
+
+
+def test_warm_up_in_steps() -> None:
+    """warmup_steps replaces the epochs of warm-up, and needs a rate that changes with each step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+    rates = Schedule(ScheduleConfig(unit=ScheduleUnit.step, warmup_steps=10), optimizer, EPOCHS, STEPS)
+    assert rates.set(0) == WARMUP_LR
+    assert rates.set(5) == pytest.approx((WARMUP_LR + PEAK) / 2)
+    cosine = math.cos(math.pi * 10 / (EPOCHS * STEPS))
+    assert rates.set(10) == pytest.approx(MIN_LR + 0.5 * (PEAK - MIN_LR) * (1 + cosine))
+    with pytest.raises(UserError, match=r"^schedule\.warmup_steps=10: needs schedule=cosine_per_step$"):
+        ScheduleConfig(warmup_steps=10)
 
 
 def test_depends_on_the_step_alone() -> None:

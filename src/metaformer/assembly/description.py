@@ -49,14 +49,22 @@ def describe(
         f"batch        {config.global_batch_size} images = {runtime.world_size} (ranks) x {rank_batch} "
         f"x {config.accumulation_steps} (accumulation)"
     )
+    if config.model.freeze is not None:
+        frozen = sum(p.numel() for p in state.model.parameters() if not p.requires_grad)
+        yield f"frozen       {config.model.freeze}: {frozen:,} parameters besides these; BatchNorms in evaluation mode"
     optimizer, schedule = config.optimizer, config.schedule
-    yield f"optimizer    {optimizer.name}, lr {config.learning_rate:.3g}, weight decay {optimizer.weight_decay:g}"
+    decay = "" if optimizer.layer_decay is None else f", times {optimizer.layer_decay:g} per layer from the head"
     yield (
-        f"schedule     {config.total_epochs} epochs x {steps_per_epoch} steps: {schedule.warmup_epochs} warm-up, "
+        f"optimizer    {optimizer.name}, lr {config.learning_rate:.3g}{decay}, weight decay {optimizer.weight_decay:g}"
+    )
+    steps = schedule.warmup_steps
+    warmup = schedule.warmup_epochs if steps is None else f"{steps} steps"
+    yield (
+        f"schedule     {config.total_epochs} epochs x {steps_per_epoch} steps: {warmup} warm-up, "
         f"cosine over {config.epochs}, {schedule.cooldown_epochs} cool-down, per {schedule.unit.value}"
     )
     yield f"run folder   {shlex.quote(str(config.resolved_run_dir))}"
-    if schedule.warmup_epochs >= config.epochs:
+    if (schedule.warmup_epochs * steps_per_epoch if steps is None else steps) >= config.epochs * steps_per_epoch:
         yield f"warning      the warm-up is as long as epochs={config.epochs}: the peak lr is never reached"
 
 

@@ -20,6 +20,8 @@ def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits) -> 
         "augmentation.repeats": config.augmentation.repeats,
         **images.settings,
         **_parts_identity(config),
+        "model.freeze": config.model.freeze,
+        "layer-wise learning rates": config.optimizer.layer_decay is not None,
         "optimizer": f"{config.optimizer.name} of {config.optimizer.implementation.value}",
     }
 

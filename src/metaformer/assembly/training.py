@@ -36,6 +36,7 @@ from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import Preprocessing
+from metaformer.models.freezing import freeze
 from metaformer.models.norms import find_single_value_batch_norm
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
@@ -87,6 +88,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     transform_images, fused_transform = choose_transform(config, images, runtime)
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     notes = [] if initial is None else list(load_initial_weights(initial, model, splits.train.classes, runtime))
+    frozen_norms = [] if config.model.freeze is None else freeze(model, config.model.freeze)
     state = _new_state(config, images, splits, precision, model)
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
@@ -133,6 +135,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
                 seed=config.seed,
                 accumulation_steps=config.accumulation_steps,
                 clip_grad_norm=config.clip_grad_norm,
+                frozen_norms=frozen_norms,
             ),
             data=train_feed,
             steps_per_epoch=plan.steps_per_epoch,

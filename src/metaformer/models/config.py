@@ -1,5 +1,6 @@
 """Configuration of a network and of its input images."""
 
+import re
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
@@ -12,6 +13,7 @@ from metaformer.models.composition import Composition
 OWN_NETWORK = "metaformer"  # model.name of a network of one's own parts
 AUTO = "auto"  # model.name for the network that weights record
 DEFAULT_NETWORK = "poolformer_s12"  # where they record none
+STEM, ALL_BUT_HEAD = "stem", "all_but_head"  # choices of model.freeze, besides stages:N
 RATES = ("drop_path_rate", "head_dropout")  # of a composition; named networks have these fields too
 
 
@@ -99,6 +101,7 @@ class ModelConfig:
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
     # Run the paper's blocks with fused operators where these pass a check; needs library=metaformer and channels_last.
     fused: bool = True
+    freeze: str | None = None  # stem, stages:N (the stem and the first N stages) or all_but_head; for train.py
     crop_pct: float | None = None  # evaluation resizes the short side to image_size / crop_pct
     interpolation: ResizeFilter | None = None  # for evaluation; augmentation.interpolation is for training
     crop_mode: CropMode | None = None
@@ -149,6 +152,8 @@ class ModelConfig:
                 f"model.{name}={getattr(self, name)}: model={self.name} has its own parts; "
                 f"give model={OWN_NETWORK} to compose a network"
             )
+        if self.freeze is not None and not re.fullmatch(rf"{STEM}|{ALL_BUT_HEAD}|stages:[1-9]\d?", self.freeze):
+            raise UserError(f"model.freeze={self.freeze}: must be {STEM}, {ALL_BUT_HEAD} or stages:N, as in stages:2")
         if self.head_dropout is not None and self.library is Library.timm:
             raise UserError(f"model.head_dropout={self.head_dropout}: timm's networks have none here; leave it null")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

@@ -228,6 +228,16 @@ class MetaFormer(nn.Module):
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     initialize(module)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's description of the layers, for its layer-wise learning rates: patterns of parameter names.
+
+        Args:
+            coarse: stages instead of blocks.
+        """
+        between = r"^stages\.(\d+)\.(?:downsample|position_embedding)"
+        blocks = [(between, (-1,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.stages(self.stem(x)))
         return logits

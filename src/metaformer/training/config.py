@@ -19,12 +19,15 @@ class ScheduleConfig:
 
     unit: ScheduleUnit = ScheduleUnit.epoch
     warmup_epochs: int = 5
+    warmup_steps: int | None = None  # instead of warmup_epochs, for short trainings; needs unit=step
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     cooldown_epochs: int = 10
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "warmup_epochs", "cooldown_epochs", prefix="schedule.")
+        check_at_least(0, self, "warmup_epochs", "warmup_steps", "cooldown_epochs", prefix="schedule.")
+        if self.warmup_steps is not None and self.unit is ScheduleUnit.epoch:
+            raise UserError(f"schedule.warmup_steps={self.warmup_steps}: needs schedule=cosine_per_step")
 
 
 @dataclass
@@ -62,11 +65,14 @@ class OptimizerConfig:
     betas: list[float] | None = None  # None: the optimizer's own
     eps: float | None = None
     momentum: float = 0.9  # used by optimizers that have one
+    layer_decay: float | None = None  # factor of the learning rate from each layer to the one before it; None: 1
     implementation: Implementation = Implementation.torch
 
     def __post_init__(self) -> None:
         if self.betas is not None and len(self.betas) != 2:
             raise UserError(f"optimizer.betas={self.betas}: must be two numbers, as in [0.9,0.999]")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay={self.layer_decay}: must be in (0, 1]")
 
     def learning_rate(self, global_batch_size: int) -> float:
         """Return the peak learning rate."""

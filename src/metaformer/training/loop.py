@@ -92,7 +92,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         progress, config = self.state.progress, self.config
-        self.learner.network.train()
+        self.learner.train_mode()
         batches = self._batches()
         self.meter.start()
         while progress.steps_in_epoch < self.steps_per_epoch and not self._reached_max_steps():

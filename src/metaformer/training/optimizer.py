@@ -17,6 +17,8 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torc
         UserError: the name or an option is unknown, or apex is not installed.
     """
     options: dict[str, Any] = {}
+    if config.layer_decay is not None:
+        options["layer_decay"] = config.layer_decay
     if config.betas is not None:
         options["betas"] = tuple(config.betas)
     if config.eps is not None:
@@ -48,6 +50,10 @@ def _make_apex(config: OptimizerConfig, model: nn.Module, lr: float, options: di
     known = {"adamw": FusedAdam, "lamb": FusedLAMB}
     if config.name not in known:
         raise unknown_name("optimizer.name (of apex)", config.name, known)
-    groups = timm.optim.param_groups_weight_decay(model, config.weight_decay)
+    decay = options.pop("layer_decay", None)
+    if decay is None:
+        groups = timm.optim.param_groups_weight_decay(model, config.weight_decay)
+    else:
+        groups = timm.optim.param_groups_layer_decay(model, config.weight_decay, layer_decay=decay)
     optimizer: torch.optim.Optimizer = known[config.name](groups, lr=lr, **options)
     return optimizer

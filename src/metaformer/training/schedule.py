@@ -20,15 +20,15 @@ class Schedule:
             optimizer,
             t_initial=epochs * scale,
             lr_min=config.min_lr,
-            warmup_t=config.warmup_epochs * scale,
+            warmup_t=config.warmup_epochs * scale if config.warmup_steps is None else config.warmup_steps,
             warmup_lr_init=config.warmup_lr,
             t_in_epochs=self._per_epoch,
         )
 
     def set(self, step: int) -> float:
-        """Set and return the learning rate of a step, counted from 0."""
+        """Set the learning rate of a step, counted from 0, and return it: with layer decay, that of the head."""
         if self._per_epoch:
             self._cosine.step(step // self._steps_per_epoch)
         else:
             self._cosine.step_update(step)
-        return float(self._optimizer.param_groups[0]["lr"])
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)

@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward passes over the batch's parts, clipping, update."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ class Learner:
         seed: of drop path.
         accumulation_steps: batches of a step.
         clip_grad_norm: largest norm of the gradients; None: not clipped.
+        frozen_norms: BatchNorms that keep their running statistics.
     """
 
     state: TrainState
@@ -37,10 +38,17 @@ class Learner:
     seed: int = 0
     accumulation_steps: int = 1
     clip_grad_norm: float | None = None
+    frozen_norms: Sequence[nn.Module] = ()
     running_statistics: RunningStatistics = field(init=False)
 
     def __post_init__(self) -> None:
         self.running_statistics = RunningStatistics(self.state.model)
+
+    def train_mode(self) -> None:
+        """Set the network to training mode, but for BatchNorms that are frozen."""
+        self.network.train()
+        for norm in self.frozen_norms:
+            norm.eval()
 
 
 def train_step(learner: Learner, batches: Iterator[Batch], measure_norm: bool = False) -> Tensor | None:
