@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from metaformer.interfaces import Batch
 from metaformer.runtime import Runtime
-from metaformer.training.config import EmaConfig, OptimizerConfig, PrecisionConfig, PrecisionName
+from metaformer.training.config import EmaConfig, LossConfig, OptimizerConfig, PrecisionConfig, PrecisionName
 from metaformer.training.ema import make_ema
+from metaformer.training.losses import make_loss
 from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision
 from metaformer.training.state import TrainState
@@ -37,7 +37,7 @@ def make_learner(
         identity={},
     )
     network = model if network is None else network
-    return Learner(state, network, formats, runtime, Stopwatch(runtime.device), functional.cross_entropy)
+    return Learner(state, network, formats, runtime, Stopwatch(runtime.device), make_loss(LossConfig()))
 
 
 def random_batches(size: int, image_size: int, device: torch.device) -> Iterator[Batch]:

@@ -17,7 +17,14 @@ from metaformer.errors import UserError, check_at_least
 from metaformer.models.config import AUTO, DEFAULT_NETWORK, InitHead, ModelConfig
 from metaformer.reporting.config import ReportConfig
 from metaformer.tracking.config import TrackingConfig
-from metaformer.training.config import EmaConfig, LoopConfig, LossConfig, OptimizerConfig, PrecisionConfig
+from metaformer.training.config import (
+    DistillConfig,
+    EmaConfig,
+    LoopConfig,
+    LossConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+)
 
 
 @dataclass
@@ -51,6 +58,7 @@ class TrainConfig(LoopConfig, CommonConfig):
 
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -11,12 +11,14 @@ from torch.nn import functional
 
 from metaformer.composing import compose_training
 from metaformer.errors import UserError
+from metaformer.interfaces import Batch
 from metaformer.training.config import LossConfig, LossName
 from metaformer.training.losses import make_loss
 from tests.conftest import CLASSES, QUICK, rows
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
 TARGETS = torch.tensor([[0.7, 0.25, 0.05], [0.1, 0.1, 0.8]])
+BATCH = Batch(torch.zeros(2, 3, 1, 1), TARGETS)
 
 
 def binary(targets: torch.Tensor) -> torch.Tensor:
@@ -27,12 +29,12 @@ def binary(targets: torch.Tensor) -> torch.Tensor:
 
 def test_values() -> None:
     """Each loss equals its definition; the threshold makes targets 0 or 1; the sum is over classes only."""
-    loss = make_loss(LossConfig())(LOGITS, TARGETS)
+    loss = make_loss(LossConfig())(LOGITS, BATCH)
     assert loss == pytest.approx(float(-(TARGETS * LOGITS.log_softmax(1)).sum(1).mean()))
-    soft = make_loss(LossConfig(LossName.bce))(LOGITS, TARGETS)
+    soft = make_loss(LossConfig(LossName.bce))(LOGITS, BATCH)
     assert soft == pytest.approx(float(binary(TARGETS).mean()))
     hard_targets = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    hard = make_loss(LossConfig(LossName.bce, target_threshold=0.2, sum_classes=True))(LOGITS, TARGETS)
+    hard = make_loss(LossConfig(LossName.bce, target_threshold=0.2, sum_classes=True))(LOGITS, BATCH)
     assert hard == pytest.approx(float(binary(hard_targets).sum(1).mean()))
 
 

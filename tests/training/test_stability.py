@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate, one_hot
+from torch.nn.functional import interpolate, one_hot
 
 from metaformer.interfaces import Batch
 from metaformer.models import create_model
 from metaformer.models.families import COMPOSITIONS
 from metaformer.runtime import start
-from metaformer.training.config import OptimizerConfig, PrecisionConfig, PrecisionName
+from metaformer.training.config import LossConfig, OptimizerConfig, PrecisionConfig, PrecisionName
+from metaformer.training.losses import make_loss
 from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision, Scaler
 from metaformer.training.state import TrainState
@@ -68,7 +69,7 @@ def test_caformer_trains_with_lamb_in_16_bits(precision: str) -> None:
     optimizer = make_optimizer(OptimizerConfig(name="lamb"), model, PEAK_LR)
     state = TrainState(model=model, ema=None, optimizer=optimizer, scaler=formats.scaler, identity={})
     with start() as runtime:
-        learner = Learner(state, model, formats, runtime, Stopwatch(runtime.device), cross_entropy)
+        learner = Learner(state, model, formats, runtime, Stopwatch(runtime.device), make_loss(LossConfig()))
         losses = []
         for step in range(STEPS):
             for group in optimizer.param_groups:

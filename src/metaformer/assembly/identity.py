@@ -8,7 +8,7 @@ from metaformer.config import TrainConfig
 from metaformer.models.config import Preprocessing
 
 
-def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits) -> dict[str, Any]:
+def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits, teacher: str | None) -> dict[str, Any]:
     """Return the values that a run keeps when it resumes, under the names that an error shows."""
     return {
         "model": config.model.name,
@@ -18,6 +18,7 @@ def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits) -> 
         "data": splits.train.fingerprint[:16],
         "data.balance": config.data.balance.value,
         "augmentation.repeats": config.augmentation.repeats,
+        "distill.teacher": teacher,
         **images.settings,
         **_parts_identity(config),
         "model.freeze": config.model.freeze,

@@ -13,6 +13,7 @@ from torchvision.utils import save_image
 
 from metaformer.assembly.adoption import adopt_weights, make_record
 from metaformer.assembly.description import describe, loading_advice
+from metaformer.assembly.distillation import make_distillation
 from metaformer.assembly.fusion import choose_transform
 from metaformer.assembly.identity import run_identity
 from metaformer.assembly.initial_weights import load_initial_weights
@@ -48,7 +49,6 @@ from metaformer.training.checkpoint import CheckpointFolder, ResumePoint, Weight
 from metaformer.training.ema import make_ema
 from metaformer.training.interruption import interruptible_start
 from metaformer.training.loop import Trainer
-from metaformer.training.losses import make_loss
 from metaformer.training.manifest import verify
 from metaformer.training.meter import Meter
 from metaformer.training.optimizer import make_optimizer
@@ -89,7 +89,9 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     fused = f"blocks {fused_blocks}; transform {fused_transform}"
     notes = [] if initial is None else list(load_initial_weights(initial, model, splits.train.classes, runtime))
     frozen_norms = [] if config.model.freeze is None else freeze(model, config.model.freeze)
-    state = _new_state(config, images, splits, precision, model)
+    distillation = make_distillation(config, images, splits.train.classes, splits.num_classes, runtime, precision)
+    identity = run_identity(config, images, splits, distillation.identity)
+    state = _new_state(config, precision, model, identity)
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
@@ -116,7 +118,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         description = describe(config, images, runtime, splits, state, plan.steps_per_epoch) if runtime.is_main else ()
         if resume_point.folder is not None:
             notes = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
-        for line in [*resume_point.skipped, *description, f"fused        {fused}", *notes]:
+        for line in [*resume_point.skipped, *description, f"fused        {fused}", *distillation.lines, *notes]:
             tracker.message(line)
         check_lock = (lambda: None) if lock is None else lock.check
         saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
@@ -131,7 +133,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
                 precision=precision,
                 runtime=runtime,
                 stopwatch=meter.stopwatch,
-                loss=make_loss(config.loss),
+                loss=distillation.loss,
                 seed=config.seed,
                 accumulation_steps=config.accumulation_steps,
                 clip_grad_norm=config.clip_grad_norm,
@@ -194,19 +196,13 @@ def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runti
         )
 
 
-def _new_state(
-    config: TrainConfig,
-    images: Preprocessing,
-    splits: Splits,
-    precision: Precision,
-    model: nn.Module,
-) -> TrainState:
+def _new_state(config: TrainConfig, precision: Precision, model: nn.Module, identity: dict[str, Any]) -> TrainState:
     return TrainState(
         model=model,
         ema=make_ema(config.ema, model),
         optimizer=make_optimizer(config.optimizer, model, config.learning_rate),
         scaler=precision.scaler,
-        identity=run_identity(config, images, splits),
+        identity=identity,
     )
 
 

@@ -1,6 +1,6 @@
 """Configuration of training. Imports neither torch nor timm, so that command lines are checked quickly."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from metaformer.errors import UserError, check_at_least
@@ -113,6 +113,27 @@ class LossConfig:
         if self.name is not LossName.bce and (self.target_threshold is not None or self.sum_classes):
             name = "sum_classes" if self.target_threshold is None else "target_threshold"
             raise UserError(f"loss.{name}={getattr(self, name)}: not used by loss={self.name.value}; give loss=bce")
+
+
+@dataclass
+class DistillConfig:
+    """Distillation: soft targets from a teacher, a network that is trained already (arXiv 1503.02531)."""
+
+    teacher: str | None = None  # its weights: a file, a checkpoint folder, a run folder, or official:NAME
+    model: str | None = None  # its network, for weights that do not record it: a network of this project or of timm
+    use_ema: bool = False  # the averaged weights of the teacher's checkpoint
+    weight: float = 0.5  # share of the teacher in the loss; the labels have the rest
+    temperature: float = 1.0  # divides the logits of teacher and student
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise UserError(f"distill.weight={self.weight}: must be in [0, 1]")
+        if not self.temperature > 0:
+            raise UserError(f"distill.temperature={self.temperature}: must be positive")
+        for option in fields(self):
+            if self.teacher is None and getattr(self, option.name) != option.default:
+                value = getattr(self, option.name)
+                raise UserError(f"distill.{option.name}={value}: there is no teacher; give distill.teacher too")
 
 
 class PrecisionName(Enum):

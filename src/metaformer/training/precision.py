@@ -82,3 +82,15 @@ class Precision:
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context manager for a forward pass."""
         return torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not None)
+
+    @property
+    def inference_dtype(self) -> torch.dtype | None:
+        """The type of matrix products of a network that is not trained: bfloat16 on GPUs that have it, else `dtype`."""
+        if self._device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+            return torch.bfloat16
+        return self.dtype
+
+    def inference_autocast(self) -> AbstractContextManager[None]:
+        """Return the context manager for the forward pass of a network that is not trained."""
+        dtype = self.inference_dtype
+        return torch.autocast(self._device.type, dtype, enabled=dtype is not None)

@@ -21,7 +21,7 @@ class Learner:
 
     Attributes:
         network: the state's model as it is called: compiled, wrapped by DDP.
-        loss: of a batch's logits and targets.
+        loss: of the logits of a batch.
         stopwatch: measures the forward passes: the work of this rank that does not wait for the others.
         seed: of drop path.
         accumulation_steps: batches of a step.
@@ -100,7 +100,7 @@ def _forward_backward(learner: Learner, batch: Batch) -> Tensor:
     learner.stopwatch.start()
     with learner.precision.autocast():
         logits = learner.network(batch.images)
-    loss = learner.loss(logits.float(), batch.targets) / learner.accumulation_steps
+    loss = learner.loss(logits.float(), batch) / learner.accumulation_steps
     learner.stopwatch.stop()
     learner.state.scaler.scale(loss).backward()
     return loss.detach()
