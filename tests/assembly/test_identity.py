@@ -44,12 +44,13 @@ def test_resumes_in_the_sequence(
 
 
 def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp_path: Path, run_program: Run) -> None:
-    """A checkpoint that does not record the balance resumes without, and is refused with."""
+    """A checkpoint that does not record the balance and the like resumes without, and is refused with."""
     command = (f"data.root={images}", *SMALL, f"run_dir={tmp_path / 'run'}")
 
     def earlier_identity(*parts: Any) -> dict[str, Any]:
         identity = run_identity(*parts)
-        return {name: value for name, value in identity.items() if name not in ("data.balance", "augmentation.repeats")}
+        new = ("data.balance", "augmentation.repeats", "distill.teacher", "model.freeze", "layer-wise learning rates")
+        return {name: value for name, value in identity.items() if name not in new}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "run_identity", earlier_identity)
@@ -58,6 +59,13 @@ def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp
         run_program("train", *command, "data.balance=sqrt")
     with pytest.raises(UserError, match=r"trained with augmentation\.repeats=1, this run has 2;"):
         run_program("train", *command, "augmentation.repeats=2")
+    with pytest.raises(UserError, match=r"trained with layer-wise learning rates=False, this run has True;"):
+        run_program("train", *command, "optimizer.layer_decay=0.9")
+    weights = f"init_weights={tmp_path / 'run'}"
+    with pytest.raises(UserError, match=r"trained with model\.freeze=None, this run has stem;"):
+        run_program("train", *command, weights, "model.freeze=stem")
+    with pytest.raises(UserError, match=r"trained with distill\.teacher=None, this run has test_resnet "):
+        run_program("train", *command, f"distill.teacher={tmp_path / 'run'}")
     assert run_program("train", *command, "max_steps=3")["images"] == 403
 
 

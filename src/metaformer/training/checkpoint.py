@@ -24,7 +24,13 @@ from metaformer.training.probe import check_room, try_out
 from metaformer.training.state import Snapshot, TrainState
 
 # Entries of the identity that earlier versions did not write, where they had one value only.
-_OF_EARLIER_VERSIONS: dict[str, Any] = {"data.balance": "none", "augmentation.repeats": 1, "distill.teacher": None}
+_OF_EARLIER_VERSIONS: dict[str, Any] = {
+    "data.balance": "none",
+    "augmentation.repeats": 1,
+    "distill.teacher": None,
+    "model.freeze": None,
+    "layer-wise learning rates": False,
+}
 
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 
