@@ -104,6 +104,18 @@ def _first_rows(
 
 
 @triton.jit
+def _next_window(
+    rows, pixels, row, column, c, height, width, channels, column_share, RADIUS: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """Read the last row of the window around `row`: the sums of its last 2 R rows, and the sum over all of them."""
+    last = _sum_row(pixels, row + RADIUS, column, c, height, width, channels, column_share, RADIUS, TRANSPOSED)
+    total = last
+    for k in tl.static_range(2 * RADIUS):
+        total += rows[k]
+    return rows[1:] + (last,), total  # noqa: RUF005
+
+
+@triton.jit
 def _mix(
     x, stats, scale, keep, out, moments, height, width, channels,
     HAS_KEEP: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -120,11 +132,7 @@ def _mix(
     squares = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     for loop in range(LOOPS):
         row = first + loop
-        last = _sum_row(pixels, row + RADIUS, column, c, height, width, channels, share, RADIUS, False)
-        total = last
-        for k in tl.static_range(2 * RADIUS):
-            total += rows[k]
-        rows = rows[1:] + (last,)  # noqa: RUF005
+        rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, share, RADIUS, False)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         values = tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
         mixed = (values + factor * (total * _share(row, height, RADIUS) - values)).to(out.dtype.element_ty)
@@ -156,11 +164,7 @@ def _sum_products(
     products = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     for loop in range(LOOPS):
         row = first + loop
-        last = _sum_row(pixels, row + RADIUS, column, c, height, width, channels, share, RADIUS, False)
-        total = last
-        for k in tl.static_range(2 * RADIUS):
-            total += rows[k]
-        rows = rows[1:] + (last,)  # noqa: RUF005
+        rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, share, RADIUS, False)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         difference = total * _share(row, height, RADIUS) - tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
         products += difference * tl.load(grad + start + offsets, mask, 0.0).to(tl.float32)
@@ -201,11 +205,7 @@ def _apply_gradient(
     rows = _first_rows(pixels, first, column, c, height, width, channels, 1.0, RADIUS, True)
     for loop in range(LOOPS):
         row = first + loop
-        last = _sum_row(pixels, row + RADIUS, column, c, height, width, channels, 1.0, RADIUS, True)
-        total = last
-        for k in tl.static_range(2 * RADIUS):
-            total += rows[k]
-        rows = rows[1:] + (last,)  # noqa: RUF005
+        rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, 1.0, RADIUS, True)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         grad_out = tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
         centred = tl.load(x + start + offsets, mask, 0.0).to(tl.float32) - mean
