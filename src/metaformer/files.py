@@ -39,7 +39,20 @@ def temporary_beside(path: Path) -> Path:
 
 def remove_temporaries(path: Path) -> None:
     """Remove leftovers of `temporary_beside(path)`, including those of killed processes. Call it once `path` exists."""
-    for left_over in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+    _remove_all(path.parent, glob.escape(path.name))
+
+
+def remove_temporaries_in(folder: Path) -> None:
+    """Remove what killed processes left in a folder of `temporary_beside` for any file. No other may be writing there.
+
+    Raises:
+        OSError: A leftover file cannot be removed.
+    """
+    _remove_all(folder, "*")
+
+
+def _remove_all(folder: Path, name: str) -> None:
+    for left_over in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
         else:

@@ -187,7 +187,7 @@ def test_training_uses_the_networks_preprocessing(
         plans.append(TrainingPlan(**values))
         return plans[-1]
 
-    monkeypatch.setattr(sys.modules["metaformer.assembly.training"], "TrainingPlan", keep)
+    monkeypatch.setattr(sys.modules["metaformer.assembly.plan"], "TrainingPlan", keep)
     run_program("train", *command, "max_steps=1")
     assert (plans[0].image_size, plans[0].crop_pct, plans[0].bicubic) == (160, 0.95, False)
     assert plans[0].fill == (128, 128, 128), "RandAugment fills with the mean, as in timm"

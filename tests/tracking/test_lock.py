@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from metaformer.errors import UserError
-from metaformer.files import write_text_atomically
+from metaformer.files import temporary_beside, write_text_atomically
 from metaformer.goodput import Goodput
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
@@ -112,6 +112,16 @@ def test_the_runs_own_files_do_not_release_the_lock(tmp_path: Path) -> None:
         descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
         os.close(descriptor)
         assert not is_locked(run_dir), "otherwise this test could not fail"
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    """Temporary files of a killed run are removed; a file of the user's with a similar name stays."""
+    left_over, own = temporary_beside(tmp_path / "status.json"), tmp_path / ".notes.tmp"
+    for file in (left_over, own):
+        file.touch()
+    with lock_run_folder(tmp_path):
+        assert not left_over.exists()
+    assert own.exists()
 
 
 def test_created_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:

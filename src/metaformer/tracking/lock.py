@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.errors import UserError
+from metaformer.files import remove_temporaries_in
 
 LOCK_FILE = "lock"
 
@@ -17,6 +18,8 @@ LOCK_FILE = "lock"
 @contextmanager
 def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
     """Create the run folder if needed and lock it for this process. At the end, a created folder is removed if empty.
+
+    Temporary files that a killed run left there are removed.
 
     Raises:
         UserError: Another run holds the lock, or the folder cannot be created or written.
@@ -28,6 +31,8 @@ def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
         raise UserError(f"run_dir={run_dir}: cannot be created ({error.strerror or error})") from error
     lock = RunLock(run_dir)
     try:
+        with suppress(OSError):  # a folder that cannot be written is reported, with the reason, when it is written
+            remove_temporaries_in(run_dir)
         yield lock
     finally:
         with suppress(OSError):  # the folder is gone, or another run has started in it
