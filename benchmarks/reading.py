@@ -27,7 +27,7 @@ from metaformer.data.index.image_index import ImageIndex, find_images
 from metaformer.data.load.image_bytes import ImageBytes
 from metaformer.data.load.image_file import StoredImage
 from metaformer.data.load.jpeg_decoder import DECODERS, DecodeRegion, region_decoder
-from metaformer.data.load.torch_reader import open_stored, read_with_torch
+from metaformer.data.load.torch_reader import TorchReader, open_stored
 from metaformer.data.plan.augmentation import AugmentationConfig, RandAugmentConfig
 from metaformer.data.plan.geometry import random_resized_crop
 from metaformer.data.plan.plan import BatchPlan, TrainingPlan
@@ -74,7 +74,7 @@ class Reading:
     """Measurements of one data set with one decoder of JPEGs; keeps the fastest of each."""
 
     def __init__(self, index: ImageIndex, decoder: DecodeRegion, images: int) -> None:
-        self._stored, self._decoder = ImageBytes(index), decoder
+        self._stored, self._decoder, self._reader = ImageBytes(index), decoder, TorchReader(decoder=decoder)
         plain = _batches(index, images, RandAugmentConfig(num_ops=0))
         augmented = _batches(index, images, RandAugmentConfig())
         self._batch = torch.empty((1, 3, SIZE, SIZE), dtype=torch.uint8).to(memory_format=torch.channels_last)[0]
@@ -116,7 +116,7 @@ class Reading:
         cut(random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
 
     def _make_image(self, plan: BatchPlan, row: int) -> None:
-        self._batch.copy_(read_with_torch(self._read(plan, row), plan, row, decode=self._decoder))
+        self._batch.copy_(self._reader.read(self._read(plan, row), plan, row))
 
 
 def _batches(index: ImageIndex, images: int, randaugment: RandAugmentConfig) -> list[BatchPlan]:

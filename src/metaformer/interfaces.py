@@ -9,18 +9,32 @@ from torch import Tensor
 Row = dict[str, Any]
 
 
+class Waiting(NamedTuple):
+    """Seconds that the training process waited for data, by the loader's stage that it waited for."""
+
+    read: float = 0.0  # reading files
+    decode: float = 0.0
+    augment: float = 0.0  # resizing, flipping and RandAugment
+    copy: float = 0.0  # from the worker that made a batch to the training process and its device
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+
 class Batch(NamedTuple):
     """One rank's batch, on the device.
 
     Attributes:
         images: float32 [B, 3, S, S], normalised; in training also augmented.
         targets: int64 labels [B] in evaluation, float32 soft targets [B, classes] in training.
-        waited: seconds that the consumer waited for the loader.
+        waited: how long the consumer waited for the batch, and for what.
     """
 
     images: Tensor
     targets: Tensor
-    waited: float = 0.0
+    waited: Waiting = Waiting()
 
 
 class BatchSource(Protocol):

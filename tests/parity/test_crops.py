@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
 from metaformer.data.index.image_index import load_index
-from metaformer.data.load.pil_reader import read_with_pil
+from metaformer.data.load.pil_reader import PilReader
 from metaformer.data.load.worker_loader import WorkerLoader
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.data.plan.geometry import Box, evaluation_resize, random_resized_crop, resize_and_center_crop
@@ -156,7 +156,7 @@ def test_evaluation_images_are_timms(root: Path, crop_pct: float, resize_to: int
         crop_pct=crop_pct,
         bicubic=interpolation == "bicubic",
     )
-    with closing(WorkerLoader(read_with_pil, index, plan, workers=0, prefetch_batches=2, pin_memory=False)) as loader:
+    with closing(WorkerLoader(PilReader(), index, plan, workers=0, prefetch_batches=2, pin_memory=False)) as loader:
         (images,) = loader.epoch(0)
     transform: Any = create_transform(
         224, is_training=False, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaformer.errors import Diverged
 from metaformer.goodput import Goodput
-from metaformer.interfaces import Batch
+from metaformer.interfaces import Batch, Waiting
 from metaformer.runtime import Runtime
 from metaformer.tracking.tracker import NullTracker
 from metaformer.training.bottleneck import Bottleneck
@@ -86,7 +86,7 @@ def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int
     defaults: dict[str, Any] = {"epochs": 3, "global_batch_size": 8, "log_every_steps": 1, "schedule": constant}
     config = LoopConfig(**(defaults | settings))
     goodput = Goodput()
-    meter = Meter(state, CPU, ["here"], goodput, Bottleneck("raise workers"))
+    meter = Meter(state, CPU, ["here"], goodput, Bottleneck(dict.fromkeys(Waiting._fields, "raise workers")))
     learner = Learner(
         state=state,
         network=state.model,

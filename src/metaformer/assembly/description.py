@@ -1,4 +1,4 @@
-"""Human-readable lines about a run: its settings, and advice for faster loading."""
+"""Human-readable lines about a run: its settings."""
 
 import shlex
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from dataclasses import asdict
 
 import torch
 
-from metaformer.assembly.parts import loader_name, worker_count
+from metaformer.assembly.parts import loader_name
 from metaformer.assembly.splits import Splits
 from metaformer.config import TrainConfig
-from metaformer.data.load.config import LoaderName
 from metaformer.errors import one_line
 from metaformer.models import Composition, create_model
 from metaformer.models.config import Library, ModelConfig, Preprocessing
@@ -86,13 +85,3 @@ def _describe_parts(composition: Composition) -> str:
     values = asdict(composition).items()
     texts = (f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in values)
     return ", ".join(texts)
-
-
-def loading_advice(config: TrainConfig, runtime: Runtime) -> str:
-    """Return advice for faster loading, with the current settings."""
-    workers = worker_count(config, runtime)
-    if loader_name(config, runtime) is LoaderName.dali:
-        return f"raise workers (now {workers}) or loader.prefetch_batches (now {config.loader.prefetch_batches})"
-    faster = "loader=dali" if runtime.device.type == "cuda" else "loader=torch"
-    other = "" if loader_name(config, runtime).value in faster else f", or use {faster}"
-    return f"raise workers (now {workers}, {runtime.cpus_per_rank()} CPU cores){other}"

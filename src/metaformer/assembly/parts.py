@@ -1,7 +1,6 @@
 """Builds the parts that training and validation share: data, network and weights."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ from metaformer.data.index.quarantine import drop_quarantined
 from metaformer.data.load.config import LoaderConfig, LoaderName
 from metaformer.data.load.dali_loader import DaliLoader, dali_is_installed
 from metaformer.data.load.loader import Loader
-from metaformer.data.load.pil_reader import read_with_pil
-from metaformer.data.load.torch_reader import read_with_torch
+from metaformer.data.load.pil_reader import PilReader
+from metaformer.data.load.torch_reader import TorchReader
 from metaformer.data.load.worker_loader import WorkerLoader
 from metaformer.data.load.worker_server import start_worker_server
 from metaformer.data.plan.plan import EvaluationPlan, Plan
@@ -136,9 +135,8 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
     """Build the loader that `config.name` selects (not `auto`), with `workers` processes or threads."""
     if config.name is LoaderName.dali:
         return DaliLoader(index, plan, config, device, max(1, workers))
-    read = read_with_torch if config.name is LoaderName.torch else read_with_pil
-    read = partial(read, max_pixels=config.max_pixels)
-    return WorkerLoader(read, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
+    reader = (TorchReader if config.name is LoaderName.torch else PilReader)(config.max_pixels)
+    return WorkerLoader(reader, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
 
 
 def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:

@@ -12,11 +12,12 @@ from torch import nn
 from torchvision.utils import save_image
 
 from metaformer.assembly.adoption import adopt_weights, make_record
-from metaformer.assembly.description import describe, loading_advice
+from metaformer.assembly.description import describe
 from metaformer.assembly.distillation import make_distillation
 from metaformer.assembly.fusion import choose_transform
 from metaformer.assembly.identity import run_identity
 from metaformer.assembly.initial_weights import load_initial_weights
+from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import (
     colour_statistics,
     evaluation_feed,
@@ -125,7 +126,8 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         stack.enter_context(closing(saver))
         processes = runtime.processes()
         hosts = [process.host for process in processes]
-        meter = Meter(state, runtime, hosts, goodput, Bottleneck(loading_advice(config, runtime)))
+        bottleneck = Bottleneck(loading_advice(config, runtime, splits.train))
+        meter = Meter(state, runtime, hosts, goodput, bottleneck)
         trainer = Trainer(
             learner=Learner(
                 state=state,

@@ -34,12 +34,14 @@ class Feed:
         """Yield the batches of an epoch from position `first` on."""
         loaded = self._loader.epoch(epoch, first)
         for position in range(first, self._plan.batches_per_epoch):
-            started = time.perf_counter()
             pixels = next(loaded)
-            waited = time.perf_counter() - started
             plan = self._plan.to_transform(epoch, position)
             labels = torch.from_numpy(self._index.labels[plan.samples])
+            started = time.perf_counter()
             pixels, labels = to_device(pixels, self._device), to_device(labels, self._device)
+            copied = time.perf_counter() - started
+            waited = self._loader.waited
+            waited = waited._replace(copy=waited.copy + copied)
             images, targets = self._transform(pixels, labels, plan)
             yield Batch(images.contiguous(memory_format=self._memory_format), targets, waited)
 

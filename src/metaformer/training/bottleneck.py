@@ -1,28 +1,42 @@
-"""Tells whether training waits for data: one line per epoch, with what would help."""
+"""Tells whether training waits for data, and for which stage of loading: one line per epoch, with what would help."""
+
+from metaformer.interfaces import Waiting
 
 INPUT_BOUND = 0.1  # share of an epoch's time spent waiting for data, from which training counts as input-bound
+STAGES = Waiting._fields
+NAMES = {"read": "reading files", "decode": "decoding", "augment": "augmentation", "copy": "copying batches"}
+
+
+def add_waits(one: Waiting, other: Waiting) -> Waiting:
+    """Return the sum, stage by stage."""
+    return Waiting(*(a + b for a, b in zip(one, other, strict=True)))
 
 
 class Bottleneck:
     """The waiting time of an epoch, added up over its log rows.
 
     Args:
-        advice: what would make loading faster, with the present settings.
+        advice: for each stage, what would make it faster, with the present settings.
     """
 
-    def __init__(self, advice: str) -> None:
+    def __init__(self, advice: dict[str, str]) -> None:
         self._advice = advice
-        self._waited = self._elapsed = 0.0
+        self._waited, self._elapsed = Waiting(), 0.0
 
-    def add(self, waited: float, elapsed: float) -> None:
+    def add(self, waited: Waiting, elapsed: float) -> None:
         """Add the seconds that the ranks waited on average, and the seconds that passed."""
-        self._waited += waited
+        self._waited = add_waits(self._waited, waited)
         self._elapsed += elapsed
 
     def verdict(self, epoch: int) -> str:
         """Return the line for an epoch, and start the next one."""
-        share = self._waited / self._elapsed if self._elapsed else 0.0
-        self._waited = self._elapsed = 0.0
+        waited, total = self._waited, self._waited.total
+        share = total / self._elapsed if self._elapsed else 0.0
+        self._waited, self._elapsed = Waiting(), 0.0
+        time_waited = f"{100 * share:.0f} % of its time went to waiting for data"
         if share < INPUT_BOUND:
-            return f"epoch {epoch} compute-bound: {100 * share:.0f} % of its time went to waiting for data"
-        return f"epoch {epoch} input-bound: {100 * share:.0f} % of its time went to waiting for data; {self._advice}"
+            return f"epoch {epoch} compute-bound: {time_waited}; the network sets the pace"
+        by_stage = sorted(zip(STAGES, waited, strict=True), key=lambda pair: -pair[1])
+        slowest = by_stage[0][0]
+        parts = ", ".join(f"{NAMES[stage]} {100 * seconds / total:.0f} %" for stage, seconds in by_stage)
+        return f"epoch {epoch} input-bound: {time_waited} ({parts}); for {NAMES[slowest]}, {self._advice[slowest]}"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from metaformer.goodput import Goodput
-from metaformer.interfaces import Row
+from metaformer.interfaces import Row, Waiting
 from metaformer.runtime import Runtime
-from metaformer.training.bottleneck import Bottleneck
+from metaformer.training.bottleneck import Bottleneck, add_waits
 from metaformer.training.state import TrainState
 from metaformer.training.stragglers import Stopwatch, describe_straggler
 
@@ -22,8 +22,8 @@ class _Window:
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    waited: float = 0.0
-    waited_for_first: float = 0.0  # the part of `waited` before the epoch's first batch, while workers start
+    waited: Waiting = field(default_factory=Waiting)  # without the epoch's first batch
+    waited_for_first: float = 0.0  # while workers start
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ class Meter:
         """Start a window: at the beginning of an epoch."""
         self._window = _Window()
 
-    def waited(self, seconds: float, is_first: bool) -> None:
+    def waited(self, waited: Waiting, is_first: bool) -> None:
         """Add a wait for a batch; the first one of an epoch includes the start of the workers."""
-        self._window.waited += seconds
-        self._window.waited_for_first += seconds if is_first else 0.0
+        if is_first:
+            self._window.waited_for_first += waited.total
+        else:
+            self._window.waited = add_waits(self._window.waited, waited)
 
     def step(self) -> None:
         """Count a step."""
@@ -79,20 +81,21 @@ class Meter:
         state, progress, window = self._state, self._state.progress, self._window
         skipped, skipped_in_a_row = (int(count) for count in state.skips.tolist())
         taken = progress.steps_since_log - skipped
-        own = torch.tensor([float(state.loss_sum), window.waited, window.waited_for_first, self.stopwatch.read()])
-        ranks = torch.stack(self._runtime.gather(own.double()))
-        loss_sum, waited, waited_for_first, _ = ranks.mean(dim=0).tolist()
-        _, waits, first_waits, forward_passes = ranks.unbind(dim=1)
+        own = [float(state.loss_sum), self.stopwatch.read(), window.waited_for_first, *window.waited]
+        ranks = torch.stack(self._runtime.gather(torch.tensor(own, dtype=torch.float64)))
+        loss_sum, _, waited_for_first, *stages = ranks.mean(dim=0).tolist()
+        waited = Waiting(*stages)
+        forward_passes, waits = ranks[:, 1], ranks[:, 3:].sum(dim=1)
         elapsed = time.perf_counter() - window.started
-        self._goodput.record_wait(window.waited)
-        self.bottleneck.add(waited - waited_for_first, elapsed - waited_for_first)
+        self._goodput.record_wait(window.waited.total + window.waited_for_first)
+        self.bottleneck.add(waited, elapsed - waited_for_first)
         progress.skipped_steps += skipped
         row = progress.row("train") | {
             "loss": loss_sum / taken if taken else math.nan,
             "lr": lr,
             "grad_norm": float(grad_norm),
             "images_per_second": window.steps * global_batch_size / elapsed,
-            "data_wait": waited / elapsed,
+            "data_wait": (waited.total + waited_for_first) / elapsed,
             "skipped_steps": progress.skipped_steps,
             "memory_gib": self._runtime.peak_memory_gib(),
         }
@@ -101,6 +104,6 @@ class Meter:
         progress.steps_since_log = 0
         state.reset_sums()
         self._window = _Window()
-        busy = (waits - first_waits + forward_passes).tolist()
+        busy = (waits + forward_passes).tolist()
         straggler = describe_straggler(busy, self._hosts, elapsed - waited_for_first) if len(busy) > 1 else None
         return Reading(row, loss_sum, skipped_in_a_row, straggler)

@@ -16,7 +16,7 @@ from metaformer.data.load import jpeg_decoder
 from metaformer.data.load.bad_file import BAD_FILE
 from metaformer.data.load.image_file import Encoded
 from metaformer.data.load.jpeg_decoder import DECODERS
-from metaformer.data.load.torch_reader import read_with_torch
+from metaformer.data.load.torch_reader import TorchReader
 from metaformer.data.plan.geometry import Box
 from metaformer.data.plan.plan import EvaluationPlan
 from tests.data.conftest import picture
@@ -120,7 +120,7 @@ def test_errors_are_those_of_pil(name: str) -> None:
     plan = EvaluationPlan(num_samples=1, batch_size=1, rank=0, world_size=1, image_size=40, crop_pct=1.0).batch(0, 0)
     for end, message in ((3000, "image file is truncated"), (len(KINDS["4:2:0"]) - 2, "image file is truncated")):
         with pytest.raises(BAD_FILE, match=message):
-            read_with_torch(KINDS["4:2:0"][:end].copy(), plan, 0, decode=DECODERS[name]())
+            TorchReader(decoder=DECODERS[name]()).read(KINDS["4:2:0"][:end].copy(), plan, 0)
 
 
 def test_the_best_decoder_that_is_installed_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ import os, signal, sys
 from multiprocessing import forkserver
 from pathlib import Path
 from metaformer.data.index.image_index import load_index
-from metaformer.data.load.pil_reader import read_with_pil
+from metaformer.data.load.pil_reader import PilReader
 from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.load.worker_loader import WorkerLoader
 
@@ -42,7 +42,7 @@ index = load_index(Path(sys.argv[1]), "train")
 
 def make_loader(workers):
     plan = EvaluationPlan(num_samples=len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
-    return WorkerLoader(read_with_pil, index, plan, workers, prefetch_batches=1, pin_memory=False)
+    return WorkerLoader(PilReader(), index, plan, workers, prefetch_batches=1, pin_memory=False)
 """
 
 
@@ -169,13 +169,14 @@ from multiprocessing.reduction import ForkingPickler
 def fail(batch):
     raise OSError("AF_UNIX path too long")
 
-def read_unsendable(encoded, plan, row):
-    ForkingPickler.register(torch.Tensor, fail)
-    return read_with_pil(encoded, plan, row)
+class UnsendableReader(PilReader):
+    def augment(self, region, plan, row):
+        ForkingPickler.register(torch.Tensor, fail)
+        return super().augment(region, plan, row)
 
 if __name__ == "__main__":
     plan = EvaluationPlan(num_samples=len(index), batch_size=1, rank=0, world_size=1, image_size=32, crop_pct=0.9)
-    next(WorkerLoader(read_unsendable, index, plan, workers=1, prefetch_batches=1, pin_memory=False).epoch(0))
+    next(WorkerLoader(UnsendableReader(), index, plan, workers=1, prefetch_batches=1, pin_memory=False).epoch(0))
 """
     )
     command = [sys.executable, str(program), str(image_root)]

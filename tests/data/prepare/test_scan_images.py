@@ -16,8 +16,8 @@ from PIL import Image
 from metaformer.data.index.image_index import load_index
 from metaformer.data.load.bad_file import BAD_FILE
 from metaformer.data.load.image_file import FORMATS
-from metaformer.data.load.pil_reader import read_with_pil
-from metaformer.data.load.torch_reader import read_with_torch
+from metaformer.data.load.pil_reader import PilReader
+from metaformer.data.load.torch_reader import TorchReader
 from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.prepare.scan_images import examine, scan_images
 from tests.data.conftest import picture
@@ -137,9 +137,9 @@ def test_damaged_images_are_read_or_have_a_reason(format_: str) -> None:
         encoded = np.frombuffer(content, np.uint8)
         with warnings.catch_warnings(action="ignore"):
             assert examine("x", encoded.view).reason.isprintable()
-            for read in (read_with_pil, read_with_torch):
+            for reader in (PilReader(max_pixels=10**6), TorchReader(max_pixels=10**6)):
                 with suppress(*BAD_FILE):
-                    read(encoded, plan, 0, max_pixels=10**6)
+                    reader.read(encoded, plan, 0)
 
 
 def test_all_images_in_order(own_root: Path) -> None:

@@ -7,6 +7,7 @@ as pixels decoded by PIL. Of images that are stored decoded, only the region to 
 """
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -35,10 +36,11 @@ from metaformer.data.load.image_file import (
     jpeg_header,
     open_image,
 )
-from metaformer.data.load.pil_reader import read_with_pil
+from metaformer.data.load.pil_reader import PilReader
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop
 from metaformer.data.plan.plan import BatchPlan, Plan
 from metaformer.errors import UserError
+from metaformer.interfaces import Waiting
 
 READERS = 16  # threads that read files, in addition to the pipeline's; on slow storage they mostly wait
 
@@ -65,6 +67,7 @@ class DaliLoader:
         self._streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         self._pending: Iterator[tuple[BatchPlan, Any]] = iter(())
         self._in_pipeline: list[BatchPlan] = []  # needed to name a bad file
+        self.waited, self._fed = Waiting(), 0.0  # seconds in which the pipeline waited for files
         try:
             from metaformer.data.load.dali_pipeline import PipelineTarget, build_pipeline
         except ImportError as error:
@@ -78,14 +81,22 @@ class DaliLoader:
         self._pending = self._read_ahead(plans)
         self._pipeline.reset()
         for _ in positions:
-            try:
-                (images,) = self._pipeline.run(*self._streams)
-            except RuntimeError as error:
-                raise UserError(self._name_bad_file(self._in_pipeline[0], error)) from error
-            pixels = from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-            done = self._in_pipeline.pop(0)
-            self._check_readable(done)
-            yield pixels if done.randaugment is None else apply_to_batch(pixels, done.randaugment)
+            yield self._next_batch()
+
+    def _next_batch(self) -> Tensor:
+        self._fed, started = 0.0, time.perf_counter()
+        try:
+            (images,) = self._pipeline.run(*self._streams)
+        except RuntimeError as error:
+            raise UserError(self._name_bad_file(self._in_pipeline[0], error)) from error
+        pixels = from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+        decoded = time.perf_counter()
+        done = self._in_pipeline.pop(0)
+        self._check_readable(done)
+        if done.randaugment is not None:
+            pixels = apply_to_batch(pixels, done.randaugment)
+        self.waited = Waiting(self._fed, max(0.0, decoded - started - self._fed), time.perf_counter() - decoded)
+        return pixels
 
     def _check_readable(self, plan: BatchPlan) -> None:
         for sample in plan.samples.tolist() if self._unreadable else ():
@@ -108,7 +119,9 @@ class DaliLoader:
 
     def _feed(self) -> tuple[NDArray[Any], ...]:
         """Return the inputs of the next batch. DALI calls this ahead of its output; StopIteration ends the epoch."""
+        started = time.perf_counter()
         plan, images = next(self._pending)
+        self._fed += time.perf_counter() - started
         self._in_pipeline.append(plan)
         if plan.crop is None:
             return (images,)
@@ -156,9 +169,10 @@ class DaliLoader:
 
     def _name_bad_file(self, plan: BatchPlan, error: RuntimeError) -> str:
         """Find the bad file of a batch by decoding its files with PIL, because DALI's errors do not name it."""
+        reader = PilReader(self._max_pixels)
         for row, sample in enumerate(plan.samples.tolist()):
             try:
-                read_with_pil(self._stored.read(sample), plan, row, self._max_pixels)
+                reader.read(self._stored.read(sample), plan, row)
             except BAD_FILE as reason:
                 return describe_bad_file(self._index.location(sample), reason)
         message = " ".join(str(error).split("encountered:")[-1].split())

@@ -1,6 +1,7 @@
 """Image reader based on PIL and timm's operations, the reference for the other loaders."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,33 +10,42 @@ from torch import Tensor
 
 from metaformer.data.load.image_file import StoredImage, check_pixels, cut_out, decode_rgb, is_decoded
 from metaformer.data.load.limits import MAX_PIXELS
+from metaformer.data.load.reader import ImageReader
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
 
 
-def read_with_pil(stored: StoredImage, plan: BatchPlan, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode, crop, resize, flip and augment the plan's image at position `row`; return uint8 [3, S, S].
+@dataclass(frozen=True)
+class PilReader(ImageReader[Image.Image]):
+    """Makes images with PIL.
 
-    Raises:
-        OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
+    Attributes:
+        max_pixels: larger images are rejected.
     """
-    (width, height), cut = _open(stored, max_pixels)
-    size = plan.image_size
-    if plan.crop is None:
-        image = cut(central_part(width, height) or Box(0, 0, width, height))
-        resize = resize_and_center_crop(*image.size, plan.resize_to, size)
-        image = image.resize((resize.width, resize.height), _filter(plan.bicubic))
-        image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))
-    else:
+
+    max_pixels: int = MAX_PIXELS
+
+    def decode(self, stored: StoredImage, plan: BatchPlan, row: int) -> Image.Image:
+        (width, height), cut = _open(stored, self.max_pixels)
+        if plan.crop is None:
+            return cut(central_part(width, height) or Box(0, 0, width, height))
         crop = plan.crop
-        box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height)
-        image = cut(box).resize((size, size), _filter(bool(crop.bicubic[row])))
-        if crop.flip[row]:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if plan.randaugment is not None:
-        image = apply_operations(image, plan.randaugment.operations_for(row))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return cut(random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+
+    def augment(self, region: Image.Image, plan: BatchPlan, row: int) -> Tensor:
+        size = plan.image_size
+        if plan.crop is None:
+            resize = resize_and_center_crop(*region.size, plan.resize_to, size)
+            image = region.resize((resize.width, resize.height), _filter(plan.bicubic))
+            image = image.crop((resize.left, resize.top, resize.left + size, resize.top + size))
+        else:
+            image = region.resize((size, size), _filter(bool(plan.crop.bicubic[row])))
+            if plan.crop.flip[row]:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if plan.randaugment is not None:
+            image = apply_operations(image, plan.randaugment.operations_for(row))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _open(stored: StoredImage, max_pixels: int) -> tuple[tuple[int, int], Callable[[Box], Image.Image]]:

@@ -4,6 +4,7 @@ Of JPEGs, only the region to be resized is decoded, where the decoder can (`jpeg
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,44 +23,46 @@ from metaformer.data.load.image_file import (
 )
 from metaformer.data.load.jpeg_decoder import DecodeRegion, region_decoder
 from metaformer.data.load.limits import MAX_PIXELS
+from metaformer.data.load.reader import ImageReader
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
 
 
-def read_with_torch(
-    stored: StoredImage,
-    plan: BatchPlan,
-    row: int,
-    max_pixels: int = MAX_PIXELS,
-    decode: DecodeRegion | None = None,
-) -> Tensor:
-    """Decode, crop, resize, flip and augment the plan's image at position `row`; return uint8 [3, S, S].
+@dataclass(frozen=True)
+class TorchReader(ImageReader[Tensor]):
+    """Makes images with torch; regions are uint8 [3, H, W].
 
-    Args:
-        decode: decoder of JPEGs; None takes the best that is installed.
-
-    Raises:
-        OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`.
+    Attributes:
+        max_pixels: larger images are rejected.
+        decoder: of JPEGs; None takes the best that is installed.
     """
-    (width, height), cut = open_stored(stored, max_pixels, decode)
-    size = plan.image_size
-    if plan.crop is None:
-        part = central_part(width, height) or Box(0, 0, width, height)
-        resize = resize_and_center_crop(part.width, part.height, plan.resize_to, size)
-        image = _resize(cut(part), resize.height, resize.width, plan.bicubic)
-        image = image[:, resize.top : resize.top + size, resize.left : resize.left + size]
-    else:
+
+    max_pixels: int = MAX_PIXELS
+    decoder: DecodeRegion | None = None
+
+    def decode(self, stored: StoredImage, plan: BatchPlan, row: int) -> Tensor:
+        (width, height), cut = open_stored(stored, self.max_pixels, self.decoder)
+        if plan.crop is None:
+            return cut(central_part(width, height) or Box(0, 0, width, height))
         crop = plan.crop
-        box = random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height)
-        image = _resize(cut(box), size, size, bool(crop.bicubic[row]))
-        if crop.flip[row]:
-            image = image.flip(-1)
-    operations = plan.randaugment.operations_for(row) if plan.randaugment is not None else []
-    if operations:  # PIL's functions on the small image are exact, and faster than transforms.v2 on tensors
-        pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        image = torch.from_numpy(np.array(apply_operations(pixels, operations))).permute(2, 0, 1)
-    return image
+        return cut(random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+
+    def augment(self, region: Tensor, plan: BatchPlan, row: int) -> Tensor:
+        size = plan.image_size
+        if plan.crop is None:
+            resize = resize_and_center_crop(region.shape[2], region.shape[1], plan.resize_to, size)
+            image = _resize(region, resize.height, resize.width, plan.bicubic)
+            image = image[:, resize.top : resize.top + size, resize.left : resize.left + size]
+        else:
+            image = _resize(region, size, size, bool(plan.crop.bicubic[row]))
+            if plan.crop.flip[row]:
+                image = image.flip(-1)
+        operations = plan.randaugment.operations_for(row) if plan.randaugment is not None else []
+        if operations:  # PIL's functions on the small image are exact, and faster than transforms.v2 on tensors
+            pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            image = torch.from_numpy(np.array(apply_operations(pixels, operations))).permute(2, 0, 1)
+        return image
 
 
 def open_stored(
@@ -68,7 +71,8 @@ def open_stored(
     """Return an image's width and height, and a function that cuts a region out of it: uint8 [3, H, W].
 
     Raises:
-        OSError, ValueError, ...: as `read_with_torch`; so does the function.
+        OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or has more than `max_pixels`. So does
+            the function.
     """
     if is_decoded(stored):
         height, width, _ = stored.shape

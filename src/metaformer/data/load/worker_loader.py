@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import queues
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.load.image_bytes import ImageBytes
-from metaformer.data.load.image_file import StoredImage
+from metaformer.data.load.image_file import is_decoded
+from metaformer.data.load.reader import ImageReader
 from metaformer.data.load.shared_index import SharedIndex
 from metaformer.data.load.worker_server import start_worker_server, worker_context
-from metaformer.data.plan.plan import BatchPlan, Plan
+from metaformer.data.plan.plan import Plan
 from metaformer.death_signal import set_parent_death_signal
 from metaformer.errors import UserError
-
-ReadImage = Callable[[StoredImage, BatchPlan, int], Tensor]
+from metaformer.interfaces import Waiting
 
 
 class WorkerLost(UserError):
@@ -38,20 +39,27 @@ class WorkerLoader:
     Workers live as long as the loader. They receive (epoch, position) for each batch to make.
 
     Args:
-        read: makes one image of a batch from what is stored of it.
+        reader: makes one image of a batch from what is stored of it.
         workers: number of worker processes; 0 reads in this process.
         prefetch_batches: number of batches that each worker prepares in advance.
         pin_memory: put batches in page-locked memory for fast copies to a GPU.
     """
 
     def __init__(
-        self, read: ReadImage, index: ImageIndex, plan: Plan, workers: int, prefetch_batches: int, pin_memory: bool
+        self,
+        reader: ImageReader[Any],
+        index: ImageIndex,
+        plan: Plan,
+        workers: int,
+        prefetch_batches: int,
+        pin_memory: bool,
     ) -> None:
         if workers:
             start_worker_server()
+        self.waited = Waiting()
         self._positions = _Positions(plan.batches_per_epoch)
-        self._batches = _Batches(read, SharedIndex(index), plan)
-        self._loader: DataLoader[Tensor | str] = DataLoader(
+        self._batches = _Batches(reader, SharedIndex(index), plan)
+        self._loader: DataLoader[_Made | str] = DataLoader(
             self._batches,
             batch_size=None,
             sampler=self._positions,
@@ -69,17 +77,19 @@ class WorkerLoader:
         self._positions.epoch, self._positions.first = epoch, first
         batches = iter(self._loader)
         while True:
+            started = time.monotonic()
             try:
-                images = next(batches)
+                made = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
                 raise WorkerLost(self._describe_loss()) from error
-            if isinstance(images, str):
-                raise UserError(images)
-            yield images
+            if isinstance(made, str):
+                raise UserError(made)
+            self.waited = made.waited(started, time.monotonic())
+            yield made.images
 
     def _describe_loss(self) -> str:
         workers = getattr(self._loader._iterator, "_workers", ())  # DataLoader reports them only in its error message
@@ -104,26 +114,53 @@ class _Positions(Sampler[tuple[int, int]]):
         return self._batches_per_epoch - self.first
 
 
-class _Batches(Dataset[Tensor | str]):
-    def __init__(self, read: ReadImage, index: SharedIndex, plan: Plan) -> None:
-        self._read, self._index, self._plan = read, index, plan
+class _Made(NamedTuple):
+    """A batch with the seconds that its stages took, and the time (monotonic) at which it was complete."""
+
+    images: Tensor
+    read: float
+    decode: float
+    augment: float
+    completed: float
+
+    def waited(self, started: float, received: float) -> Waiting:
+        """Return what a wait was for: after the batch was complete its copy, before that the stages in proportion."""
+        copy = min(received - started, received - self.completed)
+        share = (received - started - copy) / (self.read + self.decode + self.augment)
+        return Waiting(share * self.read, share * self.decode, share * self.augment, copy)
+
+
+class _Batches(Dataset[_Made | str]):
+    def __init__(self, reader: ImageReader[Any], index: SharedIndex, plan: Plan) -> None:
+        self._reader, self._index, self._plan = reader, index, plan
         self.stored = ImageBytes(index.index)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Batches, (self._read, self._index, self._plan)
+        return _Batches, (self._reader, self._index, self._plan)
 
-    def __getitem__(self, epoch_and_position: tuple[int, int]) -> Tensor | str:
+    def __getitem__(self, epoch_and_position: tuple[int, int]) -> _Made | str:
         """Return a batch, or the message about a bad file: an exception would lose its type in leaving a worker."""
         plan = self._plan.to_read(*epoch_and_position)
         images = torch.empty(
             (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
         )
+        read = decode = augment = 0.0
+        completed = time.monotonic()
         for row, sample in enumerate(plan.samples.tolist()):
+            started = completed
             try:
-                images[row] = self._read(self.stored.read(sample), plan, row)
+                stored = self.stored.read(sample)
+                opened = time.monotonic()
+                region = self._reader.decode(stored, plan, row)
+                decoded = time.monotonic()
+                images[row] = self._reader.augment(region, plan, row)
+                completed = time.monotonic()
             except BAD_FILE as error:
                 return describe_bad_file(self._index.index.location(sample), error)
-        return images
+            if is_decoded(stored):  # it is mapped, so its pixels are read from the disk as they are cut out
+                opened = decoded
+            read, decode, augment = read + opened - started, decode + decoded - opened, augment + completed - decoded
+        return _Made(images, read, decode, augment, completed)
 
 
 def _describe_exit(exit_code: int) -> str:
@@ -133,7 +170,7 @@ def _describe_exit(exit_code: int) -> str:
     return f"killed by {name}, probably out of memory" if name == "SIGKILL" else f"killed by {name}"
 
 
-def _stop_workers(loader: DataLoader[Tensor | str]) -> None:
+def _stop_workers(loader: DataLoader[_Made | str]) -> None:
     iterator: Any = loader._iterator  # DataLoader has no public way to stop persistent workers
     if iterator is not None and loader.num_workers:
         iterator._shutdown_workers()

@@ -75,7 +75,7 @@ def measure_reencoding(originals: Sequence[SourceImage], packed: Path) -> Reenco
     """
     from metaformer.data.index.image_index import find_images
     from metaformer.data.load.image_bytes import ImageBytes
-    from metaformer.data.load.pil_reader import read_with_pil  # imports torch, which worker processes do not need
+    from metaformer.data.load.pil_reader import PilReader  # imports torch, which worker processes do not need
     from metaformer.data.plan.plan import EvaluationPlan
 
     index = find_images(packed)
@@ -84,13 +84,14 @@ def measure_reencoding(originals: Sequence[SourceImage], packed: Path) -> Reenco
     plan = EvaluationPlan(
         num_samples=1, batch_size=1, rank=0, world_size=1, image_size=IMAGE_SIZE, crop_pct=CROP_PCT
     ).batch(epoch=0, position=0)
+    reader = PilReader()
     absolute, squared = [], []
     with closing(ImageBytes(index)) as stored:
         for sample, (_, encoded) in zip(
             samples, read_source_images(originals[sample] for sample in samples), strict=True
         ):
-            before = read_with_pil(np.frombuffer(encoded, np.uint8), plan, 0)
-            difference = read_with_pil(stored.read(sample), plan, 0).double() - before
+            before = reader.read(np.frombuffer(encoded, np.uint8), plan, 0)
+            difference = reader.read(stored.read(sample), plan, 0).double() - before
             absolute.append(difference.abs().mean().item())
             squared.append(difference.square().mean().item())
     error = float(np.mean(squared))
