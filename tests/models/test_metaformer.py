@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,6 +46,28 @@ def test_forward_equals_timm_with_the_papers_head(fresh: MetaFormer) -> None:
         expected = fc(functional.group_norm(features, 1, norm.weight, norm.bias, 1e-5).mean((2, 3)))
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
         assert (reference(images) - expected).abs().max() > 0.01, "the order of the head must affect the result"
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12", "caformer_s18"])
+def test_features_as_in_timm(name: str) -> None:
+    """Feature map, features before the classifier and maps of all stages are those that the logits are made of."""
+    model = create_model(name, num_classes=10).eval()
+    randomise(model)
+    reference = timm.create_model(name, num_classes=10).eval()
+    reference.load_state_dict(model.state_dict(), strict=True)
+    images = torch.randn(2, 3, 96, 64)
+    with torch.inference_mode():
+        features = model.forward_features(images)
+        before = model.forward_head(features, pre_logits=True)
+        assert (features.shape, before.shape) == ((2, model.num_features, 3, 2), (2, model.num_features))
+        torch.testing.assert_close(features, reference.forward_features(images), rtol=1e-4, atol=1e-4)
+        logits = model(images)
+        assert torch.equal(model.forward_head(features), logits)
+        assert torch.equal(model.get_classifier()(before), logits)
+        assert model.feature_info == reference.feature_info
+        stages = FeatureListNet(model, out_indices=range(4), flatten_sequential=True)
+        for found, expected in zip(stages(images), reference.forward_intermediates(images)[1], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_block_and_mixer_equal_their_formulas() -> None:

@@ -1,6 +1,7 @@
 """Heads: from the last stage's features [B, dim, H, W] to logits [B, num_classes].
 
-All are made from (dim, num_classes, norm, dropout); `norm` is the norm of the network's blocks.
+All are made from (dim, num_classes, norm, dropout); `norm` is the norm of the network's blocks. With `pre_logits`, they
+return the features before their classifier, [B, dim].
 """
 
 from collections.abc import Callable
@@ -24,9 +25,9 @@ class NormFirstHead(nn.Module):
         self.fc = nn.Linear(dim, num_classes)
         initialize(self.fc)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.norm(x).mean((-2, -1)))
-        return out
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        features: Tensor = self.norm(x).mean((-2, -1))
+        return features if pre_logits else self.fc(features)
 
 
 class MeanFirstHead(nn.Module):
@@ -37,9 +38,9 @@ class MeanFirstHead(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.fc = classifier
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.norm(x.mean((-2, -1))))
-        return out
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        features: Tensor = self.norm(x.mean((-2, -1)))
+        return features if pre_logits else self.fc(features)
 
 
 class MlpClassifier(nn.Module):

@@ -203,12 +203,21 @@ class MetaFormer(nn.Module):
         num_classes: number of logits.
         image_size: side of the images in pixels. Only position embeddings and token mixers with position-dependent
             weights use it.
+
+    Attributes:
+        num_features: channels of the last stage.
+        feature_info: timm's description of the feature maps of the stages: channels, reduction of the image's side, and
+            name of the module that computes them.
     """
 
     def __init__(self, architecture: Architecture, num_classes: int = 1000, image_size: int = 224) -> None:
         super().__init__()
         depths, dims = architecture.depths, architecture.dims
         self.num_classes = num_classes
+        self.num_features = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
         self.stem = Stem(dims[0], architecture.downsampling_norm)
         rates = torch.linspace(0, architecture.drop_path_rate, sum(depths), dtype=torch.float64, device="cpu").tolist()
         sides = stage_sides(image_size, len(depths))
@@ -238,9 +247,27 @@ class MetaFormer(nn.Module):
         blocks = [(between, (-1,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier: the head without norm and pooling."""
+        classifier: nn.Module = self.head.fc
+        return classifier
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last stage's feature map of images: [B, 3, H, W] -> [B, num_features, about H / 32, W / 32]."""
+        features: Tensor = self.stages(self.stem(x))
+        return features
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits [B, num_classes] of a feature map of the last stage.
+
+        Args:
+            pre_logits: return the features before the classifier instead, [B, num_features].
+        """
+        out: Tensor = self.head(x, pre_logits=True) if pre_logits else self.head(x)
+        return out
+
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.stages(self.stem(x)))
-        return logits
+        return self.forward_head(self.forward_features(x))
 
 
 def _stage_parts(architecture: Architecture) -> Sequence[BlockParts]:
