@@ -20,6 +20,7 @@ FOUNDATION = {
     "runtime",
     "signals",
     "streams",
+    "targets",
 }
 
 

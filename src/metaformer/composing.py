@@ -18,12 +18,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metaformer import __version__
 from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, redacted
-from metaformer.config_errors import check_arguments, check_no_added_fields, check_values, explain, group_choices
+from metaformer.config_errors import (
+    add_free_fields,
+    check_arguments,
+    check_no_added_fields,
+    check_values,
+    explain,
+    group_choices,
+)
 from metaformer.errors import UserError
 from metaformer.models import list_models
 from metaformer.models.config import AUTO
 from metaformer.option_help import describe_options
 from metaformer.reporting.recipes import recipes
+from metaformer.targets import make_importable
 
 _INSTALLED_CONF = Path(__file__).parent / "conf"  # a wheel has a copy; see setup.py
 CONF_FOLDER = _INSTALLED_CONF if _INSTALLED_CONF.is_dir() else Path(__file__).parents[2] / "conf"
@@ -47,6 +55,7 @@ def compose(name: str, config_type: type[C]) -> C:
     if "--version" in sys.argv[1:]:  # which Hydra's parser would answer with its own
         print(f"metaformer {__version__}")
         raise SystemExit(0)
+    sys.argv[1:] = add_free_fields(sys.argv[1:])
     given = check_arguments(sys.argv[1:], CONF_FOLDER, config_type)
     if given.help:
         print(_help(name, config_type, given.overrides))
@@ -63,6 +72,8 @@ def compose(name: str, config_type: type[C]) -> C:
             _run_label(config), hydra_config.runtime.choices.get("experiment") or "default"
         )
     assert isinstance(config, config_type)
+    if config.own_code:
+        make_importable([Path.cwd(), *([given.config_dir] if given.config_dir else [])])
     return config
 
 
@@ -74,6 +85,7 @@ def compose_recipe(experiment: str) -> TrainConfig:
 def compose_training(overrides: Sequence[str]) -> TrainConfig:
     """Return the configuration of train.py with these overrides on its command line."""
     _store_schemas()
+    overrides = add_free_fields(overrides)
     check_arguments(overrides, CONF_FOLDER, TrainConfig)
     with _explained(TrainConfig):
         with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):

@@ -45,6 +45,11 @@ class CommonConfig:
     # Interpolated fields and their raw text: files of a run store ${oc.env:NAME}, never a value that may be secret.
     from_environment: dict[str, str] = field(default_factory=dict, metadata={"omegaconf_ignore": True})
 
+    @property
+    def own_code(self) -> list[str]:
+        """Return the classes and functions of the user's own that the configuration names."""
+        return self.model.own_code
+
     def __post_init__(self) -> None:
         check_at_least(1, self, "image_size", "num_classes", "eval_batch_size")
         check_at_least(0, self, "workers", "seed")
@@ -80,6 +85,12 @@ class TrainConfig(LoopConfig, CommonConfig):
             raise UserError(f"model.freeze={self.model.freeze}: would keep random weights; give init_weights too")
         if self.init_head is not InitHead.auto and self.init_weights is None:
             raise UserError(f"init_head={self.init_head.value}: nothing to convert; give init_weights too")
+
+    @property
+    def own_code(self) -> list[str]:
+        """Return the classes and functions of the user's own that the configuration names."""
+        teacher = self.distill.model or ""
+        return [*super().own_code, *([teacher] if ":" in teacher else [])]
 
     @property
     def learning_rate(self) -> float:

@@ -9,7 +9,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 
 def describe_options(
@@ -107,7 +107,7 @@ def _describe_type(kind: Any) -> str:
             f"{choice.value} ({note})" if (note := comments[choice.name]) else choice.value for choice in kind
         )
     names = {int: "integer", float: "number", bool: "true or false", str: "text"}
-    return names.get(kind, "list")
+    return names.get(kind, "any fields" if get_origin(kind) is dict else "list")
 
 
 def _as_typed(value: Any) -> str:
@@ -116,6 +116,8 @@ def _as_typed(value: Any) -> str:
         return f"[{','.join(map(_as_typed, value))}]"
     if isinstance(value, Enum):
         return str(value.name)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_as_typed(item)}" for name, item in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)

@@ -163,7 +163,7 @@ def test_other_text_is_refused(text: str) -> None:
         ({"layer_scale": -1.0}, ("model.layer_scale=-1.0", "0 for none")),
         ({"norm": "no_such_package.norms:Norm"}, ("model.norm=no_such_package.norms:Norm", "cannot be imported")),
         ({"norm": "torch.nn:NoSuchNorm"}, ("model.norm=torch.nn:NoSuchNorm", "cannot be imported")),
-        ({"norm": "math:pi"}, ("model.norm=math:pi", "no class or function")),
+        ({"norm": "math:pi"}, ("model.norm=math:pi", "neither a class nor a function")),
         ({"norm": "torch.nn:Conv2d"}, ("cannot be made", "Conv2d")),
     ],
     ids=str,

@@ -17,7 +17,7 @@ from metaformer.models.composition import Composition
 from metaformer.models.config import AUTO, DEFAULT_NETWORK, CropMode, Library, ModelConfig, Preprocessing
 from metaformer.models.download import is_weights_name
 from metaformer.models.preprocessing import resolve_preprocessing
-from metaformer.models.record import MAX_LENGTH, Record, named_record, read_record, refuse_own_parts
+from metaformer.models.record import MAX_LENGTH, Record, named_record, read_record, refuse_own_parts, refuse_target
 from metaformer.runtime import Runtime
 from metaformer.tracking.run_folder import parse_config
 
@@ -55,7 +55,9 @@ def adopt_weights(config: C, field: str, source: str, use_ema: bool, runtime: Ru
 def make_record(config: TrainConfig, images: Preprocessing, num_classes: int, classes: tuple[str, ...]) -> Record:
     """Return what checkpoints record of the network that this configuration trains."""
     model = config.model
-    record = Record(model.name, model.library, model.composition, num_classes, classes, images)
+    record = Record(
+        model.name, model.library, model.composition, num_classes, classes, images, model.target, model.options
+    )
     if len(record.to_json()) > MAX_LENGTH:
         warn(f"checkpoints do not record the names of {len(classes):,} classes, which are too long")
         return replace(record, classes=None)
@@ -93,7 +95,9 @@ def find_run(checkpoint: str) -> Record | None:
             if image_size is not None and type(image_size) is not int:
                 raise ValueError(f"image_size: {image_size!r} is not an integer")
             images = resolve_preprocessing(model, image_size, None, evaluation=False)
-            return Record(model.name, model.library, model.composition, images=images)
+            return Record(
+                model.name, model.library, model.composition, images=images, target=model.target, options=model.options
+            )
         except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
             reason = one_line(error)
             raise UserError(f"{file}: not the configuration of a run ({reason}); give a weights file") from error
@@ -113,14 +117,20 @@ def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
     """
     model, notes = config.model, list[str]()
     if model.name == AUTO:
+        if record is not None:
+            refuse_target(source, record)
         name, library = (DEFAULT_NETWORK, Library.metaformer) if record is None else (record.name, record.library)
         model = replace(model, name=name, library=library)
     if record is not None and (model.is_own or _is_same_network(model, record)):
         model, notes = _adopt_parts(model, record, source, evaluation=isinstance(config, ValidateConfig))
     elif record is not None and record.images is not None:  # else it has only a name, and no library
-        fix = f"model=timm model.name={record.name}" if record.library is Library.timm else f"model={record.name}"
+        fix = {
+            Library.metaformer: f"model={record.name}",
+            Library.timm: f"model=timm model.name={record.name}",
+            Library.target: f"model.target={record.target}",
+        }[record.library]
         if isinstance(config, ValidateConfig):
-            raise UserError(f"model={model.name}: {source} is of {record.name}; leave model= out, or give {fix}")
+            raise UserError(f"model={model.name}: {source} is of {record.name}; give {fix}")
         return replace(config, model=model), [f"model={model.name}: {source} is of {record.name}"]
     images = None if record is None else record.images
     if images is None:
@@ -139,15 +149,24 @@ def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
 
 def _is_same_network(model: ModelConfig, record: Record) -> bool:
     """Return whether the names are the same, but for the tag of timm's weights."""
-    return model.library is record.library and model.name.split(".")[0] == record.name.split(".")[0]
+    return (model.library, model.target) == (record.library, record.target) and model.name.split(".")[
+        0
+    ] == record.name.split(".")[0]
 
 
 def _adopt_parts(model: ModelConfig, record: Record, source: str, evaluation: bool) -> tuple[ModelConfig, list[str]]:
-    """Fill in the parts of model=metaformer."""
+    """Fill in the parts of model=metaformer, or the options of model.target."""
+    if model.target is not None and record.target == model.target:
+        notes = [
+            f"model.options.{name}={_text(value)}: {source} was trained with {_text(record.options.get(name))}"
+            for name, value in model.options.items()
+            if value != record.options.get(name)
+        ]
+        return replace(model, options=record.options | model.options), notes
     parts = record.parts if model.is_own else None
     if parts is None:
         return model, []
-    given, notes = model.given_parts, []
+    given, notes = model.given_parts, list[str]()
     for name, value in given.items():
         if not _is_same_part(parts, name, value):
             note = f"model.{name}={_text(value)}: {source} was trained with {_text(getattr(parts, name))}"

@@ -32,6 +32,9 @@ def describe(
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
     size = f"{parameters}{_describe_macs(config.model, images, splits.num_classes)}"
     yield f"model        {config.model.name}, {size}, {splits.num_classes} classes"
+    if config.model.target is not None:
+        options = "".join(f", {name}={value}" for name, value in config.model.options.items())
+        yield f"target       {config.model.target}{options}"
     if config.model.composition is not None:
         yield f"parts        {_describe_parts(config.model.composition)}"
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
@@ -68,8 +71,8 @@ def describe(
 
 
 def _describe_macs(model: ModelConfig, images: Preprocessing, num_classes: int) -> str:
-    """Return the multiply-accumulates of one image, counted on a copy without values; "" for timm's networks."""
-    if model.library is Library.timm:
+    """Return the multiply-accumulates of one image, counted on a copy without values; "" for networks of others."""
+    if model.library is not Library.metaformer:
         return ""
     composition = model.composition
     own = composition is not None and composition.own_parts  # its creation computes an image, which needs values

@@ -12,8 +12,8 @@ from metaformer.errors import UserError
 from metaformer.files import sha256
 from metaformer.models import list_models, load_weights
 from metaformer.models.classifier import classifier_names
-from metaformer.models.config import Library, ModelConfig, Preprocessing
-from metaformer.models.record import Record
+from metaformer.models.config import AUTO, Library, ModelConfig, Preprocessing
+from metaformer.models.record import Record, refuse_target
 from metaformer.models.weight_formats import StateDict
 from metaformer.runtime import Runtime
 from metaformer.training.config import DistillConfig
@@ -66,8 +66,10 @@ def make_distillation(
     dtype = precision.inference_dtype
     model, fused = make_model(of_teacher, own_images, num_classes, runtime, dtype)
 
+    no_head = (f"distill.teacher={name}", "a teacher with a linear classifier")
+
     def check_outputs(state: StateDict) -> StateDict:
-        own, prefixes = model.state_dict(), tuple(f"{layer}." for layer in classifier_names(model))
+        own, prefixes = model.state_dict(), tuple(f"{layer}." for layer in classifier_names(model, *no_head))
         for key in (key for key in own if key.startswith(prefixes) and key in state):
             if state[key].shape[:1] != own[key].shape[:1]:
                 raise _other_outputs(name, state[key].shape[0], num_classes)
@@ -94,9 +96,12 @@ def _find(config: DistillConfig, name: str) -> _Source:
 def _configuration(config: TrainConfig, record: Record | None, name: str) -> TrainConfig:
     """Return the configuration with the teacher's network in place of the student's."""
     given = config.distill.model
-    if given is not None:
+    if given is not None and ":" in given:
+        model = ModelConfig(AUTO, target=given)
+    elif given is not None:
         model = ModelConfig(given, Library.metaformer if given in list_models() else Library.timm)
     elif record is not None:
+        refuse_target(name, record, "distill.model")
         model = ModelConfig(record.name, record.library)
     else:
         raise UserError(

@@ -1,5 +1,6 @@
 """What must not change during a run."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,10 @@ def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits, tea
 
 
 def _parts_identity(config: TrainConfig) -> dict[str, str]:
-    """Return the parts of a network of one's own, without the rates of drop path and dropout, which may change."""
-    composition = config.model.composition
+    """Return what makes a network of one's own, without the rates of drop path and dropout, which may change."""
+    composition, target = config.model.composition, config.model.target
+    if target is not None:
+        return {"model.target": target, "model.options": json.dumps(config.model.options, sort_keys=True)}
     if composition is None:
         return {}
     return {"model parts": replace(composition, drop_path_rate=0.0, head_dropout=0.0).to_json()}

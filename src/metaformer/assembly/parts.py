@@ -24,7 +24,7 @@ from metaformer.data.load.worker_loader import WorkerLoader
 from metaformer.data.load.worker_server import start_worker_server
 from metaformer.data.plan.plan import EvaluationPlan, Plan
 from metaformer.data.prepare.sample import build_sample
-from metaformer.models import create_model, create_timm_model
+from metaformer.models import create_model, create_target_model, create_timm_model
 from metaformer.models.config import Library, Preprocessing, ResizeFilter
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.runtime import Runtime
@@ -87,6 +87,8 @@ def make_model(
     model: nn.Module
     if settings.library is Library.timm:
         model = create_timm_model(settings.name, num_classes, settings.drop_path_rate, images.image_size)
+    elif settings.target is not None:
+        model = create_target_model(settings.target, num_classes, settings.options, images.image_size)
     else:
         network = settings.composition or settings.name
         model = create_model(network, num_classes, settings.drop_path_rate, images.image_size, settings.head_dropout)

@@ -6,6 +6,7 @@ from typing import TypeVar
 from metaformer.config import CommonConfig
 from metaformer.models.config import CropMode, Preprocessing
 from metaformer.models.preprocessing import resolve_preprocessing
+from metaformer.targets import import_target
 
 C = TypeVar("C", bound=CommonConfig)
 
@@ -18,6 +19,8 @@ def resolve_config(config: C, weights: str | None, evaluation: bool = False) -> 
         weights: The weights to load, as the user named them.
         evaluation: Whether the network is only evaluated.
     """
+    if config.model.target is not None:
+        import_target("model.target", config.model.target)  # an error comes before the data set is opened
     images = resolve_preprocessing(config.model, config.image_size, weights, evaluation)
     model = replace(
         config.model,

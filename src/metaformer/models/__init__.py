@@ -11,6 +11,7 @@ from metaformer.models.families import list_models
 
 if TYPE_CHECKING:
     from metaformer.models.metaformer import MetaFormer, MetaFormerBlock
+    from metaformer.models.target import create_target_model
     from metaformer.models.variants import create_model, create_timm_model
     from metaformer.models.weights import load_weights, save_state, save_weights
 
@@ -18,6 +19,7 @@ _MODULES = {
     "MetaFormer": "metaformer",
     "MetaFormerBlock": "metaformer",
     "create_model": "variants",
+    "create_target_model": "target",
     "create_timm_model": "variants",
     "load_weights": "weights",
     "save_state": "weights",
@@ -29,6 +31,7 @@ __all__ = [
     "MetaFormer",
     "MetaFormerBlock",
     "create_model",
+    "create_target_model",
     "create_timm_model",
     "list_models",
     "load_weights",

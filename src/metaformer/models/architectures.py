@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pkgutil import resolve_name
 from typing import Any
 
-from metaformer.errors import UserError, one_line
 from metaformer.models.composition import (
     ACTIVATIONS,
     CHANNEL_MLPS,
@@ -19,6 +17,7 @@ from metaformer.models.composition import (
     PartPath,
 )
 from metaformer.models.metaformer import Architecture, BlockParts
+from metaformer.targets import import_target
 
 
 def build_architecture(composition: Composition) -> Architecture:
@@ -54,21 +53,10 @@ def build_architecture(composition: Composition) -> Architecture:
 
 def _import(part: PartPath) -> Any:
     """Return the part that a table defines, with its arguments."""
-    found = resolve_name(part.path)
+    found = import_target("part", part.path)
     return partial(found, **part.arguments) if part.arguments else found
 
 
 def _find(field: str, name: str, table: Mapping[str, PartPath]) -> Any:
     """Return a part of the table, or a part of the user's own."""
-    if name in table:
-        return _import(table[name])
-    try:
-        part = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"model.{field}={name}: cannot be imported ({one_line(error)}); give package.module:Class, with the "
-            "package in a folder of PYTHONPATH"
-        ) from error
-    if not callable(part):
-        raise UserError(f"model.{field}={name}: is no class or function that makes a module")
-    return part
+    return _import(table[name]) if name in table else import_target(f"model.{field}", name)

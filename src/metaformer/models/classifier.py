@@ -1,7 +1,7 @@
 """The classifier: the layer or layers with an output for each class, without the rest of the head."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,21 +18,30 @@ class NewHead(NamedTuple):
     now: int
 
 
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
+def classifier_names(model: nn.Module, field: str = "init_head", fix: str = "init_head=same") -> tuple[str, ...]:
     """Return the names of the classifier's layers: of one, or of two and more in networks such as distilled ones.
+
+    A network that is not of this project names them as timm's do: `pretrained_cfg = {"classifier": NAME}`.
+
+    Args:
+        field: the option that needs the classifier, for the error message.
+        fix: what to give instead.
 
     Raises:
         UserError: the network has no such layer, or does not name it.
     """
+    cfg: Any = {}
     if isinstance(model, MetaFormer):
         layers = [(name, layer) for name, layer in model.head.named_modules() if isinstance(layer, nn.Linear)]
         names = [f"head.{name}" for name, layer in layers if layer.out_features == model.num_classes][-1:]
     else:
-        # timm's networks have the name in the configuration of their weights.
-        found: str | tuple[str, ...] | None = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr,operator]
+        # timm's networks have the name in the configuration of their weights; the user's own may have it too.
+        cfg = getattr(model, "pretrained_cfg", None)
+        found: str | tuple[str, ...] | None = None if cfg is None else cfg.get("classifier")
         names = [found] if isinstance(found, str) else list(found or ())
     if not any(True for name in names for _ in model.get_submodule(name).parameters()):
-        raise UserError(f"init_head: {type(model).__name__} has no linear layer for its classes; give init_head=same")
+        own = ", or name it by pretrained_cfg = {'classifier': NAME}" if cfg is None else ""
+        raise UserError(f"{field}: {type(model).__name__} has no linear layer for its classes; give {fix}{own}")
     return tuple(names)
 
 

@@ -1,7 +1,7 @@
 """Configuration of a network and of its input images."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from metaformer.errors import UserError
 from metaformer.models.composition import Composition
+from metaformer.targets import check_target
 
 OWN_NETWORK = "metaformer"  # model.name of a network of one's own parts
 AUTO = "auto"  # model.name for the network that weights record
@@ -22,6 +23,7 @@ class Library(Enum):
 
     metaformer = "metaformer"
     timm = "timm"
+    target = "target"  # model.target, code of the user's own
 
 
 class ResizeFilter(Enum):
@@ -98,6 +100,8 @@ class ModelConfig:
 
     name: str = MISSING
     library: Library = Library.metaformer
+    target: str | None = None  # package.module:Class of a network of your own, called with num_classes and options
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of target, as in model.options.width=64
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
     # Run the paper's blocks with fused operators where these pass a check; needs library=metaformer and channels_last.
     fused: bool = True
@@ -129,7 +133,7 @@ class ModelConfig:
     @property
     def given_parts(self) -> dict[str, Any]:
         """The values of a composition that are given, as a composition has them, without RATES."""
-        names = [field.name for field in fields(Composition) if field.name not in RATES]
+        names = [part.name for part in fields(Composition) if part.name not in RATES]
         values = {name: getattr(self, name) for name in names}
         return {
             name: tuple(value) if isinstance(value, list) else value
@@ -145,7 +149,14 @@ class ModelConfig:
         rates = {name: getattr(self, name) for name in RATES if getattr(self, name) is not None}
         return Composition(**self.given_parts, **rates)
 
+    @property
+    def own_code(self) -> list[str]:
+        """The classes and functions of the user's own, each as package.module:Class."""
+        parts = [] if self.composition is None else self.composition.own_parts
+        return parts if self.target is None else [self.target]
+
     def __post_init__(self) -> None:
+        self._set_target()
         if self.composition is None and self.given_parts:
             name = next(iter(self.given_parts))
             raise UserError(
@@ -162,3 +173,20 @@ class ModelConfig:
             raise UserError(f"model.mean={self.mean}: must be three numbers in [0, 1], such as [0.5,0.5,0.5]")
         if self.std is not None and (len(self.std) != 3 or not all(0 < value <= 1 for value in self.std)):
             raise UserError(f"model.std={self.std}: must be three numbers in (0, 1], such as [0.5,0.5,0.5]")
+
+    def _set_target(self) -> None:
+        """Name the network after its class, and refuse what does not go with a network of the user's own."""
+        if self.target is None:
+            given = "model.library=target" if self.library is Library.target else f"model.options={self.options}"
+            if self.library is Library.target or self.options:
+                raise UserError(f"{given}: belongs to a network of your own; give model.target=package.module:Class")
+            return
+        check_target("model.target", self.target)
+        name = re.split("[:.]", self.target)[-1]
+        if self.library is Library.timm or self.name not in (AUTO, name):
+            raise UserError(f"model.target={self.target}: is a network of its own; leave model={self.name} out")
+        for rate in RATES:
+            if getattr(self, rate) is not None:
+                raise UserError(f"model.{rate}={getattr(self, rate)}: not an option of model.target; give "
+                                f"model.options.{rate}={getattr(self, rate)} if {name} has it")  # fmt: skip
+        self.name, self.library = name, Library.target

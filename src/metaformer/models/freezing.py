@@ -30,7 +30,9 @@ def freeze(model: nn.Module, part: str) -> list[nn.Module]:
 
 def _parameter_names(model: nn.Module, part: str) -> set[str]:
     if part == ALL_BUT_HEAD:
-        head = tuple(f"{name}." for name in classifier_names(model))
+        head = tuple(
+            f"{name}." for name in classifier_names(model, f"model.freeze={ALL_BUT_HEAD}", f"{STEM} or stages:N")
+        )
         return {name for name, _ in model.named_parameters() if not name.startswith(head)}
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:

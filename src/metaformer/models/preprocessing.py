@@ -30,7 +30,7 @@ def resolve_preprocessing(
     if model.library is Library.timm:
         defaults = _timm_preprocessing(_tagged_name(model.name, weights), model, image_size, evaluation)
     else:
-        defaults = paper_preprocessing(model.name, weights)
+        defaults = paper_preprocessing(OWN_NETWORK if model.target else model.name, weights)
     return Preprocessing(
         image_size=defaults.image_size if image_size is None else image_size,
         crop_pct=defaults.crop_pct if model.crop_pct is None else model.crop_pct,

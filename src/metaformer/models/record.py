@@ -1,7 +1,7 @@
 """What a weights file records of its network: parts, classes and preprocessing, as JSON in its metadata."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Record:
         num_classes: outputs of the network.
         classes: names of the first outputs, usually all, in order.
         images: the preprocessing with which the network was trained and evaluated.
+        target: `package.module:Class` of a network of the user's own, whose `name` is that of the class.
+        options: the arguments of the target, besides the number of classes.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Record:
     num_classes: int | None = None
     classes: tuple[str, ...] | None = None
     images: Preprocessing | None = None
+    target: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as text; one that is longer than MAX_LENGTH cannot be read again."""
@@ -50,7 +54,7 @@ class Record:
             "num_classes": self.num_classes,
             "classes": self.classes,
             "images": images,
-        }
+        } | ({} if self.target is None else {"target": self.target, "options": self.options})
         return json.dumps(values)
 
     @classmethod
@@ -76,18 +80,22 @@ class Record:
             None if values.get("num_classes") is None else _value(values, "num_classes", int),
             None if values.get("classes") is None else tuple(_value(values, "classes", list)),
             None if images is None else _preprocessing(images),
+            None if values.get("target") is None else _value(values, "target", str),
+            _value({"options": {}} | values, "options", dict),
         )
         record._check()
         return record
 
     @property
     def parts(self) -> Composition | None:
-        """Return the parts of a network of this project; None for a network of timm."""
-        return None if self.library is Library.timm else self.composition or COMPOSITIONS[self.name]
+        """Return the parts of a network of this project; None for all others."""
+        return self.composition or COMPOSITIONS[self.name] if self.library is Library.metaformer else None
 
     def _check(self) -> None:
         if self.library is Library.metaformer and self.composition is None and self.name not in COMPOSITIONS:
             raise ValueError(f"name={printable(self.name, 100)}: an unknown network")
+        if (self.target is not None) != (self.library is Library.target):
+            raise ValueError(f"target={printable(str(self.target), 100)}: not of library {self.library.value}")
         count, names = self.num_classes, self.classes or ()
         if count is not None and count < max(1, len(names)):
             raise ValueError(f"num_classes={count}: too few for {len(names)} names")
@@ -175,4 +183,22 @@ def refuse_own_parts(source: Path | str, composition: Composition, given: tuple[
         raise UserError(
             f"{source}: its network has the part {unknown[0]}, and code that only a file names is not imported; "
             "compose the network yourself, with the same fields as in training"
+        )
+
+
+def refuse_target(source: Path | str, record: Record, field: str = "model.target") -> None:
+    """Refuse a network of the user's own that only a file names.
+
+    Args:
+        source: the weights as the user named them.
+        record: what they record.
+        field: the configuration field that names the network.
+
+    Raises:
+        UserError: the network is one.
+    """
+    if record.target is not None:
+        raise UserError(
+            f"{source}: its network is {record.target}, and code that only a file names is not imported; give "
+            f"{field}={record.target} if you trust it"
         )

@@ -14,7 +14,7 @@ from metaformer.models.composition import Composition
 from metaformer.models.config import OWN_NETWORK
 from metaformer.models.families import COMPOSITIONS
 from metaformer.models.metaformer import Architecture, MetaFormer, MetaFormerBlock
-from metaformer.models.record import read_record, refuse_own_parts
+from metaformer.models.record import read_record, refuse_own_parts, refuse_target
 from metaformer.models.token_mixers import Pooling
 
 POOLING = (Pooling,) * 4
@@ -30,6 +30,7 @@ def find_architecture(name: str) -> Architecture:
     record = read_record(Path(name))
     if record is None:
         raise UserError(f"{name}: does not record its network; give one of list_models() and load the file's weights")
+    refuse_target(name, record, "create_target_model")
     if record.parts is None:
         raise UserError(f"{name}: is of timm's {record.name}; use create_timm_model")
     refuse_own_parts(Path(name), record.parts)
