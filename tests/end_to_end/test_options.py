@@ -23,7 +23,7 @@ OPTIONS = {
     "accumulation_steps": ("1", "2"),
     "loader": ("torch", "pil", "dali"),
     "augmentation": ("paper", "light", "none"),
-    "tracking": ("offline", "local"),
+    "tracking": ("offline", "local", "tensorboard"),
     "optimizer": ("adamw", "lamb", "sgd"),
     "schedule": ("cosine", "cosine_per_step"),
     "clip_grad_norm": ("null", "1.0"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metaformer.errors import UserError
 from metaformer.training.checkpoint import CheckpointFolder
@@ -65,3 +66,15 @@ def test_the_lock_file_is_removed(
         run_program("train", f"data.root={images}", *SMALL, *options, f"run_dir={run_dir}")
     assert (run_dir / "log.txt").read_text().count(f"{lock} was removed during the run; it has been locked again") == 2
     assert (run_dir / "checkpoints" / "last").readlink() == Path("step-00000003")
+
+
+def test_tensorboard_has_each_row_of_a_resumed_run_once(images: Path, tmp_path: Path, run_program: Run) -> None:
+    """A run that stops at step 3 and resumes from step 2 has the curves of metrics.jsonl."""
+    options = ("epochs=1", "checkpoint.every_steps=2", "tracking=tensorboard")
+    command = (f"data.root={images}", *SMALL, *options, f"run_dir={tmp_path}")
+    run_program("train", *command, "max_steps=3")
+    run_program("train", *command, f"resume={tmp_path}/checkpoints/step-00000002")
+    for kind, name in (("train", "loss"), ("validation", "top1")):
+        curve = EventAccumulator(str(tmp_path / "tensorboard" / kind)).Reload().Scalars(name)
+        expected = [(row["step"], pytest.approx(row[name])) for row in rows(tmp_path, kind)]
+        assert [(point.step, point.value) for point in curve] == expected

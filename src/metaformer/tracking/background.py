@@ -116,8 +116,8 @@ class BackgroundTracker:
         return f"{_count(kinds['row'], 'row')} and {_count(kinds['file'], 'file')} to deliver"
 
     def _advice(self) -> str:
-        upload = f"`{self._last_opened.upload_command}` uploads what it has; " if self._last_opened else ""
-        return f"{upload}the run folder has all rows"
+        command = self._last_opened.upload_command if self._last_opened else ""
+        return f"{f'`{command}` uploads what it has; ' if command else ''}the run folder has all rows"
 
     def _enqueue(self, kind: str, call: Any) -> None:
         with self._changed:

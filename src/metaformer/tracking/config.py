@@ -18,7 +18,7 @@ class WandbMode(Enum):
 
 @dataclass
 class TrackingConfig:
-    """Configuration of wandb; console, log.txt and metrics.jsonl are always on."""
+    """Configuration of wandb and TensorBoard; console, log.txt and metrics.jsonl are always on."""
 
     wandb: WandbMode = WandbMode.auto
     project: str = "metaformer"
@@ -26,7 +26,9 @@ class TrackingConfig:
     name: str | None = None  # None: the run folder's name
     tags: list[str] = field(default_factory=list)
     artifacts: bool = True  # upload the best and the last checkpoint
-    open_seconds: float = 60.0  # until wandb that has not opened is reported, and not waited for when training ends
+    tensorboard: bool = False  # write event files too, beside wandb or without it
+    # Until a tracker that has not opened is reported, and not waited for when training ends.
+    open_seconds: float = 60.0
     close_seconds: float = 300.0  # without progress, until uploads are given up when training has ended
 
     def __post_init__(self) -> None:

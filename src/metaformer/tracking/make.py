@@ -9,10 +9,13 @@ from metaformer.tracking.background import BackgroundTracker
 from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.console import ConsoleTracker
 from metaformer.tracking.jsonl import JsonlTracker
+from metaformer.tracking.tensorboard import check_tensorboard
 from metaformer.tracking.tracker import FanOut
 from metaformer.tracking.wandb import check_wandb, wandb_folders
 
-WANDB_PROCESS = (sys.executable, "-m", "metaformer.tracking.wandb_process")
+TRACKER_PROCESS = (sys.executable, "-m", "metaformer.tracking.tracker_process")
+WANDB_PROCESS = (*TRACKER_PROCESS, "wandb")
+TENSORBOARD_PROCESS = (*TRACKER_PROCESS, "tensorboard")
 
 
 def make_tracker(
@@ -23,7 +26,7 @@ def make_tracker(
     settings: dict[str, Any],
     validated: bool = False,
 ) -> Tracker:
-    """Return a tracker for console, files and, unless it is off, wandb.
+    """Return a tracker for console and files and, where they are on, wandb and TensorBoard.
 
     Args:
         resumed_at: Step at which training resumes; 0 for a new run.
@@ -33,6 +36,13 @@ def make_tracker(
     trackers: list[Tracker] = [console, JsonlTracker(run_dir, resumed_at, validated)]
     if config.wandb is not WandbMode.off:
         check_wandb()
+    if config.tensorboard:
+        check_tensorboard()  # before a process is started
+    limits = (config.open_seconds, config.close_seconds)
+    if config.wandb is not WandbMode.off:
         arguments = (sys.argv, config, run_dir, settings, wandb_folders(run_dir))
-        trackers.append(BackgroundTracker("wandb", WANDB_PROCESS, arguments, config.open_seconds, config.close_seconds))
+        trackers.append(BackgroundTracker("wandb", WANDB_PROCESS, arguments, *limits))
+    if config.tensorboard:
+        position = (run_dir, resumed_at, validated)
+        trackers.append(BackgroundTracker("tensorboard", TENSORBOARD_PROCESS, position, *limits))
     return FanOut(trackers)

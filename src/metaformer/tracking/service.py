@@ -22,7 +22,7 @@ class Opened(NamedTuple):
     """The tracker is ready.
 
     Attributes:
-        upload_command: Command that uploads later what the tracker has written to disk.
+        upload_command: Command that uploads later what the tracker has written to disk; "" if there is none.
         position: Number of rows that the service already had, or None if it does not count them. A restarted process
             receives the position of the first start.
     """

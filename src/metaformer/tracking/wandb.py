@@ -1,4 +1,4 @@
-"""Tracker for Weights & Biases, which runs in a separate process (`wandb_process`)."""
+"""Tracker for Weights & Biases, which runs in a separate process (`tracker_process`)."""
 
 import importlib.util
 import os

@@ -1,0 +1,18 @@
+"""The program of the separate process that runs a tracker, so that it cannot block, fork or outlive training.
+
+`BackgroundTracker` starts it with the tracker's name and the number of the file descriptor that calls come from.
+"""
+
+import sys
+from multiprocessing.connection import Connection
+
+from metaformer import streams
+from metaformer.tracking.service import ServedTracker, Server
+from metaformer.tracking.tensorboard import TensorBoardTracker
+from metaformer.tracking.wandb import WandbTracker
+
+TRACKERS: dict[str, type[ServedTracker]] = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+
+if __name__ == "__main__":
+    streams.guard()
+    Server(Connection(int(sys.argv[2])), TRACKERS[sys.argv[1]]()).run()
