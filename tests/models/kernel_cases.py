@@ -150,6 +150,19 @@ def test_gelu_and_its_gradient(
     assert_near(kernels.gelu_backward(grad.clone(), hidden, level), expected, dtype, dtype, torch.float32)
 
 
+def test_error_of_gelu(kernels: Kernels) -> None:
+    """GELU and its derivative are within 5e-7 of their float64 values, and correct for large numbers and NaN."""
+    hidden = torch.linspace(-8, 8, 256 * 128, device=DEVICE).view(1, 1, 256, 128)
+    expected = reference.gelu_backward(torch.ones_like(hidden, dtype=torch.float64), hidden.double(), None)
+    derivative, activated, _ = kernels.gelu_backward(torch.ones_like(hidden), hidden, None)
+    assert (derivative.double() - expected[0]).abs().max() < 5e-7
+    for found in (activated, kernels.gelu(hidden)):
+        assert (found.double() - expected[1]).abs().max() < 5e-7
+    large = torch.tensor([[-1e20, -50.0, -0.0, 0.0, 50.0, 1e30, torch.nan]], device=DEVICE)[:, None, None]
+    wanted = torch.tensor([0.0, 0.0, 0.0, 0.0, 50.0, 1e30, torch.nan], device=DEVICE)
+    torch.testing.assert_close(kernels.gelu(large).flatten(), wanted, rtol=1e-7, atol=1e-9, equal_nan=True)
+
+
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Layer scale (one of them zero) and drop path on a branch in the products' type, with statistics of the sum."""

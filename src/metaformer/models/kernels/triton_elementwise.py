@@ -3,6 +3,9 @@
 Bytes moved per element, where e is the element size of the stream and h that of the matrix products: `gelu` 2 h,
 `gelu_backward` 4 h (also a sum over rows and the recomputed GELU), `residual` 2 e + h (also the next norm's
 statistics), `residual_backward` e + h (also a sum over rows). Each of them is one pass.
+
+The normal distribution's tail is 2 to the power of a polynomial that was fitted to its logarithm. That takes less than
+half the instructions of erf, with an absolute error below 5e-7 in GELU and its derivative for numbers up to 8.
 """
 
 import torch
@@ -18,14 +21,22 @@ from metaformer.models.kernels.triton_tiles import (
     tiling,
 )
 
-ROWS, COLUMNS = 32, 128  # tile size of the hidden layer
-TILES_PER_PROGRAM = 8  # adjacent tiles along the rows, summed by one program
+ROWS, COLUMNS = 16, 128  # tile size of the hidden layer
+TILES_PER_PROGRAM = 16  # adjacent tiles along the rows, summed by one program
 
 
 @triton.jit
 def _normal_cdf(x):
-    """The cumulative distribution function of the standard normal distribution."""
-    return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+    """The cumulative distribution function of the standard normal distribution, within 3e-7 in float32."""
+    a = tl.minimum(tl.abs(x), 12.0)  # where the tail is 1e-33; the polynomial would grow from 20 on
+    cubic = -0.0530703771 + a * (0.00785383861 + a * (-0.000699174094 + a * 2.50351006e-05))
+    tail = tl.exp2(-0.999999547 + a * (-1.15112886 + a * (-0.459014014 + a * cubic)))
+    return tl.where(x < 0, tail, 1 - tail)
+
+
+@triton.jit
+def _normal_density(x):
+    return tl.exp2(x * (x * -0.7213475204444817)) * 0.3989422804014327
 
 
 @triton.jit
@@ -42,7 +53,7 @@ def _gelu_backward(
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     grad_factor = tl.load(factor) if HAS_FACTOR else 1.0
-    total = tl.zeros([1, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for loop in range(LOOPS):
         row = (tl.program_id(0) * LOOPS + loop) * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (column < columns)
@@ -50,11 +61,12 @@ def _gelu_backward(
         x = tl.load(hidden + offsets, mask, 0.0).to(tl.float32)
         grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * grad_factor
         cdf = _normal_cdf(x)
-        result = grad_out * (cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        result = grad_out * (cdf + x * _normal_density(x))
         tl.store(grad + offsets, result, mask)
         tl.store(activated + offsets, x * cdf, mask)
-        total += tl.sum(result, 0)[None, :]
-    tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, total, column < columns)
+        total += result
+    pointer = sums + tl.program_id(0).to(tl.int64) * columns + column
+    tl.store(pointer, tl.sum(total, 0)[None, :], column < columns)
 
 
 @triton.jit
