@@ -2,8 +2,9 @@
 
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from metaformer.config_errors import (
     explain,
     group_choices,
 )
-from metaformer.errors import UserError
+from metaformer.errors import UserError, one_line
 from metaformer.models import list_models
 from metaformer.models.config import AUTO
 from metaformer.option_help import describe_options
@@ -62,7 +63,7 @@ def compose(name: str, config_type: type[C]) -> C:
         raise SystemExit(0)
     with _explained(config_type):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
-        capture()
+        _run_hydra(capture)
         if not composed:
             raise SystemExit(0)
         ((values, hydra_config),) = composed
@@ -117,6 +118,14 @@ def freeze(config: TrainConfig) -> str:
     no_logging = [{f"override hydra/{logging}": "none"} for logging in ("job_logging", "hydra_logging")]
     root.defaults = ["train_schema", "_self_", *no_logging]
     return "# Composed by scripts/submit.py\n" + OmegaConf.to_yaml(OmegaConf.merge(root, redacted(config)))
+
+
+def _run_hydra(capture: Callable[[], None]) -> None:
+    """Compose; some wrong arguments end in a ValueError of Hydra's."""
+    try:
+        capture()
+    except ValueError as error:
+        raise UserError(f"{shlex.join(sys.argv[1:])}: {one_line(error)}; see --help") from error
 
 
 @contextmanager

@@ -37,11 +37,11 @@ class CommonConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     image_size: int | None = None  # pixels per side; None: the network's default
     num_classes: int | None = None  # None: the number of classes in the data set
-    seed: int = 0
+    seed: int = 0  # of initial weights, order of images and augmentation; the same seed gives the same run
     workers: int | None = None  # loader processes or threads per rank; None: the rank's share of the CPU cores
     eval_batch_size: int = 128  # images per rank
-    channels_last: bool = True
-    compile: bool = False
+    channels_last: bool = True  # memory format of images and activations; the fused operators need it
+    compile: bool = False  # compile the network by torch.compile
     # Interpolated fields and their raw text: files of a run store ${oc.env:NAME}, never a value that may be secret.
     from_environment: dict[str, str] = field(default_factory=dict, metadata={"omegaconf_ignore": True})
 
@@ -126,7 +126,7 @@ class ValidateConfig(CommonConfig):
     """Configuration of validate.py."""
 
     checkpoint: str | None = None  # weights file, checkpoint folder or run folder
-    use_ema: bool = False
+    use_ema: bool = False  # evaluate the averaged weights
     results_csv: str | None = None  # append the result to this file
     per_class_csv: str | None = None  # write the accuracy of each class to this file
     match_classes: MatchClasses = MatchClasses.name  # how class folders become the classes that the weights record

@@ -80,7 +80,12 @@ def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> 
         group, _, name = argument.partition("=")
         if not group:
             raise UserError(f"{argument}: options are written NAME=VALUE; give the name too")
-        if re.fullmatch(r"true|false|[+-]?[\d.]+", name, re.IGNORECASE) and (conf / group).is_dir():
+        group, at, _ = group.partition("@")
+        if at:
+            raise UserError(
+                f"{argument}: a group has one place only; write {group.lstrip('+~') or 'model'}={name or 'NAME'}"
+            )
+        if re.fullmatch(r"null|true|false|[+-]?[\d.]+", name, re.IGNORECASE) and (conf / group).is_dir():
             raise unknown_name(group, name, group_choices(group, conf))
     return given
 

@@ -55,6 +55,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["num_classes=2"], ["num_classes=2", "4 classes"]),
         (["augmentation.flip_probability=2"], ["augmentation.flip_probability=2", "[0, 1]"]),
         (["init_weights=nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["init_weights=nowhere.safetensors", "data.root=/nowhere"], ["data.root=/nowhere", "no folder"]),
         (["resume=nowhere"], ["nowhere"]),
         (["run_dir=/proc/nowhere"], ["run_dir=/proc/nowhere"]),
         (["tracking.name=a b\"c"], ["quote"]),

@@ -12,6 +12,7 @@ from metaformer.config import CommonConfig
 from metaformer.data.device.transform import ColourStatistics, EvaluationTransform
 from metaformer.data.feed import Feed, Placement, Transform
 from metaformer.data.index.config import Source
+from metaformer.data.index.files import check_split_folder
 from metaformer.data.index.image_index import ImageIndex, check_several_classes, load_index
 from metaformer.data.index.labels import relabel
 from metaformer.data.index.quarantine import drop_quarantined
@@ -49,6 +50,12 @@ def locate_weights(field: str, source: str, use_ema: bool) -> LocatedWeights:
         return LocatedWeights(source, download_weights(source, field), use_ema)
     path = find_weights(field, Path(source), use_ema)
     return LocatedWeights(str(path), path, use_ema and path == Path(source))  # folders have a file for each set
+
+
+def check_data_folder(config: CommonConfig, runtime: Runtime, split: str) -> None:
+    """Raise `UserError` if the folder of a split is missing: before weights are downloaded or a network is built."""
+    if config.data.source is not Source.sample:
+        runtime.main_only(lambda: check_split_folder(Path(config.data.root), split), None)
 
 
 def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex:

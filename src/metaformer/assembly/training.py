@@ -19,6 +19,7 @@ from metaformer.assembly.identity import run_identity
 from metaformer.assembly.initial_weights import load_initial_weights
 from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import (
+    check_data_folder,
     colour_statistics,
     evaluation_feed,
     example_images,
@@ -72,6 +73,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         watchdog: A watchdog that is already running.
     """
     runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
+    check_data_folder(config, runtime, config.data.train_split or config.data.val_split)
     initial = None
     if config.init_weights is not None:
         initial = adopt_weights(config, "init_weights", config.init_weights, False, runtime)

@@ -14,6 +14,7 @@ from torch import nn
 from metaformer.assembly.adoption import adopt_weights
 from metaformer.assembly.parts import (
     LocatedWeights,
+    check_data_folder,
     evaluation_feed,
     make_model,
     open_index,
@@ -58,6 +59,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     if config.per_class_csv is not None:
         option = f"per_class_csv={config.per_class_csv}"
         runtime.main_only(partial(check_output, option, Path(config.per_class_csv)), None)
+    check_data_folder(config, runtime, config.data.val_split)
     config, notes, weights, record = adopt_weights(config, "checkpoint", checkpoint, config.use_ema, runtime)
     config, images = resolve_config(config, checkpoint, evaluation=True)
     runtime.check_agreement("the configuration", fingerprint(config))

@@ -98,8 +98,8 @@ class ModelConfig:
     model=metaformer, a network of one's own; one that is null takes PoolFormer-S12's value. See `Composition`.
     """
 
-    name: str = MISSING
-    library: Library = Library.metaformer
+    name: str = MISSING  # a network of this project or of timm; auto: the one that the weights record
+    library: Library = Library.metaformer  # where the name belongs; model=timm sets it
     target: str | None = None  # package.module:Class of a network of your own, called with num_classes and options
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of target, as in model.options.width=64
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
@@ -108,22 +108,22 @@ class ModelConfig:
     freeze: str | None = None  # stem, stages:N (the stem and the first N stages) or all_but_head; for train.py
     crop_pct: float | None = None  # evaluation resizes the short side to image_size / crop_pct
     interpolation: ResizeFilter | None = None  # for evaluation; augmentation.interpolation is for training
-    crop_mode: CropMode | None = None
+    crop_mode: CropMode | None = None  # for evaluation; null: the network's, which must be center
     mean: list[float] | None = None  # of RGB values in [0, 1]
-    std: list[float] | None = None
+    std: list[float] | None = None  # of RGB values in [0, 1]
     head_dropout: float | None = None  # of networks with an MLP head; None: the paper's rate for this network
-    depths: list[int] | None = None
-    dims: list[int] | None = None
-    token_mixers: list[str] | None = None  # as channel_mlps and residuals: one for each stage, or one for all
-    norm: str | None = None
-    activation: str | None = None
-    channel_mlps: list[str] | None = None
-    residuals: list[str] | None = None
+    depths: list[int] | None = None  # blocks of each stage of model=metaformer
+    dims: list[int] | None = None  # channels of each stage
+    token_mixers: list[str] | None = None  # names of token_mixers.py or package.module:Class, one per stage or one
+    norm: str | None = None  # of the blocks: group_norm, layer_norm, batch_norm, none, ... or package.module:Class
+    activation: str | None = None  # gelu, relu, silu, squared_relu, star_relu or package.module:Class
+    channel_mlps: list[str] | None = None  # conv, linear, either _without_bias, or none; one per stage or one
+    residuals: list[str] | None = None  # plain, scaled or none; one per stage or one
     layer_scale: float | None = None  # initial value; 0: without LayerScale
-    downsampling_norm: str | None = None
-    head: str | None = None
-    position_embedding_stage: int | None = None  # counted from 0
-    initialization: str | None = None
+    downsampling_norm: str | None = None  # after the stem's convolution and before those between stages, as norm
+    head: str | None = None  # norm_first, linear, mlp or package.module:Class
+    position_embedding_stage: int | None = None  # the stage that adds one before its blocks, counted from 0
+    initialization: str | None = None  # layers that start as a truncated normal distribution: mlps_and_head, or all
 
     @property
     def is_own(self) -> bool:

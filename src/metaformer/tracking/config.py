@@ -20,11 +20,11 @@ class WandbMode(Enum):
 class TrackingConfig:
     """Configuration of wandb and TensorBoard; console, log.txt and metrics.jsonl are always on."""
 
-    wandb: WandbMode = WandbMode.auto
-    project: str = "metaformer"
-    entity: str | None = None
+    wandb: WandbMode = WandbMode.auto  # how runs are recorded in Weights & Biases; tracking=wandb|offline|local sets it
+    project: str = "metaformer"  # of wandb
+    entity: str | None = None  # user or team of wandb; None: the key's own
     name: str | None = None  # None: the run folder's name
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)  # of the run in wandb
     artifacts: bool = True  # upload the best and the last checkpoint
     tensorboard: bool = False  # write event files too, beside wandb or without it
     # Until a tracker that has not opened is reported, and not waited for when training ends.

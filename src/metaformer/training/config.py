@@ -17,12 +17,12 @@ class ScheduleUnit(Enum):
 class ScheduleConfig:
     """The defaults are the paper's: 5 warm-up epochs within the cosine, then 10 more epochs at the final rate."""
 
-    unit: ScheduleUnit = ScheduleUnit.epoch
-    warmup_epochs: int = 5
+    unit: ScheduleUnit = ScheduleUnit.epoch  # how often the learning rate changes
+    warmup_epochs: int = 5  # first epochs, in which the rate rises linearly; they count among epochs
     warmup_steps: int | None = None  # instead of warmup_epochs, for short trainings; needs unit=step
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    cooldown_epochs: int = 10
+    warmup_lr: float = 1e-6  # learning rate of the first step
+    min_lr: float = 1e-5  # learning rate at the end of the cosine, and of the cool-down
+    cooldown_epochs: int = 10  # further epochs at min_lr, added to epochs
 
     def __post_init__(self) -> None:
         check_at_least(0, self, "warmup_epochs", "warmup_steps", "cooldown_epochs", prefix="schedule.")
@@ -34,7 +34,7 @@ class ScheduleConfig:
 class CheckpointConfig:
     """When to save checkpoints, and which ones to keep."""
 
-    every_epochs: int = 1
+    every_epochs: int = 1  # save after every Nth epoch
     every_steps: int | None = None  # also save in the middle of epochs
     keep: int = 2  # newest checkpoints to keep, besides the best and the last one
     keep_every_epochs: int | None = None  # keep every Nth epoch forever
@@ -59,14 +59,14 @@ class OptimizerConfig:
 
     name: str = "adamw"  # any of timm.optim.list_optimizers()
     lr: float | None = None  # None: base_lr * global_batch_size / base_batch_size
-    base_lr: float = 1e-3
-    base_batch_size: int = 1024
-    weight_decay: float = 0.05
+    base_lr: float = 1e-3  # learning rate for a batch of base_batch_size
+    base_batch_size: int = 1024  # images per step for which base_lr is meant
+    weight_decay: float = 0.05  # of parameters with two or more dimensions; norms and biases are not decayed
     betas: list[float] | None = None  # None: the optimizer's own
-    eps: float | None = None
+    eps: float | None = None  # None: the optimizer's own
     momentum: float = 0.9  # used by optimizers that have one
     layer_decay: float | None = None  # factor of the learning rate from each layer to the one before it; None: 1
-    implementation: Implementation = Implementation.torch
+    implementation: Implementation = Implementation.torch  # whose code runs the update; apex for adamw and lamb
 
     def __post_init__(self) -> None:
         if self.betas is not None and len(self.betas) != 2:
@@ -83,8 +83,8 @@ class OptimizerConfig:
 class EmaConfig:
     """After each optimizer step: average = decay * average + (1 - decay) * weights."""
 
-    enabled: bool = False
-    decay: float = 0.9999
+    enabled: bool = False  # keep an average of the weights, and validate it too
+    decay: float = 0.9999  # share of the old average in each step
     warmup: bool = False  # let the decay rise to its value gradually, for short runs
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class LossName(Enum):
 class LossConfig:
     """The training loss of soft targets. Their smoothing is `augmentation.label_smoothing`."""
 
-    name: LossName = LossName.cross_entropy
+    name: LossName = LossName.cross_entropy  # which loss; loss=NAME sets it
     target_threshold: float | None = None  # of bce: targets above it become 1, the others 0; None: soft targets
     sum_classes: bool = False  # of bce: sum over the classes instead of the mean
 
@@ -148,7 +148,7 @@ class PrecisionName(Enum):
 class PrecisionConfig:
     """Configuration of automatic mixed precision."""
 
-    name: PrecisionName = PrecisionName.bf16
+    name: PrecisionName = PrecisionName.bf16  # format of matrix products; parameters stay in float32
     # Let GPUs round the inputs of float32 products to TF32's 10 bits, in matrix products and convolutions.
     tf32: bool = False
     reduce_in_bf16: bool = False  # average gradients over the ranks in bfloat16, for half the network traffic
@@ -176,9 +176,9 @@ class LoopConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     epochs: int = 300  # the schedule's cool-down epochs are added to these
     global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
-    accumulation_steps: int = 1
-    clip_grad_norm: float | None = None
-    log_every_steps: int = 50
+    accumulation_steps: int = 1  # passes whose gradients make one step, for less memory; the batch stays the same
+    clip_grad_norm: float | None = None  # largest norm of the gradients; larger ones are scaled down to it
+    log_every_steps: int = 50  # steps between two rows of the log and of metrics.jsonl
     max_steps: int | None = None  # stop after this many steps in total, for trials
 
     def __post_init__(self) -> None:

@@ -236,10 +236,20 @@ def _images_below(folder: Path, below: str, walk: _Walk) -> list[tuple[str, int,
     return found
 
 
-def _list_class_folders(root: Path, split: str) -> list[str]:
+def check_split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split.
+
+    Raises:
+        UserError: there is none.
+    """
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"data.root={root}: no folder {folder.absolute()}; {_probably_meant(root, split)}")
+    return folder
+
+
+def _list_class_folders(root: Path, split: str) -> list[str]:
+    folder = check_split_folder(root, split)
     with os.scandir(folder) as entries:
         listing = [(e.name, e.is_dir()) for e in entries if not is_hidden(e.name)]
     classes = sorted(name for name, is_dir in listing if is_dir)

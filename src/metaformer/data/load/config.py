@@ -20,14 +20,12 @@ class LoaderName(Enum):
 class LoaderConfig:
     """Settings of a loader."""
 
-    name: LoaderName = LoaderName.auto
+    name: LoaderName = LoaderName.auto  # which reads and decodes; all give the same crops
     max_pixels: int = MAX_PIXELS  # larger images are rejected before they are decoded
     prefetch_batches: int = 2  # batches read ahead by each worker process, or by DALI's pipeline
-    # Share of JPEGs that DALI sends to the GPU's hardware decoder, and the image size for which it preallocates memory
-    # (ImageNet's largest).
-    hw_decoder_load: float = 0.65
-    preallocate_width: int = 5980
-    preallocate_height: int = 6430
+    hw_decoder_load: float = 0.65  # share of JPEGs that DALI sends to the GPU's hardware decoder
+    preallocate_width: int = 5980  # pixels for which DALI's decoder reserves memory: of ImageNet's widest image
+    preallocate_height: int = 6430  # as preallocate_width, for the height
     region_decode: bool = False  # on a GPU, decode only the cropped region, as DALI always does on a CPU
     numa_affinity: bool = True  # bind each rank to the CPUs near its GPU, unless a launcher has chosen CPUs
 
