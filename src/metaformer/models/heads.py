@@ -6,6 +6,7 @@ return the features before their classifier, [B, dim].
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from metaformer.models.activations import SquaredReLU
@@ -13,6 +14,16 @@ from metaformer.models.initialization import initialize
 from metaformer.models.norms import Norm
 
 HeadPart = Callable[[int, int, Norm, float], nn.Module]
+
+
+def mean_over_space(x: Tensor) -> Tensor:
+    """Return the mean over positions, [B, C, H, W] -> [B, C], whose gradient has the memory format of x.
+
+    The gradient of a mean over the last two dimensions is never channels_last, so the whole last stage would copy it.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).mean((1, 2))
+    return x.mean((-2, -1))
 
 
 class NormFirstHead(nn.Module):
@@ -26,7 +37,7 @@ class NormFirstHead(nn.Module):
         initialize(self.fc)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        features: Tensor = self.norm(x).mean((-2, -1))
+        features: Tensor = mean_over_space(self.norm(x))
         return features if pre_logits else self.fc(features)
 
 
@@ -39,7 +50,7 @@ class MeanFirstHead(nn.Module):
         self.fc = classifier
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        features: Tensor = self.norm(x.mean((-2, -1)))
+        features: Tensor = self.norm(mean_over_space(x))
         return features if pre_logits else self.fc(features)
 
 

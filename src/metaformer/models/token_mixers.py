@@ -46,7 +46,10 @@ class RandomMatrix(nn.Module):
         self.register_buffer("matrix", torch.rand(side**2, side**2).softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x.flatten(2), self.matrix).view(x.shape)
+        tokens = x.flatten(2).transpose(1, 2)  # [B, positions, dim], which are views of channels_last maps
+        mixed = torch.bmm(self.matrix.expand(x.shape[0], -1, -1), tokens)
+        out: Tensor = mixed.transpose(1, 2).unflatten(2, x.shape[2:])
+        return out
 
 
 class DepthwiseConv(nn.Module):
@@ -99,7 +102,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
-        query, key, value = self.qkv(tokens).unflatten(2, (3, -1, self.HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        # Splitting before transposing gives the gradient of qkv its layout; a permutation would need a copy.
+        query, key, value = (
+            part.transpose(1, 2) for part in self.qkv(tokens).unflatten(2, (3, -1, self.HEAD_DIM)).unbind(2)
+        )
         mixed = functional.scaled_dot_product_attention(query, key, value)  # its softmax is always float32
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out.transpose(1, 2).reshape(x.shape)
