@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from metaformer.data.index.config import Balance, DataConfig, Labels, MatchClasses
-from metaformer.data.load.config import LoaderConfig
+from metaformer.data.load.config import DecodeMode, LoaderConfig
 from metaformer.data.plan.augmentation import AugmentationConfig
 from metaformer.errors import UserError, check_at_least
 from metaformer.models.config import AUTO, DEFAULT_NETWORK, InitHead, ModelConfig
@@ -135,6 +135,8 @@ class ValidateConfig(CommonConfig):
         super().__post_init__()
         if self.data.balance is not Balance.none:
             raise UserError(f"data.balance={self.data.balance.value}: train.py only; validation uses every image once")
+        if self.loader.decode is not DecodeMode.exact:
+            raise UserError(f"loader.decode={self.loader.decode.value}: train.py only; validation is always exact")
         if self.per_class_csv is not None and self.data.labels is Labels.real:
             raise UserError(f"per_class_csv={self.per_class_csv}: images of data={self.data.name} have several correct "
                             "classes; leave it null")  # fmt: skip

@@ -49,7 +49,8 @@ def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp
 
     def earlier_identity(*parts: Any) -> dict[str, Any]:
         identity = run_identity(*parts)
-        new = ("data.balance", "augmentation.repeats", "distill.teacher", "model.freeze", "layer-wise learning rates")
+        new = {"data.balance", "augmentation.repeats", "distill.teacher", "model.freeze", "layer-wise learning rates"}
+        new.add("loader.decode")
         return {name: value for name, value in identity.items() if name not in new}
 
     with pytest.MonkeyPatch.context() as patch:
@@ -59,6 +60,8 @@ def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp
         run_program("train", *command, "data.balance=sqrt")
     with pytest.raises(UserError, match=r"trained with augmentation\.repeats=1, this run has 2;"):
         run_program("train", *command, "augmentation.repeats=2")
+    with pytest.raises(UserError, match=r"trained with loader\.decode=exact, this run has scaled;"):
+        run_program("train", *command, "loader.decode=scaled")
     with pytest.raises(UserError, match=r"trained with layer-wise learning rates=False, this run has True;"):
         run_program("train", *command, "optimizer.layer_decay=0.9")
     weights = f"init_weights={tmp_path / 'run'}"
@@ -70,6 +73,15 @@ def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp
 
 
 def test_validation_refuses_a_balance(run_program: Run) -> None:
-    """validate.py does not ignore data.balance."""
+    """validate.py does not ignore data.balance, nor loader.decode."""
     with pytest.raises(UserError, match=r"^data\.balance=sqrt: train\.py only"):
         run_program("validate", "checkpoint=none", "data.balance=sqrt")
+    with pytest.raises(UserError, match=r"^loader\.decode=scaled: train\.py only"):
+        run_program("validate", "checkpoint=none", "loader.decode=scaled")
+
+
+@pytest.mark.parametrize("loader", ["pil", "dali"])
+def test_loaders_that_decode_exactly_refuse_scaled_decoding(images: Path, run_program: Run, loader: str) -> None:
+    """loader.decode=scaled is not ignored by a loader that cannot do it."""
+    with pytest.raises(UserError, match=rf"^loader\.decode=scaled: loader={loader} decodes exactly; use loader=torch"):
+        run_program("train", f"data.root={images}", *SMALL, f"loader={loader}", "loader.decode=scaled")

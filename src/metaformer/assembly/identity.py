@@ -19,6 +19,7 @@ def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits, tea
         "data": splits.train.fingerprint[:16],
         "data.balance": config.data.balance.value,
         "augmentation.repeats": config.augmentation.repeats,
+        "loader.decode": config.loader.decode.value,
         "distill.teacher": teacher,
         **images.settings,
         **_parts_identity(config),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ from metaformer.data.index.files import check_split_folder
 from metaformer.data.index.image_index import ImageIndex, check_several_classes, load_index
 from metaformer.data.index.labels import relabel
 from metaformer.data.index.quarantine import drop_quarantined
-from metaformer.data.load.config import LoaderConfig, LoaderName
+from metaformer.data.load.config import DecodeMode, LoaderConfig, LoaderName
 from metaformer.data.load.dali_loader import DaliLoader, dali_is_installed
 from metaformer.data.load.loader import Loader
 from metaformer.data.load.pil_reader import PilReader
+from metaformer.data.load.reader import ImageReader
 from metaformer.data.load.torch_reader import TorchReader
 from metaformer.data.load.worker_loader import WorkerLoader
 from metaformer.data.load.worker_server import start_worker_server
 from metaformer.data.plan.plan import EvaluationPlan, Plan
 from metaformer.data.prepare.sample import build_sample
+from metaformer.errors import UserError
 from metaformer.models import create_model, create_target_model, create_timm_model
 from metaformer.models.config import Library, Preprocessing, ResizeFilter
 from metaformer.models.download import download_weights, is_weights_name
@@ -143,14 +145,26 @@ def worker_count(config: CommonConfig, runtime: Runtime) -> int:
 def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: torch.device, workers: int) -> Loader:
     """Build the loader that `config.name` selects (not `auto`), with `workers` processes or threads."""
     if config.name is LoaderName.dali:
-        return DaliLoader(index, plan, config, device, max(1, workers))
-    reader = (TorchReader if config.name is LoaderName.torch else PilReader)(config.max_pixels)
+        loader = DaliLoader(index, plan, config, device, max(1, workers))
+        if device.type == "cuda" and config.check_decoding:
+            loader.check_decoding()
+        return loader
+    reader: ImageReader[Any] = PilReader(config.max_pixels)
+    if config.name is LoaderName.torch:
+        reader = TorchReader(config.max_pixels, scaled=config.decode is DecodeMode.scaled)
     return WorkerLoader(reader, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
 
 
 def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
-    """Return the name of the configured loader, with `auto` resolved."""
-    return automatic_loader(runtime.device) if config.loader.name is LoaderName.auto else config.loader.name
+    """Return the name of the configured loader, with `auto` resolved.
+
+    Raises:
+        UserError: `loader.decode` asks for what that loader cannot do.
+    """
+    name = automatic_loader(runtime.device) if config.loader.name is LoaderName.auto else config.loader.name
+    if config.loader.decode is DecodeMode.scaled and name is not LoaderName.torch:
+        raise UserError(f"loader.decode=scaled: loader={name.value} decodes exactly; use loader=torch, or leave it out")
+    return name
 
 
 def automatic_loader(device: torch.device) -> LoaderName:

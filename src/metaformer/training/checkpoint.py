@@ -27,6 +27,7 @@ from metaformer.training.state import Snapshot, TrainState
 _OF_EARLIER_VERSIONS: dict[str, Any] = {
     "data.balance": "none",
     "augmentation.repeats": 1,
+    "loader.decode": "exact",
     "distill.teacher": None,
     "model.freeze": None,
     "layer-wise learning rates": False,

@@ -16,17 +16,26 @@ class LoaderName(Enum):
     pil = "pil"  # PIL in worker processes; the reference that published weights expect
 
 
+class DecodeMode(Enum):
+    """How training images are decoded."""
+
+    exact = "exact"  # PIL's pixels
+    scaled = "scaled"  # large crops at 1/2, 1/4 or 1/8 if they are reduced by more; loader=torch only
+
+
 @dataclass
 class LoaderConfig:
     """Settings of a loader."""
 
     name: LoaderName = LoaderName.auto  # which reads and decodes; all give the same crops
     max_pixels: int = MAX_PIXELS  # larger images are rejected before they are decoded
+    decode: DecodeMode = DecodeMode.exact  # validation is always exact
     prefetch_batches: int = 2  # batches read ahead by each worker process, or by DALI's pipeline
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI sends to the GPU's hardware decoder
-    preallocate_width: int = 5980  # pixels for which DALI's decoder reserves memory: of ImageNet's widest image
+    preallocate_width: int = 5980  # pixels for which DALI's decoder reserves memory, at most: of ImageNet's widest image
     preallocate_height: int = 6430  # as preallocate_width, for the height
     region_decode: bool = False  # on a GPU, decode only the cropped region, as DALI always does on a CPU
+    check_decoding: bool = True  # on a GPU, decode a batch twice at the start, and stop if the pixels differ
     numa_affinity: bool = True  # bind each rank to the CPUs near its GPU, unless a launcher has chosen CPUs
 
     def __post_init__(self) -> None:

@@ -83,6 +83,26 @@ class DaliLoader:
         for _ in positions:
             yield self._next_batch()
 
+    def check_decoding(self) -> None:
+        """Make the first batch twice.
+
+        Raises:
+            UserError: its pixels differ, so runs would neither repeat nor resume bit for bit.
+        """
+        if not self._plan.batches_per_epoch:
+            return
+        self._drain()
+        self._pending = self._read_ahead(iter([self._plan.to_read(0, 0)] * 2))
+        self._pipeline.reset()
+        one, other = self._next_batch().clone(), self._next_batch()
+        different = int((one != other).flatten(1).any(dim=1).sum())
+        if different:
+            raise UserError(
+                f"loader=dali: {different} of {len(one)} images had other pixels when they were decoded again, so a "
+                "run would not resume bit for bit; use loader=torch, try loader.hw_decoder_load=0, or accept it with "
+                "loader.check_decoding=false"
+            )
+
     def _next_batch(self) -> Tensor:
         self._fed, started = 0.0, time.perf_counter()
         try:

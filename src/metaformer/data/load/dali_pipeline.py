@@ -4,6 +4,7 @@ Importing this module requires DALI. Arguments and results of type `Node` are DA
 image.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from metaformer.data.load.config import LoaderConfig
 from metaformer.data.plan.plan import TRIES, BatchPlan, Plan
 
 Node = Any
+
+CHANNELS = 3
+MAX_PREALLOCATED = 1 / 16  # of the GPU's memory, by the hardware decoder
 
 
 class PipelineTarget(NamedTuple):
@@ -40,7 +44,8 @@ def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, target: Pipeline
     """
     first = plan.batch(0, 0)
     device, gpu = target.device, target.device.type == "cuda"
-    decoder = decoder_options(config, gpu)
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else None
+    decoder = decoder_options(config, plan.batch_size, memory)
     regions = not gpu or config.region_decode
 
     @pipeline_def(  # type: ignore[untyped-decorator]
@@ -62,18 +67,36 @@ def build_pipeline(feed: Any, plan: Plan, config: LoaderConfig, target: Pipeline
     return built
 
 
-def decoder_options(config: LoaderConfig, gpu: bool) -> dict[str, Any]:
-    """Return options for DALI's decoders of whole images and of regions."""
+def decoder_options(config: LoaderConfig, batch_size: int, gpu_memory: int | None) -> dict[str, Any]:
+    """Return options for DALI's decoders of whole images and of regions.
+
+    Args:
+        gpu_memory: bytes; None on a CPU.
+    """
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if gpu:
+    if gpu_memory is not None:
+        width, height = preallocated_size(config, batch_size, gpu_memory)
         options |= {
             "device": "mixed",
             "jpeg_fancy_upsampling": True,  # like libjpeg
             "hw_decoder_load": config.hw_decoder_load,
-            "preallocate_width_hint": config.preallocate_width,
-            "preallocate_height_hint": config.preallocate_height,
+            "preallocate_width_hint": width,
+            "preallocate_height_hint": height,
         }
     return options
+
+
+def preallocated_size(config: LoaderConfig, batch_size: int, gpu_memory: int) -> tuple[int, int]:
+    """Return the width and height for which the hardware decoder preallocates memory, for each image of its batch.
+
+    A batch of 1,024 times ImageNet's largest image would be 77 GB, so the sides are reduced alike until the hardware's
+    share of a batch takes at most MAX_PREALLOCATED of the GPU's memory. Larger images then allocate when they appear.
+    """
+    width, height = config.preallocate_width, config.preallocate_height
+    images = math.ceil(batch_size * config.hw_decoder_load)
+    needed = images * width * height * CHANNELS
+    factor = math.sqrt(min(1.0, MAX_PREALLOCATED * gpu_memory / needed)) if needed else 1.0
+    return math.floor(width * factor), math.floor(height * factor)
 
 
 def cut_out(encoded: Node, start: Node, shape: Node, decoder: dict[str, Any], regions: bool) -> Node:

@@ -5,6 +5,7 @@ Of JPEGs, only the region to be resized is decoded, where the decoder can (`jpeg
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from metaformer.data.load.image_file import (
 from metaformer.data.load.jpeg_decoder import DecodeRegion, region_decoder
 from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.load.reader import ImageReader
+from metaformer.data.load.scaled_decoder import decode_scaled
 from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
@@ -36,13 +38,18 @@ class TorchReader(ImageReader[Tensor]):
     Attributes:
         max_pixels: larger images are rejected.
         decoder: of JPEGs; None takes the best that is installed.
+        scaled: decode random crops that are reduced to a half or less at a smaller scale, which is not exact.
     """
 
     max_pixels: int = MAX_PIXELS
     decoder: DecodeRegion | None = None
+    scaled: bool = False
 
     def decode(self, stored: StoredImage, plan: BatchPlan, row: int) -> Tensor:
-        (width, height), cut = open_stored(stored, self.max_pixels, self.decoder)
+        decoder = self.decoder
+        if self.scaled and plan.crop is not None:
+            decoder = partial(decode_scaled, size=plan.image_size, exact=decoder)
+        (width, height), cut = open_stored(stored, self.max_pixels, decoder)
         if plan.crop is None:
             return cut(central_part(width, height) or Box(0, 0, width, height))
         crop = plan.crop
