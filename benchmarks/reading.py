@@ -75,8 +75,8 @@ class Reading:
 
     def __init__(self, index: ImageIndex, decoder: DecodeRegion, images: int) -> None:
         self._stored, self._decoder, self._reader = ImageBytes(index), decoder, TorchReader(decoder=decoder)
-        plain = _batches(index, images, RandAugmentConfig(num_ops=0))
-        augmented = _batches(index, images, RandAugmentConfig())
+        plain = training_batches(index, images, RandAugmentConfig(num_ops=0))
+        augmented = training_batches(index, images, RandAugmentConfig())
         self._batch = torch.empty((1, 3, SIZE, SIZE), dtype=torch.uint8).to(memory_format=torch.channels_last)[0]
         image = torch.zeros((SIZE, SIZE, 3), dtype=torch.uint8).permute(2, 0, 1)
         self._works: dict[str, tuple[list[BatchPlan], Callable[[BatchPlan, int], Any]]] = {
@@ -119,7 +119,7 @@ class Reading:
         self._batch.copy_(self._reader.read(self._read(plan, row), plan, row))
 
 
-def _batches(index: ImageIndex, images: int, randaugment: RandAugmentConfig) -> list[BatchPlan]:
+def training_batches(index: ImageIndex, images: int, randaugment: RandAugmentConfig) -> list[BatchPlan]:
     """Return the plans of at least one batch, as the loader gets them."""
     plan = TrainingPlan(
         num_samples=len(index),

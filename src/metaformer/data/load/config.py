@@ -32,7 +32,7 @@ class LoaderConfig:
     decode: DecodeMode = DecodeMode.exact  # validation is always exact
     prefetch_batches: int = 2  # batches read ahead by each worker process, or by DALI's pipeline
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI sends to the GPU's hardware decoder
-    preallocate_width: int = 5980  # pixels for which DALI's decoder reserves memory, at most: of ImageNet's widest image
+    preallocate_width: int = 5980  # largest width for which DALI's decoder reserves memory: ImageNet's
     preallocate_height: int = 6430  # as preallocate_width, for the height
     region_decode: bool = False  # on a GPU, decode only the cropped region, as DALI always does on a CPU
     check_decoding: bool = True  # on a GPU, decode a batch twice at the start, and stop if the pixels differ

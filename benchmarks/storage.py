@@ -1,0 +1,91 @@
+"""Measure how many bytes the random crops of training read from the disk per image, for each format of the data.
+
+  python -m benchmarks.storage /path/to/imagenet/val /path/to/imagenet-pixels/val --rate 200 --json storage.json
+
+The files are first removed from the page cache. One process then reads each image of the plan's epoch once, as a worker
+of the torch loader does, without resizing it; the kernel counts what it fetches from the disk, read-ahead included
+(read_bytes of /proc/self/io). The last column is what a disk that delivers --rate MB/s could supply, whatever the CPU.
+Give thousands of images: of a few, those next to an image have been read ahead already.
+"""
+
+import argparse
+import os
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from benchmarks.harness import check_counts, check_outputs, console, write_json
+from benchmarks.reading import training_batches
+from metaformer.data.index.image_index import ImageIndex, find_images
+from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.data.load.torch_reader import TorchReader
+from metaformer.data.plan.augmentation import RandAugmentConfig
+from metaformer.errors import UserError
+from metaformer.program import run_program
+
+
+def main() -> None:
+    """Measure each folder, print a table, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--rate", type=int, default=200, metavar="MB", help="of the disk, in MB/s; default: 200")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    arguments = parser.parse_args()
+    check_counts(arguments, "rate")
+    check_outputs(arguments, "json")
+    torch.set_num_threads(1)
+    found = {str(folder): measure(find_images(folder), arguments.rate) for folder in arguments.folders}
+    table = Table("folder", "stored, kB", "read, kB", f"images/s at {arguments.rate} MB/s", title="per image")
+    for name, row in found.items():
+        figures = (row["stored_bytes"] / 1000, row["read_bytes"] / 1000)
+        table.add_row(name, *(f"{figure:.1f}" for figure in figures), f"{row['images_per_second']:.0f}")
+    console().print(table)
+    write_json(arguments.json, {"rate_mb": arguments.rate, "cases": found})
+
+
+def measure(index: ImageIndex, rate: int) -> dict[str, float]:
+    """Return bytes per image, stored and read, and images per second at `rate` MB/s.
+
+    Raises:
+        UserError: nothing was read from a disk.
+    """
+    reader = TorchReader()
+    batches = training_batches(index, len(index), RandAugmentConfig(num_ops=0))
+    _drop_from_page_cache(index)
+    images, before = 0, _bytes_read()
+    with closing(ImageBytes(index)) as stored:
+        for plan in batches:
+            images += len(plan)
+            for row, sample in enumerate(plan.samples.tolist()):
+                reader.decode(stored.read(sample), plan, row)
+    read = (_bytes_read() - before) / images
+    if not read:
+        raise UserError(f"{index.folder}: nothing was read from a disk; it is in memory, or on a network file system")
+    return {
+        "stored_bytes": float(index.sizes.mean()),
+        "read_bytes": read,
+        "images_per_second": rate * 1_000_000 / read,
+    }
+
+
+def _drop_from_page_cache(index: ImageIndex) -> None:
+    shards = index.shards
+    files = map(index.path, range(len(index))) if shards is None else (index.folder / name for name in shards.names)
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)  # pages that are not written yet would stay
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _bytes_read() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+if __name__ == "__main__":
+    run_program(main)

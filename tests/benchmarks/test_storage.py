@@ -1,0 +1,40 @@
+"""The benchmark of what is read from the disk."""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks.storage import main
+from metaformer.errors import UserError
+
+
+def test_what_is_read_from_the_disk(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each file is read once, in whole blocks, although it was in the page cache; the rate gives images per second."""
+    folder, file = tmp_path / "train", tmp_path / "found.json"
+    shutil.copytree(images / "train", folder)
+    monkeypatch.setattr(sys, "argv", ["storage.py", str(folder), "--rate=100", f"--json={file}"])
+    try:
+        main()
+    except UserError as error:
+        pytest.skip(str(error))  # the temporary folder is in memory
+    (row,) = json.loads(file.read_text())["cases"].values()
+    sizes = [path.stat().st_size for path in folder.glob("*/*.JPEG")]
+    assert row["stored_bytes"] == pytest.approx(sum(sizes) / len(sizes))
+    assert row["stored_bytes"] < row["read_bytes"] < row["stored_bytes"] + 65_536
+    assert row["images_per_second"] == pytest.approx(100e6 / row["read_bytes"])
+    assert f"{row['read_bytes'] / 1000:.1f}" in capsys.readouterr().out
+
+
+def test_data_in_memory_is_refused(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that no disk is read for end in one line, not in a division by zero."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        shutil.copytree(images / "train", Path(folder) / "train")
+        monkeypatch.setattr(sys, "argv", ["storage.py", f"{folder}/train"])
+        with pytest.raises(UserError, match=r"/train: nothing was read from a disk; it is in memory, or "):
+            main()
