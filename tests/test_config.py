@@ -57,6 +57,14 @@ def test_a_value_from_another_field(composed: Compose) -> None:
     assert "name: of-${tracking.entity}" in text
 
 
+def test_flags_between_overrides(composed: Compose, tmp_path: Path) -> None:
+    """Hydra's flags may stand before, between and after overrides, whose order is kept."""
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("name: lamb\nbase_lr: 2e-3\n")
+    config = composed("seed=1", "--config-dir", str(tmp_path), "optimizer=mine", "seed=2")
+    assert (config.optimizer.name, config.optimizer.base_lr, config.seed) == ("lamb", 2e-3, 2)
+
+
 def test_data_root_is_resolved(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """data.root, which conf/ reads from the environment, is stored as the actual folder."""
     monkeypatch.setenv("IMAGENET_DIR", str(tmp_path))

@@ -20,12 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from metaformer import __version__
 from metaformer.config import CommonConfig, TrainConfig, ValidateConfig, redacted
 from metaformer.config_errors import (
-    add_free_fields,
     check_arguments,
     check_no_added_fields,
     check_values,
     explain,
     group_choices,
+    prepare_arguments,
 )
 from metaformer.errors import UserError, one_line
 from metaformer.models import list_models
@@ -56,7 +56,7 @@ def compose(name: str, config_type: type[C]) -> C:
     if "--version" in sys.argv[1:]:  # which Hydra's parser would answer with its own
         print(f"metaformer {__version__}")
         raise SystemExit(0)
-    sys.argv[1:] = add_free_fields(sys.argv[1:])
+    sys.argv[1:] = prepare_arguments(sys.argv[1:])
     given = check_arguments(sys.argv[1:], CONF_FOLDER, config_type)
     if given.help:
         print(_help(name, config_type, given.overrides))
@@ -86,7 +86,7 @@ def compose_recipe(experiment: str) -> TrainConfig:
 def compose_training(overrides: Sequence[str]) -> TrainConfig:
     """Return the configuration of train.py with these overrides on its command line."""
     _store_schemas()
-    overrides = add_free_fields(overrides)
+    overrides = prepare_arguments(overrides)
     check_arguments(overrides, CONF_FOLDER, TrainConfig)
     with _explained(TrainConfig):
         with hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):

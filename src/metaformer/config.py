@@ -89,8 +89,8 @@ class TrainConfig(LoopConfig, CommonConfig):
     @property
     def own_code(self) -> list[str]:
         """Return the classes and functions of the user's own that the configuration names."""
-        teacher = self.distill.model or ""
-        return [*super().own_code, *([teacher] if ":" in teacher else [])]
+        named = (self.distill.model or "", self.tracking.target or "")
+        return [*super().own_code, *(name for name in named if ":" in name)]
 
     @property
     def learning_rate(self) -> float:

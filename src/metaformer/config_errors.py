@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from metaformer.errors import UserError, one_line, unknown_name
 from metaformer.option_names import advice
 
-FREE_FORM = (r"model\.options",)  # dictionaries of the user's own
+FREE_FORM = (r"model\.options", r"tracking\.options")  # dictionaries of the user's own
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -48,8 +48,9 @@ def check_values(value: Any, name: str = "") -> None:
         raise UserError(f"{name}={value}: too large; must be less than 2^63")
 
 
-def add_free_fields(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the fields of FREE_FORM, which may have any name, as Hydra's additions."""
+def prepare_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as Hydra takes them: flags first, and the fields of FREE_FORM, of any name, as additions."""
+    arguments = sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
     return [f"++{argument}" if re.match(rf"({'|'.join(FREE_FORM)})[.=]", argument) else argument
             for argument in arguments]  # fmt: skip
 

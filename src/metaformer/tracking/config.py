@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from metaformer.errors import UserError
+from metaformer.targets import check_target
 
 
 class WandbMode(Enum):
@@ -27,11 +29,19 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)  # of the run in wandb
     artifacts: bool = True  # upload the best and the last checkpoint
     tensorboard: bool = False  # write event files too, beside wandb or without it
+    target: str | None = None  # package.module:Class of a tracker of your own, called with run_dir and options
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # further arguments of target, as in tracking.options.file=a.csv
     # Until a tracker that has not opened is reported, and not waited for when training ends.
     open_seconds: float = 60.0
     close_seconds: float = 300.0  # without progress, until uploads are given up when training has ended
 
     def __post_init__(self) -> None:
+        if self.target is not None:
+            check_target("tracking.target", self.target)
+        elif self.options:
+            raise UserError(f"tracking.options={self.options}: belongs to a tracker of your own; give tracking.target")
         for name in ("open_seconds", "close_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"tracking.{name}={getattr(self, name):g}: must be a number of seconds above 0")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.interfaces import Tracker
+from metaformer.targets import import_target
 from metaformer.tracking.background import BackgroundTracker
 from metaformer.tracking.config import TrackingConfig, WandbMode
 from metaformer.tracking.console import ConsoleTracker
@@ -16,6 +17,7 @@ from metaformer.tracking.wandb import check_wandb, wandb_folders
 TRACKER_PROCESS = (sys.executable, "-m", "metaformer.tracking.tracker_process")
 WANDB_PROCESS = (*TRACKER_PROCESS, "wandb")
 TENSORBOARD_PROCESS = (*TRACKER_PROCESS, "tensorboard")
+TARGET_PROCESS = (*TRACKER_PROCESS, "target")
 
 
 def make_tracker(
@@ -26,7 +28,7 @@ def make_tracker(
     settings: dict[str, Any],
     validated: bool = False,
 ) -> Tracker:
-    """Return a tracker for console and files and, where they are on, wandb and TensorBoard.
+    """Return a tracker for console and files and, where they are on, wandb, TensorBoard and the user's own.
 
     Args:
         resumed_at: Step at which training resumes; 0 for a new run.
@@ -38,6 +40,8 @@ def make_tracker(
         check_wandb()
     if config.tensorboard:
         check_tensorboard()  # before a process is started
+    if config.target is not None:
+        import_target("tracking.target", config.target)
     limits = (config.open_seconds, config.close_seconds)
     if config.wandb is not WandbMode.off:
         arguments = (sys.argv, config, run_dir, settings, wandb_folders(run_dir))
@@ -45,4 +49,7 @@ def make_tracker(
     if config.tensorboard:
         position = (run_dir, resumed_at, validated)
         trackers.append(BackgroundTracker("tensorboard", TENSORBOARD_PROCESS, position, *limits))
+    if config.target is not None:
+        own = (config.target, sys.path, run_dir, config.options)
+        trackers.append(BackgroundTracker(config.target, TARGET_PROCESS, own, *limits))
     return FanOut(trackers)

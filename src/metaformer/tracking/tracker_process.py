@@ -8,10 +8,15 @@ from multiprocessing.connection import Connection
 
 from metaformer import streams
 from metaformer.tracking.service import ServedTracker, Server
+from metaformer.tracking.target import TargetTracker
 from metaformer.tracking.tensorboard import TensorBoardTracker
 from metaformer.tracking.wandb import WandbTracker
 
-TRACKERS: dict[str, type[ServedTracker]] = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+TRACKERS: dict[str, type[ServedTracker]] = {
+    "wandb": WandbTracker,
+    "tensorboard": TensorBoardTracker,
+    "target": TargetTracker,
+}
 
 if __name__ == "__main__":
     streams.guard()
