@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from metaformer.models.kernels.triton_tiles import (
+    cdiv,
     combine_moments,
-    new_moments,
     store_moments,
+    tile_number,
     tile_offsets,
     tiling,
 )
@@ -71,10 +72,10 @@ def _gelu_backward(
 
 @triton.jit
 def _residual(
-    x, branch, scale, keep, out, moments, positions, channels, tiles,
+    x, branch, scale, keep, out, moments, positions, channels,
     HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, BLOCK_P, BLOCK_C)
     factor = tl.load(scale + c, c < channels, 0.0)
     if HAS_KEEP:
         factor = factor * tl.load(keep + image)
@@ -86,21 +87,21 @@ def _residual(
 
 @triton.jit
 def _residual_backward(
-    grad, keep, out, sums, positions, channels, tiles,
+    grad, keep, out, sums, positions, channels,
     HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, p, c, offsets, mask = tile_offsets(positions, channels, tiles, BLOCK_P, BLOCK_C)
+    image, p, c, offsets, mask = tile_offsets(positions, channels, BLOCK_P, BLOCK_C)
     branch_grad = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
     if HAS_KEEP:
         branch_grad = branch_grad * tl.load(keep + image)
     tl.store(out + offsets, branch_grad, mask)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(branch_grad, 0)[None, :], c < channels)
+    tl.store(sums + tile_number() * channels + c, tl.sum(branch_grad, 0)[None, :], c < channels)
 
 
 def gelu(hidden: Tensor) -> Tensor:
     """Compute `reference._gelu`."""
     out = torch.empty_like(hidden)
-    _gelu[(triton.cdiv(hidden.numel(), 2048),)](hidden, out, hidden.numel(), BLOCK=2048)
+    _gelu[(cdiv(hidden.numel(), 2048),)](hidden, out, hidden.numel(), BLOCK=2048)
     return out
 
 
@@ -108,10 +109,10 @@ def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[
     """Compute `reference.gelu_backward`."""
     columns = hidden.shape[3]
     rows = hidden.numel() // columns
-    programs = triton.cdiv(rows, ROWS * TILES_PER_PROGRAM)
+    programs = cdiv(rows, ROWS * TILES_PER_PROGRAM)
     activated = torch.empty_like(hidden)
     sums = hidden.new_empty((programs, columns), dtype=torch.float32)
-    _gelu_backward[programs, triton.cdiv(columns, COLUMNS)](
+    _gelu_backward[programs, cdiv(columns, COLUMNS)](
         grad, hidden, hidden if factor is None else factor, activated, sums, rows, columns,
         HAS_FACTOR=factor is not None, LOOPS=TILES_PER_PROGRAM, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
     )  # fmt: skip
@@ -120,22 +121,22 @@ def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[
 
 def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Compute `reference.residual`."""
-    tiles = tiling(x)
-    out, moments = torch.empty_like(x), new_moments(x, tiles)
+    tiles = tiling(*x.shape)
+    out, moments = torch.empty_like(x), tiles.new_moments(x)
     _residual[tiles.grid](
-        x, branch, scale, scale if keep is None else keep, out, moments, x.shape[1] * x.shape[2], x.shape[3],
-        tiles.position_tiles, HAS_KEEP=keep is not None, **tiles.blocks,
+        x, branch, scale, scale if keep is None else keep, out, moments, *tiles.sizes,
+        HAS_KEEP=keep is not None, **tiles.blocks,
     )  # fmt: skip
     return out, combine_moments(moments, eps)
 
 
 def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Compute `reference.residual_backward`."""
-    tiles = tiling(grad)
+    tiles = tiling(*grad.shape)
     out = torch.empty_like(grad, dtype=dtype)
-    sums = grad.new_empty((tiles.images, tiles.position_tiles, grad.shape[3]), dtype=torch.float32)
+    sums = tiles.new_sums(grad, grad.shape[3])
     _residual_backward[tiles.grid](
-        grad, grad if keep is None else keep, out, sums, grad.shape[1] * grad.shape[2], grad.shape[3],
-        tiles.position_tiles, HAS_KEEP=keep is not None, **tiles.blocks,
+        grad, grad if keep is None else keep, out, sums, *tiles.sizes,
+        HAS_KEEP=keep is not None, **tiles.blocks,
     )  # fmt: skip
     return out, sums.sum((0, 1))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metaformer.models.kernels.triton_tiles import combine_moments
+from metaformer.models.kernels.triton_tiles import combine_moments, next_power_of_2
 
 MAX_ROWS = 16  # of a strip
 
@@ -235,7 +235,7 @@ def mix_backward(
     _sum_products[grid](grad, x, sums, *x.shape[1:], **blocks)
     _finish_products[(images,)](
         sums, *factors, grad_scale, slopes, x[0].numel(), channels, tiles[1],
-        HAS_KEEP=has_keep, BLOCK_C=triton.next_power_of_2(channels),
+        HAS_KEEP=has_keep, BLOCK_C=next_power_of_2(channels),
     )  # fmt: skip
     _apply_gradient[grid](grad, x, *factors, slopes, out, *x.shape[1:], HAS_KEEP=has_keep, **blocks)
     return out, grad_scale.sum(0)

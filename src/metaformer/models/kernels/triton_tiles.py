@@ -5,6 +5,7 @@ channels. Sums over an image take two steps: each tile writes its own sum, and a
 No atomic operations are used, so the same input gives the same bits.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,47 +13,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+cdiv, next_power_of_2 = cache(triton.cdiv), cache(triton.next_power_of_2)  # a step calls them often
+
 
 class Tiling(NamedTuple):
-    """The tiles of a [B, H, W, C] tensor."""
+    """The tiles of a [B, H, W, C] tensor.
 
-    images: int
-    position_tiles: int
-    channel_tiles: int
-    block_p: int
-    block_c: int
+    Attributes:
+        grid: the number of channel tiles, which change fastest, of position tiles, and of images.
+        sizes: the numbers of positions and of channels.
+        blocks: the tile size as kernel arguments, with 16 elements per thread.
+    """
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The number of programs: position tiles of all images, by channel tiles."""
-        return self.images * self.position_tiles, self.channel_tiles
+    grid: tuple[int, int, int]
+    sizes: tuple[int, int]
+    blocks: dict[str, int]
 
-    @property
-    def blocks(self) -> dict[str, int]:
-        """The tile size as kernel arguments, with 16 elements per thread."""
-        return {
-            "BLOCK_P": self.block_p,
-            "BLOCK_C": self.block_c,
-            "num_warps": max(1, self.block_p * self.block_c // 512),
-        }
+    def new_sums(self, like: Tensor, *shape: int) -> Tensor:
+        """Allocate a float32 tensor [images, position tiles, *shape]."""
+        return like.new_empty((self.grid[2], self.grid[1], *shape), dtype=torch.float32)
+
+    def new_moments(self, like: Tensor) -> Tensor:
+        """Allocate the output of `store_moments`, float32 [images, tiles, 3]."""
+        return like.new_empty((self.grid[2], self.grid[1] * self.grid[0], 3), dtype=torch.float32)
 
 
-def tiling(x: Tensor) -> Tiling:
+@cache
+def tiling(images: int, height: int, width: int, channels: int) -> Tiling:
     """Return tiles of at most 4096 elements; all widths of the paper's networks are multiples of 32."""
-    images, height, width, channels = x.shape
-    block_p = min(128, triton.next_power_of_2(height * width))
-    block_c = min(4096 // block_p, 64 if block_p < 128 else 32, triton.next_power_of_2(channels))
-    return Tiling(images, triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), block_p, block_c)
+    positions = height * width
+    block_p = min(128, next_power_of_2(positions))
+    block_c = min(4096 // block_p, 64 if block_p < 128 else 32, next_power_of_2(channels))
+    return Tiling(
+        (cdiv(channels, block_c), cdiv(positions, block_p), images),
+        (positions, channels),
+        {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(1, block_p * block_c // 512)},
+    )
 
 
 @triton.jit
-def tile_offsets(positions, channels, tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def tile_offsets(positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """This program's image, positions [P, 1] and channels [1, C], their memory offsets, and the mask of valid ones."""
-    image = tl.program_id(0) // tiles
-    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    image = tl.program_id(2)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     offsets = image.to(tl.int64) * positions * channels + p * channels + c
     return image, p, c, offsets, (p < positions) & (c < channels)
+
+
+@triton.jit
+def tile_number():
+    """This program's position in a tensor of values of all images and position tiles, int64."""
+    return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit
@@ -61,7 +73,7 @@ def store_moments(values, mask, moments):
     count = tl.sum(mask.to(tl.float32))
     mean = tl.sum(tl.where(mask, values, 0.0)) / count
     deviation = tl.where(mask, values - mean, 0.0)
-    pointer = moments + 3 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
+    pointer = moments + 3 * (tile_number() * tl.num_programs(0) + tl.program_id(0))
     tl.store(pointer, count)
     tl.store(pointer + 1, mean)
     tl.store(pointer + 2, tl.sum(deviation * deviation))
@@ -91,14 +103,9 @@ def _combine_moments(moments, stats, tiles, eps, BLOCK: tl.constexpr):
     tl.store(stats + 2 * image + 1, 1 / tl.sqrt(tl.sum(squares) / total + eps))
 
 
-def new_moments(x: Tensor, tiles: Tiling) -> Tensor:
-    """Allocate the output of `store_moments`."""
-    return x.new_empty((tiles.images, tiles.position_tiles * tiles.channel_tiles, 3), dtype=torch.float32)
-
-
 def combine_moments(moments: Tensor, eps: float) -> Tensor:
     """Combine the moments of all tiles into the statistics of each image, float32 [B, 2]."""
     images, tiles, _ = moments.shape
     stats = moments.new_empty((images, 2))
-    _combine_moments[(images,)](moments, stats, tiles, eps, BLOCK=min(1024, triton.next_power_of_2(tiles)))
+    _combine_moments[(images,)](moments, stats, tiles, eps, BLOCK=min(1024, next_power_of_2(tiles)))
     return stats
