@@ -1,21 +1,25 @@
-"""Submit trainings to SLURM, each with its configuration frozen at submission.
+"""Submit trainings to SLURM, or run them here one after the other, each with its configuration frozen at submission.
 
   python scripts/submit.py --nodes 2 --gpus-per-node 8 --time 1-0 model=poolformer_m36 data.root=/path/to/imagenet
   python scripts/submit.py --gpus-per-node 8 --dry-run model=poolformer_s12 optimizer.lr=1e-3,2e-3 seed=0,1
+  python scripts/submit.py --local --keep-going model=poolformer_s12 optimizer.lr=1e-3,2e-3 data.root=images
 
 Overrides are those of train.py. Comma-separated values create a job for each combination, with its own run folder. All
 configurations are validated before anything is submitted. Jobs run slurm/train.sbatch and read their configuration from
-runs/.slurm, so later edits of conf/ do not affect them; later edits of the code do.
+runs/.slurm, so later edits of conf/ do not affect them; later edits of the code do. --local runs the trainings on this
+machine, one after the other; the same command again resumes, and passes over trainings that are complete.
 """
 
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import re
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +56,8 @@ def main() -> None:
     jobs = expand_sweep(arguments.overrides)
     for job in jobs:
         job.config.check_batches(arguments.nodes * (arguments.gpus_per_node or 1))
+    if arguments.local:
+        return run_here(jobs, arguments.gpus_per_node or 1, arguments.keep_going)
     folder = REPOSITORY / "runs" / ".slurm"
     options = _sbatch_options(arguments)
     for job in jobs:
@@ -67,6 +73,70 @@ def main() -> None:
         write_text_atomically(folder / f"{job.name}.yaml", freeze(job.config))
         job_id = submit([f"--config-dir={folder}", f"--config-name={job.name}"])
         print(f"job {job_id}: {job.config.run_dir}; log: {folder / f'{job_id}_0_log.out'}", flush=True)
+
+
+def run_here(jobs: Sequence[Job], processes: int, keep_going: bool) -> None:
+    """Run the trainings on this machine, one after the other, and print a table of their results.
+
+    Args:
+        processes: Ranks of each training.
+        keep_going: Start the other trainings after one has failed.
+
+    Raises:
+        UserError: A training has failed or was interrupted.
+    """
+    folder = Path("runs") / ".local"
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes: list[str] = []
+    for number, job in enumerate(jobs, start=1):
+        write_text_atomically(folder / f"{job.name}.yaml", freeze(job.config))
+        print(f"sweep        {number} of {len(jobs)}: {' '.join(job.swept_values)}, {job.config.run_dir}", flush=True)
+        code = _train_here([f"--config-dir={folder.absolute()}", f"--config-name={job.name}"], processes)
+        outcomes.append("done" if code == 0 else f"exit code {code}")
+        if code and not keep_going:
+            break
+    outcomes += ["not started"] * (len(jobs) - len(outcomes))
+    print("", *_table(jobs, outcomes), sep="\n", flush=True)
+    failed = sum(outcome != "done" for outcome in outcomes)
+    if failed:
+        fix = (
+            "the same command resumes" if keep_going else "the same command resumes; --keep-going passes over failures"
+        )
+        raise UserError(f"{failed} of {len(jobs)} trainings are not done; {fix}")
+
+
+def _train_here(arguments: list[str], processes: int) -> int:
+    """Run train.py, and return its exit code; an interruption of this program reaches it too."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with subprocess.Popen([*launcher, str(REPOSITORY / "train.py"), *arguments]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it saves its state
+            raise
+
+
+def _table(jobs: Sequence[Job], outcomes: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each training: how it ended, the top-1 of its last validation, its values and its folder."""
+    rows = [("", "top-1", "best", "values", "run folder")]
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        last, best = _accuracies(job.config.resolved_run_dir)
+        rows.append((outcome, last, best, " ".join(job.swept_values), str(job.config.run_dir)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _accuracies(run_dir: Path) -> tuple[str, str]:
+    """Return the last and the best top-1 in a run's metrics, in percent; "-" where there is none."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        found = [row["top1"] for row in map(json.loads, lines) if row.get("top1") is not None]
+    except (OSError, ValueError):  # a run that has not begun, or was killed while it wrote
+        found = []
+    return (f"{found[-1]:.2f}", f"{max(found):.2f}") if found else ("-", "-")
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[Job]:
@@ -151,6 +221,8 @@ def run_batch_script(script: str, arguments: list[str]) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="override of train.py; a=1,2 makes two jobs")
+    parser.add_argument("--local", action="store_true", help="run here, one training after the other, without SLURM")
+    parser.add_argument("--keep-going", action="store_true", help="with --local, go on after a training that fails")
     parser.add_argument("--nodes", type=int, default=1, help="nodes per job (1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, with one process each")
     parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per node")
@@ -163,6 +235,10 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.nodes < 1 or (arguments.gpus_per_node or 1) < 1:
         parser.error("--nodes and --gpus-per-node must be at least 1")
+    if arguments.keep_going and not arguments.local:
+        parser.error("--keep-going is for --local; jobs of SLURM do not wait for each other")
+    if arguments.local and (arguments.nodes > 1 or arguments.dry_run or arguments.time or arguments.sbatch):
+        parser.error("--local runs here; it takes --gpus-per-node and --keep-going only")
     if not all(re.fullmatch("[a-z-]+=.+", option) for option in arguments.sbatch):
         parser.error("--sbatch: give NAME=VALUE, as in --sbatch account=vision")
     arguments.sbatch = [tuple(option.split("=", 1)) for option in arguments.sbatch]

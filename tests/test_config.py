@@ -166,8 +166,8 @@ def test_unusable_values(composed: Compose, override: str, expected: str) -> Non
         ("+optimizer.zzz.lr=1", "optimizer.zzz: no such field; its fields are optimizer.name, "),
         ("zzz=1", "zzz: no such field; --help lists all fields"),
         ("=3", "=3: options are written NAME=VALUE; give the name too"),
-        ("seed=0,1", "seed=0,1: several values; write a list as NAME=[A,B]; python scripts/submit.py starts a job for"),
-        ("-m seed=0,1", "-m: a program trains one configuration; python scripts/submit.py starts a job for each "),
+        ("seed=0,1", "seed=0,1: several values; write a list as NAME=[A,B]; python scripts/submit.py trains with each"),
+        ("-m seed=0,1", "-m: a program trains one configuration; python scripts/submit.py runs each combination of "),
     ],
 )  # fmt: skip
 def test_options_of_other_programs(composed: Compose, arguments: str, expected: str) -> None:

@@ -70,8 +70,8 @@ def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> 
     given, unknown = parser.parse_known_args(arguments)
     if given.multirun:
         raise UserError(
-            "-m: a program trains one configuration; python scripts/submit.py starts a job for each combination of "
-            "values, as in optimizer.lr=1e-3,2e-3"
+            "-m: a program trains one configuration; python scripts/submit.py runs each combination of values, as in "
+            "optimizer.lr=1e-3,2e-3, on SLURM or with --local here"
         )
     flags = [argument for argument in unknown if argument.startswith("-")]
     if flags:
@@ -105,7 +105,7 @@ def explain(error: HydraException | OmegaConfBaseException, conf: Path, config_t
     if several is not None:
         return (
             f"{several[1]}: several values; write a list as NAME=[A,B]; "
-            "python scripts/submit.py starts a job for each value"
+            "python scripts/submit.py trains with each value, on SLURM or with --local here"
         )
     return one_line(error)
 

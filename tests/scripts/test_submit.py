@@ -1,5 +1,7 @@
 """Test submit.py without a cluster; tests/slurm submits to one."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from metaformer.composing import compose, compose_training, freeze
 from metaformer.config import TrainConfig, fingerprint
 from metaformer.errors import UserError
 from scripts import submit
+from tests.conftest import QUICK
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -81,6 +84,7 @@ def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         (["optimizer.lr=1e-3,fast"], "optimizer.lr: "),
         (["optimizer.lrr=1"], "optimizer.lrr: no such field"),
         (["--gpus-per-node=3"], "global_batch_size=1024: not divisible by 3 ranks"),
+        (["seed=1,1", "--local"], "two jobs would train in the same run folder"),
         (["seed=1,1"], "two jobs would train in the same run folder"),
         (["a b=c,("], "cannot be parsed"),
     ],
@@ -91,6 +95,29 @@ def test_invalid_sweeps_are_refused(arguments: list[str], words: str, monkeypatc
         run(monkeypatch, *arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_a_sweep_on_this_machine(
+    keep_going: bool, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Trainings run one after the other; a failure ends the sweep, or is passed over; the table has their top-1."""
+    monkeypatch.chdir(tmp_path)
+    small = ["model=metaformer", "model.depths=[1]", "model.dims=[32]", "epochs=1", "workers=0"]
+    options = ["--local", *(["--keep-going"] if keep_going else []), *QUICK, *small, "schedule.warmup_epochs=0"]
+    roots = f"data.root={tmp_path / 'nowhere'},{images}" if keep_going else f"data.root={images},{tmp_path},{images}/."
+    failed = 1 if keep_going else 2
+    with pytest.raises(UserError, match=rf"^{failed} of {2 if keep_going else 3} trainings are not done; "):
+        run(monkeypatch, *options, roots)
+    out, error = capfd.readouterr()
+    table = [line for line in out.splitlines() if re.match("(done|exit code|not started) ", line)]
+    assert [line.split("  ")[0] for line in table] == (
+        ["exit code 2", "done"] if keep_going else ["done", "exit code 2", "not started"]
+    )
+    (done,) = (line for line in table if line.startswith("done"))
+    row = json.loads(next((tmp_path / "runs").glob("*/metrics.jsonl")).read_text().splitlines()[-1])
+    assert f"{row['top1']:.2f}" in done
+    assert error.count("error: data.root=") == 1
 
 
 def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
