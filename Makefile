@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-all test-slurm gpu-model gpu-budgets check clean
+.PHONY: install demo test test-all test-here test-slurm gpu-model gpu-budgets check clean
 
 install: $(BIN)/.installed
 
@@ -34,8 +34,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not whole and not slow" $(SELECT)
 
-test-all: test test-slurm
-	$(BIN)/python -m pytest -m "whole and not slow" --ignore=tests/slurm
+# The jobs on SLURM mostly wait, so they run beside the other tests.
+test-all: install
+	$(MAKE) --jobs=2 --output-sync=target test-slurm test-here
+
+test-here: test
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "whole and not slow" --ignore=tests/slurm
 
 test-slurm: install
 	tests/slurm/install.sh

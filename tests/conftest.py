@@ -16,6 +16,7 @@ from PIL import Image
 
 import train
 import validate
+from tests.warm import python
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may be started, ignores it
 
@@ -100,12 +101,30 @@ def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return run
 
 
-def launch(program: str, *overrides: str, ranks: int = 1, timeout: float = 180) -> Finished:
-    """Run a program in subprocesses: with plain python for one rank, with torchrun for more."""
-    command = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+def launch(program: str, *overrides: str, ranks: int = 1, timeout: float = 180, fresh: bool = False) -> Finished:
+    """Run a program in subprocesses: with `python` for one rank, with torchrun for more.
+
+    Args:
+        fresh: Start real interpreters, not those of tests/warm, which ignore LD_PRELOAD and the like.
+    """
+    interpreter = sys.executable if fresh else python()
+    command = [interpreter, str(REPOSITORY / f"{program}.py"), *overrides]
+    if ranks > 1:
+        torchrun = [interpreter, str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+        command = [*torchrun, *command]
+    return _finish(command, timeout)
+
+
+def launch_module(name: str, *arguments: str, timeout: float = 280) -> Finished:
+    """Run a module of this repository like `python -m`."""
+    return _finish([python(), "-m", name, *arguments], timeout)
+
+
+def _finish(command: list[str], timeout: float) -> Finished:
     done = subprocess.run(
-        [*command, str(REPOSITORY / f"{program}.py"), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
         capture_output=True,
         text=True,
         timeout=timeout,

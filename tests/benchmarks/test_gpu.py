@@ -1,8 +1,6 @@
 """The model of a training step on GPUs: the budgets, what it records, and its command."""
 
 import json
-import os
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from metaformer.errors import UserError
 from metaformer.models import create_model, fused
-from tests.conftest import REPOSITORY, Finished
+from tests.conftest import Finished, launch_module
 
 pytest.importorskip("triton", reason="torch's CPU builds do not include triton")
 from benchmarks.gpu import budgets
@@ -32,11 +30,7 @@ def step() -> list[Launch]:
 
 def command(*arguments: str) -> Finished:
     """Run `python -m benchmarks.gpu`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
-        cwd=REPOSITORY, env=os.environ | {"COLUMNS": "120"}, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return launch_module("benchmarks.gpu", *arguments, timeout=900)
 
 
 def test_budgets_are_kept(step: list[Launch]) -> None:

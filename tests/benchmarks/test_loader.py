@@ -16,7 +16,7 @@ from metaformer.data.index.image_index import load_index
 from metaformer.data.prepare.shard_writer import Packing, write_shards
 from metaformer.data.prepare.source_images import list_source_images
 from metaformer.errors import UserError
-from tests.conftest import REPOSITORY, Finished
+from tests.conftest import REPOSITORY, Finished, launch_module
 
 JOBS = ("training, crop and flip", "training, RandAugment", "evaluation, crop .9")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -37,12 +37,7 @@ for way in (*ways, lambda: open(file, "rb")):
 
 
 def benchmark(*arguments: str) -> Finished:
-    command = [sys.executable, "-m", "benchmarks.loader", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return launch_module("benchmarks.loader", *arguments)
 
 
 @needs_compiler

@@ -1,8 +1,6 @@
 """The benchmark of training steps from the command line: real measurements of small networks, and what it refuses."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,18 +11,13 @@ from benchmarks import train
 from benchmarks.train import count_work
 from metaformer.errors import UserError
 from metaformer.models import create_model
-from tests.conftest import REPOSITORY, Finished
+from tests.conftest import Finished, launch_module
 
 SMALL = ("--size=32", "--batch=2", "--precision=fp32", "--steps=1", "--uncounted=1", "--repeats=1")
 
 
 def benchmark(*arguments: str) -> Finished:
-    command = [sys.executable, "-m", "benchmarks.train", *SMALL, *arguments]
-    environment = os.environ | {"COLUMNS": "120"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return launch_module("benchmarks.train", *SMALL, *arguments)
 
 
 def test_training_from_jpegs(images: Path, tmp_path: Path) -> None:

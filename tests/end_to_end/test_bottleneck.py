@@ -37,6 +37,7 @@ def test_a_slow_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "model.name=test_resnet",
         "model.drop_path_rate=null",
         "epochs=2",
+        fresh=True,
     )
     assert done.code == 0, done.stderr
     line = verdicts(run_dir)[-1]

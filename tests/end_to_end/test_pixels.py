@@ -13,7 +13,7 @@ from tests.end_to_end.test_shards import Run, assert_resumes_on, script
 def pixels(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("decoded") / "pixels"
     done = script("prepare_data", "folder", "--from", images, "--out", out, "--format", "pixels", "--workers=1")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "451 images take 0.0 GB as pixels; " in done.stderr
     return out
 

@@ -153,6 +153,9 @@ def test_given_values_take_precedence(photos: Path, tmp_path: Path, run_program:
 def test_weight_names_select_the_preprocessing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An unsupported crop mode, an unknown tag and weights of another tag give one line that names the field."""
 
+    for split in ("train", "val"):  # which are looked for first
+        (tmp_path / split).mkdir()
+
     def message(*overrides: str) -> str:
         (tmp_path / "w").write_bytes(b"not read: the network is refused first")
         command = ["validate.py", "model=timm", f"data.root={tmp_path}", f"checkpoint={tmp_path / 'w'}", *overrides]

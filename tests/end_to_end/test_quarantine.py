@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import validate
 from metaformer.errors import UserError
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, REPOSITORY, rows
+from tests.conftest import QUICK, Finished, launch, rows
 
 Run = Callable[..., dict[str, Any]]
 IMAGES = 20  # per split
@@ -30,9 +29,8 @@ def root(images: Path, tmp_path: Path) -> Path:
     return root
 
 
-def scan(root: Path, file: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "scan_data.py"), str(root), "--quarantine", str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def scan(root: Path, file: Path) -> Finished:
+    return launch("scripts/scan_data", str(root), "--quarantine", str(file))
 
 
 def test_from_a_broken_file_to_a_result(root: Path, tmp_path: Path, run_program: Run) -> None:
@@ -43,7 +41,7 @@ def test_from_a_broken_file_to_a_result(root: Path, tmp_path: Path, run_program:
     with pytest.raises(UserError, match=rf"^{bad}: cannot be read[^\n]*data\.quarantine=FILE[^\n]*scan_data\.py"):
         run_program("train", *command)
     done = scan(root, broken)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.code, done.stderr) == (1, "")
     assert broken.read_text().splitlines() == ["train/class_1/005.JPEG", "val/class_2/002.JPEG"]
     result = run_program("train", *command, f"data.quarantine={broken}")
     assert result["quarantined"] == 2

@@ -1,8 +1,6 @@
 """Tests of shards, from writing them to training and validation on them."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +8,19 @@ from typing import Any
 import pytest
 
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, REPOSITORY, VAL_IMAGES, rows
+from tests.conftest import QUICK, VAL_IMAGES, Finished, launch, rows
 from tests.end_to_end.test_training import assert_same_checkpoint
 
 Run = Callable[..., dict[str, Any]]
 
 
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def script(name: str, *arguments: object) -> Finished:
+    return launch(f"scripts/{name}", *map(str, arguments))
 
 
 def packed(source: Path, out: Path) -> Path:
     done = script("prepare_data", "folder", "--from", source, "--out", out, "--format", "shards", "--workers=1")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.code, done.stderr) == (0, "")
     return out
 
 

@@ -18,6 +18,7 @@ from metaformer.errors import UserError
 from metaformer.evaluation.results import HEADER
 from metaformer.models import create_model, save_weights
 from tests.conftest import QUICK, REPOSITORY, VAL_IMAGES, launch
+from tests.warm import python
 
 Run = Callable[..., dict[str, Any]]
 
@@ -113,7 +114,7 @@ def test_a_result_that_cannot_be_printed(images: Path, weights: Path, tmp_path: 
     command = [f"checkpoint={weights}", f"data.root={images}", "image_size=32", "workers=0"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, str(REPOSITORY / "validate.py"), *command, f"results_csv={tmp_path / 'table.csv'}"],
+            [python(), str(REPOSITORY / "validate.py"), *command, f"results_csv={tmp_path / 'table.csv'}"],
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip

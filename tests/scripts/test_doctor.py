@@ -48,7 +48,7 @@ def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
     """In a data set of shards from prepare_data.py, all images are counted and their byte ranges are read."""
     shards = tmp_path / "shards"
     packing = ["folder", "--from", str(images), "--out", str(shards), "--format", "shards", "--workers=1"]
-    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "prepare_data.py"), *packing], check=True)
+    assert launch("scripts/prepare_data", *packing).code == 0
     program = launch("scripts/doctor", "--json", "--cpu", f"--data={shards}", f"--runs={tmp_path}")
     found = json.loads(program.stdout)
     assert not [finding for finding in found if finding["verdict"] == "fail"], found

@@ -1,22 +1,16 @@
 """Test pipeline_parity.py from the command line."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metaformer.models import create_model, save_weights
-from tests.conftest import REPOSITORY, VAL_IMAGES, Finished
+from tests.conftest import VAL_IMAGES, Finished, launch
 
 
 def compare(*arguments: str) -> Finished:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "pipeline_parity.py"), *arguments, "--image-size=32"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return launch("scripts/pipeline_parity", *arguments, "--image-size=32")
 
 
 def cells(done: Finished, *start: str) -> list[str]:

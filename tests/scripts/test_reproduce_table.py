@@ -1,22 +1,16 @@
 """Test reproduce_table.py from the command line, on small images."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from metaformer.reporting.paper import ROWS
-from tests.conftest import QUICK, REPOSITORY, Finished
+from tests.conftest import QUICK, Finished, launch
 
 
 def reproduce(*arguments: str) -> Finished:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "reproduce_table.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return launch("scripts/reproduce_table", *arguments)
 
 
 def table(runs: Path) -> dict[str, dict[str, str]]:

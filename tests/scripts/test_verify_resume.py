@@ -1,14 +1,13 @@
 """Test verify_resume.py from the command line."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import verify_resume
-from tests.conftest import QUICK, REPOSITORY, launch
+from tests.conftest import QUICK, launch
 
 TINY = (
     *(option for option in QUICK if not option.startswith(("tracking=", "log_every_steps="))),
@@ -65,6 +64,5 @@ def test_each_run_is_hashed_once(
 
 def test_reserved_overrides_are_refused() -> None:
     """Overrides that the script sets itself give a one-line error before anything is trained."""
-    command = [sys.executable, str(REPOSITORY / "scripts" / "verify_resume.py"), "--", "run_dir=elsewhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: run_dir=: set by this program; remove it\n")
+    done = launch("scripts/verify_resume", "--", "run_dir=elsewhere")
+    assert (done.code, done.stderr) == (2, "error: run_dir=: set by this program; remove it\n")

@@ -125,12 +125,12 @@ def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
         model, notes = _adopt_parts(model, record, source, evaluation=isinstance(config, ValidateConfig))
     elif record is not None and record.images is not None:  # else it has only a name, and no library
         fix = {
-            Library.metaformer: f"model={record.name}",
-            Library.timm: f"model=timm model.name={record.name}",
-            Library.target: f"model.target={record.target}",
+            Library.metaformer: f"leave model= out, or give model={record.name}",
+            Library.timm: f"leave model= out, or give model=timm model.name={record.name}",
+            Library.target: f"give model.target={record.target}",
         }[record.library]
         if isinstance(config, ValidateConfig):
-            raise UserError(f"model={model.name}: {source} is of {record.name}; give {fix}")
+            raise UserError(f"model={model.name}: {source} is of {record.name}; {fix}")
         return replace(config, model=model), [f"model={model.name}: {source} is of {record.name}"]
     images = None if record is None else record.images
     if images is None:
