@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "metaformer"
-COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting", "diagnosis")
+COMPONENTS = ("models", "data", "training", "evaluation", "tracking", "reporting", "prediction", "diagnosis")
 FOUNDATION = {
     "death_signal",
     "errors",
@@ -21,6 +21,7 @@ FOUNDATION = {
     "signals",
     "streams",
     "targets",
+    "wnids",
 }
 
 

@@ -11,6 +11,7 @@ from metaformer.program import run_program
 COMMANDS = {  # each is a module of metaformer.commands
     "train": "train a network; the same command again resumes",
     "validate": "evaluate weights or a run",
+    "predict": "predict the classes of images",
     "report": "write the report of a run, or of runs beside each other",
     "prepare": "prepare a data set: ImageNet, Imagenette, a folder, the sample",
     "doctor": "check this machine before training",

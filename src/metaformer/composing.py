@@ -100,6 +100,19 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
     return config
 
 
+def compose_validation(overrides: Sequence[str]) -> ValidateConfig:
+    """Return the configuration of validate.py with these overrides on its command line."""
+    _store_schemas()
+    overrides = prepare_arguments(overrides)
+    check_arguments(overrides, CONF_FOLDER, ValidateConfig)
+    with _explained(ValidateConfig), hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
+        config = _to_dataclasses(hydra.compose("validate", list(overrides)))
+    assert isinstance(config, ValidateConfig)
+    if config.own_code:
+        make_importable([Path.cwd()])
+    return config
+
+
 def _help(name: str, config_type: type[CommonConfig], overrides: Sequence[str]) -> str:
     """Return the help of a program, with the values that these overrides give as defaults."""
     with _explained(config_type), hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):

@@ -115,10 +115,10 @@ def check_output(option: str, file: Path) -> None:
     Raises:
         UserError: The folder does not exist or cannot be written, or `file` exists and is not a regular file.
     """
-    probe = temporary_beside(file)
     try:
         if file.exists() and not file.is_file():
             raise UserError(f"{option}: cannot be written (not a file); give another name")
+        probe = temporary_beside(file)
         probe.touch()
         probe.unlink()
     except OSError as error:

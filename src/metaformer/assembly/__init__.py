@@ -1,12 +1,14 @@
 """Builds the objects that a configuration describes; the only package that imports every component."""
 
 from metaformer.assembly.parts import automatic_loader, locate_weights, make_loader
+from metaformer.assembly.prediction import build_predictor
 from metaformer.assembly.preprocessing import resolve_config
 from metaformer.assembly.training import build_training
 from metaformer.assembly.validation import build_validation
 
 __all__ = [
     "automatic_loader",
+    "build_predictor",
     "build_training",
     "build_validation",
     "locate_weights",

@@ -71,7 +71,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     outputs = config.num_classes or (record.num_classes if record and by_name else None) or len(index.classes)
     model, fused = make_model(config, images, outputs, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
-    notes += [f"images       {images}", f"weights      {weights.name}{_ema_hint(weights)}"]
+    notes += [f"images       {images}", f"weights      {weights.name}{ema_hint(weights)}"]
     runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
     scoring = _scoring(config, index, runtime.device)
 
@@ -89,7 +89,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
         if not math.isfinite(accuracy.loss):
             runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
             raise Diverged(
-                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {_why_not_finite(model, precision)}"
+                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {why_not_finite(model, precision)}"
             )
         runtime.print_result(result)  # before the file, so that a full disk does not lose the result
         if results is not None:
@@ -124,7 +124,7 @@ def _write_per_class(file: Path, classes: tuple[str, ...], totals: ClassTotals) 
         raise UserError(f"per_class_csv={file}: cannot be written ({error.strerror or error})") from error
 
 
-def _why_not_finite(model: nn.Module, precision: Precision) -> str:
+def why_not_finite(model: nn.Module, precision: Precision) -> str:
     """Explain why a network's outputs are not finite, and how to fix it."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -133,7 +133,7 @@ def _why_not_finite(model: nn.Module, precision: Precision) -> str:
     return f"the weights are finite, but the computation overflows; {fix}"
 
 
-def _ema_hint(weights: LocatedWeights) -> str:
+def ema_hint(weights: LocatedWeights) -> str:
     """Return a hint that the checkpoint also has averaged weights if those are not the ones in use."""
     has_ema = weights.path.name == MODEL_FILE and (weights.path.parent / EMA_FILE).is_file()
     return f"; use_ema=true evaluates the averaged weights in {EMA_FILE}" if has_ema else ""

@@ -51,7 +51,7 @@ class ImageBytes:
             return self._maps.read(sample)
         shards = self._index.shards
         if shards is None:
-            return _read_file(self._prefix + self._index.paths[sample].tobytes().rstrip(b"\0"))
+            return read_file(self._prefix + self._index.paths[sample].tobytes().rstrip(b"\0"))
         encoded = np.empty(int(self._index.sizes[sample]), np.uint8)
         descriptor, offset = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample])
         return _read(descriptor, offset, encoded, "the shard ends before the image")
@@ -73,7 +73,12 @@ class ImageBytes:
             return self._descriptors[shard]
 
 
-def _read_file(path: bytes) -> Encoded:
+def read_file(path: bytes) -> Encoded:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, FIFO or device.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would block
     try:
         status = os.fstat(descriptor)

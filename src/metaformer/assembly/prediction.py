@@ -1,0 +1,146 @@
+"""Builds what predicts the classes of single images, with the network and preprocessing of an evaluation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metaformer.assembly.adoption import adopt_weights
+from metaformer.assembly.parts import colour_statistics, make_model, memory_format
+from metaformer.assembly.preprocessing import resolve_config
+from metaformer.assembly.validation import ema_hint, why_not_finite
+from metaformer.config import ValidateConfig
+from metaformer.data.device.transfer import to_device
+from metaformer.data.device.transform import normalize
+from metaformer.data.load.config import LoaderName
+from metaformer.data.load.listed_images import ListedImage, ReadImages, read_listed
+from metaformer.data.load.pil_reader import PilReader
+from metaformer.data.load.reader import ImageReader
+from metaformer.data.load.torch_reader import TorchReader
+from metaformer.data.plan.plan import BatchPlan, EvaluationPlan
+from metaformer.errors import Diverged, UserError
+from metaformer.models import load_weights
+from metaformer.models.config import Preprocessing, ResizeFilter
+from metaformer.models.last_stage import find_layer
+from metaformer.prediction.class_names import ClassNames, find_class_names
+from metaformer.prediction.grad_cam import grad_cam
+from metaformer.runtime import Runtime
+from metaformer.training.precision import Precision
+
+IMAGENET_CLASSES = 1000  # outputs of a network whose weights do not record their number
+
+
+class Outputs(NamedTuple):
+    """What the network says of a batch.
+
+    Attributes:
+        read: the images, and those that cannot be read.
+        logits: float32 [B, classes], on the CPU.
+        maps: float32 [B, H, W] in [0, 1], on the CPU: where the image speaks for its first class; None if not wanted.
+    """
+
+    read: ReadImages
+    logits: Tensor
+    maps: Tensor | None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network with its weights, and what it needs to predict the classes of images.
+
+    Attributes:
+        notes: lines about network, images, weights and classes, for people.
+        layer: the part of the network whose heat maps are wanted, and its name; None for no maps.
+    """
+
+    config: ValidateConfig
+    runtime: Runtime
+    model: nn.Module
+    precision: Precision
+    images: Preprocessing
+    classes: ClassNames
+    notes: list[str]
+    layer: tuple[nn.Module, str] | None = None
+
+    def __call__(self, images: Sequence[ListedImage]) -> Iterator[Outputs]:
+        """Yield the network's outputs for the images, in batches.
+
+        Raises:
+            Diverged: the outputs for an image are not finite.
+        """
+        config = self.config
+        limit = config.loader.max_pixels
+        reader: ImageReader[Any] = PilReader(limit) if config.loader.name is LoaderName.pil else TorchReader(limit)
+        for batch in read_listed(images, reader, self._plan(), config.eval_batch_size):
+            if not batch.names:
+                yield Outputs(batch, torch.empty(0, len(self.classes.names)), None)
+                continue
+            logits, maps = self._run(batch.pixels)
+            for name, finite in zip(batch.names, logits.isfinite().all(1).tolist(), strict=True):
+                if not finite:
+                    cause = why_not_finite(self.model, self.precision)
+                    raise Diverged(f"{name}: the network's outputs are not finite: {cause}")
+            yield Outputs(batch, logits, maps)
+
+    def _plan(self) -> BatchPlan:
+        plan = EvaluationPlan(
+            num_samples=1,
+            batch_size=1,
+            rank=0,
+            world_size=1,
+            image_size=self.images.image_size,
+            crop_pct=self.images.crop_pct,
+            bicubic=self.images.interpolation is ResizeFilter.bicubic,
+        )
+        return plan.batch(0, 0)
+
+    def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return logits and heat maps of images uint8 [B, 3, S, S]."""
+        with torch.no_grad():
+            images = normalize(to_device(pixels, self.runtime.device), colour_statistics(self.images))
+            images = images.contiguous(memory_format=memory_format(self.config))
+            if self.layer is None:
+                with torch.inference_mode(), self.precision.autocast():
+                    return self.model(images).float().cpu(), None
+            layer, name = self.layer
+            try:
+                with self.precision.autocast():
+                    logits, maps = grad_cam(self.model, layer, images)
+            except ValueError as error:
+                raise UserError(f"--cam-layer={name}: {error}; name another part of the network") from error
+            return logits.cpu(), maps.cpu()
+
+
+def build_predictor(config: ValidateConfig, runtime: Runtime, heat_maps: bool, layer: str | None) -> Predictor:
+    """Find the weights, build their network and load them.
+
+    Args:
+        heat_maps: compute heat maps too.
+        layer: the part of the network that they are of; None: the last stage.
+    """
+    checkpoint = config.checkpoint
+    assert checkpoint is not None
+    if runtime.world_size > 1:
+        raise UserError("predict: a program of one process; start it without torchrun")
+    if config.loader.name is LoaderName.dali:
+        raise UserError("loader=dali: stops at the first bad file; leave loader= out, or give loader=pil")
+    if heat_maps and config.compile:
+        raise UserError("compile=true: not possible with --cam; leave it out")
+    config, notes, weights, record = adopt_weights(config, "checkpoint", checkpoint, config.use_ema, runtime)
+    config, images = resolve_config(config, checkpoint, evaluation=True)
+    precision = Precision(config.precision, runtime.device)
+    outputs = config.num_classes or (record.num_classes if record else None) or IMAGENET_CLASSES
+    model, _ = make_model(config, images, outputs, runtime, precision.dtype)
+    load_weights(model, weights.path, weights.use_ema)
+    model.eval().requires_grad_(False)
+    classes = find_class_names(record.classes if record else None, outputs)
+    notes += [
+        f"model        {config.model.name}",
+        f"images       {images}",
+        f"weights      {weights.name}{ema_hint(weights)}",
+        f"classes      {classes.origin}",
+    ]
+    target = (find_layer(model, layer, "--cam-layer"), layer or "the last stage") if heat_maps else None
+    return Predictor(config, runtime, model, precision, images, classes, notes, target)

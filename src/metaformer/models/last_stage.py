@@ -1,0 +1,29 @@
+"""The part of a network whose output is its last features with positions."""
+
+from torch import nn
+
+from metaformer.errors import UserError
+
+
+def find_layer(model: nn.Module, name: str | None, option: str) -> nn.Module:
+    """Return a part of a network by its name, such as `stages.2`; None stands for the last stage.
+
+    Args:
+        option: the option that gives the name, for messages.
+
+    Raises:
+        UserError: there is no such part, or the network does not describe its stages as those of timm do.
+    """
+    if name is not None:
+        try:
+            return model.get_submodule(name)
+        except AttributeError as error:
+            known = ", ".join(child for child, _ in model.named_children())
+            raise UserError(f"{option}={name}: no such part of the network, which consists of {known}") from error
+    infos: list[dict[str, str]] = getattr(model, "feature_info", [])
+    if not infos:
+        raise UserError(f"{option}: the last stage of {type(model).__name__} is not known; name it with this option")
+    last = model.get_submodule(infos[-1]["module"])
+    # Behind a transformer's last block only the class token is used; its first norm is the last place before.
+    parts = dict(last.named_children())
+    return parts["norm1"] if {"attn", "norm1"} <= parts.keys() else last

@@ -1,0 +1,1 @@
+"""Predictions for single images: class names, tables, heat maps and pictures."""
