@@ -163,6 +163,25 @@ def test_error_of_gelu(kernels: Kernels) -> None:
     torch.testing.assert_close(kernels.gelu(large).flatten(), wanted, rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 7, 130), (1, 17, 17, 8)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("factor", [None, 1e-6])
+def test_squared_relu_and_its_gradient(
+    kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, factor: float | None
+) -> None:
+    """relu(x)^2, its gradient with a factor, the gradient's sum over rows, and the value again."""
+    hidden, grad = draw(*shape, dtype=dtype) * 3, draw(*shape, dtype=dtype)
+    level = None if factor is None else torch.tensor(factor, device=DEVICE)
+    if factor is not None:
+        grad = grad / (factor * 100)
+    assert_near(kernels.squared_relu(hidden), reference.squared_relu(hidden.double()), dtype)
+    expected = reference.squared_relu_backward(*exact(grad.clone(), hidden, level))
+    assert_near(kernels.squared_relu_backward(grad.clone(), hidden, level), expected, dtype, dtype, torch.float32)
+    leaf = hidden.double().requires_grad_()
+    (own,) = torch.autograd.grad(leaf.relu().square(), leaf, grad.double() * (1 if factor is None else factor))
+    torch.testing.assert_close(expected[0], own)
+
+
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Layer scale (one of them zero) and drop path on a branch in the products' type, with statistics of the sum."""

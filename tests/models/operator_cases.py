@@ -18,14 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metaformer.models.activations import StarReLU
 from metaformer.models.fused import fuse, run_fused
 from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import REFERENCE, triton_kernels
 from metaformer.models.metaformer import Architecture, BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plain
+from metaformer.models.norms import GroupNormWithoutBias
 from metaformer.models.token_mixers import Pooling
 
 EPS = 1e-5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BASELINE_PARTS = BlockParts(GroupNormWithoutBias, StarReLU, layer_scale_init=None, mlp_bias=False)
 KERNEL_SETS = ["interpreted"] if INTERPRETED else ["reference", *(["gpu"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # [B, C, H, W]: odd sides and widths; one position, where strides are ambiguous; one image; more than one tile.
@@ -72,8 +75,9 @@ def calls(
     for keep in (None, torch.tensor([0.0, 2.0, 2.0][:batch], device=device)):
         yield Call(operators.pool_branch, (x, stats, scale, keep, 3, EPS))
         yield Call(operators.pool_branch_backward, (grad, x, stats, scale, keep, 3))
-        yield Call(operators.mlp_branch, (x, stats, norm, mlp, scale, keep, EPS, product))
-        yield Call(operators.mlp_branch_backward, (grad, x, stats, norm[0], mlp, scale, keep, saved))
+        activation = "gelu" if keep is None else "squared_relu"
+        yield Call(operators.mlp_branch, (x, stats, norm, mlp, scale, keep, EPS, product, activation))
+        yield Call(operators.mlp_branch_backward, (grad, x, stats, norm[0], mlp, scale, keep, saved, activation))
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -122,14 +126,14 @@ def test_operators_pass_opcheck(device: torch.device, stream: torch.dtype, produ
         torch.library.opcheck(operator, arguments, rtol=tolerance, atol=tolerance)
 
 
-def blocks_of(dim: int, window: int, layer_scale: float, device: torch.device) -> nn.Sequential:
-    """Return two blocks with drop path, whose parameters all affect the output."""
+def blocks_of(dim: int, window: int, layer_scale: float | None, device: torch.device) -> nn.Sequential:
+    """Return two blocks with drop path, whose parameters all affect the output; without LayerScale, PoolFormerV2's."""
 
     def mixer(dim: int, side: int) -> Pooling:
         return Pooling(dim, side, window)
 
     torch.manual_seed(0)
-    parts = BlockParts(layer_scale_init=layer_scale)
+    parts = BASELINE_PARTS if layer_scale is None else BlockParts(layer_scale_init=layer_scale)
     blocks = nn.Sequential(*(MetaFormerBlock(dim, 7, mixer, 0.4, parts) for _ in range(2)))
     for name, parameter in blocks.named_parameters():
         if "layer_scale" not in name:
@@ -152,13 +156,21 @@ def outcome(
     return {"out": out.detach(), "images": leaf.grad, **gradients}
 
 
-@pytest.mark.parametrize("layer_scale", [0.5, 1e-6])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype | None, layer_scale: float) -> None:
+@pytest.mark.parametrize(
+    ("shape", "layer_scale"),
+    [
+        *((shape, layer_scale) for shape in SHAPES for layer_scale in (0.5, 1e-6)),
+        *((shape, None) for shape in SHAPES[: 1 if INTERPRETED else None]),
+    ],
+)
+def test_blocks(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype | None, layer_scale: float | None
+) -> None:
     """Output and gradients equal the plain blocks' up to similar rounding, for any layout of gradients.
 
-    Drop path drops some images. A layer scale of 1e-6, as in the paper, is too small for float16.
+    Drop path drops some images. A layer scale of 1e-6, as in the paper, is too small for float16. Blocks without one
+    are PoolFormerV2's.
     """
     blocks = blocks_of(shape[1], 5 if shape[2] > 9 else 3, layer_scale, device).train()
     images = torch.randn(shape, device=device)
@@ -180,7 +192,7 @@ def test_blocks(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
             if not key.endswith("norm1.bias"):  # exactly zero in fused blocks, rounding errors in plain ones
                 error, plain_error = ((other[key].double() - value).norm() for other in (found, plain))
                 relative = 3e-5 if dtype is None else torch.finfo(dtype).eps
-                absolute = 1e-6 * weight.norm() * (1 if key.endswith("scale") else layer_scale)
+                absolute = 1e-6 * weight.norm() * (1 if key.endswith("scale") else layer_scale or 1)
                 bound = 6 * plain_error + relative * value.norm() + absolute
                 assert error <= bound, (name, key)
 
@@ -206,7 +218,7 @@ def test_float16_weight_gradient_does_not_overflow(device: torch.device) -> None
     mlp = [tensor.to(device) for tensor in mlp]
     saved = [torch.ones(2, 16, 16, n, device=device, dtype=torch.float16) for n in (channels, 32)]
     stats, grad = REFERENCE.statistics(x, EPS), torch.full_like(x, 1000.0)
-    grads = operators.mlp_branch_backward(grad, x, stats, torch.ones_like(scale), mlp, scale, None, saved)
+    grads = operators.mlp_branch_backward(grad, x, stats, torch.ones_like(scale), mlp, scale, None, saved, "gelu")
     expected = 1000.0 * 2 * 16 * 16 * 0.8413447 * 1e-3  # gelu(1)
     torch.testing.assert_close(grads[5], torch.full_like(grads[5], expected), rtol=1e-3, atol=0)
 

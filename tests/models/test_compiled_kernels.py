@@ -48,6 +48,8 @@ def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> N
     kernels.normalize_backward(branch, x, stats, vector, x)
     kernels.gelu(hidden)
     kernels.gelu_backward(hidden, hidden, factor)
+    kernels.squared_relu(hidden)
+    kernels.squared_relu_backward(hidden, hidden, factor)
     kernels.residual(x, branch, vector, keep, EPS)
     kernels.residual_backward(x, keep, dtype)
 

@@ -8,24 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from metaformer.models import MetaFormer, fused
+from metaformer.models.activations import StarReLU
 from metaformer.models.fused import SMALL_SHAPES, BlockShape, find_fault, fuse, run_fused
 from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import REFERENCE
-from metaformer.models.metaformer import Architecture, Stage
+from metaformer.models.metaformer import POOLFORMER_PARTS, Architecture, BlockParts, Stage
+from metaformer.models.norms import GroupNormWithoutBias, group_norm
 from metaformer.models.token_mixers import Pooling
 from metaformer.models.variants import VARIANTS
 from tests.models.test_metaformer import randomise
 
 CPU = torch.device("cpu")
+BASELINE_PARTS = BlockParts(GroupNormWithoutBias, StarReLU, layer_scale_init=None, mlp_bias=False)
+KINDS = {
+    "PoolFormer": POOLFORMER_PARTS,
+    "PoolFormerV2": BASELINE_PARTS,
+    "mixed": BlockParts(group_norm, StarReLU, layer_scale_init=0.5, mlp_bias=True),
+}
 
 
-def network(size: int = 3) -> MetaFormer:
+def network(size: int = 3, parts: BlockParts = POOLFORMER_PARTS) -> MetaFormer:
     """Return a network of four stages with drop path, whose parameters all affect the output."""
 
     def pooling(dim: int, side: int) -> Pooling:
         return Pooling(dim, side, size)
 
-    model = MetaFormer(Architecture((2, 1, 2, 1), (8, 16, 24, 32), [pooling] * 4, drop_path_rate=0.3), num_classes=5)
+    architecture = Architecture((2, 1, 2, 1), (8, 16, 24, 32), [pooling] * 4, drop_path_rate=0.3, parts=parts)
+    model = MetaFormer(architecture, num_classes=5)
     randomise(model)
     return model
 
@@ -42,14 +51,16 @@ def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), "images": leaf.grad, **gradients}
 
 
-@pytest.mark.parametrize("size", [3, 5, 7, 9])
+@pytest.mark.parametrize(
+    ("size", "kind"), [*((size, "PoolFormer") for size in (3, 5, 7, 9)), (3, "PoolFormerV2"), (5, "mixed")]
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_fused_network_is_the_plain_one(size: int, training: bool) -> None:
+def test_fused_network_is_the_plain_one(size: int, kind: str, training: bool) -> None:
     """In float64, logits and the gradients of images and parameters are equal to 12 digits.
 
     norm1's bias cancels out. Its gradient is exactly zero, while the plain path returns rounding errors.
     """
-    model = network(size).double().train(training)
+    model = network(size, KINDS[kind]).double().train(training)
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
     expected = outcome(model, images)
     assert fuse(model) == 4
@@ -104,9 +115,10 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert run_fused(blocks, x.to(dtype)).dtype == torch.float32  # type: ignore[arg-type]
 
 
-def test_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_as_one_graph(kind: str) -> None:
     """torch.compile traces the network without a graph break, and the compiled gradients equal the plain ones."""
-    model = network().double().eval()
+    model = network(parts=KINDS[kind]).double().eval()
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
     expected = outcome(model, images)
     fuse(model)
@@ -115,9 +127,10 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_have_the_strides_of_weights() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_have_the_strides_of_weights(kind: str) -> None:
     """A channels_last weight and its gradient have equal strides; otherwise distributed training warns and copies."""
-    model = network().to(memory_format=torch.channels_last)
+    model = network(parts=KINDS[kind]).to(memory_format=torch.channels_last)
     fuse(model)
     outcome(model, torch.randn(2, 3, 32, 32))
     for name, parameter in model.named_parameters():
@@ -126,7 +139,10 @@ def test_gradients_have_the_strides_of_weights() -> None:
 
 
 def test_fusable_networks() -> None:
-    """PoolFormers and pooling ablations are fusable in all stages, hybrids in pooling stages, others in none."""
+    """PoolFormers and pooling ablations are fusable in all stages, hybrids in pooling stages, others in none.
+
+    PoolFormerV2 is fusable in the first two stages, which do not scale the residual.
+    """
     fused_stages = {}
     for name in VARIANTS:
         small = replace(VARIANTS[name], depths=(1, 1, 1, 1), dims=(32, 32, 32, 32))
@@ -134,9 +150,11 @@ def test_fusable_networks() -> None:
         stages = [stage for stage in model.stages if isinstance(stage, Stage)]
         fused_stages[name] = sum(all(fused.is_fusable(block) for block in stage.blocks) for stage in stages)
     whole = [name for name in VARIANTS if name.startswith("poolformer_") or "_pool" in name]
+    second = [name for name in VARIANTS if name.startswith("poolformerv2_")]
     assert {name for name, count in fused_stages.items() if count} == {
-        *whole, "metaformer_s12_pppf", "metaformer_s12_ppff",
+        *whole, *second, "metaformer_s12_pppf", "metaformer_s12_ppff",
     }  # fmt: skip
+    assert [fused_stages[name] for name in second] == [2] * 5
     assert all(fused_stages[name] == 4 for name in whole)
     assert (fused_stages["metaformer_s12_pppf"], fused_stages["metaformer_s12_ppff"]) == (3, 2)
 
@@ -151,17 +169,20 @@ def test_state_dict_stays_the_same() -> None:
 
 def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int, device: str) -> list[tuple[int, ...]]:
     """Return the shapes that a successful check runs."""
-    shapes: list[tuple[int, ...]] = []
+    shapes: list[BlockShape] = []
 
     def record(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
-        shapes.append(tuple(shape))
+        shapes.append(shape)
+        assert shape.parts == expected_parts
         return 0.0
 
     monkeypatch.setattr(fused, "_relative_difference", record)
+    second = name.startswith("poolformerv2")
+    expected_parts = BASELINE_PARTS if second else BlockParts(layer_scale_init=0.5)
     small = replace(VARIANTS[name], depths=(1, 1, 1, 1))
     model = MetaFormer(small, num_classes=2, image_size=image_size)
     assert find_fault(model, image_size, torch.device(device), torch.bfloat16) is None
-    return shapes
+    return [shape[:5] for shape in shapes]  # without the parts
 
 
 def test_checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,14 +195,18 @@ def test_checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [(64, 56, 56, 3, 16), (128, 28, 28, 3, 16), (320, 14, 14, 3, 16)]
     assert shapes_checked(monkeypatch, "metaformer_s12_pppf", 224, "cuda") == expected
     assert shapes_checked(monkeypatch, "metaformer_s12_pool7", 224, "cuda")[3] == (512, 7, 7, 7, 16)
-    assert shapes_checked(monkeypatch, "poolformer_s12", 224, "cpu") == [tuple(shape) for shape in SMALL_SHAPES]
+    assert shapes_checked(monkeypatch, "poolformerv2_s12", 224, "cuda") == [(64, 56, 56, 3, 16), (128, 28, 28, 3, 16)]
+    small = [tuple(shape)[:5] for shape in SMALL_SHAPES]
+    assert shapes_checked(monkeypatch, "poolformer_s12", 224, "cpu") == small
+    assert shapes_checked(monkeypatch, "poolformerv2_s12", 224, "cpu") == small
     assert shapes_checked(monkeypatch, "metaformer_s12_identity", 224, "cuda") == []
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype | None) -> None:
     """A wrong value, a wrong gradient or an exception gives one line; correct kernels give None."""
-    model = network()
+    model = network(parts=KINDS[kind])
     assert find_fault(model, 32, CPU, dtype) is None
     kernels = REFERENCE
 
@@ -194,9 +219,13 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     faults: dict[str, Any] = {
         "normalize": lambda *a: kernels.normalize(*a) * 1.1,
         "mix_backward": lambda *a: (kernels.mix_backward(*a)[0], kernels.mix_backward(*a)[1] * 1.2),
-        "gelu_backward": lambda *a: (*kernels.gelu_backward(*a)[:2], torch.zeros(a[0].shape[3])),
-        "gelu": fail,
     }
+    if kind == "PoolFormer":
+        faults["gelu_backward"] = lambda *a: (*kernels.gelu_backward(*a)[:2], torch.zeros(a[0].shape[3]))
+        faults["gelu"] = fail
+    else:
+        faults["squared_relu_backward"] = lambda *a: tuple(1.2 * r for r in kernels.squared_relu_backward(*a))
+        faults["squared_relu"] = fail
     for name, wrong in faults.items():
         broken = kernels._replace(**{name: wrong})
         monkeypatch.setattr(operators, "kernels_for", lambda x, broken=broken: broken)

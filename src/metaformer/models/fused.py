@@ -7,21 +7,33 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from metaformer.kernel_check import try_kernels
+from metaformer.models.activations import StarReLU
+from metaformer.models.channel_mlps import Mlp
 from metaformer.models.kernels import operators
-from metaformer.models.metaformer import BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plain, stage_sides
+from metaformer.models.metaformer import (
+    BlockParts,
+    ChannelScale,
+    MetaFormer,
+    MetaFormerBlock,
+    Stage,
+    run_plain,
+    stage_sides,
+)
+from metaformer.models.norms import GroupNormWithoutBias, group_norm
 from metaformer.models.token_mixers import Pooling
 
 TOLERANCE = 0.02  # relative error allowed by the check; TF32 in the plain path's convolutions causes 1e-3
 
 
 class BlockShape(NamedTuple):
-    """The input shape and pooling window, for which Triton specialises its kernels."""
+    """The input shape and pooling window, for which Triton specialises its kernels, and the block's other parts."""
 
     channels: int
     height: int
     width: int
     window: int
     images: int
+    parts: BlockParts = BlockParts(layer_scale_init=0.5)
 
 
 SMALL_SHAPES = [BlockShape(64, 7, 9, 3, 6), BlockShape(96, 7, 9, 5, 6)]
@@ -45,16 +57,27 @@ def fusable_stages(model: MetaFormer) -> list[Stage]:
 
 
 def is_fusable(block: nn.Module) -> bool:
-    """Return whether a block has the paper's parts; all ablations except other pooling windows keep the plain path."""
+    """Return whether a block has the parts of PoolFormer, with any pooling window, or of PoolFormerV2.
+
+    Blocks of PoolFormerV2 whose input is scaled, which are those of its last two stages, keep the plain path.
+    """
     return (
         isinstance(block, MetaFormerBlock)
         and block.residual
         and block.channel_mlp
         and type(block.token_mixer) is Pooling
-        and type(block.mlp.act) is nn.GELU
-        and block.mlp.act.approximate == "none"
-        and all(type(norm) is nn.GroupNorm and norm.num_groups == 1 for norm in (block.norm1, block.norm2))
+        and type(block.mlp.fc1) is nn.Conv2d
+        and (
+            type(block.mlp.act) is StarReLU or (type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none")
+        )
+        and all(_is_image_norm(norm) for norm in (block.norm1, block.norm2))
     )
+
+
+def _is_image_norm(norm: nn.Module) -> bool:
+    if not isinstance(norm, nn.GroupNorm) or type(norm) not in (nn.GroupNorm, GroupNormWithoutBias):
+        return False
+    return norm.num_groups == 1 and norm.affine
 
 
 def run_fused(blocks: nn.Sequential, x: Tensor) -> Tensor:
@@ -66,27 +89,63 @@ def run_fused(blocks: nn.Sequential, x: Tensor) -> Tensor:
         x = x.float()  # as under autocast after block 1: LayerScale starts at 1e-5, which bfloat16 (4e-3) would lose
     modules = [cast(MetaFormerBlock, block) for block in blocks]
     with torch.autocast(x.device.type, enabled=False):
+        weight = cast(nn.GroupNorm, modules[0].norm1).weight
+        absent = _Absent(weight, weight)  # not used
+        if not all(_has_all_parameters(block) for block in modules):
+            absent = _Absent(weight.new_zeros(4 * len(weight)), weight.new_ones(len(weight)))
         stats = operators.statistics(x.detach(), cast(nn.GroupNorm, modules[0].norm1).eps)
         for block, following in zip(modules, [*modules[1:], modules[0]], strict=True):  # the last statistics are unused
-            x, stats = _run_block(block, cast(nn.GroupNorm, following.norm1).eps, x, stats, dtype)
+            x, stats = _run_block(block, cast(nn.GroupNorm, following.norm1).eps, x, stats, dtype, absent)
     return x
 
 
+def _has_all_parameters(block: MetaFormerBlock) -> bool:
+    biases = (block.norm2.bias, block.mlp.fc1.bias, block.mlp.fc2.bias)
+    scales = (block.layer_scale1, block.layer_scale2)
+    return all(bias is not None for bias in biases) and all(isinstance(scale, ChannelScale) for scale in scales)
+
+
+class _Absent(NamedTuple):
+    """Constants in place of parameters that a block does not have: biases [4C] and LayerScale [C]."""
+
+    biases: Tensor
+    scale: Tensor
+
+    def bias(self, found: Tensor | None, size: int) -> Tensor:
+        return self.biases[:size] if found is None else found
+
+    def layer_scale(self, found: nn.Module) -> Tensor:
+        return found.scale if isinstance(found, ChannelScale) else self.scale
+
+
 def _run_block(
-    block: MetaFormerBlock, following_eps: float, x: Tensor, stats: Tensor, dtype: torch.dtype
+    block: MetaFormerBlock, following_eps: float, x: Tensor, stats: Tensor, dtype: torch.dtype, absent: _Absent
 ) -> tuple[Tensor, Tensor]:
     norm1, norm2 = cast(nn.GroupNorm, block.norm1), cast(nn.GroupNorm, block.norm2)
-    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     window = cast(int, cast(Pooling, block.token_mixer).pool.kernel_size)
-    # The norm's bias cancels out. Its gradient must be zero, not None, which distributed training refuses.
-    scale = norm1.weight * block.layer_scale1.scale + 0 * norm1.bias
+    scale = norm1.weight * absent.layer_scale(block.layer_scale1)
+    if norm1.bias is not None:
+        # It cancels out. Its gradient must be zero, not None, which distributed training refuses.
+        scale = scale + 0 * norm1.bias
     x, stats = operators.pool_branch(x, stats, scale, _drop_path_factors(block.drop_path1, x), window, norm2.eps)
-    mlp = [_matrix(fc1.weight), fc1.bias, _matrix(fc2.weight), fc2.bias]
+    mlp, activation = _mlp_parameters(block.mlp, absent)
     x, stats, *_ = operators.mlp_branch(
-        x, stats, [norm2.weight, norm2.bias], cast(list[Tensor], mlp), block.layer_scale2.scale,
-        _drop_path_factors(block.drop_path2, x), following_eps, dtype,
+        x, stats, [norm2.weight, absent.bias(norm2.bias, x.shape[1])], mlp, absent.layer_scale(block.layer_scale2),
+        _drop_path_factors(block.drop_path2, x), following_eps, dtype, activation,
     )  # fmt: skip
     return x, stats
+
+
+def _mlp_parameters(mlp: Mlp, absent: _Absent) -> tuple[list[Tensor], str]:
+    """Return weights and biases of both layers, and the activation between them, as `operators.mlp_branch` takes them.
+
+    StarReLU's parameters go into the second layer W: W (s relu(x)^2 + b) = (s W) relu(x)^2 + b (W's sums over rows).
+    """
+    fc1, fc2 = _matrix(mlp.fc1.weight), _matrix(mlp.fc2.weight)
+    bias1, bias2 = absent.bias(mlp.fc1.bias, len(fc1)), absent.bias(mlp.fc2.bias, len(fc2))
+    if not isinstance(mlp.act, StarReLU):
+        return [fc1, bias1, fc2, bias2], "gelu"
+    return [fc1, bias1, mlp.act.scale * fc2, bias2 + mlp.act.bias * fc2.sum(1)], "squared_relu"
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -120,8 +179,9 @@ def find_fault(model: MetaFormer, image_size: int, device: torch.device, dtype: 
         A short description of the fault, or None.
     """
     shapes = _stage_shapes(model, image_size)
-    if shapes and device.type == "cpu":
-        shapes = SMALL_SHAPES
+    if device.type == "cpu":
+        parts = dict.fromkeys(shape.parts for shape in shapes)
+        shapes = [shape._replace(parts=each) for each in parts for shape in SMALL_SHAPES]
 
     def compare() -> str | None:
         for shape in shapes:
@@ -141,8 +201,19 @@ def _stage_shapes(model: MetaFormer, image_size: int) -> list[BlockShape]:
     for stage in fusable_stages(model):
         block = cast(MetaFormerBlock, stage.blocks[0])
         side, window = sides[stage], cast(Pooling, block.token_mixer).pool.kernel_size
-        shapes.append(BlockShape(cast(nn.GroupNorm, block.norm1).num_channels, side, side, cast(int, window), 16))
+        channels = cast(nn.GroupNorm, block.norm1).num_channels
+        shapes.append(BlockShape(channels, side, side, cast(int, window), 16, _parts_of(block)))
     return list(dict.fromkeys(shapes))
+
+
+def _parts_of(block: MetaFormerBlock) -> BlockParts:
+    """Return the parts of a fusable block, with a LayerScale that shows errors of its branches."""
+    return BlockParts(
+        norm=GroupNormWithoutBias if isinstance(block.norm1, GroupNormWithoutBias) else group_norm,
+        activation=type(block.mlp.act),
+        layer_scale_init=0.5 if isinstance(block.layer_scale1, ChannelScale) else None,
+        mlp_bias=block.mlp.fc1.bias is not None,
+    )
 
 
 def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
@@ -156,9 +227,8 @@ def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape:
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        parts = BlockParts(layer_scale_init=0.5)
         with device:
-            blocks = [MetaFormerBlock(shape.channels, shape.height, mixer, rate, parts) for rate in (0.0, 0.4)]
+            blocks = [MetaFormerBlock(shape.channels, shape.height, mixer, rate, shape.parts) for rate in (0.0, 0.4)]
         network = nn.Sequential(*blocks)
         for parameter in network.parameters():
             nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
@@ -171,6 +241,9 @@ def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape:
                 out = run(network, leaf)
                 loss = (out * images.flip(0)).sum()
             named = {name: p for name, p in network.named_parameters() if not name.endswith("norm1.bias")}
-            results.append([out.detach(), *torch.autograd.grad(loss, [leaf, *named.values()])])
-    errors = [(a - b).norm() / a.norm() for a, b in zip(*results, strict=True)]
+            gradients = torch.autograd.grad(loss, [leaf, *named.values()])
+            scalars = torch.cat([leaf.new_zeros(1), *(grad for grad in gradients if grad.numel() == 1)])
+            results.append([out.detach(), *(grad for grad in gradients if grad.numel() > 1), scalars])
+    # The scalars of activations are compared together: one of them alone may happen to be nearly zero.
+    errors = [(a - b).norm() / a.norm().clamp_min(1e-30) for a, b in zip(*results, strict=True)]
     return float(torch.stack(errors).max())

@@ -97,8 +97,7 @@ class MetaFormerBlock(nn.Module):
     Shapes: [B, dim, H, W] -> [B, dim, H, W].
 
     Attributes:
-        residual: whether branches with LayerScale are added to their unscaled input, and the MLP is made of
-            convolutions with biases. Fused operators compute such blocks only.
+        residual: whether branches are added to their unscaled input. Fused operators compute such blocks only.
     """
 
     def __init__(self, dim: int, side: int, token_mixer: TokenMixer, drop_path_rate: float, parts: BlockParts) -> None:
@@ -116,8 +115,7 @@ class MetaFormerBlock(nn.Module):
             self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
             self.layer_scale2 = _scale(dim, parts.layer_scale_init)
             self.res_scale2 = _scale(dim, 1.0 if parts.residual_scale else None)
-        scaled_branches = parts.layer_scale_init is not None and not parts.residual_scale
-        self.residual = parts.residual and scaled_branches and parts.mlp_bias and parts.mlp_layer is conv_layer
+        self.residual = parts.residual and not parts.residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.drop_path1(self.layer_scale1(self.token_mixer(self.norm1(x))))

@@ -1,4 +1,4 @@
-"""Kernels that compute PoolFormer's block in few passes over memory.
+"""Kernels that compute the blocks of PoolFormer and PoolFormerV2 in few passes over memory.
 
 The arithmetic of a block is small compared with its memory traffic, so what counts is how often a tensor is read or
 written. Tensors are [B, H, W, C] here, the memory layout of a channels_last image batch. `stats` is float32 [B, 2]: the
@@ -25,6 +25,9 @@ and a the activation, the backward pass needs neither l * o nor o:
 
     G = (k e)^T a                           [C, 4C], a matrix product
     gradient of W2 = l G (per row);  of l = rowsum(G * W2) + b2 * colsum(k e);  of b2 = l * colsum(k e)
+
+PoolFormerV2's blocks without residual scale are this with l = 1, without b, b1 and with StarReLU, s relu(x)^2 + t, as
+activation. Its scalars go into the second layer: the operators compute (s W2) relu(x)^2 + t (W2's sums over rows).
 
 The passes that write y and z also compute their statistics. The statistics are not differentiated: each consumer
 returns the full gradient of its input, including the part through the statistics.

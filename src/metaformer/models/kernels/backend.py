@@ -19,6 +19,8 @@ class Kernels(NamedTuple):
     mix_backward: Callable[..., tuple[Tensor, Tensor]]
     gelu: Callable[..., Tensor]
     gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    squared_relu: Callable[..., Tensor]
+    squared_relu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     residual: Callable[..., tuple[Tensor, Tensor]]
     residual_backward: Callable[..., tuple[Tensor, Tensor]]
 
@@ -31,6 +33,8 @@ REFERENCE = Kernels(
     reference.mix_backward,
     reference.gelu,
     reference.gelu_backward,
+    reference.squared_relu,
+    reference.squared_relu_backward,
     reference.residual,
     reference.residual_backward,
 )
@@ -54,6 +58,8 @@ def triton_kernels() -> Kernels:
         triton_mixer.mix_backward,
         triton_elementwise.gelu,
         triton_elementwise.gelu_backward,
+        triton_elementwise.squared_relu,
+        triton_elementwise.squared_relu_backward,
         triton_elementwise.residual,
         triton_elementwise.residual_backward,
     )

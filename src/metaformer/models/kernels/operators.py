@@ -7,12 +7,13 @@ Each operator has a fake implementation that returns the shapes, types and strid
 them. The compiler relies on it, so it must match the real results exactly with every set of kernels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaformer.models.kernels.backend import kernels_for
+from metaformer.models.kernels.backend import Kernels, kernels_for
 from metaformer.models.kernels.reference import accumulation_type
 
 
@@ -95,6 +96,7 @@ def mlp_branch(
     keep: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the channel MLP branch and add it to its input.
 
@@ -107,6 +109,7 @@ def mlp_branch(
         keep: drop path's factor per image, [B], or None.
         eps: epsilon of the next norm.
         dtype: type of the matrix products.
+        activation: "gelu" or "squared_relu".
 
     Returns:
         Images with the shape and type of x, their statistics, and two tensors for the backward pass: the normalised
@@ -118,7 +121,7 @@ def mlp_branch(
     weight, bias, factor = (tensor.to(stats.dtype) for tensor in (*norm, scale))
     normed = kernels.normalize(pixels, stats, weight, bias, dtype)
     hidden = _linear(normed, fc1, bias1)
-    branch = _linear(kernels.gelu(hidden), fc2, bias2)
+    branch = _linear(_activation(kernels, activation)[0](hidden), fc2, bias2)
     y, y_stats = kernels.residual(pixels, branch, factor, keep, eps)
     return _image(y), y_stats, normed, hidden
 
@@ -133,6 +136,7 @@ def _(
     keep: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     normed = x.new_empty((batch, height, width, channels), dtype=dtype)
@@ -150,6 +154,7 @@ def mlp_branch_backward(
     scale: Tensor,
     keep: Tensor | None,
     saved: list[Tensor],
+    activation: str,
 ) -> list[Tensor]:
     """Return the gradients of `mlp_branch` for x, the norm's weight and bias, the four tensors of `mlp`, and scale."""
     kernels = kernels_for(x)
@@ -163,7 +168,8 @@ def mlp_branch_backward(
     branch_grad, branch_grad_sum = kernels.residual_backward(pixels, keep, dtype)
     relative_scale = factor if max_scale is None else factor / max_scale
     grad_activated = _product(branch_grad, (relative_scale[:, None] * fc2).to(dtype))
-    grad_hidden, activated, grad_bias1 = kernels.gelu_backward(grad_activated, hidden, max_scale)
+    activate_backward = _activation(kernels, activation)[1]
+    grad_hidden, activated, grad_bias1 = activate_backward(grad_activated, hidden, max_scale)
     correlation = _weight_gradient(activated, branch_grad).t().to(acc)  # a tenth faster on a CPU than the other order
     grad_fc1 = _weight_gradient(grad_hidden, normed)
     grad_normed = _product(grad_hidden, mlp[0].to(dtype))
@@ -185,26 +191,37 @@ def _(
     scale: Tensor,
     keep: Tensor | None,
     saved: list[Tensor],
+    activation: str,
 ) -> list[Tensor]:
     return [_empty_image(x), *(_empty_gradient(tensor) for tensor in (norm_weight, norm_weight, *mlp, scale))]
 
 
 def _save_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, stats, norm, mlp, scale, keep, _, _ = inputs
+    x, stats, norm, mlp, scale, keep, _, _, ctx.activation = inputs
     ctx.save_for_backward(x, stats, norm[0], *mlp, scale, keep, *output[2:])
     _only_first_has_gradient(ctx, output)
 
 
 def _mlp_gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return None, None, [None] * 2, [None] * 4, None, None, None, None
+        return None, None, [None] * 2, [None] * 4, None, None, None, None, None
     x, stats, norm_weight, fc1, bias1, fc2, bias2, scale, keep, *saved = ctx.saved_tensors
     with torch.autocast(grad.device.type, enabled=False):  # the user may call backward under autocast
-        grads = mlp_branch_backward(grad, x, stats, norm_weight, [fc1, bias1, fc2, bias2], scale, keep, saved)
-    return grads[0], None, grads[1:3], grads[3:7], grads[7], None, None, None
+        mlp = [fc1, bias1, fc2, bias2]
+        grads = mlp_branch_backward(grad, x, stats, norm_weight, mlp, scale, keep, saved, ctx.activation)
+    return grads[0], None, grads[1:3], grads[3:7], grads[7], None, None, None, None
 
 
 mlp_branch.register_autograd(_mlp_gradients, setup_context=_save_for_mlp)
+
+
+def _activation(kernels: Kernels, name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """Return the activation and its backward pass."""
+    if name == "gelu":
+        return kernels.gelu, kernels.gelu_backward
+    if name == "squared_relu":
+        return kernels.squared_relu, kernels.squared_relu_backward
+    raise ValueError(f"activation {name}: must be gelu or squared_relu")
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:

@@ -85,6 +85,22 @@ def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[
     return grad, gelu(hidden), total
 
 
+def squared_relu(hidden: Tensor) -> Tensor:
+    """Return relu(x)^2."""
+    return functional.relu(hidden).square_()
+
+
+def squared_relu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient for `hidden` times `factor` (a scalar), relu(hidden)^2, and the gradient's sum [4C].
+
+    `grad` is overwritten.
+    """
+    positive = functional.relu(hidden)
+    grad.mul_(positive).mul_(2 if factor is None else 2 * factor)
+    total = grad.sum((0, 1, 2), dtype=accumulation_type(grad))
+    return grad, positive.square_(), total
+
+
 def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Return y = x + keep * scale * branch in the type of x, and the statistics of y."""
     factor = scale[None] if keep is None else keep[:, None] * scale
