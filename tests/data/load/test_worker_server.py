@@ -185,6 +185,37 @@ if __name__ == "__main__":
     assert "error: a loader worker cannot send a batch: AF_UNIX path too long\n" in done.stderr
 
 
+def test_a_batch_is_made_in_shared_memory(image_root: Path, tmp_path: Path) -> None:
+    """A worker's batch is in shared memory before it is sent, so that sending it does not copy it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        PRELUDE
+        + """
+import torch
+from multiprocessing.reduction import ForkingPickler
+from torch.multiprocessing.reductions import reduce_tensor
+
+def send(batch):
+    if not batch.is_shared():
+        raise OSError("the batch would be copied")
+    return reduce_tensor(batch)
+
+class CheckingReader(PilReader):
+    def augment(self, region, plan, row):
+        ForkingPickler.register(torch.Tensor, send)
+        return super().augment(region, plan, row)
+
+if __name__ == "__main__":
+    plan = EvaluationPlan(num_samples=len(index), batch_size=4, rank=0, world_size=1, image_size=32, crop_pct=0.9)
+    batch = next(WorkerLoader(CheckingReader(), index, plan, workers=1, prefetch_batches=1, pin_memory=False).epoch(0))
+    print(tuple(batch.shape), batch.is_contiguous(memory_format=torch.channels_last), flush=True)
+"""
+    )
+    command = [sys.executable, str(program), str(image_root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("(4, 3, 32, 32) True\n", "")
+
+
 def test_a_temporary_folder_with_too_long_a_name(image_root: Path, tmp_path: Path) -> None:
     """A path that is too long is rejected at the start in one line; the longest accepted path works."""
     base = str(tmp_path)

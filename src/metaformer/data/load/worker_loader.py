@@ -1,5 +1,6 @@
 """Loader that reads images one by one in worker processes (`loader=torch`, `loader=pil`)."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
@@ -141,9 +142,7 @@ class _Batches(Dataset[_Made | str]):
     def __getitem__(self, epoch_and_position: tuple[int, int]) -> _Made | str:
         """Return a batch, or the message about a bad file: an exception would lose its type in leaving a worker."""
         plan = self._plan.to_read(*epoch_and_position)
-        images = torch.empty(
-            (len(plan), 3, plan.image_size, plan.image_size), dtype=torch.uint8, memory_format=torch.channels_last
-        )
+        images = _allocate((len(plan), plan.image_size, plan.image_size, 3))
         read = decode = augment = 0.0
         completed = time.monotonic()
         for row, sample in enumerate(plan.samples.tolist()):
@@ -161,6 +160,20 @@ class _Batches(Dataset[_Made | str]):
                 opened = decoded
             read, decode, augment = read + opened - started, decode + decoded - opened, augment + completed - decoded
         return _Made(images, read, decode, augment, completed)
+
+
+def _allocate(shape: tuple[int, ...]) -> Tensor:
+    """Return an uninitialised batch with the given shape [B, S, S, 3], uint8, as a view [B, 3, S, S].
+
+    In a worker it is in shared memory from the start, so that sending it to the training process copies nothing.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    try:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    except (OSError, RuntimeError) as error:
+        _exit_after_send_error(error, None)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape).permute(0, 3, 1, 2)
 
 
 def _describe_exit(exit_code: int) -> str:
