@@ -5,13 +5,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from timm.data import ImageNetInfo
 
 from metaformer.errors import UserError
+from metaformer.evaluation.class_counts import ClassTotals
+from metaformer.evaluation.class_files import write_confusion, write_per_class
 from metaformer.reporting.run_record import read_record
 from metaformer.reporting.run_report import find_paper_row, format_value, make_report, write_report
 
@@ -281,3 +286,93 @@ def test_paper_row(run: Path, change: Callable[[Path], None], name: str | None) 
 )  # fmt: skip
 def test_values(value: Any, shown: str) -> None:
     assert format_value(value) == shown
+
+
+def write_classes(run: Path, classes: int, prefix: str = "", names: list[str] | None = None) -> None:
+    """Write the results by class: class n has n % 11 wrong of 20, all as the class after it; 3 of class 0 as 2."""
+    names = names or [f"kind {number}" for number in range(classes)]
+    counts = np.zeros((classes, classes), np.int64)
+    for label in range(classes):
+        counts[label, label] = 20 - label % 11
+        counts[label, (label + 1) % classes] = label % 11
+    counts[0] = 0
+    counts[0, [0, 2]] = 17, 3
+    top1 = counts.diagonal()
+    totals = ClassTotals(counts.sum(1), top1, np.full(classes, 19), counts)
+    write_per_class(run / f"{prefix}per_class.csv", names, totals)
+    write_confusion(run / "validation" / f"{prefix}confusion.npz", names, totals, 20)
+
+
+def section(found: str, title: str, end: str) -> str:
+    return found.split(f" {title} ", 1)[1].split(f" {end} ", 1)[0]
+
+
+def test_few_classes(run: Path) -> None:
+    """Few classes are in one table, the worst first; confused pairs are those with most images. The EMA is better."""
+    write_classes(run, 4, "ema_")
+    found = text(run)
+    assert "Classes EMA in the last validation, step 20 All 4, worst first Class" in found
+    rows = "kind 0 20 85.0 % 95.0 % kind 3 20 85.0 % 95.0 % kind 2 20 90.0 % 95.0 % kind 1 20 95.0 % 95.0 %"
+    assert rows in found
+    assert section(found, "of the class", "Validations") == (
+        "kind 0 kind 2 3 15.0 % kind 3 kind 0 3 15.0 % kind 2 kind 3 2 10.0 % kind 1 kind 2 1 5.0 %"
+    )
+
+
+def test_many_classes(run: Path) -> None:
+    """Of 1000 classes the 20 worst and best are shown, all of them folded, and 20 pairs; wnids are explained."""
+    rows = [validation_row(1, 62.0)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    write_classes(run, 1000, names=wnids)
+    found = text(run)
+    assert "Classes weights in the last validation, step 20 Worst 20 Class" in found
+    best = section(found, "Best 20 Class images top-1 top-5", "Most confused")
+    assert best.count(" 100.0 % 95.0 %") == 20
+    worst = section(found, "Worst 20 Class images top-1 top-5", "Best 20")
+    assert worst.count(" 50.0 % 95.0 %") == 20
+    assert "(n01440764)" in section(found, "All 1,000, worst first Class", "Validations")
+    pairs = section(found, "of the class", "All 1,000, worst first")
+    assert pairs.count(" 10 50.0 %") == 20
+    write_report(run)
+    assert (run / "report.html").stat().st_size < 500_000
+
+
+def test_classes_without_confusion(run: Path) -> None:
+    """More classes than a confusion matrix has are shown without it and without the table of all."""
+    write_classes(run, 1200, "ema_")
+    (run / "validation" / "ema_confusion.npz").unlink()
+    found = text(run)
+    assert "Worst 20" in found
+    assert "Most confused" not in found
+    assert "1,200, worst first" not in found
+
+
+def test_perfect_and_hostile_classes(run: Path) -> None:
+    """No confusion is said; names are shown as text."""
+    totals = ClassTotals(np.full(2, 5), np.full(2, 5), np.full(2, 5), np.diag([5, 5]))
+    write_per_class(run / "ema_per_class.csv", [EVIL, "b"], totals)
+    write_confusion(run / "validation" / "ema_confusion.npz", [EVIL, "b"], totals, 20)
+    assert "every image was predicted correctly" in text(run)
+    write_confusion(
+        run / "validation" / "ema_confusion.npz", [EVIL, "b"], replace(totals, confusion=np.array([[4, 1], [0, 5]])), 20
+    )
+    assert report(run).text.count(EVIL) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"class,images\nx,1\n", b"class,images,top1,top5\nx,1,nan,2\n", b"\xff"]
+)
+def test_damaged_classes(run: Path, content: bytes) -> None:
+    """A damaged file by class costs its own part of the report only, and is named."""
+    for name in ("ema_per_class.csv", "validation/ema_confusion.npz"):
+        write_classes(run, 4, "ema_")
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        record = read_record(run)
+        assert [problem.split(": ")[0] for problem in record.problems] == [name]
+        assert "Top-1" in text(run)
+        (run / name).write_bytes(whole[: len(whole) // 2] if name.endswith("npz") else whole)
+    assert [problem.split(": ")[0] for problem in read_record(run).problems] == ["validation/ema_confusion.npz"]
+    np.savez(run / "validation" / "ema_confusion.npz", counts=np.zeros((2, 3), int), classes=np.array(["a"]), step=1)
+    assert "not a confusion matrix" in read_record(run).problems[0]

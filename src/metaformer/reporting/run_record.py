@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import OmegaConf
 
 from metaformer.errors import UserError, printable
+from metaformer.reporting import class_results
+from metaformer.reporting.class_results import ClassAccuracy, Confusion
 from metaformer.reporting.outcomes import READ_ERRORS, Settings, flatten
 
 T = TypeVar("T")
@@ -52,6 +54,8 @@ class RunRecord:
         environment: environment.json.
         overrides: the command's overrides.
         problems: a line for each file or part of one that could not be read.
+        classes: accuracy by class in the last validation, worst first, of the better of weights and EMA.
+        confusion: which classes they confused.
     """
 
     folder: Path
@@ -63,6 +67,8 @@ class RunRecord:
     changes: list[Change] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    classes: list[ClassAccuracy] = field(default_factory=list)
+    confusion: Confusion | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +86,13 @@ class RunRecord:
         found = [row for row in self.rows if row["kind"] == "validation"]
         last = found[-1]["step"] if found else -1
         return found + [row for row in self.rows if row["kind"] == "final" and row["step"] > last]
+
+    @property
+    def ema_is_better(self) -> bool:
+        """Return whether the EMA has a higher top-1 than the weights in the last validation."""
+        last = self.validations[-1] if self.validations else {}
+        weights, ema = last.get("top1"), last.get("ema_top1")
+        return is_number(weights) and is_number(ema) and ema > weights  # type: ignore[operator]
 
     @property
     def total_epochs(self) -> int | None:
@@ -144,14 +157,18 @@ def read_record(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: not a run folder: it has neither config.yaml nor metrics.jsonl")
     record = RunRecord(folder)
 
-    def read(name: str, parse: Callable[[str], T], otherwise: T) -> T:
+    def read_file(name: str, parse: Callable[[Path], T], otherwise: T) -> T:
         """Parse a file; note why if that fails."""
         file = folder / name
         try:
-            return parse(file.read_text(errors="replace")) if file.is_file() else otherwise
-        except READ_ERRORS as error:
+            return parse(file) if file.is_file() else otherwise
+        except (*READ_ERRORS, *class_results.READ_ERRORS) as error:
             record.problems.append(f"{name}: {printable(str(error) or type(error).__name__, 200)}")
             return otherwise
+
+    def read(name: str, parse: Callable[[str], T], otherwise: T) -> T:
+        """Parse the text of a file."""
+        return read_file(name, lambda file: parse(file.read_text(errors="replace")), otherwise)
 
     record.settings = read("config.yaml", _parse_settings, {})
     record.status = read("status.json", _parse_object, {})
@@ -163,6 +180,9 @@ def read_record(folder: Path) -> RunRecord:
         record.problems.append(f"metrics.jsonl: {broken} lines are damaged and left out")
     record.changes = read("changes.jsonl", _parse_changes, [])
     record.events = read("log.txt", _parse_events, [])
+    prefix = "ema_" if record.ema_is_better else ""
+    record.classes = read_file(f"{prefix}per_class.csv", class_results.read_per_class, [])
+    record.confusion = read_file(f"validation/{prefix}confusion.npz", class_results.read_confusion, None)
     return record
 
 

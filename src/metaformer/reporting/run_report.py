@@ -21,6 +21,7 @@ from metaformer.death_signal import set_parent_death_signal
 from metaformer.errors import UserError, one_line, printable
 from metaformer.files import write_text_atomically
 from metaformer.goodput import PHASES, TRAINING
+from metaformer.reporting.class_results import ClassAccuracy
 from metaformer.reporting.curves import COLOURS, make_charts
 from metaformer.reporting.paper import ROWS, Row
 from metaformer.reporting.run_record import RunRecord, is_number, read_record
@@ -29,6 +30,8 @@ from metaformer.signals import STOP_SIGNALS
 REPORT_FILE = "report.html"
 GENERATOR = '<meta name="generator" content="metaformer">'  # how a report is recognised
 MAX_EPOCHS_SHOWN = 400
+CLASSES_SHOWN = 20  # of the worst and of the best; with up to twice as many, all are in one table
+MAX_CLASSES = 1000  # in the table of all
 # Settings that differ between any two runs.
 NOT_COMPARED = ("run_dir", "tracking.name")
 
@@ -82,6 +85,7 @@ def make_report(records: Sequence[RunRecord], price_per_hour: float | None = Non
         phases=list(_phases(record)),
         summaries=[dict(_summary(each, price)) for each, price in zip(records, prices, strict=True)],
         differences=_differences(records),
+        class_tables=_class_tables(record),
         epochs=record.validations[-MAX_EPOCHS_SHOWN:],
         epoch_columns=_columns(record),
         settings=[
@@ -172,6 +176,27 @@ def _phases(record: RunRecord) -> Iterator[Phase]:
     for colour, name in enumerate(PHASES):
         if seconds := record.seconds.get(name):
             yield Phase(name, 100 * seconds / total, duration(seconds), colour)
+
+
+class ClassTable(NamedTuple):
+    """Classes to show beside or below each other; a folded table is long."""
+
+    title: str
+    classes: list[ClassAccuracy]
+    is_folded: bool = False
+
+
+def _class_tables(record: RunRecord) -> list[ClassTable]:
+    classes = record.classes
+    if len(classes) <= 2 * CLASSES_SHOWN:
+        return [ClassTable(f"All {len(classes)}, worst first", classes)] if classes else []
+    tables = [
+        ClassTable(f"Worst {CLASSES_SHOWN}", classes[:CLASSES_SHOWN]),
+        ClassTable(f"Best {CLASSES_SHOWN}", classes[: -CLASSES_SHOWN - 1 : -1]),
+    ]
+    if len(classes) <= MAX_CLASSES:
+        tables.append(ClassTable(f"All {len(classes):,}, worst first", classes, is_folded=True))
+    return tables
 
 
 def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
