@@ -227,14 +227,14 @@ def mix_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.mix_backward`."""
-    images, _, _, channels = x.shape
+    images, height, width, channels = x.shape
     tiles, blocks = strips(*x.shape[1:], size)
     grid, has_keep, factors = (*tiles, images), keep is not None, (stats, scale, scale if keep is None else keep)
     sums, grad_scale = stats.new_empty((images, tiles[1], channels)), stats.new_empty((images, channels))
     slopes, out = stats.new_empty(images), torch.empty_like(x)
     _sum_products[grid](grad, x, sums, *x.shape[1:], **blocks)
     _finish_products[(images,)](
-        sums, *factors, grad_scale, slopes, x[0].numel(), channels, tiles[1],
+        sums, *factors, grad_scale, slopes, height * width * channels, channels, tiles[1],
         HAS_KEEP=has_keep, BLOCK_C=next_power_of_2(channels),
     )  # fmt: skip
     _apply_gradient[grid](grad, x, *factors, slopes, out, *x.shape[1:], HAS_KEEP=has_keep, **blocks)

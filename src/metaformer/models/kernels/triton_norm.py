@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaformer.models.kernels.triton_tiles import (
     combine_moments,
+    next_power_of_2,
     store_moments,
     tile_number,
     tile_offsets,
@@ -42,6 +43,26 @@ def _sum_gradient(grad, x, stats, sums, positions, channels, BLOCK_P: tl.constex
     pointer = sums + tile_number() * 2 * channels + c
     tl.store(pointer, tl.sum(grad_out, 0)[None, :], c < channels)
     tl.store(pointer + channels, tl.sum(grad_out * normed, 0)[None, :], c < channels)
+
+
+@triton.jit
+def _finish_sums(sums, stats, weight, totals, factors, size, channels, tiles, BLOCK_C: tl.constexpr):
+    """Sum an image's tiles. Write its part of the gradients of bias and weight, and the factors of its gradient."""
+    image, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C)
+    grad_sums = tl.zeros([BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_C], tl.float32)
+    for tile in range(tiles):
+        pointer = sums + (image * tiles + tile) * 2 * channels + c
+        grad_sums += tl.load(pointer, c < channels, 0.0)
+        products += tl.load(pointer + channels, c < channels, 0.0)
+    tl.store(totals + image * channels + c, grad_sums, c < channels)
+    tl.store(totals + (tl.num_programs(0) + image) * channels + c, products, c < channels)
+    mean, rstd = tl.load(stats + 2 * image), tl.load(stats + 2 * image + 1)
+    weights = tl.load(weight + c, c < channels, 0.0)
+    shift, slope = tl.sum(grad_sums * weights) / size, tl.sum(products * weights) / size * rstd * rstd
+    tl.store(factors + 3 * image, rstd)
+    tl.store(factors + 3 * image + 1, -slope)
+    tl.store(factors + 3 * image + 2, slope * mean - shift * rstd)
 
 
 @triton.jit
@@ -81,17 +102,15 @@ def normalize_backward(
     grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.normalize_backward`."""
-    tiles = tiling(*x.shape)
-    sums = tiles.new_sums(x, 2, x.shape[3])
+    images, channels, tiles = len(x), x.shape[3], tiling(*x.shape)
+    sums = tiles.new_sums(x, 2, channels)
     _sum_gradient[tiles.grid](grad, x, stats, sums, *tiles.sizes, **tiles.blocks)
-    per_image = sums.sum(1)  # [B, 2, C]
-    mean, rstd = stats.unbind(1)
-    shift, slope = (per_image @ weight).div_(x[0].numel()).unbind(1)
-    slope = slope * rstd**2
-    factors = torch.stack([rstd, -slope, slope * mean - shift * rstd], 1)
-    out = torch.empty_like(x)
-    _apply_gradient[tiles.grid](
-        grad, x, residual_grad, factors, weight, out, *tiles.sizes, **tiles.blocks
+    totals, factors = sums.new_empty((2, images, channels)), sums.new_empty((images, 3))
+    _finish_sums[(images,)](
+        sums, stats, weight, totals, factors, tiles.sizes[0] * channels, channels, tiles.grid[1],
+        BLOCK_C=next_power_of_2(channels),
     )  # fmt: skip
+    out = torch.empty_like(x)
+    _apply_gradient[tiles.grid](grad, x, residual_grad, factors, weight, out, *tiles.sizes, **tiles.blocks)
     # Two sums: halves of one tensor would share memory, which torch does not allow for an operator's results.
-    return out, per_image[:, 1].sum(0), per_image[:, 0].sum(0)
+    return out, totals[1].sum(0), totals[0].sum(0)
