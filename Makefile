@@ -3,6 +3,7 @@
 # make test-all     all tests: whole runs, faults, benchmarks and SLURM too; make test-slurm: those on SLURM only. Both
 #              install Debian's packages for SLURM, as root
 # make gpu-model   predict a training step on GPUs without one; make gpu-budgets writes the budgets that tests compare
+# make docs    the documentation as a site, in build/site
 # make check   format, lint, types
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-all test-here test-slurm gpu-model gpu-budgets check clean
+.PHONY: install demo test test-all test-here test-slurm gpu-model gpu-budgets docs check clean
 
 install: $(BIN)/.installed
 
@@ -50,6 +51,9 @@ gpu-model: install
 
 gpu-budgets: install
 	$(BIN)/python -m benchmarks.gpu --update
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: install
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from metaformer.config import TrainConfig, ValidateConfig
-from metaformer.option_help import describe_options, field_comments
+from metaformer.option_help import describe_options, describe_options_in_markdown, field_comments
 
 
 def uncommented(config_type: Any, parent: str = "") -> Iterator[str]:
@@ -49,3 +49,21 @@ def test_an_entry() -> None:
     assert entries["bare=true"] == "true or false"
     assert entries["free={b:2}"] == "any fields; further values"
     assert list(uncommented(Example)) == ["bare"]
+
+
+@dataclasses.dataclass
+class Nested:
+    """A configuration with a group."""
+
+    seed: int = 0  # a|b <c>
+    group: Example = dataclasses.field(default_factory=Example)
+
+
+def test_a_page() -> None:
+    """The page has a section for each group with its choices, and a row for each field, with its text escaped."""
+    values = {"seed": 0, "group": {"beside": 1, "above": [], "bare": False, "free": {}}}
+    lines = describe_options_in_markdown("train.py", Nested, values, {"group": ["one", "two"]}).splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["## train.py", "### train.py: group"]
+    assert "`group=` `one`, `two`" in lines
+    assert r"| `seed` | `0` | integer; a\|b &lt;c> |" in lines
+    assert "| `group.bare` | `false` | true or false |" in lines

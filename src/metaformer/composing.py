@@ -59,7 +59,7 @@ def compose(name: str, config_type: type[C]) -> C:
     sys.argv[1:] = prepare_arguments(sys.argv[1:])
     given = check_arguments(sys.argv[1:], CONF_FOLDER, config_type)
     if given.help:
-        print(_help(name, config_type, given.overrides))
+        print(option_text(name, config_type, given.overrides))
         raise SystemExit(0)
     with _explained(config_type):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
@@ -113,15 +113,26 @@ def compose_validation(overrides: Sequence[str]) -> ValidateConfig:
     return config
 
 
-def _help(name: str, config_type: type[CommonConfig], overrides: Sequence[str]) -> str:
-    """Return the help of a program, with the values that these overrides give as defaults."""
+def option_text(
+    name: str,
+    config_type: type[CommonConfig],
+    overrides: Sequence[str] = (),
+    describe: Callable[..., str] = describe_options,
+) -> str:
+    """Return the help of a program, with the values that these overrides give as defaults.
+
+    Args:
+        describe: makes the text; a function of `option_help`.
+    """
+    _store_schemas()
     with _explained(config_type), hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
         values = hydra.compose(name, list(overrides))
     config: Any = OmegaConf.to_container(values, resolve=False)
     own = {*config, "experiment"} if config_type is TrainConfig else {*config}
     names = sorted(folder.name for folder in CONF_FOLDER.iterdir() if folder.is_dir() and folder.name in own)
     groups = {group: sorted(group_choices(group, CONF_FOLDER)) for group in names}
-    return describe_options(Path(sys.argv[0]).name, config_type, config, groups)
+    program = Path(sys.argv[0]).name if describe is describe_options else f"{name}.py"
+    return describe(program, config_type, config, groups)
 
 
 def freeze(config: TrainConfig) -> str:

@@ -39,6 +39,27 @@ def describe_options(
     return "\n".join(lines)
 
 
+def describe_options_in_markdown(
+    program: str, config_type: type, defaults: Mapping[str, Any], groups: Mapping[str, list[str]]
+) -> str:
+    """Return the same as `describe_options` as a page section of Markdown: a table for each group of fields."""
+    sections: dict[str, list[str]] = {}
+    for setting, meaning in _describe_fields(config_type, defaults):
+        name, _, default = setting.partition("=")
+        row = " | ".join(
+            (f"`{name}`", f"`{default}`" if default else "", meaning.replace("|", "\\|").replace("<", "&lt;"))
+        )
+        sections.setdefault(name.rpartition(".")[0], []).append(f"| {row} |")
+    lines = [f"## {program}", ""]
+    for parent, rows in sections.items():
+        choices = (
+            [f"`{parent}=` {', '.join(f'`{choice}`' for choice in groups[parent])}", ""] if parent in groups else []
+        )
+        title = [f"### {program}: {parent}", ""] if parent else []
+        lines += [*title, *choices, "| field | default | |", "|---|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
 def _wrap(head: str, text: str, width: int) -> Iterator[str]:
     """Yield an entry: its name, and what it is on indented lines below."""
     yield f"  {head}"
