@@ -14,6 +14,7 @@ COMMANDS = {  # each is a module of metaformer.commands
     "predict": "predict the classes of images",
     "report": "write the report of a run, or of runs beside each other",
     "prepare": "prepare a data set: ImageNet, Imagenette, a folder, the sample",
+    "export": "write a trained network as ONNX or as a torch.export program",
     "doctor": "check this machine before training",
 }
 

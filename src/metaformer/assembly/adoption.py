@@ -82,25 +82,32 @@ def find_run(checkpoint: str) -> Record | None:
 
     Earlier versions recorded the preprocessing only there.
     """
+    folder = find_run_folder(checkpoint)
+    if folder is None:
+        return None
+    file = folder / "config.yaml"
+    try:
+        values: Any = OmegaConf.create(parse_config(file.read_bytes()))
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values.model))
+        image_size = values.image_size
+        if image_size is not None and type(image_size) is not int:
+            raise ValueError(f"image_size: {image_size!r} is not an integer")
+        images = resolve_preprocessing(model, image_size, None, evaluation=False)
+        return Record(
+            model.name, model.library, model.composition, images=images, target=model.target, options=model.options
+        )
+    except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
+        reason = one_line(error)
+        raise UserError(f"{file}: not the configuration of a run ({reason}); give a weights file") from error
+
+
+def find_run_folder(checkpoint: str) -> Path | None:
+    """Return the run folder that a run folder, a checkpoint or a file in a checkpoint belongs to, or None."""
     path = Path(checkpoint).absolute()
     run_folders = [parent.parent for parent in (path.parent, path.parent.parent) if parent.name == "checkpoints"]
     for folder in (path, *run_folders):
-        file = folder / "config.yaml"
-        if not ((folder / "checkpoints").is_dir() and file.is_file()):
-            continue
-        try:
-            values: Any = OmegaConf.create(parse_config(file.read_bytes()))
-            model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values.model))
-            image_size = values.image_size
-            if image_size is not None and type(image_size) is not int:
-                raise ValueError(f"image_size: {image_size!r} is not an integer")
-            images = resolve_preprocessing(model, image_size, None, evaluation=False)
-            return Record(
-                model.name, model.library, model.composition, images=images, target=model.target, options=model.options
-            )
-        except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, UserError) as error:
-            reason = one_line(error)
-            raise UserError(f"{file}: not the configuration of a run ({reason}); give a weights file") from error
+        if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+            return folder
     return None
 
 

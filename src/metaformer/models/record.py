@@ -46,8 +46,12 @@ class Record:
 
     def to_json(self) -> str:
         """Return the record as text; one that is longer than MAX_LENGTH cannot be read again."""
+        return json.dumps(self.to_values())
+
+    def to_values(self) -> dict[str, Any]:
+        """Return the record as plain values for JSON."""
         images = self.images and {name.removeprefix("model."): value for name, value in self.images.settings.items()}
-        values = {
+        return {
             "name": self.name,
             "library": self.library.value,
             "composition": self.composition and self.composition.to_values(),
@@ -55,7 +59,6 @@ class Record:
             "classes": self.classes,
             "images": images,
         } | ({} if self.target is None else {"target": self.target, "options": self.options})
-        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Record":

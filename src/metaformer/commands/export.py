@@ -1,0 +1,69 @@
+"""Export a trained network for other programs, and check that these compute the same logits.
+
+  python scripts/export.py onnx checkpoint=runs/NAME --out model.onnx
+  python scripts/export.py torch checkpoint=runs/NAME use_ema=true --out model.pt2
+
+checkpoint= is what validate.py takes: a run folder, a checkpoint, a weights file or a released name. It brings the
+network, the preprocessing and the names of the classes, which are written into the file and into a JSON file beside it.
+Options of validate.py may be added: use_ema= model= model.NAME= image_size= num_classes= data.NAME=.
+
+onnx     for ONNX Runtime, TensorRT, OpenVINO and others; needs the packages onnx, onnxscript and onnxruntime
+torch    a program of torch.export: `torch.export.load(FILE).module()`, without this project
+
+What is written is loaded again and compared with the network on images: of data.root= if given, else of the run's
+validation split, else the built-in sample's digits. If a logit differs by more than 1e-4 of the largest logit, nothing
+is written. The number of images is free, their size is not.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from metaformer.composing import compose_validation
+from metaformer.errors import UserError
+from metaformer.files import check_output
+
+OPTIONS = ("checkpoint", "use_ema", "model", "image_size", "num_classes", "data")
+FORMATS = ("onnx", "torch")
+
+
+def main() -> None:
+    """Build the network, export it, and print what was written and how far the logits differ."""
+    arguments = _parse()
+    config = compose_validation(arguments.options)
+    data_given = any(_field(option) == "data" for option in arguments.options)
+    out: Path = arguments.out
+    for file in (out, out.with_suffix(".json")):
+        if file.exists():
+            raise UserError(f"--out={out}: {file} already exists; give another name, or remove it")
+    check_output(f"--out={out}", out)
+    from metaformer import runtime  # takes seconds, which --help and wrong options need not wait for
+    from metaformer.assembly.exporting import build_exportable
+    from metaformer.models.export.programs import export_onnx, export_program
+
+    with runtime.start() as ranks:
+        network, notes = build_exportable(config, ranks, data_given)
+    print(*notes, f"network      {network.record.name}", f"images       {network.record.images}",
+          f"weights      {network.weights}", sep="\n", file=sys.stderr, flush=True)  # fmt: skip
+    export = export_onnx if arguments.format == "onnx" else export_program
+    print(f"{out}: {export(network, out)}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="checkpoint=... and other options")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write; it must not exist")
+    arguments = parser.parse_intermixed_args()
+    for option in arguments.options:
+        if _field(option) not in OPTIONS:
+            known = " ".join(f"{name}=" for name in OPTIONS)
+            raise UserError(f"{option}: export has no such option; its options are {known} --out")
+    if arguments.out.suffix == ".json":
+        raise UserError(f"--out={arguments.out}: is the name of the description; use one that ends with .onnx or .pt2")
+    return arguments
+
+
+def _field(option: str) -> str:
+    """Return the field or group that an option sets, without the fields in it."""
+    return option.lstrip("+~").partition("=")[0].partition(".")[0]

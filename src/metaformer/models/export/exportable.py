@@ -1,0 +1,118 @@
+"""A network to export, and its comparison with what was exported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metaformer.errors import UserError
+from metaformer.models.record import Record
+
+TOLERANCE = 1e-4  # largest difference of a logit, as a share of the largest logit
+INPUT, OUTPUT = "images", "logits"  # names of the exported network's input and output
+
+Logits = Callable[[Tensor], Tensor]  # of images, both on the CPU
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A network with its weights, and images to compare what is exported with.
+
+    Attributes:
+        model: in evaluation mode on the CPU, without fused operators.
+        record: its name, parts, classes and preprocessing.
+        resize: pixels of the short side before the crop.
+        images: preprocessed images, float32 [B, 3, S, S], at least two.
+        origin: what these images are: `of` something.
+        weights: a name of the weights that may be published.
+    """
+
+    model: nn.Module
+    record: Record
+    resize: int
+    images: Tensor
+    origin: str
+    weights: str
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the network's own logits.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        logits: Tensor = self.model(images)
+        if not logits.isfinite().all():
+            raise UserError(
+                f"checkpoint={self.weights}: the outputs are not finite; use weights from before training diverged"
+            )
+        return logits
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a program needs to know of the exported network, as plain values for JSON."""
+        side, values = self.images.shape[-1], self.record.to_values()
+        values["images"] = (values["images"] or {}) | {"resize": self.resize}
+        shape = ["batch", 3, side, side]
+        content = "RGB in [0, 1], minus mean, divided by std"
+        return values | {
+            "input": {"name": INPUT, "type": "float32", "shape": shape, "content": content},
+            "output": {"name": OUTPUT, "type": "float32", "shape": ["batch", self.record.num_classes]},
+            "weights": self.weights,
+        }
+
+
+class Agreement(NamedTuple):
+    """How far the logits of an exported network are from the network's own.
+
+    Attributes:
+        difference: the largest, over all images and classes.
+        largest: the largest absolute logit.
+        images: what the logits were computed of.
+    """
+
+    difference: float
+    largest: float
+    images: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within TOLERANCE."""
+        return self.difference <= TOLERANCE * self.largest  # false for NaN
+
+    def __str__(self) -> str:
+        return f"largest difference {self.difference:.2g}, largest logit {self.largest:.3g}, on {self.images}"
+
+
+def compare(network: Exportable, exported: Logits) -> Agreement:
+    """Compare logits of all images at once, and of the first one alone, as the number of images may vary.
+
+    Raises:
+        UserError: the network's own logits are not finite.
+    """
+    differences, largest = [], 0.0
+    for images in (network.images, network.images[:1]):
+        expected = network.logits(images)
+        differences.append((exported(images) - expected).abs().max())
+        largest = max(largest, float(expected.abs().max()))
+    difference = float(torch.stack(differences).max())
+    return Agreement(difference, largest, f"{len(network.images)} images {network.origin}")
+
+
+def check(network: Exportable, exported: Logits, program: str) -> Agreement:
+    """Return how well logits agree.
+
+    Args:
+        program: what computes the exported network, for the message.
+
+    Raises:
+        UserError: they do not agree.
+    """
+    agreement = compare(network, exported)
+    if not agreement.holds:
+        raise UserError(
+            f"checkpoint={network.weights}: {program} computes other logits than torch ({agreement}; allowed is "
+            f"{TOLERANCE:g} of the largest logit); nothing is written; please report it with the network's name"
+        )
+    return agreement
