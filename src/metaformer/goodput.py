@@ -33,6 +33,11 @@ class TimeSpent:
         total = sum(self.seconds.values())
         return 100 * self.seconds.get(TRAINING, 0.0) / total if total else 0.0
 
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of training steps, with their waits for data."""
+        return self.seconds.get(TRAINING, 0.0) + self.seconds.get(WAITING, 0.0)
+
     def __str__(self) -> str:
         total = sum(self.seconds.values()) or 1.0
         shares = (f"{name} {100 * self.seconds.get(name, 0.0) / total:.1f} %" for name in PHASES)

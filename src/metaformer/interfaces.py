@@ -57,6 +57,9 @@ class Tracker(Protocol):
     def message(self, text: str) -> None:
         """Show a line to people."""
 
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """Note how much of an activity, a phase of `goodput`, is done; called for each step and validation batch."""
+
     def picture(self, name: str, file: Path) -> None:
         """Record an image file of the run."""
 

@@ -107,6 +107,13 @@ def launched_rank() -> int:
     return launcher_variable("RANK", 0)
 
 
+def announce_start() -> None:
+    """Say on rank 0's stderr, if that is a terminal, that the program has started and what takes the next seconds."""
+    if launched_rank() == 0 and sys.stderr.isatty():
+        ranks = launcher_variable("WORLD_SIZE", 1)
+        print(f"starting: {ranks} rank{'s' * (ranks != 1)}, importing torch", file=sys.stderr, flush=True)
+
+
 def status_file_of_launcher() -> Path | None:
     """Return the file in which the launcher, such as slurm/train.sbatch, expects a copy of the status, or None."""
     path = os.environ.get("METAFORMER_STATUS_FILE")

@@ -1,21 +1,25 @@
-"""Tests of console output: plain lines in a file or pipe, a bar in a terminal, and everything in log.txt."""
+"""Tests of console output: plain lines, a bar below them in a terminal, and everything in log.txt."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from metaformer.tracking.console import ConsoleTracker
+from metaformer.tracking.console import ConsoleTracker, duration
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from tests.tracking.test_console import run
-run(Path(sys.argv[1]))
+run(Path(sys.argv[1]), pause=0.6)  # the bar is drawn four times a second
 """
 
 
@@ -26,12 +30,16 @@ def train_row(step: int, **figures: Any) -> dict[str, Any]:
     } | figures  # fmt: skip
 
 
-def run(log_file: Path) -> None:
+def run(log_file: Path, pause: float = 0.0) -> None:
     """Track a run of 1000 steps with two train rows, a validation and a final row."""
     tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=log_file)
     tracker.message("model        [tiny], 3 classes")
     tracker.metrics(train_row(10))
+    tracker.progress("training", 399, 1000)
     tracker.metrics(train_row(400, skipped_steps=3, memory_gib=12.34))
+    time.sleep(pause)
+    tracker.progress("validation", 3, 13)
+    time.sleep(pause)
     scores = {"images": 403, "top1": 25.0, "top5": 75.5, "loss": 1.5, "ema_top1": 30.25}
     tracker.metrics({"kind": "validation", "epoch": 1, "step": 400, "samples": 3200} | scores)
     tracker.metrics({"kind": "final", "epoch": 1, "step": 400, "samples": 3200} | scores)
@@ -53,8 +61,11 @@ def without_times(log_file: Path) -> list[str]:
     return [line[20:] for line in lines]
 
 
-def test_plain_lines_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_without_a_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pipe gets one unwrapped line per row, without control characters; log.txt gets the same lines with times."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI systems set it, for which rich takes a pipe for a terminal
     run(tmp_path / "log.txt")
     printed = capfd.readouterr().out
     assert printed.splitlines() == EXPECTED
@@ -62,12 +73,18 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFix
     assert without_times(tmp_path / "log.txt") == EXPECTED
 
 
-def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
-    """In a terminal, a bar is redrawn in place below the messages; log.txt gets the same lines as without one."""
+def in_terminal(columns: int, *arguments: str) -> str:
+    """Run Python in a terminal of this width and return what it shows."""
     child, terminal = pty.fork()
     if child == 0:
-        os.environ |= {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)}
-        os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(tmp_path / "log.txt")])
+        environment = os.environ | {
+            "TERM": "xterm",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        # Not execv: readline, which pytest imports, sets COLUMNS outside of os.environ.
+        os.execve(sys.executable, [sys.executable, *arguments], environment)
     shown = b""
     try:
         while part := os.read(terminal, 4096):
@@ -77,9 +94,27 @@ def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
     _, status = os.waitpid(child, 0)
     text = shown.decode()
     assert os.waitstatus_to_exitcode(status) == 0, text
-    assert "━" in text
-    assert "\x1b[2K" in text, "the bar's line is redrawn"
-    assert EXPECTED[3] in text
+    return text
+
+
+def drawn_bars(text: str) -> list[str]:
+    """Return each drawing of the bar, without control sequences."""
+    parts = re.split(r"[\r\n]|\x1b\[2K", text)
+    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", part) for part in parts if "\u2501" in part]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_bar_in_a_terminal(columns: int, tmp_path: Path) -> None:
+    """A bar of one line, as wide as the terminal, is redrawn in place below the lines, which stay; then it is gone."""
+    text = in_terminal(columns, "-c", PROGRAM, str(tmp_path / "log.txt"))
+    bars = drawn_bars(text)
+    assert bars
+    assert {len(bar) for bar in bars} <= {columns}
+    assert text.count("\x1b[1A") <= 1, "the cursor moves up once, to remove the bar: it has a single line"
+    for activity, note in (("training", "400/1000  epoch 1/3  5m00s left"), ("validation", "3/13")):
+        assert any(re.fullmatch(rf"{activity} +[\u2501\u2578\u257a]+ {note} *", bar) for bar in bars), bars
+    for line in EXPECTED:
+        assert f"{line}\r\n" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text), "as one line, wrapped by the terminal"
     assert without_times(tmp_path / "log.txt") == EXPECTED
 
 
@@ -99,3 +134,19 @@ def test_time_left(tmp_path: Path, images_per_second: float, eta: str) -> None:
     tracker.metrics(train_row(10, images_per_second=images_per_second))
     tracker.close(failed=False)
     assert f"eta {eta}  " in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("step", "validations"), [(10, 3), (400, 3), (401, 2), (950, 1)])
+def test_time_left_counts_validations(
+    step: int, validations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each validation to come, after every 400 steps and at the end, is expected to take as long as the last one."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    tracker = ConsoleTracker(3, 1000, 8, tmp_path / "log.txt", validation_steps=400)
+    tracker.progress("validation", 0, 13)
+    clock[0] = 160.0
+    tracker.metrics({"kind": "final", "epoch": 1, "step": 0, "samples": 0})
+    tracker.metrics(train_row(step, images_per_second=8.0))
+    tracker.close(failed=False)
+    assert f"eta {duration(1000 - step + 60 * validations)}  " in (tmp_path / "log.txt").read_text()

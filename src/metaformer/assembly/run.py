@@ -88,9 +88,13 @@ def _open_trackers(run: Run, status: StatusFile, stack: ExitStack) -> Tracker:
     config, progress = run.config, run.state.progress
     run_dir, values = config.resolved_run_dir, redacted(config)
     changes = open_run_folder(run_dir, OmegaConf.to_yaml(values), progress.step, run.derived_settings)
-    steps = config.total_epochs * run.steps_per_epoch
     console = ConsoleTracker(
-        config.total_epochs, steps, config.global_batch_size, run_dir / "log.txt", status.console_failed
+        config.total_epochs,
+        config.last_step(run.steps_per_epoch),
+        config.global_batch_size,
+        run_dir / "log.txt",
+        status.console_failed,
+        run.steps_per_epoch,
     )
     for change in changes:
         console.message(f"changed      {change}")

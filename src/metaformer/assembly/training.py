@@ -31,6 +31,7 @@ from metaformer.assembly.plan import training_plan
 from metaformer.assembly.preprocessing import resolve_config
 from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits, open_splits
+from metaformer.assembly.summary import summarize
 from metaformer.assembly.validations import Validation
 from metaformer.config import TrainConfig, fingerprint, redacted
 from metaformer.data.device.transform import TrainingTransform, denormalize
@@ -158,7 +159,18 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         peers = [process.pid for process in processes if process.node == runtime.node]
         watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.is_asked_to_stop)
         startup.close()
-        yield lambda: _result(config, trainer.run(), state.progress.best) | {"fused": fused}
+
+        def train() -> dict[str, Any]:
+            samples, before = state.progress.samples, goodput.spent().step_seconds
+            validation = trainer.run()
+            spent = goodput.spent()
+            trained = state.progress.samples - samples
+            speed = trained / (spent.step_seconds - before) if trained else 0.0
+            for line in summarize(config, state.progress, validation, speed, spent):
+                tracker.message(line)
+            return _result(config, validation, state.progress.best) | {"fused": fused}
+
+        yield train
 
 
 def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict[str, Any]:

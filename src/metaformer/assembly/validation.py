@@ -1,5 +1,6 @@
 """Builds and runs an evaluation from its configuration."""
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -33,10 +34,12 @@ from metaformer.evaluation.class_files import write_per_class
 from metaformer.evaluation.results import append_result, check_results
 from metaformer.evaluation.scoring import Scoring
 from metaformer.files import check_output
+from metaformer.goodput import VALIDATING
 from metaformer.models import load_weights
 from metaformer.models.record import Record
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
+from metaformer.tracking.progress_bar import ProgressBar, terminal_console
 from metaformer.training.checkpoint import EMA_FILE, MODEL_FILE
 from metaformer.training.precision import Precision
 
@@ -79,7 +82,8 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
         """Evaluate, print the result, append it to the results file if there is one, and return it."""
         by_class = ClassCounts(outputs, runtime.device)
         observe = by_class.add if config.per_class_csv is not None else ignore
-        accuracy = evaluate(model, feed, precision, runtime, scoring, observe=observe)
+        with _progress(feed, runtime) as report:
+            accuracy = evaluate(model, feed, precision, runtime, scoring, report, observe)
         figures = {**accuracy.as_dict(), **class_counts(index, config.data)}
         if config.data.quarantine is not None:
             figures["quarantined"] = index.quarantined
@@ -115,6 +119,23 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)
+
+
+@contextmanager
+def _progress(feed: Feed, runtime: Runtime) -> Iterator[Callable[[], bool]]:
+    """Yield a function to call before each batch, which shows on rank 0's stderr, if that is a terminal, a bar."""
+    bar, batches = ProgressBar(terminal_console(stderr=True)), itertools.count()
+
+    def report() -> bool:
+        if runtime.is_main:
+            done = next(batches)
+            bar.show(VALIDATING, done, feed.rounds_per_epoch, f"{done}/{feed.rounds_per_epoch}")
+        return False
+
+    try:
+        yield report
+    finally:
+        bar.close()
 
 
 def _write_per_class(file: Path, classes: tuple[str, ...], totals: ClassTotals) -> None:

@@ -1,5 +1,6 @@
 """The validations of a training run, and the files that each of them writes."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from metaformer.data.feed import Feed
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
 from metaformer.evaluation.class_files import write_confusion, write_per_class
+from metaformer.goodput import VALIDATING
 from metaformer.interfaces import Row, Tracker
 from metaformer.runtime import Runtime
 from metaformer.training.precision import Precision
@@ -34,7 +36,13 @@ class Validation:
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Row:
         """Return the figures of the row; see `training.loop.Validate`."""
         counts = ClassCounts(self.splits.num_classes, self.runtime.device)
-        accuracy = evaluate(model, self.feed, self.precision, self.runtime, stop=stop, observe=counts.add)
+        batches = itertools.count()
+
+        def stop_and_report() -> bool:
+            self.tracker.progress(VALIDATING, next(batches), self.feed.rounds_per_epoch)
+            return stop()
+
+        accuracy = evaluate(model, self.feed, self.precision, self.runtime, stop=stop_and_report, observe=counts.add)
         totals = counts.total(self.runtime)
         if self.runtime.is_main:
             self._write(totals, prefix="" if model is self.state.model else "ema_")

@@ -2,12 +2,13 @@
 
 from metaformer.composing import compose
 from metaformer.config import TrainConfig
-from metaformer.program import launched_rank
+from metaformer.program import announce_start, launched_rank
 
 
 def main() -> None:
     """Compose, build, train; the last line on stdout is the result as JSON."""
     config = compose("train", TrainConfig)
+    announce_start()
     from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
     from metaformer.training.watchdog import Watchdog
 

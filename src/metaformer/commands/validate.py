@@ -2,11 +2,13 @@
 
 from metaformer.composing import compose
 from metaformer.config import ValidateConfig
+from metaformer.program import announce_start
 
 
 def main() -> None:
     """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
     config = compose("validate", ValidateConfig)
+    announce_start()
     from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
 
     with runtime.start() as ranks, assembly.build_validation(config, ranks) as evaluate:

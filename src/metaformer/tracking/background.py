@@ -76,6 +76,9 @@ class BackgroundTracker:
     def message(self, text: str) -> None:
         self._enqueue("", methodcaller("message", text))
 
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """Do nothing: it is for people who watch."""
+
     def picture(self, name: str, file: Path) -> None:
         self._enqueue("file", methodcaller("picture", name, file))
 

@@ -1,15 +1,15 @@
-"""Progress on stdout, as a bar in a terminal and as plain lines elsewhere, and in log.txt."""
+"""Progress on stdout, as plain lines and, in a terminal, a bar below them, and in log.txt."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from metaformer import streams
+from metaformer.goodput import TRAINING, VALIDATING
 from metaformer.interfaces import Row
 from metaformer.tracking.line_file import LineFile
+from metaformer.tracking.progress_bar import ProgressBar, terminal_console
 from metaformer.tracking.tracker import NullTracker
 
 
@@ -17,7 +17,9 @@ class ConsoleTracker(NullTracker):
     """A tracker that prints to stdout and appends to a log file.
 
     Args:
-        epochs, steps: Totals of the run, for the progress and the time left.
+        epochs: Epochs of the whole run.
+        steps: Step at which this start ends.
+        validation_steps: Steps from one validation to the next; None: no validation counts towards the time left.
         log_file: File to which every line is appended, with its time.
         alarm: Called with a message when stdout or stderr can no longer be written; the log file gets it too.
     """
@@ -29,47 +31,61 @@ class ConsoleTracker(NullTracker):
         samples_per_step: int,
         log_file: Path,
         alarm: Callable[[str], None] = lambda line: None,
+        validation_steps: int | None = None,
     ) -> None:
         self._epochs, self._steps, self._samples_per_step = epochs, steps, samples_per_step
+        self._validation_steps = validation_steps
         self._log, self._alarm = LineFile(log_file), alarm
         self._failures: dict[str, str] = {}
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("starting", total=steps)
-            self._bar.start()
+        self._console = terminal_console()
+        self._bar = ProgressBar(self._console)
+        self._note = ""  # the bar's, while training
+        self._validating_since: float | None = None
+        self._validation_seconds = 0.0  # of the last validation
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        # Terminals wrap long lines themselves, so that they are copied as one.
+        self._console.print(text, markup=False, soft_wrap=True)
         self._write(text)
         self._note_failures()
 
+    def progress(self, activity: str, done: int, total: int) -> None:
+        if activity == VALIDATING and self._validating_since is None:
+            self._validating_since = time.monotonic()
+        self._bar.show(activity, done, total, f"{done}/{total}{self._note if activity == TRAINING else ''}")
+
     def metrics(self, row: Row) -> None:
         if row["kind"] == "train":
-            line = self._train_line(row)
-            self._write(line)
-            if self._bar is None:
-                self._console.print(line, markup=False)
-            else:
-                self._bar.update(self._task, completed=row["step"], description=line)
-        elif row["kind"] == "validation":
-            self.message(_validation_line(row))
+            left = duration(self._seconds_left(row))
+            self._note = f"  epoch {row['epoch']}/{self._epochs}  {left} left"
+            self.progress(TRAINING, row["step"], self._steps)  # before the line, which draws the bar again
+            self.message(self._train_line(row, left))
+        else:
+            if self._validating_since is not None:
+                self._validation_seconds = time.monotonic() - self._validating_since
+                self._validating_since = None
+            if row["kind"] == "validation":
+                self.message(_validation_line(row))
         self._note_failures()
 
     def close(self, failed: bool) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.close()
         self._note_failures()
         self._log.close()
 
-    def _train_line(self, row: Row) -> str:
-        seconds = (self._steps - row["step"]) * self._samples_per_step / row["images_per_second"]
+    def _seconds_left(self, row: Row) -> float:
+        """Return the time to the end of this start at the speed of the last steps and of the last validation."""
+        training = (self._steps - row["step"]) * self._samples_per_step / row["images_per_second"]
+        if self._validation_steps is None:
+            return float(training)
+        validations = math.ceil(self._steps / self._validation_steps) - (row["step"] - 1) // self._validation_steps
+        return float(training + validations * self._validation_seconds)
+
+    def _train_line(self, row: Row, left: str) -> str:
         memory = f"  {row['memory_gib']:.1f} GiB" if row["memory_gib"] else ""
         skipped = f"  skipped {row['skipped_steps']}" if row["skipped_steps"] else ""
         return (
-            f"epoch {row['epoch']}/{self._epochs}  step {row['step']}/{self._steps}  eta {_duration(seconds)}  "
+            f"epoch {row['epoch']}/{self._epochs}  step {row['step']}/{self._steps}  eta {left}  "
             f"{row['images_per_second']:.0f} images/s  wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}{skipped}{memory}"
         )
@@ -95,7 +111,8 @@ def _validation_line(row: Row) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as text in its two largest units, such as 2h05m."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

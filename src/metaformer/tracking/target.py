@@ -40,6 +40,9 @@ class TargetTracker:
     def message(self, text: str) -> None:
         self._tracker.message(text)
 
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """Do nothing: it is for people who watch, and is not sent to this process."""
+
     def picture(self, name: str, file: Path) -> None:
         self._tracker.picture(name, file)
 

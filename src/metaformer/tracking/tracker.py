@@ -13,6 +13,8 @@ class NullTracker:
 
     def message(self, text: str) -> None: ...
 
+    def progress(self, activity: str, done: int, total: int) -> None: ...
+
     def picture(self, name: str, file: Path) -> None: ...
 
     def checkpoint(self, folder: Path, aliases: list[str]) -> None: ...
@@ -33,6 +35,10 @@ class FanOut:
     def message(self, text: str) -> None:
         for tracker in self._trackers:
             tracker.message(text)
+
+    def progress(self, activity: str, done: int, total: int) -> None:
+        for tracker in self._trackers:
+            tracker.progress(activity, done, total)
 
     def picture(self, name: str, file: Path) -> None:
         for tracker in self._trackers:

@@ -191,6 +191,11 @@ class LoopConfig:
         """Epochs with those of the cool-down."""
         return self.epochs + self.schedule.cooldown_epochs
 
+    def last_step(self, steps_per_epoch: int) -> int:
+        """Return the step at which training ends."""
+        steps = self.total_epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     def rank_batch_size(self, world_size: int) -> int:
         """Return the images of one rank in one forward pass."""
         return self.global_batch_size // world_size // self.accumulation_steps

@@ -94,6 +94,8 @@ class Trainer:
         progress, config = self.state.progress, self.config
         self.learner.train_mode()
         batches = self._batches()
+        last_step = config.last_step(self.steps_per_epoch)
+        self.tracker.progress(TRAINING, progress.step, last_step)
         self.meter.start()
         while progress.steps_in_epoch < self.steps_per_epoch and not self._reached_max_steps():
             lr = self.schedule.set(progress.step)
@@ -106,6 +108,7 @@ class Trainer:
                 self._interrupt()
             progress.count_step(config.global_batch_size)
             self.meter.step()
+            self.tracker.progress(TRAINING, progress.step, last_step)
             if grad_norm is not None:
                 self._log(lr, grad_norm)
             self._end_step(is_last)
