@@ -73,6 +73,7 @@ class TrainConfig(LoopConfig, CommonConfig):
     fill_last_batch: bool = False  # pad the last batch with the epoch's first images; False: drop an incomplete batch
     init_weights: str | None = None  # weights file to start from
     init_head: InitHead = InitHead.auto  # what becomes of the classifier of these weights
+    dry_run: bool = False  # take three steps, say what the run would need, and write nothing
     resume: str = "auto"  # auto: continue the run in run_dir; never: require an empty run_dir; or a checkpoint
 
     def __post_init__(self) -> None:
@@ -113,6 +114,17 @@ class TrainConfig(LoopConfig, CommonConfig):
                 f"need {f'a multiple of augmentation.mix_group_size={group}' if group else 'an even size'}; "
                 f"use a multiple of {parts * (group or 2)}, or augmentation=light"
             )
+
+    @property
+    def batch_multiple(self) -> int:
+        """Return what a rank's batches must be a multiple of, for mixup and cutmix."""
+        return (self.augmentation.mix_group_size or 2) if self.augmentation.mixes else 1
+
+    def accumulations(self, world_size: int) -> list[int]:
+        """Return the numbers of accumulation steps that `check_batches` accepts, in ascending order."""
+        share, remainder = divmod(self.global_batch_size, world_size)
+        numbers = [] if remainder else range(1, share + 1)
+        return [number for number in numbers if share % (number * self.batch_multiple) == 0]
 
     @property
     def resolved_run_dir(self) -> Path:

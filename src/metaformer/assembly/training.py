@@ -8,59 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from torch import nn
 from torchvision.utils import save_image
 
-from metaformer.assembly.adoption import adopt_weights, make_record
+from metaformer.assembly.adoption import make_record
 from metaformer.assembly.description import describe
-from metaformer.assembly.distillation import make_distillation
-from metaformer.assembly.fusion import choose_transform
-from metaformer.assembly.identity import run_identity
-from metaformer.assembly.initial_weights import load_initial_weights
+from metaformer.assembly.dry_run import dry_run
 from metaformer.assembly.loading_advice import loading_advice
-from metaformer.assembly.parts import (
-    check_data_folder,
-    colour_statistics,
-    evaluation_feed,
-    example_images,
-    make_feed,
-    make_model,
-    prepare_workers,
-)
-from metaformer.assembly.plan import training_plan
-from metaformer.assembly.preprocessing import resolve_config
+from metaformer.assembly.parts import colour_statistics, evaluation_feed
+from metaformer.assembly.preparation import prepare_training
 from metaformer.assembly.run import Run, open_tracker
-from metaformer.assembly.splits import Splits, open_splits
+from metaformer.assembly.splits import Splits
 from metaformer.assembly.summary import summarize
 from metaformer.assembly.validations import Validation
-from metaformer.config import TrainConfig, fingerprint, redacted
-from metaformer.data.device.transform import TrainingTransform, denormalize
-from metaformer.errors import UserError
+from metaformer.config import TrainConfig, redacted
+from metaformer.data.device.transform import denormalize
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import Preprocessing
-from metaformer.models.freezing import freeze
-from metaformer.models.norms import find_single_value_batch_norm
-from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
-from metaformer.tracking.environment import code_fingerprint
 from metaformer.tracking.lock import lock_run_folder
 from metaformer.tracking.run_folder import check_empty, check_shared
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, ResumePoint, WeightFiles
-from metaformer.training.ema import make_ema
 from metaformer.training.interruption import interruptible_start
 from metaformer.training.loop import Trainer
 from metaformer.training.manifest import verify
 from metaformer.training.meter import Meter
-from metaformer.training.optimizer import make_optimizer
 from metaformer.training.pointers import follow
-from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import Best, TrainState
-from metaformer.training.step import Learner
 from metaformer.training.watchdog import Watchdog
 
 GRID_IMAGES = 16
@@ -70,32 +48,17 @@ GRID_IMAGES = 16
 def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Iterator[Callable[[], dict[str, Any]]]:
     """Yield a function that trains from the last checkpoint, if any, and returns the result that train.py prints.
 
+    With `dry_run` it takes a few steps instead, and writes nothing.
+
     Args:
         watchdog: A watchdog that is already running.
     """
-    runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
-    check_data_folder(config, runtime, config.data.train_split or config.data.val_split)
-    initial = None
-    if config.init_weights is not None:
-        initial = adopt_weights(config, "init_weights", config.init_weights, False, runtime)
-        config = initial.config
-    config, images = resolve_config(config, config.init_weights)
-    runtime.check_agreement("the configuration", fingerprint(config))
-    runtime = keep_near_gpu(runtime) if config.loader.numa_affinity else runtime
-    config.check_batches(runtime.world_size)
-    prepare_workers(config, runtime)
-    precision = Precision(config.precision, runtime.device)
-    splits = open_splits(config, runtime)
-    plan = training_plan(config, images, runtime, splits)
-    model, fused_blocks = make_model(config, images, splits.num_classes, runtime, precision.dtype)
-    _check_batch_norm(config, images, runtime, model)
-    transform_images, fused_transform = choose_transform(config, images, runtime)
-    fused = f"blocks {fused_blocks}; transform {fused_transform}"
-    notes = [] if initial is None else list(load_initial_weights(initial, model, splits.train.classes, runtime))
-    frozen_norms = [] if config.model.freeze is None else freeze(model, config.model.freeze)
-    distillation = make_distillation(config, images, splits.train.classes, splits.num_classes, runtime, precision)
-    identity = run_identity(config, images, splits, distillation.identity)
-    state = _new_state(config, precision, model, identity)
+    prepared = prepare_training(config, runtime)
+    if config.dry_run:
+        yield partial(dry_run, prepared)
+        return
+    config, images, runtime, splits = prepared.config, prepared.images, prepared.runtime, prepared.splits
+    plan, state, fused, notes = prepared.plan, prepared.state, prepared.fused, prepared.notes
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
@@ -103,16 +66,8 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         resume_point = _resume(config, runtime, checkpoints, state)
         if state.progress.epochs_completed < config.total_epochs:
             runtime.main_only(lambda: checkpoints.probe(state.size()), None)
-        # DDP communicates with the other ranks, which must happen before worker processes exist.
-        example = example_images(config, images, runtime)
-        network = runtime.distribute(state.model, example, config.precision.reduce_in_bf16)
-        transform = TrainingTransform(
-            splits.num_classes,
-            config.augmentation.label_smoothing,
-            colour_statistics(images),
-            transform_images,
-        )
-        train_feed = stack.enter_context(closing(make_feed(config, runtime, splits.train, plan, transform)))
+        network = prepared.distribute()
+        train_feed = stack.enter_context(closing(prepared.feed()))
         val_feed = stack.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
         startup = stack.enter_context(ExitStack())  # closed when training handles signals itself
         startup.enter_context(interruptible_start())
@@ -122,7 +77,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         description = describe(config, images, runtime, splits, state, plan.steps_per_epoch) if runtime.is_main else ()
         if resume_point.folder is not None:
             notes = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
-        for line in [*resume_point.skipped, *description, f"fused        {fused}", *distillation.lines, *notes]:
+        for line in [*resume_point.skipped, *description, *prepared.lines, *notes]:
             tracker.message(line)
         check_lock = (lambda: None) if lock is None else lock.check
         saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
@@ -132,22 +87,11 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         bottleneck = Bottleneck(loading_advice(config, runtime, splits.train))
         meter = Meter(state, runtime, hosts, goodput, bottleneck)
         trainer = Trainer(
-            learner=Learner(
-                state=state,
-                network=network,
-                precision=precision,
-                runtime=runtime,
-                stopwatch=meter.stopwatch,
-                loss=distillation.loss,
-                seed=config.seed,
-                accumulation_steps=config.accumulation_steps,
-                clip_grad_norm=config.clip_grad_norm,
-                frozen_norms=frozen_norms,
-            ),
+            learner=prepared.learner(network, meter.stopwatch),
             data=train_feed,
             steps_per_epoch=plan.steps_per_epoch,
             schedule=Schedule(config.schedule, state.optimizer, config.epochs, plan.steps_per_epoch),
-            validate=Validation(config, runtime, splits, val_feed, precision, state, tracker),
+            validate=Validation(config, runtime, splits, val_feed, prepared.precision, state, tracker),
             saver=saver,
             tracker=tracker,
             watchdog=watchdog,
@@ -197,29 +141,6 @@ def _checkpoints(config: TrainConfig, images: Preprocessing, runtime: Runtime, s
         partial(save_state, network=make_record(config, images, splits.num_classes, splits.train.classes)), load_weights
     )
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
-
-
-def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:
-    """Raise `UserError` if batches hold one image and a BatchNorm gets a single value per channel from it."""
-    if config.rank_batch_size(runtime.world_size) > 1:
-        return
-    norm = find_single_value_batch_norm(model, example_images(config, images, runtime))
-    if norm is not None:
-        raise UserError(
-            f"global_batch_size={config.global_batch_size}: with one image per rank and accumulation step, {norm} "
-            f"(BatchNorm) gets one value per channel at image_size={images.image_size}; use at least "
-            f"{2 * config.global_batch_size}, or fewer ranks or accumulation_steps"
-        )
-
-
-def _new_state(config: TrainConfig, precision: Precision, model: nn.Module, identity: dict[str, Any]) -> TrainState:
-    return TrainState(
-        model=model,
-        ema=make_ema(config.ema, model),
-        optimizer=make_optimizer(config.optimizer, model, config.learning_rate),
-        scaler=precision.scaler,
-        identity=identity,
-    )
 
 
 def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> ResumePoint:
