@@ -100,7 +100,7 @@ class TrainConfig(LoopConfig, CommonConfig):
 
     def check_batches(self, world_size: int) -> None:
         """Raise `UserError` unless the global batch divides evenly among ranks and suits mixup and cutmix."""
-        parts = world_size * self.accumulation_steps
+        parts = world_size * self.accumulation
         size, remainder = divmod(self.global_batch_size, parts)
         if remainder or not size:
             raise UserError(

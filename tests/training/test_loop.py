@@ -94,7 +94,7 @@ def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int
         runtime=CPU,
         stopwatch=meter.stopwatch,
         loss=make_loss(LossConfig()),
-        accumulation_steps=config.accumulation_steps,
+        accumulation_steps=config.accumulation,
         clip_grad_norm=config.clip_grad_norm,
     )
     return Trainer(

@@ -49,7 +49,7 @@ def describe(
         yield f"affinity     each rank near its GPU, rank 0 on CPUs {describe_cpus(runtime.bound_cpus)}"
     yield (
         f"batch        {config.global_batch_size} images = {runtime.world_size} (ranks) x {rank_batch} "
-        f"x {config.accumulation_steps} (accumulation)"
+        f"x {config.accumulation} (accumulation)"
     )
     if config.model.freeze is not None:
         frozen = sum(p.numel() for p in state.model.parameters() if not p.requires_grad)

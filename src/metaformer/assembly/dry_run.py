@@ -132,7 +132,7 @@ def _lines(prepared: Preparation, measured: _Measured, result: dict[str, Any]) -
     memory = f", with at most {measured.memory_gib:.1f} GiB on a GPU" if on_gpu else ""
     yield f"dry run      {STEPS} steps were taken{memory}; nothing is written"
     if largest is not None:
-        batch = largest * runtime.world_size * config.accumulation_steps
+        batch = largest * runtime.world_size * config.accumulation
         yield f"memory       {largest:,} images per rank and forward pass fit: global_batch_size={batch}"
     yield (
         f"speed        {measured.images_per_second:,.0f} images/s, {100 * measured.waiting:.0f} % waiting for data, "

@@ -18,7 +18,7 @@ def training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime, 
     return TrainingPlan(
         num_samples=len(splits.train),
         global_batch_size=config.global_batch_size,
-        accumulation_steps=config.accumulation_steps,
+        accumulation_steps=config.accumulation,
         rank=runtime.rank,
         world_size=runtime.world_size,
         seed=config.seed,

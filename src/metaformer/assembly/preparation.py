@@ -1,5 +1,6 @@
 """What a training consists of before it touches its run folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ class Preparation:
         frozen_norms: BatchNorms that keep their running statistics.
         fused: The status text of the fused operators.
         notes: Lines about the initial weights.
+        choices: Lines about what `auto` stands for.
     """
 
     config: TrainConfig
@@ -64,11 +66,12 @@ class Preparation:
     frozen_norms: list[nn.Module]
     fused: str
     notes: list[str]
+    choices: Sequence[str] = ()
 
     @property
     def lines(self) -> list[str]:
-        """Return lines about the fused operators and the teacher."""
-        return [f"fused        {self.fused}", *self.distillation.lines]
+        """Return lines about what `auto` stands for, the fused operators and the teacher."""
+        return [*self.choices, f"fused        {self.fused}", *self.distillation.lines]
 
     def distribute(self) -> nn.Module:
         """Return the network wrapped by DDP. This communicates, which must happen before worker processes exist."""
@@ -89,7 +92,7 @@ class Preparation:
             stopwatch=stopwatch,
             loss=self.distillation.loss,
             seed=self.config.seed,
-            accumulation_steps=self.config.accumulation_steps,
+            accumulation_steps=self.config.accumulation,
             clip_grad_norm=self.config.clip_grad_norm,
             frozen_norms=self.frozen_norms,
         )

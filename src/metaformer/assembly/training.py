@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torchvision.utils import save_image
 
+from metaformer.assembly.accumulation import prepare
 from metaformer.assembly.adoption import make_record
 from metaformer.assembly.description import describe
 from metaformer.assembly.dry_run import dry_run
 from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import colour_statistics, evaluation_feed
-from metaformer.assembly.preparation import prepare_training
 from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits
 from metaformer.assembly.summary import summarize
@@ -53,7 +53,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     Args:
         watchdog: A watchdog that is already running.
     """
-    prepared = prepare_training(config, runtime)
+    prepared = prepare(config, runtime)
     if config.dry_run:
         yield partial(dry_run, prepared)
         return

@@ -5,6 +5,8 @@ from enum import Enum
 
 from metaformer.errors import UserError, check_at_least
 
+AUTO = "auto"  # of accumulation_steps
+
 
 class ScheduleUnit(Enum):
     """How often the learning rate changes."""
@@ -176,13 +178,18 @@ class LoopConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     epochs: int = 300  # the schedule's cool-down epochs are added to these
     global_batch_size: int = 1024  # images of an optimizer step, over all ranks and accumulation steps
-    accumulation_steps: int = 1  # passes whose gradients make one step, for less memory; the batch stays the same
+    # Passes whose gradients make one step, for less memory; the batch stays the same; auto: the fewest that fit.
+    accumulation_steps: int | str = 1
     clip_grad_norm: float | None = None  # largest norm of the gradients; larger ones are scaled down to it
     log_every_steps: int = 50  # steps between two rows of the log and of metrics.jsonl
     max_steps: int | None = None  # stop after this many steps in total, for trials
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "epochs", "global_batch_size", "accumulation_steps", "log_every_steps", "max_steps")
+        check_at_least(1, self, "epochs", "global_batch_size", "log_every_steps", "max_steps")
+        if isinstance(self.accumulation_steps, int):
+            check_at_least(1, self, "accumulation_steps")
+        elif self.accumulation_steps != AUTO:
+            raise UserError(f"accumulation_steps={self.accumulation_steps}: must be a whole number, or {AUTO}")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise UserError(f"clip_grad_norm={self.clip_grad_norm}: must be positive, or null for none")
 
@@ -196,6 +203,12 @@ class LoopConfig:
         steps = self.total_epochs * steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    @property
+    def accumulation(self) -> int:
+        """Return the number of accumulation steps, once `auto` is resolved."""
+        assert isinstance(self.accumulation_steps, int)
+        return self.accumulation_steps
+
     def rank_batch_size(self, world_size: int) -> int:
         """Return the images of one rank in one forward pass."""
-        return self.global_batch_size // world_size // self.accumulation_steps
+        return self.global_batch_size // world_size // self.accumulation

@@ -116,7 +116,7 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """Yield the rest of the epoch's batches; measure the wait for each, and let a signal end it."""
         progress = self.state.progress
-        first = progress.steps_in_epoch * self.config.accumulation_steps
+        first = progress.steps_in_epoch * self.config.accumulation
         loaded = self.data.epoch(progress.epochs_completed, first)
         for number in itertools.count():
             with self._interruption.waiting():
