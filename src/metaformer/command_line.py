@@ -14,7 +14,7 @@ COMMANDS = {  # each is a module of metaformer.commands
     "predict": "predict the classes of images",
     "report": "write the report of a run, or of runs beside each other",
     "prepare": "prepare a data set: ImageNet, Imagenette, a folder, the sample",
-    "export": "write a trained network as ONNX or as a torch.export program",
+    "export": "write a trained network as ONNX, as a torch.export program or for the Hugging Face hub",
     "doctor": "check this machine before training",
 }
 

@@ -27,11 +27,13 @@ def run_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     return run
 
 
-def test_a_run_is_exported(images: Path, tmp_path: Path, run_program: Run, run_export: Callable[..., str]) -> None:
-    """An ONNX file and a program have the run's classes and preprocessing, and say what they were checked with."""
+def test_a_run_is_exported(
+    images: Path, tmp_path: Path, run_program: Run, run_export: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX, torch.export and the hub's folder have the run's classes, preprocessing, images, accuracy and recipe."""
     run = tmp_path / "flowers"
-    settings = ("model=timm", "model.name=test_resnet", "workers=0", "max_steps=1", "ema=enabled")
-    run_program("train", f"data.root={images}", *QUICK, *settings, f"run_dir={run}")
+    settings = ("model=timm", "model.name=test_resnet", "workers=0", "epochs=1", "ema=enabled", "ema.decay=0.5")
+    result = run_program("train", f"data.root={images}", *QUICK, *settings, f"run_dir={run}")
     printed = run_export("onnx", f"checkpoint={run}", "use_ema=true", "--out", tmp_path / "m.onnx")
     assert printed.startswith(f"{tmp_path / 'm.onnx'}: largest difference ")
     described = json.loads((tmp_path / "m.json").read_text())
@@ -44,17 +46,26 @@ def test_a_run_is_exported(images: Path, tmp_path: Path, run_program: Run, run_e
     copy.write_bytes((run / "checkpoints" / "last" / "model.safetensors").read_bytes())
     printed = run_export("torch", f"checkpoint={copy}", "--out", tmp_path / "p.pt2")
     assert printed.endswith("on 8 images of the built-in sample's digits\n")
+    run_export("hub", f"checkpoint={run / 'checkpoints' / 'last'}", "--out", tmp_path / "hub", "--license", "mit")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    figures = f"{result['top1']:.2f} % of {result['images']} validation images, after epoch 1 |"
+    for text in (figures, f"| data | {images.name} |", "| `epochs` | 1 |", "| `ema.decay` | 0.5 |", "license: mit"):
+        assert text in card, text
+    assert str(tmp_path) not in card
+    assert str(images) not in card
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("onnx", "checkpoint=x", "epochs=3", "--out", "m"), "epochs=3: export has no such option; its options are ch"),
+        (("onnx", "checkpoint=x", "--out", "m", "--push", "a/b"), "--push a/b: requires the format hub; use that, or"),
         (("torch", "checkpoint=x", "--out", "m.json"), "--out=m.json: is the name of the description; use one that "),
         (("torch", "--out", "m.pt2"), "checkpoint: missing; give checkpoint=FILE, a checkpoint folder or a run folder"),
         (("torch", "checkpoint=nothing", "--out", "m.pt2"), "checkpoint=nothing: no file, and no checkpoint or run "),
-        (("torch", "checkpoint=x", "--out", "no/m"), "--out=no/m: cannot be written (No such file or directory)"),
-        (("torch", "checkpoint=x", "--out", "there"), "--out=there: there already exists; give another name"),
+        (("hub", "checkpoint=x", "--out", "m", "--push", "me"), "--push=me: not a repository (without a user or organ"),
+        (("hub", "checkpoint=x", "--out", "no/m"), "--out=no/m: cannot be written (No such file or directory)"),
+        (("hub", "checkpoint=x", "--out", "there"), "--out=there: there already exists; give another name"),
     ],
 )  # fmt: skip
 def test_wrong_options(

@@ -37,10 +37,13 @@ class Built(NamedTuple):
     """A network to export.
 
     Attributes:
+        run: the run folder that the weights belong to, if any.
         notes: lines for people: given values that differ from the recorded ones.
     """
 
     network: Exportable
+    weights: LocatedWeights
+    run: Path | None
     notes: list[str]
 
 
@@ -74,7 +77,7 @@ def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool)
     pixels, origin = _find_images(config, images, runtime, run, data_given)
     resize = evaluation_resize(images.image_size, images.crop_pct)
     name = _public_name(weights, run)
-    return Built(Exportable(model, record, resize, pixels, origin, name), notes)
+    return Built(Exportable(model, record, resize, pixels, origin, name), weights, run, notes)
 
 
 def _public_name(weights: LocatedWeights, run: Path | None) -> str:

@@ -1,1 +1,1 @@
-"""Networks as files for other programs: ONNX, and programs of torch.export."""
+"""Networks as files for other programs: ONNX, torch.export, and folders for the Hugging Face hub."""
