@@ -1,0 +1,36 @@
+"""Tests of the programs in a terminal of 80 columns."""
+
+import json
+import re
+from pathlib import Path
+
+from tests.conftest import QUICK, REPOSITORY
+from tests.tracking.test_console import drawn_bars, in_terminal
+
+MODEL = ("model=timm", "model.name=test_resnet", "model.drop_path_rate=null")
+
+
+def shown_lines(program: str, *options: str) -> tuple[list[str], list[str]]:
+    """Return the lines that stay in the terminal, and each drawing of the bar."""
+    text = in_terminal(80, str(REPOSITORY / f"{program}.py"), *options)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
+    lines = [line.rpartition("\r")[2] for line in plain.removesuffix("\n").split("\n")]
+    return [line for line in lines if "\u2501" not in line], drawn_bars(text)
+
+
+def test_train_and_validate(images: Path, tmp_path: Path) -> None:
+    """The start is announced, both programs draw bars, and the last line is the result, after a summary of train.py."""
+    data, run_dir = f"data.root={images}", tmp_path / "run"
+    lines, bars = shown_lines("train", data, *QUICK, *MODEL, "max_steps=3", f"run_dir={run_dir}")
+    assert lines[0] == "starting: 1 rank, importing torch"
+    assert any(line.startswith("epoch 1/300  step 2/3  eta ") for line in lines)
+    assert any(re.match(r"training +[\u2501\u2578\u257a]+ \d/3", bar) for bar in bars), bars
+    assert any(re.match(r"validation +[\u2501\u2578\u257a]+ \d+/13", bar) for bar in bars), bars
+    labels = [line.split(" ", 1)[0] for line in lines[-5:-1]]
+    assert labels == ["result", "trained", "files", "time"]
+    assert json.loads(lines[-1])["step"] == 3
+
+    lines, bars = shown_lines("validate", data, f"checkpoint={run_dir}", "precision=fp32", "eval_batch_size=32")
+    assert lines[0] == "starting: 1 rank, importing torch"
+    assert any(re.match(r"validation +[\u2501\u2578\u257a]+ \d+/13", bar) for bar in bars), bars
+    assert json.loads(lines[-1])["images"] == 403
