@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from metaformer.errors import UserError
 from metaformer.models import create_model, download, load_weights, save_weights
+from metaformer.models.config import Library
+from metaformer.models.record import read_record
 from scripts import convert_weights
 from tests.local_server import Reply, serve
 from tests.models.released import RELEASED_SLOTS, released_state
@@ -122,3 +125,25 @@ def test_folder_that_cannot_be_written(tmp_path: Path, convert: Convert, target:
     torch.save(released_state("poolformer_s12"), tmp_path / "in")
     text = refusal(convert, tmp_path / "in", tmp_path / "no" / "out", "--to", target)
     assert text.startswith(f"{tmp_path / 'no' / 'out'}: cannot be written (")
+
+
+def test_tensors_in_the_order_of_a_network_of_timm(tmp_path: Path, convert: Convert) -> None:
+    """Another program's names give way to timm's; the record brings the network; another order is refused."""
+    state = timm.create_model("test_resnet").state_dict()
+    foreign = {f"_net{number}.{key.rpartition('.')[2]}": tensor for number, (key, tensor) in enumerate(state.items())}
+    torch.save(foreign, tmp_path / "foreign.pth")
+    options = ("--to", "timm", "--by-order", "test_resnet")
+    printed = convert(tmp_path / "foreign.pth", tmp_path / "out.safetensors", *options)
+    assert printed.endswith(" 1000 classes, in timm's keys\n")
+    assert equal(load_file(tmp_path / "out.safetensors"), state)
+    record = read_record(tmp_path / "out.safetensors")
+    assert record is not None
+    assert (record.name, record.library, record.num_classes) == ("test_resnet", Library.timm, 1000)
+
+    for name, changed in (("reversed", dict(reversed(foreign.items()))), ("short", dict(list(foreign.items())[1:]))):
+        torch.save(changed, tmp_path / f"{name}.pth")
+        message = refusal(convert, tmp_path / f"{name}.pth", tmp_path / "no.safetensors", *options)
+        assert "not a complete network in the order of timm's test_resnet: " in message
+        assert not (tmp_path / "no.safetensors").exists()
+    message = refusal(convert, tmp_path / "foreign.pth", tmp_path / "no", "--to", "timm", "--by-order", "resnet")
+    assert message == "--by-order resnet: give the name of a network of timm, and --to timm"
