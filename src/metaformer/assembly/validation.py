@@ -36,6 +36,7 @@ from metaformer.evaluation.scoring import Scoring
 from metaformer.files import check_output
 from metaformer.goodput import VALIDATING
 from metaformer.models import load_weights
+from metaformer.models.config import Preprocessing
 from metaformer.models.record import Record
 from metaformer.numa import keep_near_gpu
 from metaformer.runtime import Runtime
@@ -97,20 +98,9 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
             )
         runtime.print_result(result)  # before the file, so that a full disk does not lose the result
         if results is not None:
-            row: dict[str, str | int | float] = {
-                "model": config.model.name,
-                "img_size": images.image_size,
-                "top1": accuracy.top1,
-                "top5": accuracy.top5,
-                "param_count": sum(p.numel() for p in model.parameters()),
-                "crop_pct": images.crop_pct,
-                "interpolation": images.interpolation.value,
-                "mean": " ".join(map(str, images.mean)),
-                "std": " ".join(map(str, images.std)),
-                "images": accuracy.images,
-                "data": data_set_name(index, config.data),
-                "checkpoint": weights.name,
-            }
+            row = _describe_images(images) | names | {"top1": accuracy.top1, "top5": accuracy.top5}
+            row |= {"images": accuracy.images, "checkpoint": weights.name}
+            row |= {"param_count": sum(parameter.numel() for parameter in model.parameters())}
             runtime.main_only(partial(append_result, results, row), None)
         if config.per_class_csv is not None:
             file, totals = Path(config.per_class_csv), by_class.total(runtime)
@@ -119,6 +109,17 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
 
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield partial(run, feed)
+
+
+def _describe_images(images: Preprocessing) -> dict[str, str | int | float]:
+    """Return the preprocessing as cells of a results file."""
+    return {
+        "img_size": images.image_size,
+        "crop_pct": images.crop_pct,
+        "interpolation": images.interpolation.value,
+        "mean": " ".join(map(str, images.mean)),
+        "std": " ".join(map(str, images.std)),
+    }
 
 
 @contextmanager
