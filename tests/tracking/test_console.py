@@ -77,13 +77,14 @@ def in_terminal(columns: int, *arguments: str) -> str:
     """Run Python in a terminal of this width and return what it shows."""
     child, terminal = pty.fork()
     if child == 0:
-        environment = os.environ | {
+        # Without the size that rich prefers to the terminal's. readline, which pytest imports, sets it too, but outside
+        # of os.environ: execv would pass that on.
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {
             "TERM": "xterm",
             "PYTHONPATH": os.pathsep.join(sys.path),
             "CUDA_VISIBLE_DEVICES": "",
         }
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        # Not execv: readline, which pytest imports, sets COLUMNS outside of os.environ.
         os.execve(sys.executable, [sys.executable, *arguments], environment)
     shown = b""
     try:
