@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from metaformer.assembly import training
+from metaformer.assembly import preparation
 from metaformer.assembly.identity import run_identity
 from metaformer.errors import UserError
 from tests.conftest import QUICK, rows
@@ -54,7 +54,7 @@ def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp
         return {name: value for name, value in identity.items() if name not in new}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "run_identity", earlier_identity)
+        patch.setattr(preparation, "run_identity", earlier_identity)
         run_program("train", *command, "max_steps=2")
     with pytest.raises(UserError, match=r"trained with data\.balance=none, this run has sqrt;"):
         run_program("train", *command, "data.balance=sqrt")

@@ -56,7 +56,7 @@ def main() -> None:
     if planned.get(0) == "other-seed":
         sys.argv.append("seed=7")
     if planned.get(0) == "other-code":
-        vars(sys.modules["metaformer.assembly.training"])["code_fingerprint"] = lambda: "another"
+        vars(sys.modules["metaformer.assembly.preparation"])["code_fingerprint"] = lambda: "another"
     run_program(train.main, must_print=False)
 
 
@@ -97,7 +97,7 @@ def _inject_in_start(fault: str) -> None:
     if fault == "stop-before-joining":
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault == "stop-in-start":
-        assembly = vars(sys.modules["metaformer.assembly.training"])
+        assembly = vars(sys.modules["metaformer.assembly.preparation"])
         make = assembly["make_model"]
 
         def make_model(*arguments: Any) -> Any:
