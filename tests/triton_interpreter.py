@@ -14,9 +14,9 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_interpreted(file: str) -> None:
+def run_interpreted(file: str, *options: str) -> None:
     """Run a test file in a subprocess, because Triton chooses its interpreter on import."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file, *options]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
