@@ -64,7 +64,7 @@ def test_options_work_together(
     options: dict[str, str], images: Path, tmp_path: Path, run_program: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The losses are finite, all images are validated, and the EMA is validated too if it is enabled."""
+    """Losses are finite, all images are validated, the EMA too if it is enabled, and blocks are fused if allowed."""
     if options["loader"] == "dali" and not dali_is_installed():
         pytest.skip("needs nvidia-dali")
     monkeypatch.setitem(VARIANTS, "poolformer_s12", SMALL)
@@ -76,3 +76,5 @@ def test_options_work_together(
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
     assert ("ema_top1" in result) == (options["ema"] == "enabled")
+    refused = [f"{name}=false" for name in ("channels_last", "model.fused") if options[name] == "false"]
+    assert result["fused"].startswith(f"blocks off ({refused[0]})" if refused else "blocks on ("), result["fused"]
