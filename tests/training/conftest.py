@@ -51,7 +51,7 @@ def advance(state: TrainState, steps: int = 1) -> None:
         state.optimizer.zero_grad()
         state.loss_sum += loss.detach()
         if state.ema is not None:
-            state.ema.update(state.model, step=state.progress.step)
+            state.ema.update_where(torch.ones(()), state.model, step=state.progress.step)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,20 @@ def test_follows_the_formula() -> None:
         assert not torch.allclose(average, state.model.get_parameter(name)), "the average must lag behind"
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_skipped_step_changes_nothing(steps: int) -> None:
+    """A step that was not taken leaves the average as it is, whatever the weights are."""
+    state = tiny_state()
+    assert state.ema is not None
+    advance(state, steps + 1)
+    before = tensors(state.ema.module)
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1.0)
+    state.ema.update_where(torch.zeros(()), state.model, step=steps + 2)
+    torch.testing.assert_close(tensors(state.ema.module), before, rtol=0, atol=0)
+
+
 def test_batchnorm_statistics() -> None:
     """Running means are averaged like weights; the integer count of batches is copied from the model."""
     state = tiny_state()
