@@ -222,7 +222,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="override of train.py; a=1,2 makes two jobs")
     parser.add_argument("--local", action="store_true", help="run here, one training after the other, without SLURM")
-    parser.add_argument("--keep-going", action="store_true", help="with --local, go on after a training that fails")
+    parser.add_argument("--keep-going", action="store_true", help="with --local, continue after a training that fails")
     parser.add_argument("--nodes", type=int, default=1, help="nodes per job (1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, with one process each")
     parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per node")

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metaformer.assembly.parts import LocatedWeights, locate_weights
 from metaformer.assembly.preprocessing import resolve_config
-from metaformer.config import CommonConfig, TrainConfig, ValidateConfig
+from metaformer.config import CommonConfig, ValidateConfig
 from metaformer.errors import UserError, one_line, warn
 from metaformer.models.composition import Composition
 from metaformer.models.config import AUTO, DEFAULT_NETWORK, CropMode, Library, ModelConfig, Preprocessing
@@ -52,13 +52,15 @@ def adopt_weights(config: C, field: str, source: str, use_ema: bool, runtime: Ru
     return Adopted(*adopt(config, record, source), weights, record)
 
 
-def make_record(config: TrainConfig, images: Preprocessing, num_classes: int, classes: tuple[str, ...]) -> Record:
-    """Return what checkpoints record of the network that this configuration trains."""
+def make_record(
+    config: CommonConfig, images: Preprocessing, num_classes: int, classes: tuple[str, ...] | None
+) -> Record:
+    """Return what files of weights record of the configuration's network."""
     model = config.model
     record = Record(
         model.name, model.library, model.composition, num_classes, classes, images, model.target, model.options
     )
-    if len(record.to_json()) > MAX_LENGTH:
+    if classes is not None and len(record.to_json()) > MAX_LENGTH:
         warn(f"checkpoints do not record the names of {len(classes):,} classes, which are too long")
         return replace(record, classes=None)
     return record
@@ -156,9 +158,8 @@ def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
 
 def _is_same_network(model: ModelConfig, record: Record) -> bool:
     """Return whether the names are the same, but for the tag of timm's weights."""
-    return (model.library, model.target) == (record.library, record.target) and model.name.split(".")[
-        0
-    ] == record.name.split(".")[0]
+    own, recorded = ((each.library, each.target, each.name.split(".")[0]) for each in (model, record))
+    return own == recorded
 
 
 def _adopt_parts(model: ModelConfig, record: Record, source: str, evaluation: bool) -> tuple[ModelConfig, list[str]]:

@@ -12,25 +12,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from metaformer.assembly.adoption import adopt_weights, find_run_folder
-from metaformer.assembly.parts import LocatedWeights, colour_statistics, make_feed, make_model, open_index
-from metaformer.assembly.preprocessing import resolve_config
+from metaformer.assembly.adoption import find_run_folder, make_record
+from metaformer.assembly.parts import LocatedWeights, colour_statistics, evaluation_plan, make_feed, open_index
+from metaformer.assembly.trained_network import load_trained_network
 from metaformer.config import ValidateConfig
 from metaformer.data.device.transform import EvaluationTransform
 from metaformer.data.index.config import DataConfig
 from metaformer.data.plan.geometry import evaluation_resize
-from metaformer.data.plan.plan import EvaluationPlan
 from metaformer.data.prepare.sample import build_sample
 from metaformer.errors import UserError, one_line
-from metaformer.models import load_weights
-from metaformer.models.config import Preprocessing, ResizeFilter
+from metaformer.models.config import Preprocessing
 from metaformer.models.export.exportable import Exportable
-from metaformer.models.record import Record
 from metaformer.runtime import Runtime
 from metaformer.tracking.run_folder import parse_config
 
 IMAGES = 8  # to compare with
-IMAGENET_CLASSES = 1000  # outputs of a network whose weights do not record their number
 
 
 class Built(NamedTuple):
@@ -61,18 +57,9 @@ def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool)
     if runtime.world_size > 1:
         raise UserError("export: a program of one process; start it without torchrun")
     runtime = replace(runtime, device=torch.device("cpu"))
-    config, notes, weights, found = adopt_weights(config, "checkpoint", checkpoint, config.use_ema, runtime)
-    config, images = resolve_config(config, checkpoint, evaluation=True)
     config = replace(config, model=replace(config.model, fused=False), channels_last=False, workers=0)
-    outputs = config.num_classes or (found and found.num_classes) or IMAGENET_CLASSES
-    model, _ = make_model(config, images, outputs, runtime, None)
-    load_weights(model, weights.path, weights.use_ema)
-    model.eval().requires_grad_(False)
-    settings, classes = config.model, None if found is None else found.classes
-    record = Record(
-        settings.name, settings.library, settings.composition, outputs, classes, images, settings.target,
-        settings.options,
-    )  # fmt: skip
+    config, images, model, outputs, found, weights, notes = load_trained_network(config, runtime, None)
+    record = make_record(config, images, outputs, None if found is None else found.classes)
     run = find_run_folder(checkpoint)
     pixels, origin = _find_images(config, images, runtime, run, data_given)
     resize = evaluation_resize(images.image_size, images.crop_pct)
@@ -121,14 +108,7 @@ def _data_of_run(run: Path) -> DataConfig:
 def _read_images(config: ValidateConfig, images: Preprocessing, runtime: Runtime) -> Tensor:
     """Return up to IMAGES images of the validation split, from all over it, preprocessed as for an evaluation."""
     index = open_index(config, runtime, config.data.val_split)
-    plan = EvaluationPlan(
-        num_samples=len(index),
-        batch_size=IMAGES,
-        rank=0,
-        world_size=max(1, len(index) // IMAGES),  # the images of one of so many ranks
-        image_size=images.image_size,
-        crop_pct=images.crop_pct,
-        bicubic=images.interpolation is ResizeFilter.bicubic,
-    )
+    ranks = max(1, len(index) // IMAGES)  # the images are those of one of so many
+    plan = evaluation_plan(images, num_samples=len(index), batch_size=IMAGES, world_size=ranks)
     with closing(make_feed(config, runtime, index, plan, EvaluationTransform(colour_statistics(images)))) as feed:
         return next(feed.epoch(0)).images

@@ -25,24 +25,14 @@ def _read(config: TrainConfig, runtime: Runtime, images: ImageIndex) -> list[str
 
 
 def _decode(config: TrainConfig, runtime: Runtime, images: ImageIndex) -> list[str]:
-    options = _use_all_cores(config, runtime)
-    loader, on_gpu = loader_name(config, runtime), runtime.device.type == "cuda"
-    if on_gpu and loader is not LoaderName.dali:
-        options.append("use loader=dali, which decodes on the GPU")
-    elif not on_gpu and loader is not LoaderName.torch:
-        options.append("use loader=torch")
+    options = _use_all_cores(config, runtime) + _use_fastest_loader(config, runtime, "decodes")
     if images.shards is None or images.shards.pixels is None:
         options.append("decode the images once (prepare_data.py folder --format pixels)")
     return options or ["use more CPU cores per rank"]
 
 
 def _augment(config: TrainConfig, runtime: Runtime, images: ImageIndex) -> list[str]:
-    options = _use_all_cores(config, runtime)
-    loader, on_gpu = loader_name(config, runtime), runtime.device.type == "cuda"
-    if on_gpu and loader is not LoaderName.dali:
-        options.append("use loader=dali, which augments on the GPU")
-    elif not on_gpu and loader is not LoaderName.torch:
-        options.append("use loader=torch")
+    options = _use_all_cores(config, runtime) + _use_fastest_loader(config, runtime, "augments")
     if config.augmentation.randaugment.num_ops:
         options.append("use augmentation=light, which is another recipe")
     return options or ["use more CPU cores per rank"]
@@ -61,3 +51,10 @@ def _copy(config: TrainConfig, runtime: Runtime, images: ImageIndex) -> list[str
 def _use_all_cores(config: TrainConfig, runtime: Runtime) -> list[str]:
     workers, cores = worker_count(config, runtime), runtime.cpus_per_rank()
     return [f"raise workers (now {workers}, {cores} CPU cores)"] if workers < cores else []
+
+
+def _use_fastest_loader(config: TrainConfig, runtime: Runtime, does: str) -> list[str]:
+    loader, on_gpu = loader_name(config, runtime), runtime.device.type == "cuda"
+    if on_gpu:
+        return [] if loader is LoaderName.dali else [f"use loader=dali, which {does} on the GPU"]
+    return [] if loader is LoaderName.torch else ["use loader=torch"]

@@ -149,10 +149,15 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
         if device.type == "cuda" and config.check_decoding:
             loader.check_decoding()
         return loader
-    reader: ImageReader[Any] = PilReader(config.max_pixels)
-    if config.name is LoaderName.torch:
-        reader = TorchReader(config.max_pixels, scaled=config.decode is DecodeMode.scaled)
+    reader = make_reader(config)
     return WorkerLoader(reader, index, plan, workers, config.prefetch_batches, pin_memory=device.type == "cuda")
+
+
+def make_reader(config: LoaderConfig) -> ImageReader[Any]:
+    """Return what makes images in Python: PIL if it is named, else torch."""
+    if config.name is LoaderName.pil:
+        return PilReader(config.max_pixels)
+    return TorchReader(config.max_pixels, scaled=config.decode is DecodeMode.scaled)
 
 
 def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
@@ -174,13 +179,21 @@ def automatic_loader(device: torch.device) -> LoaderName:
 
 def evaluation_feed(config: CommonConfig, images: Preprocessing, runtime: Runtime, index: ImageIndex) -> Feed:
     """Build a feed of this rank's share of the images, each exactly once."""
-    plan = EvaluationPlan(
-        num_samples=len(index),
-        batch_size=config.eval_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+    share = {"rank": runtime.rank, "world_size": runtime.world_size}
+    plan = evaluation_plan(images, num_samples=len(index), batch_size=config.eval_batch_size, **share)
+    return make_feed(config, runtime, index, plan, EvaluationTransform(colour_statistics(images)))
+
+
+def evaluation_plan(
+    images: Preprocessing, *, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> EvaluationPlan:
+    """Return the plan of a rank's share of the images, each exactly once, with this preprocessing."""
+    return EvaluationPlan(
+        num_samples=num_samples,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
         image_size=images.image_size,
         crop_pct=images.crop_pct,
         bicubic=images.interpolation is ResizeFilter.bicubic,
     )
-    return make_feed(config, runtime, index, plan, EvaluationTransform(colour_statistics(images)))

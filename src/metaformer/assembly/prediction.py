@@ -2,34 +2,26 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metaformer.assembly.adoption import adopt_weights
-from metaformer.assembly.parts import colour_statistics, make_model, memory_format
-from metaformer.assembly.preprocessing import resolve_config
+from metaformer.assembly.parts import colour_statistics, evaluation_plan, make_reader, memory_format
+from metaformer.assembly.trained_network import load_trained_network
 from metaformer.assembly.validation import ema_hint, why_not_finite
 from metaformer.config import ValidateConfig
 from metaformer.data.device.transfer import to_device
 from metaformer.data.device.transform import normalize
 from metaformer.data.load.config import LoaderName
 from metaformer.data.load.listed_images import ListedImage, ReadImages, read_listed
-from metaformer.data.load.pil_reader import PilReader
-from metaformer.data.load.reader import ImageReader
-from metaformer.data.load.torch_reader import TorchReader
-from metaformer.data.plan.plan import BatchPlan, EvaluationPlan
 from metaformer.errors import Diverged, UserError
-from metaformer.models import load_weights
-from metaformer.models.config import Preprocessing, ResizeFilter
+from metaformer.models.config import Preprocessing
 from metaformer.models.last_stage import find_layer
 from metaformer.prediction.class_names import ClassNames, find_class_names
 from metaformer.prediction.grad_cam import grad_cam
 from metaformer.runtime import Runtime
 from metaformer.training.precision import Precision
-
-IMAGENET_CLASSES = 1000  # outputs of a network whose weights do not record their number
 
 
 class Outputs(NamedTuple):
@@ -71,9 +63,8 @@ class Predictor:
             Diverged: the outputs for an image are not finite.
         """
         config = self.config
-        limit = config.loader.max_pixels
-        reader: ImageReader[Any] = PilReader(limit) if config.loader.name is LoaderName.pil else TorchReader(limit)
-        for batch in read_listed(images, reader, self._plan(), config.eval_batch_size):
+        plan = evaluation_plan(self.images, num_samples=1, batch_size=1).batch(0, 0)
+        for batch in read_listed(images, make_reader(config.loader), plan, config.eval_batch_size):
             if not batch.names:
                 yield Outputs(batch, torch.empty(0, len(self.classes.names)), None)
                 continue
@@ -83,18 +74,6 @@ class Predictor:
                     cause = why_not_finite(self.model, self.precision)
                     raise Diverged(f"{name}: the network's outputs are not finite: {cause}")
             yield Outputs(batch, logits, maps)
-
-    def _plan(self) -> BatchPlan:
-        plan = EvaluationPlan(
-            num_samples=1,
-            batch_size=1,
-            rank=0,
-            world_size=1,
-            image_size=self.images.image_size,
-            crop_pct=self.images.crop_pct,
-            bicubic=self.images.interpolation is ResizeFilter.bicubic,
-        )
-        return plan.batch(0, 0)
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return logits and heat maps of images uint8 [B, 3, S, S]."""
@@ -120,21 +99,14 @@ def build_predictor(config: ValidateConfig, runtime: Runtime, heat_maps: bool, l
         heat_maps: compute heat maps too.
         layer: the part of the network that they are of; None: the last stage.
     """
-    checkpoint = config.checkpoint
-    assert checkpoint is not None
     if runtime.world_size > 1:
         raise UserError("predict: a program of one process; start it without torchrun")
     if config.loader.name is LoaderName.dali:
         raise UserError("loader=dali: stops at the first bad file; leave loader= out, or give loader=pil")
     if heat_maps and config.compile:
         raise UserError("compile=true: not possible with --cam; leave it out")
-    config, notes, weights, record = adopt_weights(config, "checkpoint", checkpoint, config.use_ema, runtime)
-    config, images = resolve_config(config, checkpoint, evaluation=True)
     precision = Precision(config.precision, runtime.device)
-    outputs = config.num_classes or (record.num_classes if record else None) or IMAGENET_CLASSES
-    model, _ = make_model(config, images, outputs, runtime, precision.dtype)
-    load_weights(model, weights.path, weights.use_ema)
-    model.eval().requires_grad_(False)
+    config, images, model, outputs, record, weights, notes = load_trained_network(config, runtime, precision.dtype)
     classes = find_class_names(record.classes if record else None, outputs)
     notes += [
         f"model        {config.model.name}",

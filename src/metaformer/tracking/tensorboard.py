@@ -74,9 +74,8 @@ class TensorBoardTracker(NullTracker):
         """Open a new event file, in which TensorBoard finds that steps from `purge_step` on are taken again."""
         folder = self._folder / name
         if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(
-                1
-            )  # TensorBoard reads the files in the order of their names, which have a resolution of a second
+            # TensorBoard reads the files in the order of their names, which have a resolution of a second.
+            time.sleep(1)
         return self._make_writer(str(folder), purge_step=purge_step)
 
 
