@@ -54,6 +54,7 @@ def find_fault(device: torch.device, image_size: int) -> str | None:
     ]
 
     def compare() -> str | None:
+        """Return how the first differing batch differs, or None."""
         for augmentation, position in itertools.product(augmentations, range(4)):
             plan = TrainingPlan(
                 num_samples=64,

@@ -75,6 +75,7 @@ class WorkerLoader:
         self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        """Yield the epoch's batches from number `first` on, as uint8 [B, 3, S, S], and keep the wait for each."""
         self._positions.epoch, self._positions.first = epoch, first
         batches = iter(self._loader)
         while True:
