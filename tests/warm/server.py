@@ -11,6 +11,7 @@ import runpy
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
@@ -123,6 +124,9 @@ def enter(request: Request) -> list[str]:
 
 def run(arguments: list[str]) -> None:
     """Run `-m MODULE`, `-c CODE` or a file, with its arguments, as __main__."""
+    own = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # such as -B, which multiprocessing adds
+    if arguments[: len(own)] == own:
+        arguments = arguments[len(own) :]
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
