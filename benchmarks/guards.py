@@ -1,12 +1,14 @@
-"""Measure the cost of safety: seconds that a checkpoint takes from training, and microseconds per step of each guard.
+"""Measure how much checkpoints and guards slow down training: seconds per checkpoint, microseconds per step and guard.
 
   python -m benchmarks.guards --model poolformer_m48 --image-size 64 --batch 8
   torchrun --nproc_per_node=2 -m benchmarks.guards --model poolformer_s12 --image-size 128 --batch 32
 
-The steps are the loop's own, with an average of the weights (EMA), on random images. Checkpoints: equally many steps
-are timed with a save that starts at the first of them and without one, by turns; the difference is the cost of a save,
-with its copy to host memory and its writing beside training. Guards: each one alone, the fastest of many times. Prints
-a table, then JSON.
+The steps are those of the training loop, with an average of the weights (EMA), on random images.
+
+Checkpoints: the same number of steps is timed in alternation with and without a save that starts at the first step.
+The difference is the cost of a save: the copy to host memory, and the writing while training continues.
+
+Guards: each is timed alone; the fastest of many runs counts. Prints a table, then JSON.
 """
 
 import argparse
@@ -42,7 +44,7 @@ SAVE_EVERY, COMPARE_EVERY = 500, 1000  # steps, over which the cost of what is n
 
 
 def main() -> None:
-    """Measure; rank 0 reports."""
+    """Measure on all ranks, and report on rank 0."""
     arguments = _parse()
     with runtime.start() as ranks, tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         model = create_model(arguments.model)
@@ -77,7 +79,7 @@ def _parse() -> argparse.Namespace:
 
 
 def seconds(work: Callable[[], object], ranks: Runtime) -> float:
-    """Return the seconds that a piece of work takes, with the device's part."""
+    """Return the seconds that a function takes, including its work on the device."""
     _wait(ranks)
     started = time.perf_counter()
     work()
@@ -128,7 +130,7 @@ def _least(work: Callable[[], object], ranks: Runtime, times: int) -> float:
 def checkpoint_cost(
     state: TrainState, step: Callable[[], None], ranks: Runtime, folder: Path, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Return the seconds that a save takes from training, and its parts; rank 0 saves while all ranks train."""
+    """Return the seconds by which a save delays training, and their parts; rank 0 saves while all ranks train."""
     weight_files = WeightFiles(partial(save_state, network=arguments.model), load_weights)
     config = CheckpointConfig(keep=1)
     checkpoints = CheckpointFolder(folder / "checkpoints", config, {"model": arguments.model}, weight_files)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: measurements in processes of their own, taken by turns, and a record of the machine."""
+"""Harness of the benchmarks: measurements in separate processes, in alternation, with a record of the machine."""
 
 import argparse
 import importlib.metadata
@@ -30,15 +30,12 @@ Case = TypeVar("Case", bound=Hashable)
 def measure(
     name: str, program: str, options: Sequence[str], environment: Mapping[str, str] | None = None, ranks: int = 0
 ) -> dict[str, Any]:
-    """Run a measuring program in a process of its own, and return the JSON object that it prints last.
+    """Run a measuring program in a separate process, and return the JSON object that it prints last.
 
     Args:
-        name: what is measured, for the error.
+        name: name of the measurement, for error messages.
         program: a module of this package.
         ranks: processes to start with torchrun; 0 starts one without it.
-
-    Raises:
-        UserError: the process failed; its own error line is part of the message.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     command = [sys.executable, *launcher, "-m", f"benchmarks.{program}", *options]
@@ -56,10 +53,11 @@ def measure(
 def by_turns(
     cases: Iterable[Case], repeats: int, take: Callable[[Case, int], dict[str, Any]]
 ) -> dict[Case, list[dict[str, Any]]]:
-    """Measure repeat r of all cases before repeat r + 1 of any, so that a drift of the machine's speed affects all.
+    """Measure every case once before any case is repeated, so that a drift of the machine's speed affects all alike.
 
     Args:
-        take: measures a case; its second argument is the repeat, counted from 0. Its result has `images_per_second`.
+        take: measures a case. Its second argument is the number of the repeat, from 0. The result must contain
+            `images_per_second`.
     """
     found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for repeat, case in itertools.product(range(repeats), found):
@@ -71,19 +69,19 @@ def by_turns(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median, the least and the greatest of some values."""
+    """Return the median, the minimum and the maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuse options that are less than 1."""
+    """Reject options that are less than 1."""
     for name in names:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: must be at least 1")
 
 
 def check_outputs(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuse output files that could not be written after the work."""
+    """Reject output files that cannot be written, before the measurement starts."""
     for name in names:
         file: Path | None = getattr(arguments, name)
         if file is not None:
@@ -91,12 +89,12 @@ def check_outputs(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def as_options(arguments: argparse.Namespace, *names: str) -> list[str]:
-    """Return the arguments of these names as they are given to a measuring program."""
+    """Return the named arguments as command-line options of a measuring program."""
     return [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
 
 
 def write_json(file: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures, with the circumstances of the measurement, if a file is given."""
+    """Write figures and a description of the machine, if a file is given."""
     if file is not None:
         write_text_atomically(file, json.dumps({**_circumstances(), **figures}, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""A learner on random images: what the benchmarks of training steps call `train_step` with."""
+"""A learner and random images, with which the benchmarks call `train_step`."""
 
 import itertools
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def make_learner(
     """Return a learner of a model, with AdamW as in the recipe.
 
     Args:
-        network: the model as it is called, if it is wrapped.
+        network: the wrapped model to call, if the model is wrapped.
     """
     formats = Precision(PrecisionConfig(PrecisionName(precision)), runtime.device)
     state = TrainState(

@@ -1,20 +1,20 @@
-"""Measure how fast each loader reads a folder of images, beside timm's and torchvision's loaders, and what it costs.
+"""Measure the speed, CPU time and memory of each loader on a folder of images, next to timm's and torchvision's.
 
   python -m benchmarks.loader /path/to/imagenet/val
-  python -m benchmarks.loader /path/to/imagenet-shards/val    # this project's loaders only: the others read folders
+  python -m benchmarks.loader /path/to/imagenet-shards/val    # this project's loaders only: the others need folders
   python -m benchmarks.loader /path/to/imagenet/val --open-latency-ms 5 --only torch timm --json loaders.json
 
-Three jobs at 224 px: training with crop and flip, the same with RandAugment, and evaluation at crop .9. Each
-measurement runs in a process of its own (measure_loader.py), by turns. Two batches per worker are read before the
-counted ones and two after them, so that workers start and finish outside of the window. Every file is read once
-before the first measurement, so that all loaders find it in the page cache.
+There are three jobs at 224 px: training with crop and flip, the same with RandAugment, and evaluation at crop .9. Each
+measurement runs in a separate process (measure_loader.py), and the loaders alternate. Two batches per worker are read
+before the counted ones and two after them, so that workers start and finish outside the measured window. Every file
+is read once before the first measurement, so that all loaders find it in the page cache.
 
 This project's loaders return uint8 images, which the training loop normalises on the device. timm's loader (without its
 prefetcher, which needs a GPU) and torchvision's return float32 images that their workers have normalised.
 
-Images/s: median of the repeats, lowest and highest. CPU: user and system time of the process and its workers in the
-window. Memory: the peak PSS (shared pages are divided among their users) of the same processes, sampled while the
-batches after the window are read, because sampling takes time.
+Images/s: median, minimum and maximum of the repeats. CPU: user and system time of the process and its workers in the
+window. Memory: peak PSS (shared pages are divided among their users) of the same processes, sampled while the batches
+after the window are read, because sampling takes time.
 
 --open-latency-ms delays each opening of a file in the folder, for every loader alike (slow_open.c).
 """
@@ -109,7 +109,7 @@ def _without_folder_loaders(loaders: list[str], arguments: argparse.Namespace) -
 
 
 def _select_images(arguments: argparse.Namespace) -> ImageIndex:
-    """Return as many images as a measurement reads, evenly spread; a folder with fewer is read more than once."""
+    """Return the images that a measurement reads, evenly spread over the folder; a small folder is read repeatedly."""
     index = find_images(arguments.folder.absolute())
     if index.classes == (".",):
         raise UserError(
@@ -131,14 +131,14 @@ def _fill_page_cache(index: ImageIndex) -> None:
 
 
 def _uncounted_batches(arguments: argparse.Namespace) -> int:
-    """Return the number of batches before the window, which is that after it too."""
+    """Return the number of batches to read before the window, and again after it."""
     return 2 * int(arguments.workers)
 
 
 def _measure_all(
     arguments: argparse.Namespace, loaders: list[str], index: ImageIndex, temporary: Path
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Return the repeats of each job and loader."""
+    """Return the measurements of each job and loader, one per repeat."""
     environment = _environment(arguments, temporary)
     images = temporary / "index.pickle"
     images.write_bytes(pickle.dumps(index))
@@ -157,7 +157,7 @@ def _measure(loader: str, options: list[str], environment: dict[str, str]) -> di
 
 
 def _environment(arguments: argparse.Namespace, temporary: Path) -> dict[str, str]:
-    """Return the environment of the measuring processes, with the library that delays openings if it is wanted."""
+    """Return the environment of the measuring processes; with --open-latency-ms, it preloads the delaying library."""
     environment = dict(os.environ)
     if arguments.open_latency_ms:
         library = temporary / "slow_open.so"

@@ -1,6 +1,6 @@
-"""Measure one loader on one job, once, for loader.py: images per second, and CPU time and memory of the process tree.
+"""Measure one loader on one job once, for loader.py: images per second, CPU time and memory of the process tree.
 
-Prints one JSON object: images_per_second; cpu_ms, per image, summed over all cores; memory_mib.
+Prints a JSON object with `images_per_second`, `cpu_ms` (per image, summed over all cores) and `memory_mib`.
 """
 
 import argparse
@@ -31,11 +31,11 @@ TICKS = os.sysconf("SC_CLK_TCK")  # per second: the unit of time in /proc
 
 @dataclass(frozen=True)
 class Task:
-    """What to read.
+    """The images to read, and how.
 
     Attributes:
-        index: images for a whole number of batches.
-        uncounted_batches: batches before the window, and as many after it.
+        index: the images, a whole number of batches.
+        uncounted_batches: number of batches before the measured window, and again after it.
     """
 
     index: ImageIndex
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def measure(read: Callable[[Task], Iterator[Any]], task: Task) -> dict[str, float]:
-    """Return the figures of the batches between the uncounted ones."""
+    """Read all batches, and return the figures of those in the measured window."""
     batches = read(task)
     counted = len(task.index) // task.batch - 2 * task.uncounted_batches
     for _ in itertools.islice(batches, task.uncounted_batches):
@@ -143,7 +143,7 @@ def measure(read: Callable[[Task], Iterator[Any]], task: Task) -> dict[str, floa
 
 
 def process_tree() -> dict[int, list[str]]:
-    """Return the fields of /proc/PID/stat from field 3 on (man 5 proc), of this process and those below it."""
+    """Return fields 3 and later of /proc/PID/stat (man 5 proc) for this process and its descendants, by process id."""
     fields = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -157,7 +157,7 @@ def process_tree() -> dict[int, list[str]]:
 
 
 def cpu_seconds() -> float:
-    """Return user and system time of the process tree, with that of processes that have ended."""
+    """Return the user and system time of the process tree, including processes that have ended."""
     return sum(int(ticks) for values in process_tree().values() for ticks in values[11:15]) / TICKS
 
 

@@ -1,6 +1,7 @@
-"""Measure one number of ranks for scaling.py: seconds of a step with each way of exchanging gradients, as JSON.
+"""Measure one number of ranks for scaling.py: the seconds of a step with each way of exchanging gradients.
 
-Each strategy takes its steps in every round, after one that is not counted; the median of the rounds is printed.
+In every round, each strategy takes an uncounted step and then the counted ones. Prints the medians over the rounds as
+a JSON object.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def _exchange_seconds(model: nn.Module, ranks: Runtime, repeats: int) -> float:
 
 
 def _now(ranks: Runtime) -> float:
-    """Return the time at which all ranks have arrived here and their devices have finished."""
+    """Wait until all ranks have arrived here and their devices have finished, and return the time."""
     ranks.sum(torch.zeros(1, device=ranks.device)).item()
     return time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""Measure one variant of a training step, or of inference, once, for train.py; print one JSON object."""
+"""Measure one variant of a training step or of inference once, for train.py, and print a JSON object."""
 
 import argparse
 import itertools
@@ -39,7 +39,7 @@ Step = Callable[[Iterator[Batch]], None]
 
 
 def main() -> None:
-    """Build the variant, run its uncounted steps, then the counted ones."""
+    """Build the variant, run the uncounted steps, then the counted ones."""
     options = _parse()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +73,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Return the variant's network: channels_last, except timm's on a CPU, which keeps timm's default layout."""
+    """Return the variant's network. It is channels_last, except for timm's on a CPU, which keeps timm's default."""
     library, _, mode = options.variant.rpartition("-")
     model: nn.Module
     if library == "timm":
@@ -94,13 +94,13 @@ def _model(options: argparse.Namespace, device: torch.device) -> nn.Module:
 
 
 def _refuse(fault: str | None) -> None:
-    """Raise if the fused kernels do not work: the figure would be that of another variant."""
+    """Raise an error if the fused kernels do not work, because the figure would be that of another variant."""
     if fault is not None:
         raise RuntimeError(f"the fused kernels: {fault}")
 
 
 def _training(model: nn.Module, options: argparse.Namespace, device: torch.device, is_timm: bool) -> Step:
-    """Return the loop's own step, or one as in timm's training program, with its loss and optimizer."""
+    """Return the training loop's step, or one as in timm's training program, with timm's loss and optimizer."""
     model.train()
     if not is_timm:
         learner = make_learner(model, Runtime(0, 1, 0, 1, device), options.precision)
@@ -139,7 +139,7 @@ def _inference(model: nn.Module, options: argparse.Namespace, device: torch.devi
 
 
 def _batches(options: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
-    """Yield the recipe's batches from JPEGs, or one batch of noise that is mixed and erased anew for each step."""
+    """Yield the recipe's batches from JPEGs, or a batch of noise that is mixed and erased again for each step."""
     transform_images = transform_plainly
     if device.type == "cuda":
         _refuse(choice.find_fault(device, options.size))
@@ -200,7 +200,7 @@ def _timm_batches(options: argparse.Namespace, device: torch.device) -> Iterator
 
 
 def _timed(step: Step, batches: Iterator[Batch], device: torch.device) -> float:
-    """Return the seconds of one step, with the wait for its batch."""
+    """Return the seconds of one step, including the wait for its batch."""
     started = time.perf_counter()
     step(batches)
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
   python -m benchmarks.plan
 
-`to_read` is the loader's part (order, crop, RandAugment), `to_transform` the trainer's (order, mixing, erasing).
+`to_read` is the loader's part (order, crop, RandAugment); `to_transform` is the trainer's (order, mixing, erasing).
 """
 
 import time
@@ -15,7 +15,7 @@ IMAGES, BATCHES, REPEATS = 1_281_167, 20, 15
 
 
 def main() -> None:
-    """Print the fastest of some repeats, for some batch sizes of a rank."""
+    """Print the fastest of several repeats for several batch sizes per rank."""
     for size in (64, 128, 256, 512, 1024):
         plan = TrainingPlan(
             num_samples=IMAGES,

@@ -1,10 +1,11 @@
-"""Measure what the torch loader's worker does for an image, stage by stage, in milliseconds of one core.
+"""Measure the stages of reading an image in a worker of the torch loader, in milliseconds of one core.
 
   python -m benchmarks.reading /path/to/imagenet/val /path/to/imagenet-pixels/val --json reading.json
 
 Each folder contains class folders of images, shards or pixels. One process reads the images of the plan's training
-batches at 224 px without sending them anywhere: CPU time of the process, the fastest of --repeats, taken by turns. The
-last columns are what a core could do with that: images per second with crop and flip, and with RandAugment too.
+batches at 224 px without sending them anywhere. The figures are the CPU time of that process, the fastest of --repeats
+repeats, which alternate between the folders. The last columns are the resulting images per second of a core, with crop
+and flip, and with RandAugment in addition.
 
     read        open and read the file or its part of a shard; for pixels, only find them in the map
     decode      decode the crop's region; for pixels, copy it from the map
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 class Reading:
-    """Measurements of one data set with one decoder of JPEGs; keeps the fastest of each."""
+    """Measures one data set with one JPEG decoder, and keeps the fastest time of each stage."""
 
     def __init__(self, index: ImageIndex, decoder: DecodeRegion, images: int) -> None:
         self._stored, self._decoder, self._reader = ImageBytes(index), decoder, TorchReader(decoder=decoder)
@@ -89,7 +90,7 @@ class Reading:
         self._fastest = dict.fromkeys(self._works, float("inf"))
 
     def measure(self) -> None:
-        """Measure each kind of work once."""
+        """Measure each stage once."""
         for name, (plans, work) in self._works.items():
             self._fastest[name] = min(self._fastest[name], _milliseconds(plans, work))
 
@@ -120,7 +121,7 @@ class Reading:
 
 
 def training_batches(index: ImageIndex, images: int, randaugment: RandAugmentConfig) -> list[BatchPlan]:
-    """Return the plans of at least one batch, as the loader gets them."""
+    """Return the plans of at least one batch, as the loader receives them."""
     plan = TrainingPlan(
         num_samples=len(index),
         global_batch_size=min(BATCH, len(index)),

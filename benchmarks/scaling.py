@@ -1,8 +1,8 @@
-"""Measure the time of a training step for several numbers of ranks and several ways of exchanging gradients.
+"""Measure the time of a training step for several numbers of ranks and strategies of exchanging gradients.
 
   python -m benchmarks.scaling --ranks 1 2 4
 
-Each number of ranks runs in processes of its own (measure_scaling.py), with a network on random images in fp32.
+Each number of ranks runs in separate processes (measure_scaling.py), with a network on random images in fp32.
 """
 
 import argparse

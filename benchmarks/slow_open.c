@@ -1,7 +1,7 @@
-/* Preloaded into a program, makes each opening of a file below a folder take longer, as on a busy shared file system.
+/* Preload library that delays each opening of a file below a folder, as on a busy shared file system.
  *
- * SLOW_OPEN_FOLDER: absolute path; files that are opened by an absolute path below it are slow, no others.
- * SLOW_OPEN_MICROSECONDS: the time that an opening takes longer. The thread sleeps: it uses no CPU.
+ * SLOW_OPEN_FOLDER: absolute path. Only files that are opened by an absolute path below it are delayed.
+ * SLOW_OPEN_MICROSECONDS: the delay. The thread sleeps, so it uses no CPU.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

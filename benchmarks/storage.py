@@ -1,11 +1,11 @@
-"""Measure how many bytes the random crops of training read from the disk per image, for each format of the data.
+"""Measure how many bytes per image training reads from the disk for its random crops, for each storage format.
 
   python -m benchmarks.storage /path/to/imagenet/val /path/to/imagenet-pixels/val --rate 200 --json storage.json
 
-The files are first removed from the page cache. One process then reads each image of the plan's epoch once, as a worker
-of the torch loader does, without resizing it; the kernel counts what it fetches from the disk, read-ahead included
-(read_bytes of /proc/self/io). The last column is what a disk that delivers --rate MB/s could supply, whatever the CPU.
-Give thousands of images: of a few, those next to an image have been read ahead already.
+The files are first removed from the page cache. One process then reads each image of an epoch once, as a worker of the
+torch loader does, without resizing it. The kernel counts the bytes that it fetches from the disk, including read-ahead
+(read_bytes in /proc/self/io). The last column is the number of images per second that a disk with --rate MB/s could
+supply, whatever the CPU. Use thousands of images: in a small set, most images are read ahead with their neighbours.
 """
 
 import argparse
@@ -46,11 +46,7 @@ def main() -> None:
 
 
 def measure(index: ImageIndex, rate: int) -> dict[str, float]:
-    """Return bytes per image, stored and read, and images per second at `rate` MB/s.
-
-    Raises:
-        UserError: nothing was read from a disk.
-    """
+    """Return the stored and the read bytes per image, and the images per second at `rate` MB/s."""
     reader = TorchReader()
     batches = training_batches(index, len(index), RandAugmentConfig(num_ops=0))
     _drop_from_page_cache(index)

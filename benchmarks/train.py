@@ -1,17 +1,16 @@
-"""Measure how fast a network trains (or infers), beside timm's network of the same name and the device's roofline.
+"""Measure the speed of training or inference of a network, next to timm's network and the device's roofline.
 
   python -m benchmarks.train --model poolformer_s12 --size 128 --batch 32 --precision fp32
   python -m benchmarks.train --data /path/to/imagenet/train --only fused timm-eager --json found.json
 
-Variants: fused and fused-compiled (this project's operators), eager and compiled (its plain network), timm-eager and
-timm-compiled (timm's network, with timm's loss, mixing and optimizer). Each measurement runs in a process of its own
-(measure_train.py), by turns. Without --data the images are noise on the device.
+The variants are fused and fused-compiled (this project's operators), eager and compiled (its plain network), and
+timm-eager and timm-compiled (timm's network with timm's loss, mixing and optimizer). Each measurement runs in a
+separate process (measure_train.py), and the variants alternate. Without --data, the images are noise on the device.
 
-Step: median over the counted steps, with the wait for the batch. Memory: the peak of the GPU's allocated memory, or,
-on a CPU, of the process's resident memory. TFLOP/s count the convolutions and matrix products of the plain network,
-threefold for training. The roofline is the time that these take at the rate of a large square product, and the time
-to move the bytes of the fused operators (docs/performance.md) at the rate of a large copy; the longer of the two is
-the bound."""
+Step: median over the counted steps, including the wait for the batch. Memory: peak of the GPU's allocated memory or, on
+a CPU, of the process's resident memory. TFLOP/s count the convolutions and matrix products of the plain network, three
+times for training. The roofline is the longer of two times: that of these operations at the rate of a large square
+product, and that of moving the bytes of the fused operators (docs/performance.md) at the rate of a large copy."""
 
 import argparse
 import importlib.util
@@ -110,10 +109,10 @@ def _measure(variant: str, arguments: argparse.Namespace, profiled: bool) -> dic
 
 
 def count_work(name: str, size: int, precision: str, inference: bool) -> dict[str, float]:
-    """Return FLOPs and bytes of one image: the plain network's products, and the passes of the fused operators.
+    """Return the FLOPs of the plain network's products and the bytes of the fused operators' passes, for one image.
 
-    A block's passes move 15 elements of the stream (float32) and 59 of the products' type for each element of its
-    input, and 5 and 20 of them in inference; stem, downsampling and head are not counted.
+    For each element of its input, a block moves 15 float32 elements of the residual stream and 59 elements of the
+    products' type; in inference, 5 and 20. The stem, downsampling and head are not counted.
     """
     model = create_model(name).eval()
     elements = []
@@ -134,7 +133,7 @@ def count_work(name: str, size: int, precision: str, inference: bool) -> dict[st
 
 
 def _roofline(work: dict[str, float], arguments: argparse.Namespace) -> dict[str, float]:
-    """Measure the device's rates, and return them with the images per second that they allow."""
+    """Measure the device's peak rates, and return them with the images per second that they allow."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
     square = torch.randn(side, side, device=device).to(TYPES[arguments.precision])

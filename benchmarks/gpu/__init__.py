@@ -1,4 +1,4 @@
-"""What a GPU would run, compiled, counted and timed by a model on a machine without one.
+"""A model of a training step on GPUs, for machines without one: it compiles the kernels and predicts their time.
 
-`python -m benchmarks.gpu` prints the table. Nothing here measures: all times are predictions.
+`python -m benchmarks.gpu` prints a table. All times are predictions; nothing is measured.
 """

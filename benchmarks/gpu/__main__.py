@@ -1,12 +1,12 @@
-"""Print what a training step costs on GPUs, as predicted by a model without a GPU.
+"""Predict the time and memory traffic of a training step on GPUs, on a machine without one.
 
   python -m benchmarks.gpu
-  python -m benchmarks.gpu --measured train.json   # beside what benchmarks.train measured on a GPU
-  python -m benchmarks.gpu --update                # write the budgets that the tests compare
+  python -m benchmarks.gpu --measured train.json   # next to the measurements of benchmarks.train on a GPU
+  python -m benchmarks.gpu --update                # write the budgets that the tests check
 
-The step is the loop's own with fused operators. Bytes count each tensor once for each launch that reads or writes it.
-The time of a launch is the longest of its bytes, its instructions (from the compiled kernels) and its products. A step
-takes the device's time, or the host's if that is longer.
+The step is that of the training loop, with fused operators. The bytes count each tensor once for every launch that
+reads or writes it. A launch takes as long as its slowest part: memory traffic, instructions (counted in the compiled
+kernels) or matrix products. A step takes the device's time, or the host's if that is longer.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.gpu import budgets
-from benchmarks.gpu.model import GPUS, by_part, cost_of, step_seconds
+from benchmarks.gpu.model import GPUS, by_part, predict, step_seconds
 from benchmarks.gpu.recording import Launch, Setting, record_step
 from benchmarks.harness import console
 from metaformer.errors import UserError, unknown_name
@@ -30,7 +30,7 @@ Steps = dict[int, list[Launch]]  # by architecture
 
 
 def main() -> None:
-    """Print a table for each batch size and one line for each GPU, or update the budgets."""
+    """Print a table for each batch size and a line for each GPU, or update the budgets."""
     arguments = _parse()
     if arguments.update:
         found = budgets.figures_of({setting: record_step(setting, budgets.ARCH) for setting in budgets.SETTINGS})
@@ -66,7 +66,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read what `benchmarks.train --json` wrote."""
+    """Read a file written by `benchmarks.train --json`."""
     try:
         found: dict[str, Any] = json.loads(file.read_text())
         _ = found["device"], found["variants"], found["model"], found["size"], found["batch"], found["precision"]
@@ -89,20 +89,20 @@ def _print(setting: Setting, steps: Steps) -> None:
 
 
 def _add_row(table: Table, name: str, launches: Steps, batch: int) -> None:
-    costs = [cost_of(launches[gpu.arch], gpu) for gpu in GPUS.values()]
-    # In brackets: the time that the instructions take, where it is what limits a kernel.
+    times = [predict(launches[gpu.arch], gpu) for gpu in GPUS.values()]
+    # (i) marks kernels that are limited by their instructions.
     cells = [
-        f"{1000 * cost.seconds:.2f}" + (" (i)" if cost.issue_seconds > 0.95 * cost.seconds else "") for cost in costs
+        f"{1000 * time.seconds:.2f}" + (" (i)" if time.issue_seconds > 0.95 * time.seconds else "") for time in times
     ]
-    table.add_row(name, str(costs[0].launches), f"{costs[0].bytes / batch / 1e6:.2f}", *cells)
+    table.add_row(name, str(times[0].launches), f"{times[0].bytes / batch / 1e6:.2f}", *cells)
 
 
 def _lines(setting: Setting, steps: Steps, measured: list[dict[str, Any]]) -> list[str]:
     lines = []
     for name, gpu in GPUS.items():
-        cost = cost_of(steps[gpu.arch], gpu)
-        seconds = step_seconds(cost)
-        limit = ", limited by the host" if seconds > cost.seconds else ""
+        time = predict(steps[gpu.arch], gpu)
+        seconds = step_seconds(time)
+        limit = ", limited by the host" if seconds > time.seconds else ""
         predicted = setting.batch / seconds
         lines.append(f"{name} {setting}: {predicted:,.0f} images/s (predicted{limit})")
         for found in measured:

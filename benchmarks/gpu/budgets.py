@@ -1,6 +1,7 @@
-"""Budgets of the Triton kernels and of a training step, kept in a file beside the kernels and compared exactly.
+"""Budgets of the Triton kernels and of a training step, stored in a file next to the kernels and compared exactly.
 
-A figure that got worse is a fault. A figure that got better must be written to the file, so that it stays better.
+A figure that has become worse is a regression. A figure that has become better must be written to the file, so that
+the improvement is kept.
 """
 
 import json
@@ -66,7 +67,7 @@ def text_of(figures: Figures, versions: Mapping[str, str]) -> str:
 
 
 def differences(budgets: Figures, found: Figures) -> list[str]:
-    """Return a line for each figure that differs from its budget; each says by how much, and what to do."""
+    """Return a line for each figure that differs from its budget, with the difference and what to do about it."""
     lines = []
     for name in sorted({*budgets, *found}):
         if name not in found:

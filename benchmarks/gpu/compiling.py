@@ -36,14 +36,15 @@ TILE = re.compile(r"tensor<((?:\d+x)+)")
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """What a compiled kernel needs and executes.
+    """Resources and instructions of a compiled kernel.
 
     Attributes:
-        digest: equal for equal specialisations of a kernel.
-        instructions: executed by each thread, without no-ops; branches that skip slow paths are taken as not taken.
-        elements: values of the largest tile that each thread computes.
-        loads: bits of each global load instruction in the code.
-        products: instructions of the tensor cores in the code.
+        digest: a hash that is the same for equal specialisations of a kernel.
+        instructions: number of instructions that each thread executes, without no-ops. Branches around slow paths are
+            assumed not to be taken.
+        elements: number of values that each thread computes of the largest tile.
+        loads: width in bits of each global load instruction in the code.
+        products: number of tensor core instructions in the code.
         reads, writes: names of the arguments that the kernel loads from and stores to.
     """
 
@@ -67,16 +68,16 @@ class KernelFacts:
 
     @property
     def narrow_loads(self) -> int:
-        """Global loads of at most 32 bits: factors of a tile, or a tile that is not loaded in vectors."""
+        """Number of global loads of at most 32 bits: factors of a tile, or a tile that is not loaded in vectors."""
         return sum(bits <= 32 for bits in self.loads)
 
 
 class KernelLaunch(NamedTuple):
-    """A launch that was compiled and not run.
+    """A kernel launch that was compiled but not run.
 
     Attributes:
         programs: size of the grid.
-        arguments: by name, without compile-time constants.
+        arguments: the arguments by name, without compile-time constants.
     """
 
     facts: KernelFacts
@@ -85,13 +86,13 @@ class KernelLaunch(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The memory that must be moved: each tensor once if it is read, and once if it is written."""
+        """Minimum memory traffic in bytes: each tensor once if it is read, and once if it is written."""
         names = [*self.facts.reads, *self.facts.writes]
         return sum(extent(self.arguments[name]) for name in names)
 
 
 class _DriverWithoutDevice:
-    """What triton asks of a driver before it launches."""
+    """A Triton driver that names an architecture and has no device."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -108,9 +109,9 @@ class _DriverWithoutDevice:
 
 @contextmanager
 def compiling(arch: int, note: Callable[[KernelLaunch], None]) -> Iterator[None]:
-    """Compile each launch of a Triton kernel for an architecture (80 means sm_80), and note it instead of running it.
+    """Within the block, compile each launch of a Triton kernel instead of running it, and pass it to `note`.
 
-    Tensors may be fake or on the meta device; they are taken as aligned.
+    Tensors may be fake or on the meta device; they are assumed to be aligned.
     """
     run: Callable[..., Any] = JITFunction.run
 

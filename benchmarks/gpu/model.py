@@ -1,7 +1,7 @@
-"""A model of a training step's time: for each launch, the slowest of memory, instructions and products.
+"""A model of a training step's time: each launch takes as long as its memory traffic, instructions or products.
 
-The constants are from data sheets and from measurements that others published, not from this project's runs. Compare
-them with measurements (`python -m benchmarks.gpu --measured`), and correct them.
+The constants are from data sheets and published measurements, not from this project's own runs. To correct them,
+compare predictions with measurements (`python -m benchmarks.gpu --measured FILE`).
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from benchmarks.gpu.recording import Launch
 
-SHARE_OF_COPY = 0.92  # of the bandwidth of a large copy, which kernels reach
-SHARE_OF_SLOTS = 0.75  # of the instruction slots, which kernels reach
-SHARE_OF_PRODUCTS = 0.85  # of the rate of a large product, which the network's products reach
+SHARE_OF_COPY = 0.92  # bandwidth of kernels, as a share of that of a large copy
+SHARE_OF_SLOTS = 0.75  # share of the instruction slots that kernels use
+SHARE_OF_PRODUCTS = 0.85  # rate of the network's matrix products, as a share of that of a large one
 SHORTEST_LAUNCH = 2.25e-6  # seconds on the device
-HOST_SECONDS = 34e-6  # of the host per launch, of Python, autograd and the launch itself
+HOST_SECONDS = 34e-6  # host time per launch: Python, autograd and the launch itself
 SLOTS = 4  # instructions that a multiprocessor can start per cycle, one per scheduler
 
 
@@ -21,10 +21,11 @@ class Gpu(NamedTuple):
     """A GPU model.
 
     Attributes:
-        arch: 90 means sm_90.
-        multiprocessors, clock: clock in Hz.
+        arch: compute capability; 90 means sm_90.
+        multiprocessors: number of streaming multiprocessors.
+        clock: clock rate in Hz.
         copy_rate: bytes per second that a large copy reads and writes.
-        product_rate: FLOP per second of a large bfloat16 product.
+        product_rate: FLOP per second of a large bfloat16 matrix product.
     """
 
     arch: int
@@ -42,12 +43,14 @@ GPUS = {
 }
 
 
-class Cost(NamedTuple):
-    """The predicted cost of launches.
+class PredictedTime(NamedTuple):
+    """Predicted time and memory traffic of a sequence of launches.
 
     Attributes:
-        seconds: of the device.
-        issue_seconds: that it takes to start the instructions of the Triton kernels alone.
+        launches: number of launches.
+        bytes: memory traffic.
+        issue_seconds: time to issue the instructions of the Triton kernels alone.
+        seconds: time on the device.
     """
 
     launches: int
@@ -56,8 +59,8 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def cost_of(launches: Iterable[Launch], gpu: Gpu) -> Cost:
-    """Return the predicted cost of launches one after the other."""
+def predict(launches: Iterable[Launch], gpu: Gpu) -> PredictedTime:
+    """Predict the time of launches that run one after the other."""
     count = total = 0
     issue = seconds = 0.0
     for launch in launches:
@@ -66,16 +69,16 @@ def cost_of(launches: Iterable[Launch], gpu: Gpu) -> Cost:
         products = launch.flops / (gpu.product_rate * SHARE_OF_PRODUCTS)
         count, total, issue = count + 1, total + launch.bytes, issue + instructions
         seconds += max(memory, instructions, products, SHORTEST_LAUNCH)
-    return Cost(count, total, issue, seconds)
+    return PredictedTime(count, total, issue, seconds)
 
 
-def step_seconds(cost: Cost) -> float:
-    """Return the predicted time of a step: the device's, or the host's where that is longer."""
-    return max(cost.seconds, cost.launches * HOST_SECONDS)
+def step_seconds(predicted: PredictedTime) -> float:
+    """Return the predicted time of a step: the device's, or the host's if that is longer."""
+    return max(predicted.seconds, predicted.launches * HOST_SECONDS)
 
 
 def _issue_seconds(launch: Launch, gpu: Gpu) -> float:
-    """Return the time to start a Triton kernel's instructions; one instruction serves the threads of a warp."""
+    """Return the time to issue a Triton kernel's instructions; the threads of a warp share one instruction."""
     if launch.facts is None:
         return 0.0
     executed = launch.programs * launch.facts.warps * launch.facts.instructions
@@ -93,7 +96,7 @@ PARTS = {
 
 
 def by_part(launches: Iterable[Launch]) -> dict[str, list[Launch]]:
-    """Group launches into the rows of a table: each Triton kernel, and kinds of torch's operators."""
+    """Group launches into the rows of a table: one for each Triton kernel and for each kind of torch operator."""
     parts: dict[str, list[Launch]] = {}
     for launch in launches:
         name = launch.name if launch.facts is not None else PARTS.get(launch.name, "other operators of torch")

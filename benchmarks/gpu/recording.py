@@ -1,8 +1,8 @@
-"""The launches of a training step on a GPU, recorded from the loop's own step with fake tensors.
+"""Records the kernel launches of a training step on a GPU, by running the training loop's step on fake tensors.
 
-The fake tensors are on the CPU, since torch cannot run autograd for a GPU that does not exist. The fused operators run
-as on a GPU, with the Triton kernels. Each operator of torch counts as one launch, if its GPU implementation is not
-known to take more.
+The fake tensors are on the CPU, because torch cannot run autograd for a GPU that does not exist. The fused operators
+run as on a GPU, with the Triton kernels. A torch operator counts as one launch unless its GPU implementation is known
+to take more.
 """
 
 import math
@@ -48,12 +48,12 @@ class Setting(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch of a kernel.
+    """A kernel launch.
 
     Attributes:
-        bytes: read and written, each tensor once.
-        flops: of matrix products and convolutions.
-        programs: size of the grid of a Triton kernel.
+        bytes: bytes read and written; each tensor counts once.
+        flops: operations of matrix products and convolutions.
+        programs: size of a Triton kernel's grid.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 
 
 def record_step(setting: Setting, arch: int) -> list[Launch]:
-    """Return the launches of one training step, from the uint8 images to the updated parameters."""
+    """Return the launches of one training step, from uint8 images to updated parameters."""
     model = create_model(setting.model, CLASSES).to(memory_format=torch.channels_last).train()
     fuse(model)
     with as_on_a_gpu(arch) as (launches, mode):
@@ -79,10 +79,10 @@ def record_step(setting: Setting, arch: int) -> list[Launch]:
 
 @contextmanager
 def as_on_a_gpu(arch: int) -> Iterator[tuple[list[Launch], FakeTensorMode]]:
-    """Run nothing, and record what a GPU would run: tensors are fake, and fused operators use Triton's kernels.
+    """Within the block, record the launches of a GPU without running them: tensors are fake, kernels are Triton's.
 
     Yields:
-        The launches, to which each operator adds its own, and the mode of the fake tensors.
+        The list to which each operator appends its launches, and the fake tensor mode.
     """
     launches: list[Launch] = []
 
@@ -116,7 +116,7 @@ def _transform(setting: Setting) -> Callable[[], Tensor]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Passes a Launch to `note` for each operator that launches something, and looks into the fused operators."""
+    """Passes each operator that launches a kernel to `note` as a Launch; looks into the fused operators."""
 
     def __init__(self, note: Callable[[Launch], None]) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="torch's CPU builds do not include triton")
 from benchmarks.gpu import budgets
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.compiling import KernelFacts
-from benchmarks.gpu.model import GPUS, SHORTEST_LAUNCH, cost_of, step_seconds
+from benchmarks.gpu.model import GPUS, SHORTEST_LAUNCH, predict, step_seconds
 from benchmarks.gpu.recording import Launch, Setting, as_on_a_gpu, record_step
 
 
@@ -107,12 +107,12 @@ def test_the_longest_limit_counts() -> None:
     """A launch takes the time of its bytes, instructions or products, whichever is longest, and a step the host's."""
     gpu = GPUS["H200"]
     facts = KernelFacts("k", "", 90, 4, 32, 0, 0, 1000, 16, (), 0, frozenset(), frozenset())
-    assert cost_of([Launch("tiny", 1)], gpu).seconds == SHORTEST_LAUNCH
-    assert cost_of([Launch("copy", 4_300_000_000)], gpu).seconds == pytest.approx(1e-3 / 0.92)
-    assert cost_of([Launch("mm", 1, 790_000_000_000)], gpu).seconds == pytest.approx(1e-3 / 0.85)
-    issue = cost_of([Launch("k", 1, 0, facts, 132 * 1755)], gpu)
+    assert predict([Launch("tiny", 1)], gpu).seconds == SHORTEST_LAUNCH
+    assert predict([Launch("copy", 4_300_000_000)], gpu).seconds == pytest.approx(1e-3 / 0.92)
+    assert predict([Launch("mm", 1, 790_000_000_000)], gpu).seconds == pytest.approx(1e-3 / 0.85)
+    issue = predict([Launch("k", 1, 0, facts, 132 * 1755)], gpu)
     assert issue.seconds == issue.issue_seconds == pytest.approx(132 * 1755 * 4 * 1000 / (132 * 1.755e9 * 3))
-    assert step_seconds(cost_of([Launch("tiny", 1)] * 100, gpu)) == pytest.approx(100 * 34e-6)
+    assert step_seconds(predict([Launch("tiny", 1)] * 100, gpu)) == pytest.approx(100 * 34e-6)
 
 
 @pytest.mark.slow
