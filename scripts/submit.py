@@ -81,9 +81,6 @@ def run_here(jobs: Sequence[Job], processes: int, keep_going: bool) -> None:
     Args:
         processes: Ranks of each training.
         keep_going: Start the other trainings after one has failed.
-
-    Raises:
-        UserError: A training has failed or was interrupted.
     """
     folder = Path("runs") / ".local"
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,11 +137,7 @@ def _accuracies(run_dir: Path) -> tuple[str, str]:
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[Job]:
-    """Return a job for each combination of values; if run folders would coincide, add the values to their names.
-
-    Raises:
-        UserError: A configuration is invalid, or two jobs would still train in the same run folder.
-    """
+    """Return a job for each combination of values; if run folders would coincide, add the values to their names."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:

@@ -58,12 +58,11 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
 def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> argparse.Namespace:
     """Return the arguments as Hydra parses them.
 
+    Reject those for which Hydra would print a usage text or a traceback, or start several trainings (`-m`).
+
     Args:
         conf: The folder with the groups.
         config_type: The dataclass of the program's configuration.
-
-    Raises:
-        UserError: Hydra would reject an argument with a usage text or a traceback, or start several trainings (`-m`).
     """
     parser = get_args_parser()
     parser.allow_abbrev = False

@@ -9,6 +9,8 @@ from typing import Any
 class UserError(Exception):
     """An error in the user's input. The message is one line: the field or file, what is wrong, and the fix.
 
+    Any function may raise it. `Raises` sections list it only where a caller handles it.
+
     Unprintable characters in the message, such as a line break in a file name, are escaped.
     """
 
@@ -57,9 +59,6 @@ def check_at_least(minimum: int, config: Any, *names: str, prefix: str = "") -> 
 
     Args:
         prefix: what the user writes before the names, as in "checkpoint.".
-
-    Raises:
-        UserError: names the field.
     """
     for name in names:
         value = getattr(config, name)

@@ -111,9 +111,6 @@ def check_output(option: str, file: Path) -> None:
 
     Args:
         option: The option as the user wrote it, such as "--json=FILE"; for the error message.
-
-    Raises:
-        UserError: The folder does not exist or cannot be written, or `file` exists and is not a regular file.
     """
     try:
         if file.exists() and not file.is_file():
@@ -131,8 +128,7 @@ def cache_folder() -> Path:
     It is $XDG_CACHE_HOME/metaformer or ~/.cache/metaformer. For a user without a home folder, such as an unknown user
     id in a container, it is metaformer-UID in the folder for temporary files.
 
-    Raises:
-        UserError: That last folder belongs to another user.
+    It is an error if that last folder belongs to another user.
     """
     cache_home = os.environ.get("XDG_CACHE_HOME")
     if cache_home:

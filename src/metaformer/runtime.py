@@ -218,9 +218,6 @@ def start(
     Args:
         timeout: Time limit for joining and for each collective operation.
         pause_watchdog: See `Runtime`.
-
-    Raises:
-        UserError: This node has fewer GPUs than ranks, or the launcher's variables are not those of torchrun.
     """
     world_size, rank = launcher_variable("WORLD_SIZE", 1), launcher_variable("RANK", 0)
     if not 0 <= rank < world_size:

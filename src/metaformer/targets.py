@@ -22,9 +22,6 @@ def import_target(field: str, target: str) -> Callable[..., Any]:
 
     Args:
         field: the configuration field, for error messages.
-
-    Raises:
-        UserError: it cannot be imported, or called.
     """
     check_target(field, target)
     try:

@@ -36,9 +36,6 @@ def prepare(config: TrainConfig, runtime: Runtime, tries: Fits | None = None) ->
 
     Args:
         tries: Tries a number of steps; None: `step_fits` on GPUs, and on a CPU nothing is tried.
-
-    Raises:
-        UserError: No number fits.
     """
     if config.accumulation_steps != AUTO:
         return prepare_training(config, runtime)

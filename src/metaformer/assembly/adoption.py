@@ -116,13 +116,12 @@ def find_run_folder(checkpoint: str) -> Path | None:
 def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
     """Fill in what is not given with what is recorded; return a line for each given value that differs, too.
 
+    Weights to evaluate must be those of the given network, if one is given. A part outside this project must be given,
+    not only recorded.
+
     Args:
         record: What is known of the weights' network; None is nothing.
         source: The weights as the user named them.
-
-    Raises:
-        UserError: The weights to evaluate are of another network than the given one; or only the record names a part
-            outside this project.
     """
     model, notes = config.model, list[str]()
     if model.name == AUTO:

@@ -53,9 +53,6 @@ def make_distillation(
     Args:
         images: The student's preprocessing.
         classes: Names of the data set's classes.
-
-    Raises:
-        UserError: The teacher's network is not known, or its classes, mean or std are not those of the student.
     """
     loss, name = make_loss(config.loss), config.distill.teacher
     if name is None:

@@ -34,11 +34,10 @@ class _Measured:
 def dry_run(prepared: Preparation, searches: bool | None = None) -> dict[str, Any]:
     """Take a few real training steps, print what they say about the whole run, and return it.
 
+    It is an error if a step does not fit in memory.
+
     Args:
         searches: Whether to search the largest batch that fits in memory; None: on GPUs.
-
-    Raises:
-        UserError: A step does not fit in memory.
     """
     runtime = prepared.runtime
     searches = runtime.device.type == "cuda" if searches is None else searches

@@ -21,12 +21,11 @@ def fuse_blocks(
 ) -> str:
     """Switch the network's blocks to the fused operators where possible, and return a status text.
 
+    If the plain path is needed and would compute wrong gradients on this device, this is an error.
+
     Args:
         model: The network, which is modified in place.
         dtype: The dtype of matrix products under autocast, or None without autocast.
-
-    Raises:
-        UserError: The plain path, where it is needed, would compute wrong gradients on this device.
     """
     if not isinstance(model, MetaFormer):
         return "off (not a network of this project)"

@@ -161,11 +161,7 @@ def make_reader(config: LoaderConfig) -> ImageReader[Any]:
 
 
 def loader_name(config: CommonConfig, runtime: Runtime) -> LoaderName:
-    """Return the name of the configured loader, with `auto` resolved.
-
-    Raises:
-        UserError: `loader.decode` asks for what that loader cannot do.
-    """
+    """Return the name of the configured loader, with `auto` resolved."""
     name = automatic_loader(runtime.device) if config.loader.name is LoaderName.auto else config.loader.name
     if config.loader.decode is DecodeMode.scaled and name is not LoaderName.torch:
         raise UserError(f"loader.decode=scaled: loader={name.value} decodes exactly; use loader=torch, or leave it out")

@@ -63,8 +63,7 @@ class Run:
 def open_tracker(run: Run, runtime: Runtime) -> Iterator[Tracker]:
     """Yield the run's tracker; on exit, close it and record in the status file how the run ended.
 
-    Raises:
-        UserError: The run folder cannot be written, or too many starts in a row have ended without a new checkpoint.
+    It is an error if too many starts in a row have ended without a new checkpoint.
     """
     with ExitStack() as stack:
         silent: Tracker = NullTracker()

@@ -21,11 +21,7 @@ from metaformer.targets import import_target
 
 
 def build_architecture(composition: Composition) -> Architecture:
-    """Return the architecture with the parts that a composition names; parts of one's own are imported.
-
-    Raises:
-        UserError: a part of one's own cannot be imported.
-    """
+    """Return the architecture with the parts that a composition names; parts of one's own are imported."""
     base = BlockParts(
         norm=_find("norm", composition.norm, NORMS),
         activation=_find("activation", composition.activation, ACTIVATIONS),

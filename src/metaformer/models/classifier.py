@@ -26,9 +26,6 @@ def classifier_names(model: nn.Module, field: str = "init_head", fix: str = "ini
     Args:
         field: the option that needs the classifier, for the error message.
         fix: what to give instead.
-
-    Raises:
-        UserError: the network has no such layer, or does not name it.
     """
     cfg: Any = {}
     if isinstance(model, MetaFormer):

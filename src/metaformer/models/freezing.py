@@ -16,9 +16,6 @@ def freeze(model: nn.Module, part: str) -> list[nn.Module]:
         model: the network; changed in place.
         part: `stem`; `stages:N`, which is the stem and the first N stages (of timm's networks without stages, such as
             ViT: the first N blocks); or `all_but_head`, which trains the classifier only.
-
-    Raises:
-        UserError: the network has fewer stages, or does not name them.
     """
     frozen = _parameter_names(model, part)
     for name, parameter in model.named_parameters():

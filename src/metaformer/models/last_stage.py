@@ -10,9 +10,6 @@ def find_layer(model: nn.Module, name: str | None, option: str) -> nn.Module:
 
     Args:
         option: the option that gives the name, for messages.
-
-    Raises:
-        UserError: there is no such part, or the network does not describe its stages as those of timm do.
     """
     if name is not None:
         try:

@@ -16,6 +16,8 @@ def load_weights_of_21k(model: nn.Module, path: Path, wnids: Sequence[str]) -> l
 
     n04399382 of ImageNet-1K, which ImageNet-21K does not have, gets the mean of all rows, as in the authors' program.
 
+    The model is unchanged if the file does not match.
+
     Args:
         model: a network with len(wnids) classes.
         path: a file for `read_weights`.
@@ -23,9 +25,6 @@ def load_weights_of_21k(model: nn.Module, path: Path, wnids: Sequence[str]) -> l
 
     Returns:
         The wnids that ImageNet-21K does not have.
-
-    Raises:
-        UserError: the classes are not named by wnids, or the file does not fit; the model is unchanged.
     """
     row_of = {wnid: row for row, wnid in enumerate(ImageNetInfo("imagenet-22k").label_names())}
     missing = [wnid for wnid in wnids if wnid not in row_of]

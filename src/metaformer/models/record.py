@@ -135,9 +135,6 @@ def read_record(path: Path) -> Record | None:
 
     Return None for files without a record, such as those of other programs, and for damaged files, which loading
     reports. Files of earlier versions record the name, and the parts of a network of one's own.
-
-    Raises:
-        UserError: the record cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -177,9 +174,6 @@ def refuse_own_parts(source: Path | str, composition: Composition, given: tuple[
         source: the weights as the user named them.
         composition: the network that they record.
         given: names of parts that the user has given.
-
-    Raises:
-        UserError: there are such parts.
     """
     unknown = [name for name in composition.own_parts if name not in given]
     if unknown:
@@ -196,9 +190,6 @@ def refuse_target(source: Path | str, record: Record, field: str = "model.target
         source: the weights as the user named them.
         record: what they record.
         field: the configuration field that names the network.
-
-    Raises:
-        UserError: the network is one.
     """
     if record.target is not None:
         raise UserError(

@@ -23,9 +23,6 @@ def create_target_model(
         num_classes: size of the last layer.
         options: further arguments.
         image_size: side of the images in pixels, S.
-
-    Raises:
-        UserError: the network cannot be imported or made, or its logits have another shape.
     """
     make = import_target(FIELD, target)
     try:

@@ -125,12 +125,9 @@ class SpatialFC(nn.Module):
 
 
 def check_pooling(device: torch.device) -> None:
-    """Compare the device's pooling gradient for channels_last input with the CPU's for contiguous input.
+    """Raise an error if the device's pooling gradient for channels_last input differs from the CPU's.
 
     Some releases of torch compute it wrongly on CUDA (pytorch issue 188344).
-
-    Raises:
-        UserError: the gradients differ.
     """
 
     def gradient(on: torch.device, memory_format: torch.memory_format) -> Tensor:

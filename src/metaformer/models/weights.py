@@ -62,15 +62,14 @@ def load_weights(
 ) -> None:
     """Load weights into a model; every key and shape must match.
 
+    The model is unchanged if the file does not match.
+
     Args:
         model: a network of this project, which also accepts files with the papers' keys, or any other network with the
             same keys as the file.
         source: a file for `read_weights`, or a name for `download_weights`.
         use_ema: take the averaged weights of a training checkpoint.
         convert: changes the state dict, with this project's keys, before it is compared with the model's.
-
-    Raises:
-        UserError: the file is missing, damaged, refused, or does not match; the model is unchanged.
     """
     path = download_weights(str(source)) if is_weights_name(str(source)) else Path(source)
     state, name = read_weights(path, use_ema)

@@ -56,7 +56,6 @@ def read_objects(path: Path, types: dict[str, type], allow_partial_last_line: bo
         allow_partial_last_line: Skip a last line that is not JSON, as a crash in the middle of a write leaves it.
 
     Raises:
-        UserError: A line is damaged.
         OSError: The file cannot be read.
     """
     if not path.exists():

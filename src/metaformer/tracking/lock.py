@@ -20,9 +20,6 @@ def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
     """Create the run folder if needed and lock it for this process. At the end, a created folder is removed if empty.
 
     Temporary files that a killed run left there are removed.
-
-    Raises:
-        UserError: Another run holds the lock, or the folder cannot be created or written.
     """
     try:
         created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
@@ -48,9 +45,6 @@ class RunLock:
 
     It is not a flock(2) lock, which forked children would hold too. The file names the process that holds the lock. It
     is not deleted when the lock is released.
-
-    Raises:
-        UserError: Another process holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -95,8 +89,7 @@ class RunLock:
 
         A folder that is gone or unreadable is no error here, but is one for the next write to it.
 
-        Raises:
-            UserError: Another run is in the folder, or was there meanwhile.
+        It is an error if another run is in the folder, or was there in the meantime.
         """
         file = self._run_dir / LOCK_FILE
         try:

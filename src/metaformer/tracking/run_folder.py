@@ -77,9 +77,6 @@ def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, An
 
     Returns:
         A line for each field that differs, with its name, its earlier and its new value.
-
-    Raises:
-        UserError: The folder cannot be written, or its config.yaml, CHANGES_FILE or environment.json is damaged.
     """
     environment = describe_environment() | {"derived": derived or {}}
     contents = {

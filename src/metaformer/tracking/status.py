@@ -66,8 +66,7 @@ class StatusFile(NullTracker):
     def start(self, step: int, max_failed_starts: int, fused: str = "") -> None:
         """Record that this process starts at a step.
 
-        Raises:
-            UserError: `max_failed_starts` consecutive starts at this step have crashed, or the file cannot be written.
+        It is an error if `max_failed_starts` consecutive starts at this step have crashed.
         """
         before = self._read()
         failed_starts = 0

@@ -71,20 +71,13 @@ class CheckpointFolder:
 
         Args:
             size: bytes of a checkpoint. There must be room for two, or for one if the run has some already.
-
-        Raises:
-            UserError: the file system does not support it, or has no room.
         """
         place = self._folder if self._folder.is_dir() else self._folder.parent
         try_out(place)
         check_room(place, 1 if self._folder.is_dir() and self._named() else 2, size)
 
     def find(self) -> ResumePoint:
-        """Return the checkpoint that `last` names if it is complete, else the newest complete one.
-
-        Raises:
-            UserError: there are checkpoints, but none of them is complete.
-        """
+        """Return the checkpoint that `last` names if it is complete, else the newest complete one."""
         skipped = []
         last = None
         try:
@@ -148,12 +141,7 @@ class CheckpointFolder:
         return target
 
     def load(self, state: TrainState, folder: Path) -> None:
-        """Restore the state from a checkpoint that `find` or `verify` found complete on one rank.
-
-        Raises:
-            UserError: a file is missing or damaged; the checkpoint is of another network, data set or batch size; or
-                only one of the checkpoint and this run has averaged weights.
-        """
+        """Restore the state from a checkpoint that `find` or `verify` found complete on one rank."""
         manifest = read_manifest(folder)
         for name, value in state.identity.items():
             saved = manifest["identity"].get(name, _OF_EARLIER_VERSIONS.get(name, value))
@@ -270,9 +258,6 @@ def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
 
     Args:
         field: the command-line field that holds the path, for the error.
-
-    Raises:
-        UserError: there is none, or `best` or `last` is damaged.
     """
     given, checkpoint = checkpoint, follow(checkpoint)
     if checkpoint.is_file():

@@ -11,11 +11,7 @@ from metaformer.training.config import Implementation, OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Return an optimizer over the model's trainable parameters.
-
-    Raises:
-        UserError: the name or an option is unknown, or apex is not installed.
-    """
+    """Return an optimizer over the model's trainable parameters."""
     options: dict[str, Any] = {}
     if config.layer_decay is not None:
         options["layer_decay"] = config.layer_decay

@@ -62,9 +62,6 @@ class Precision:
 
     Attributes:
         dtype: the type of matrix products; None for float32.
-
-    Raises:
-        UserError: the device cannot compute in this format.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device) -> None:

@@ -11,11 +11,7 @@ from metaformer.training.pointers import LAST, write_pointer
 
 
 def try_out(place: Path) -> None:
-    """Try in a folder everything that a save does, and remove it again.
-
-    Raises:
-        UserError: names the operation that fails.
-    """
+    """Try every operation of a save in a folder, and clean up; raise an error that names an operation that fails."""
     folder = place / f".probe-{secrets.token_hex(4)}.tmp"
     written, renamed = folder / "new", folder / "old"
     step = "making a folder"

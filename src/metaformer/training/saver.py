@@ -45,7 +45,6 @@ class CheckpointSaver:
         """Wait for the previous save, copy the state, and start writing the copy.
 
         Raises:
-            UserError: too many consecutive saves have failed, or another run uses the folder.
             Diverged: the previous save was refused because its weights were not finite.
         """
         self.wait()
@@ -64,7 +63,7 @@ class CheckpointSaver:
             must_succeed: raise if it failed: training ends here.
 
         Raises:
-            UserError, Diverged: as in `save`.
+            Diverged: as in `save`.
         """
         if self._writing is None:
             return

@@ -121,11 +121,7 @@ def describe_passed_over(counts: dict[str, int]) -> str:
 
 
 def scan_files(folder: Path, classes: list[str]) -> FileScan:
-    """Scan the class folders and all folders below them.
-
-    Raises:
-        UserError: a class folder contains no image, or something with an image suffix is not a regular file.
-    """
+    """Scan the class folders and all folders below them."""
     names: list[bytes] = []
     sizes_and_times: list[tuple[int, int]] = []
     counts: list[int] = []
@@ -164,11 +160,7 @@ class Arrangement(NamedTuple):
 
 
 def arrange(names: list[str], folder: Path) -> Arrangement:
-    """Sort the images of shards, named CLASS/IMAGE, as those of class folders are.
-
-    Raises:
-        UserError: a name occurs twice.
-    """
+    """Sort the images of shards, named CLASS/IMAGE, as those of class folders are."""
     order = sorted(range(len(names)), key=lambda position: sorting_key(names[position]))
     classes = sorted({name.partition("/")[0] for name in names})
     label_of = {name: label for label, name in enumerate(classes)}
@@ -237,11 +229,7 @@ def _images_below(folder: Path, below: str, walk: _Walk) -> list[tuple[str, int,
 
 
 def check_split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the folder of a split, or raise an error that says what data.root should be."""
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"data.root={root}: no folder {folder.absolute()}; {_probably_meant(root, split)}")

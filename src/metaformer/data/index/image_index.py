@@ -117,11 +117,7 @@ def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> 
 
 
 def find_images(folder: Path) -> ImageIndex:
-    """Index all images of a folder without caching: in class folders, packed, or directly in the folder.
-
-    Raises:
-        UserError: there are no images, or the folder contains both images and class folders.
-    """
+    """Index all images of a folder without caching: in class folders, packed, or directly in the folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     source = _packed_source(folder)

@@ -27,9 +27,6 @@ def relabel(index: ImageIndex, config: DataConfig) -> ImageIndex:
 
     Unless these are the labels of the folders, `classes` become ImageNet-1K's wnids. Images without a ReaL label are
     excluded.
-
-    Raises:
-        UserError: a class folder or a file has a name without a known label.
     """
     if config.labels is Labels.folders:
         return index
@@ -53,9 +50,6 @@ def match_by_name(index: ImageIndex, known: Sequence[str], weights: str) -> Imag
     Args:
         known: names of the weights' classes in order; some may have no folder.
         weights: the weights, for the message.
-
-    Raises:
-        UserError: a folder is none of these classes.
     """
     if index.classes == tuple(known):
         return index

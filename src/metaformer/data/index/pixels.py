@@ -81,8 +81,7 @@ class PixelSource:
     def is_current(self, cached: PixelScan, check_all: bool) -> bool:
         """Return True, because `expected` already detects a stale scan.
 
-        Raises:
-            UserError: `check_all` is set, and a file does not have its SHA-256.
+        With `check_all`, a file that does not have its SHA-256 is an error.
         """
         if check_all:
             check_digests(self._folder, self._files)
@@ -109,8 +108,6 @@ def list_pixel_files(folder: Path) -> dict[str, list[Any]]:
     """List the files of a folder, as `PixelScan.files`.
 
     Raises:
-        UserError: a file that pixels.json lists is missing or truncated, or the folder contains a file of pixels or a
-            folder that pixels.json does not list.
         OSError: the folder cannot be read.
     """
     listed = _read_manifest(folder / MANIFEST)
@@ -138,11 +135,7 @@ def list_pixel_files(folder: Path) -> dict[str, list[Any]]:
 
 
 def scan_pixels(folder: Path, files: dict[str, list[Any]]) -> PixelScan:
-    """Read the headers of the files.
-
-    Raises:
-        UserError: a header is damaged, or files were made with different settings.
-    """
+    """Read the headers of the files."""
     entries: list[PixelEntry] = []
     places: list[tuple[int, int]] = []
     resizes = set()
@@ -171,11 +164,7 @@ def scan_pixels(folder: Path, files: dict[str, list[Any]]) -> PixelScan:
 
 
 def check_digests(folder: Path, files: dict[str, list[Any]]) -> None:
-    """Compare the SHA-256 of each file with the manifest.
-
-    Raises:
-        UserError: names the file, and its first image that has changed.
-    """
+    """Compare the SHA-256 of each file with the manifest; an error names the file and its first changed image."""
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(lambda name: _check_digest(folder / name, *files[name][:4]), files):
             pass

@@ -17,9 +17,6 @@ def drop_quarantined(index: ImageIndex, config: DataConfig, split: str) -> Image
     """Return the index of a split without the files that `config.quarantine` lists, unchanged if it lists none.
 
     Each line is SPLIT/CLASS/IMAGE, below `config.root`. Lines of the data set's other split are ignored.
-
-    Raises:
-        UserError: the list cannot be read, a line names no file of either split, or a class would have no images left.
     """
     if config.quarantine is None:
         return index

@@ -109,8 +109,7 @@ class ShardSource:
     def is_current(self, cached: ShardScan, check_all: bool) -> bool:
         """Return True, because `expected` already detects a stale scan.
 
-        Raises:
-            UserError: `check_all` is set, and a tar does not match its index.
+        With `check_all`, a tar that does not match its index is an error.
         """
         if check_all:
             check_members(cached, self._folder)
@@ -138,8 +137,6 @@ def list_shards(folder: Path) -> dict[str, list[int]]:
     """List the shards of a folder, as `ShardScan.tars`.
 
     Raises:
-        UserError: a shard that shards.json lists is missing, truncated or without its index, or the folder contains a
-            shard or folder that shards.json does not list.
         OSError: the folder cannot be read.
     """
     manifest = _read_manifest(folder / MANIFEST)
@@ -164,11 +161,7 @@ def list_shards(folder: Path) -> dict[str, list[int]]:
 
 
 def scan_shards(folder: Path, tars: dict[str, list[int]]) -> ShardScan:
-    """Read the indices of the shards, and compare the first and last image of each shard with its tar.
-
-    Raises:
-        UserError: an index is damaged or belongs to another tar.
-    """
+    """Read the indices of the shards, and compare the first and last image of each shard with its tar."""
     members: list[_Member] = []
     for number, (name, (images, size, *_)) in enumerate(tars.items()):
         members += _read_idx(folder / name, images, size, number)
@@ -189,7 +182,6 @@ def check_members(scan: ShardScan, folder: Path, samples: NDArray[np.int64] | No
     """Compare the tar headers of the given images, or of all, with the indices.
 
     Raises:
-        UserError: a tar contains another file, or a file of another size, where its index lists an image.
         OSError: a tar cannot be read.
     """
     samples = np.arange(len(scan.labels)) if samples is None else samples

@@ -12,8 +12,7 @@ from metaformer.files import remove_temporaries, temporary_beside
 def write_class_folder(folder: Path, sources: list[SourceImage]) -> int:
     """Write a class folder, unless it already exists with all its files; return its number of images.
 
-    Raises:
-        UserError: as `read_source_images`, or the folder cannot be written; the folder then does not exist.
+    If this fails, the folder does not exist.
     """
     files = {source.name.partition("/")[2]: source.size for source in sources}
     if _sizes(folder) == files:

@@ -32,12 +32,10 @@ def convert(
 ) -> dict[str, ReencodingEffect]:
     """Write the splits of `source` to `out`: as shards or pixels if `packing` is given, otherwise as folders.
 
+    If this fails, `out` does not exist, and the work done so far is kept next to it.
+
     Returns:
         The effect on the images of each split, as `write_splits`.
-
-    Raises:
-        UserError: `source` is not a data set, an image cannot be read or stored, or the disk is full. `out` then does
-            not exist, and the work done so far is kept beside it.
     """
     indices = {split: load_index(source, split) for split in SPLITS if (source / split).is_dir()}
     if not indices:
@@ -128,11 +126,7 @@ def partial_folder(out: Path, packing: AnyPacking | None) -> Path:
 
 
 def finish(partial: Path, out: Path) -> None:
-    """Rename the finished folder to `out`.
-
-    Raises:
-        UserError: the folder cannot be renamed, for example because another process has just created `out`.
-    """
+    """Rename the finished folder to `out`."""
     os.sync()
     try:
         partial.rename(out)

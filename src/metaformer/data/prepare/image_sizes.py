@@ -23,11 +23,7 @@ class ImageSize(NamedTuple):
 
 
 def read_sizes(sources: Sequence[SourceImage]) -> list[ImageSize]:
-    """Return the sizes of images.
-
-    Raises:
-        UserError: an image cannot be read; its file or its place in an archive is named.
-    """
+    """Return the sizes of images; an error names the file, or the place in an archive, that cannot be read."""
     return [_size_of_jpeg(source) or _size(source) for source in sources]
 
 

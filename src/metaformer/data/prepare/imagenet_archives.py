@@ -63,16 +63,14 @@ def unpack_imagenet(
 ) -> dict[str, ReencodingEffect]:
     """Write train/ and val/ from the archives to `out`: as shards or pixels if `packing` is given, else as folders.
 
+    If this fails, `out` does not exist, and the work done so far is kept next to it.
+
     Args:
         workers: number of processes.
         report: called with the progress.
 
     Returns:
         The effect on the images of each split, as `write_splits`.
-
-    Raises:
-        UserError: an archive is missing, truncated, not the published one, or contains unexpected members; or the disk
-            is full. `out` then does not exist, and the work done so far is kept beside it.
     """
     for archive in archives:
         if not archive.is_file():
@@ -150,11 +148,7 @@ def _validation_folders(archive: Path, devkit: Path, target: Path) -> list[Class
 
 
 def read_validation_wnids(devkit: Path) -> list[str]:
-    """Return the wnid of each validation image, in the order of the images.
-
-    Raises:
-        UserError: a file of the devkit is missing or cannot be read.
-    """
+    """Return the wnid of each validation image, in the order of the images."""
     from scipy.io import loadmat
 
     files = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
@@ -170,11 +164,7 @@ def read_validation_wnids(devkit: Path) -> list[str]:
 
 
 def read_members(archive: Path, within: Member | None = None) -> list[Member]:
-    """List the files of a tar, or of the inner tar `within` it; offsets are relative to the outer archive.
-
-    Raises:
-        UserError: the tar is truncated, or contains anything but regular files at its top level.
-    """
+    """List the files of a tar, or of the inner tar `within` it; offsets are relative to the outer archive."""
     start = within.offset if within else 0
     where = f"{archive}: {within.name}" if within else str(archive)
     end = start + within.size if within else archive.stat().st_size
@@ -226,8 +216,7 @@ def _check_count(split: str, images: int) -> None:
 def make_class_folder(task: ClassFolder) -> int:
     """Write a class folder, unless it already exists with all its files; return its number of images.
 
-    Raises:
-        UserError: as `read_members`, or the folder cannot be written; the folder then does not exist.
+    If this fails, the folder does not exist.
     """
     return write_class_folder(task.folder, source_images_of_class(task))
 

@@ -29,9 +29,7 @@ SIZES = {
 def unpack_imagenette(tgz: Path | None, size: str, out: Path) -> None:
     """Unpack a local archive to `out`, or download the archive beside `out` and keep it there until it is unpacked.
 
-    Raises:
-        UserError: the archive cannot be downloaded, is not the published one or contains unexpected members, or the
-            disk is full; `out` then does not exist.
+    If this fails, `out` does not exist.
     """
     from torchvision.datasets.utils import download_url  # imports torch, which worker processes do not need
 

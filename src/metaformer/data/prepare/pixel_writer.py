@@ -99,9 +99,6 @@ def size_images(
 
     Args:
         report: called with the number of images whose size is known, and of all images.
-
-    Raises:
-        UserError: an image cannot be read, or its name is not allowed.
     """
     sources = sorted(sources, key=lambda source: sorting_key(source.name))
     _check_names(sources)
@@ -113,11 +110,7 @@ def size_images(
 
 
 def check_disk_space(images: Sequence[SizedImage], folder: Path) -> None:
-    """Print how much space the pixels need in `folder`, which may hold a part of them, and how much is free.
-
-    Raises:
-        UserError: there is too little.
-    """
+    """Print the space that the pixels still need in `folder`; raise an error if the disk does not have it."""
     needed = sum(image.bytes + len(image.source.name) + 100 for image in images)
     present = sum(file.stat().st_size for file in folder.rglob("pixels-*.safetensors"))
     free = shutil.disk_usage(folder).free
@@ -138,9 +131,7 @@ def write_pixels(
 ) -> None:
     """Decode images into files in `folder`.
 
-    Raises:
-        UserError: an image cannot be read or decoded; the disk is full; or the folder was started with other images or
-            another packing. The work done so far is kept.
+    If this fails, the work done so far is kept.
     """
     parts = enumerate(split_by_size(images, packing.shard_bytes, lambda image: image.bytes, MAX_IMAGES))
     tasks = [_Task(folder / pixel_file_name(number), part, packing.resize) for number, part in parts]
@@ -162,11 +153,7 @@ def write_pixels(
 
 
 def write_pixel_file(task: _Task) -> ListedFile:
-    """Write a file unless it exists; return its line of the manifest.
-
-    Raises:
-        UserError: as `write_pixels`; an existing file is kept.
-    """
+    """Write a file unless it exists; return its line of the manifest."""
     path = task.path
     try:
         if not path.exists():

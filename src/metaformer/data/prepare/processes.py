@@ -14,11 +14,7 @@ ProgressCallback = Callable[[str, int, int], None]  # description of the work, a
 
 @contextmanager
 def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Provide a pool whose tasks end with the block, even if it is left by an error or Ctrl-C.
-
-    Raises:
-        UserError: a process died.
-    """
+    """Provide a pool whose tasks end with the block, even if it is left by an error or Ctrl-C."""
     context = get_context("spawn")  # a fork would copy locks that the progress bar's thread may hold
     with ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker) as pool:
         try:

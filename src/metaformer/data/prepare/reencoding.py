@@ -57,11 +57,7 @@ def reduce_image(encoded: bytes, max_side: int, quality: int) -> bytes:
 
 
 def reduce_source_image(source: SourceImage, encoded: bytes, max_side: int, quality: int) -> bytes:
-    """Call `reduce_image` on a source image.
-
-    Raises:
-        UserError: the source is not an image.
-    """
+    """Call `reduce_image` on a source image."""
     try:
         return reduce_image(encoded, max_side, quality)
     except BAD_FILE as error:

@@ -61,9 +61,7 @@ def write_shards(
 ) -> list[SourceImage]:
     """Pack images into shards in `folder`; return the images in the order in which they were packed.
 
-    Raises:
-        UserError: an image cannot be read, or its name is not allowed in a shard; the disk is full; or the folder was
-            started with other images or another packing. The work done so far is kept.
+    If this fails, the work done so far is kept.
     """
     sources = sorted(sources, key=lambda source: sorting_key(source.name))
     _check_names(sources)
@@ -90,11 +88,7 @@ def write_shards(
 
 
 def write_shard(task: _Task) -> int:
-    """Write a shard and its index, unless both exist; return the size of the shard in bytes.
-
-    Raises:
-        UserError: as `write_shards`; existing files are kept.
-    """
+    """Write a shard and its index, unless both exist; return the size of the shard in bytes."""
     tar, idx = task.tar, task.tar.with_suffix(".idx")
     if tar.exists() and idx.exists():
         return tar.stat().st_size

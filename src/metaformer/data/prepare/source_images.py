@@ -30,11 +30,7 @@ class SourceImage(NamedTuple):
 
 
 def list_source_images(index: ImageIndex) -> list[SourceImage]:
-    """List the images of a data set in the order of its index.
-
-    Raises:
-        UserError: the images are stored decoded.
-    """
+    """List the images of a data set in the order of its index."""
     if index.shards is not None and index.shards.pixels is not None:
         raise UserError(f"{index.folder}: contains decoded pixels; give the data set that they were made from")
     folder, sizes = os.fspath(index.folder), index.sizes.tolist()
@@ -47,11 +43,7 @@ def list_source_images(index: ImageIndex) -> list[SourceImage]:
 
 
 def read_source_images(sources: Iterable[SourceImage]) -> Iterator[tuple[SourceImage, bytes]]:
-    """Yield each image with its bytes, opening a file only once for consecutive images.
-
-    Raises:
-        UserError: a file cannot be read, is truncated, or has changed.
-    """
+    """Yield each image with its bytes, opening a file only once for consecutive images."""
     for file, run in itertools.groupby(sources, key=lambda source: source.file):
         try:
             with Path(file).open("rb", buffering=0) as opened:

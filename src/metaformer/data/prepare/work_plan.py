@@ -47,13 +47,10 @@ def run_tasks(
 
 
 def check_same_plan(folder: Path, description: Iterable[str]) -> None:
-    """Record what is written to `folder`, or compare it with the record of an interrupted call.
+    """Record what is written to `folder`; raise an error if an interrupted call recorded something else.
 
     Args:
         description: options and images.
-
-    Raises:
-        UserError: the interrupted call had another description.
     """
     digest = hashlib.sha256()
     for line in description:

@@ -38,11 +38,7 @@ class Exportable:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Return the network's own logits.
-
-        Raises:
-            UserError: they are not finite.
-        """
+        """Return the network's own logits, which must be finite."""
         logits: Tensor = self.model(images)
         if not logits.isfinite().all():
             raise UserError(
@@ -86,11 +82,7 @@ class Agreement(NamedTuple):
 
 
 def compare(network: Exportable, exported: Logits) -> Agreement:
-    """Compare logits of all images at once, and of the first one alone, as the number of images may vary.
-
-    Raises:
-        UserError: the network's own logits are not finite.
-    """
+    """Compare logits of all images at once, and of the first one alone, as the number of images may vary."""
     differences, largest = [], 0.0
     for images in (network.images, network.images[:1]):
         expected = network.logits(images)
@@ -101,13 +93,10 @@ def compare(network: Exportable, exported: Logits) -> Agreement:
 
 
 def check(network: Exportable, exported: Logits, program: str) -> Agreement:
-    """Return how well logits agree.
+    """Return how well the logits agree; raise an error if they do not.
 
     Args:
         program: what computes the exported network, for the message.
-
-    Raises:
-        UserError: they do not agree.
     """
     agreement = compare(network, exported)
     if not agreement.holds:

@@ -25,15 +25,14 @@ WEIGHTS_FILE = "model.safetensors"
 def write_hub_folder(network: Exportable, facts: Facts, folder: Path, title: str) -> TimmNetwork | None:
     """Write the folder, and load it with timm where that has the network.
 
+    Nothing is written if timm cannot load the folder or computes other features.
+
     Args:
         folder: must not exist.
         title: the model's name on the hub.
 
     Returns:
         Timm's network, or None if timm has no such network.
-
-    Raises:
-        UserError: the folder cannot be written; timm cannot load it; its features differ. Nothing is written then.
     """
     temporary = temporary_beside(folder)
     try:
@@ -100,11 +99,7 @@ def check_repository(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder to the hub, into a new private repository if there is none, and return its address.
-
-    Raises:
-        UserError: the hub cannot be reached or refuses.
-    """
+    """Upload a folder to the hub, into a new private repository if there is none, and return its address."""
     api = HfApi()
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)

@@ -20,9 +20,6 @@ def export_onnx(network: Exportable, file: Path) -> Agreement:
     """Write an ONNX file, and a description beside it; nothing is written where ONNX Runtime computes other logits.
 
     The number of images is free; their size is not. The entry `network` of the file's metadata has the description too.
-
-    Raises:
-        UserError: the packages are missing; torch cannot export the network; the logits differ.
     """
     try:
         import onnx
@@ -57,9 +54,6 @@ def export_program(network: Exportable, file: Path) -> Agreement:
     """Write a program of torch.export, and a description beside it; nothing is written where it computes other logits.
 
     The number of images is free; their size is not. The program's extra file `network` has the description too.
-
-    Raises:
-        UserError: torch cannot export the network; the logits differ.
     """
     batch = torch.export.Dim.DYNAMIC
     program = _export(network, partial(torch.export.export, dynamic_shapes=({0: batch},)))
