@@ -21,8 +21,8 @@ COMMANDS = {  # each is a module of metaformer.commands
 
 def main() -> None:
     """Run the command that sys.argv names."""
-    end_with_launcher()  # before the imports of the command, which take time
-    run_program(_run, must_print=sys.argv[1:2] != ["train"])  # the run folder has train's result, too
+    end_with_launcher()  # before the slow imports of the command
+    run_program(_run, must_print=sys.argv[1:2] != ["train"])  # the run folder also has train's result
 
 
 def _run() -> None:

@@ -1,4 +1,4 @@
-"""Compose configurations by Hydra, from conf/ and the command line."""
+"""Composes configurations with Hydra, from conf/ and the command line."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def compose(name: str, config_type: type[C]) -> C:
     def capture(config: DictConfig) -> None:
         composed.append((config, HydraConfig.get()))
 
-    if "--version" in sys.argv[1:]:  # which Hydra's parser would answer with its own
+    if "--version" in sys.argv[1:]:  # Hydra's parser would print its own version
         print(f"metaformer {__version__}")
         raise SystemExit(0)
     sys.argv[1:] = prepare_arguments(sys.argv[1:])
@@ -122,7 +122,7 @@ def option_text(
     """Return the help of a program, with the values that these overrides give as defaults.
 
     Args:
-        describe: makes the text; a function of `option_help`.
+        describe: a function of `option_help` that makes the text.
     """
     _store_schemas()
     with _explained(config_type), hydra.initialize_config_dir(str(CONF_FOLDER.absolute()), version_base="1.3"):
@@ -145,7 +145,7 @@ def freeze(config: TrainConfig) -> str:
 
 
 def _run_hydra(capture: Callable[[], None]) -> None:
-    """Compose; some wrong arguments end in a ValueError of Hydra's."""
+    """Run Hydra, and explain the ValueError that it raises for some wrong arguments."""
     try:
         capture()
     except ValueError as error:
@@ -184,10 +184,10 @@ def _store_schemas() -> None:
 
 
 def default_run_dir(model: str, experiment: str, runs: Path = Path("runs")) -> str:
-    """Return the run folder of an experiment: RUNS/MODEL-EXPERIMENT, without what the experiment repeats of the model.
+    """Return the run folder of an experiment: RUNS/MODEL-EXPERIMENT, without repeating the model's name.
 
-    For experiment=paper/poolformer_s12 this is runs/poolformer_s12-paper. A folder with the whole name, as version 0.1
-    had it, is used where it exists, so that its run resumes.
+    For experiment=paper/poolformer_s12 this is runs/poolformer_s12-paper. If a folder with the whole name exists, as in
+    version 0.1, it is used, so that its run resumes.
     """
     whole = runs / f"{model}-{experiment.replace('/', '-')}"
     group, _, name = experiment.rpartition("/")
@@ -198,7 +198,7 @@ def default_run_dir(model: str, experiment: str, runs: Path = Path("runs")) -> s
 
 
 def _run_label(config: TrainConfig) -> str:
-    """Return the network's name; that of the run, file or released network that brings it if there is none."""
+    """Return the network's name, or the name of the run, file or released network that determines it."""
     if config.model.name != AUTO or config.init_weights is None:
         return config.model.name
     parts = config.init_weights.rstrip("/").split("/")

@@ -1,4 +1,4 @@
-"""Typed configuration of train.py and validate.py, which `composing` composes from conf/ and the command line."""
+"""Typed configurations of train.py and validate.py, composed by `composing` from conf/ and the command line."""
 
 import dataclasses
 import hashlib
@@ -99,7 +99,7 @@ class TrainConfig(LoopConfig, CommonConfig):
         return self.optimizer.learning_rate(self.global_batch_size)
 
     def check_batches(self, world_size: int) -> None:
-        """Raise `UserError` unless the global batch divides evenly among ranks and suits mixup and cutmix."""
+        """Raise an error unless the global batch divides evenly among the ranks and suits mixup and cutmix."""
         parts = world_size * self.accumulation
         size, remainder = divmod(self.global_batch_size, parts)
         if remainder or not size:
@@ -117,7 +117,7 @@ class TrainConfig(LoopConfig, CommonConfig):
 
     @property
     def batch_multiple(self) -> int:
-        """Return what a rank's batches must be a multiple of, for mixup and cutmix."""
+        """Return the number that the size of a rank's batches must be a multiple of, for mixup and cutmix."""
         return (self.augmentation.mix_group_size or 2) if self.augmentation.mixes else 1
 
     def accumulations(self, world_size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Reject values that no run can use, and explain the errors of Hydra and OmegaConf in one line."""
+"""Rejects values that no run can use, and explains the errors of Hydra and OmegaConf in one line."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def check_no_added_fields(config: Any, values: Any) -> None:
-    """Raise `UserError` for a field that no dataclass has, such as `_target_`, which Hydra's `+a.b=c` can add."""
+    """Raise an error for a field that no dataclass has, such as `_target_`, which Hydra's `+a.b=c` can add."""
 
     def check(part: Any, values: Any, parent: str) -> None:
         names = [field.name for field in dataclasses.fields(part)]
@@ -36,7 +36,7 @@ def check_no_added_fields(config: Any, values: Any) -> None:
 
 
 def check_values(value: Any, name: str = "") -> None:
-    """Raise `UserError` for control characters and for integers of more than 64 bits, which paths and torch reject."""
+    """Raise an error for control characters and for integers of more than 64 bits, which paths and torch reject."""
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict | list):
@@ -49,14 +49,14 @@ def check_values(value: Any, name: str = "") -> None:
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments as Hydra takes them: flags first, and the fields of FREE_FORM, of any name, as additions."""
+    """Return the arguments in the form that Hydra expects: flags first, and the fields of FREE_FORM as additions."""
     arguments = sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
     return [f"++{argument}" if re.match(rf"({'|'.join(FREE_FORM)})[.=]", argument) else argument
             for argument in arguments]  # fmt: skip
 
 
 def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> argparse.Namespace:
-    """Return the arguments as Hydra parses them.
+    """Parse the arguments as Hydra does.
 
     Reject those for which Hydra would print a usage text or a traceback, or start several trainings (`-m`).
 

@@ -10,7 +10,7 @@ _PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
 def end_with_launcher() -> None:
-    """Have Linux send SIGTERM to this rank when torchrun dies for any reason, so that the rank saves and exits.
+    """Make Linux send SIGTERM to this rank when torchrun dies for any reason, so that the rank saves and exits.
 
     Call this before anything slow. Otherwise ranks whose torchrun was killed while they started would train without a
     launcher, or wait for each other. Without torchrun this does nothing.
@@ -24,7 +24,7 @@ def end_with_launcher() -> None:
 
 
 def set_parent_death_signal(number: signal.Signals) -> None:
-    """Have Linux send this process a signal when its parent (the thread that started it) ends.
+    """Make Linux send this process a signal when its parent (the thread that started it) ends.
 
     Raises:
         OSError: The system does not support it.

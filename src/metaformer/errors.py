@@ -36,7 +36,7 @@ def printable(text: str, max_length: int | None = None) -> str:
     """Return a text as a single printable line, with unprintable characters escaped.
 
     Args:
-        max_length: Number of characters after which the text is cut; for texts from a file or a server.
+        max_length: Maximum number of characters; longer texts are cut. Use it for texts from a file or a server.
     """
     shown = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:max_length]
@@ -45,7 +45,7 @@ def printable(text: str, max_length: int | None = None) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, with each run of white space replaced by a space."""
+    """Return an error's message on one line, with all white space collapsed to single spaces."""
     return " ".join(str(error).split())
 
 
@@ -55,10 +55,10 @@ def warn(text: str) -> None:
 
 
 def check_at_least(minimum: int, config: Any, *names: str, prefix: str = "") -> None:
-    """Refuse fields of a configuration that are less than a minimum; None is allowed.
+    """Raise an error that names a configuration field below a minimum; None is allowed.
 
     Args:
-        prefix: what the user writes before the names, as in "checkpoint.".
+        prefix: the part of the fields' full names before `names`, such as "checkpoint.".
     """
     for name in names:
         value = getattr(config, name)

@@ -38,12 +38,12 @@ def temporary_beside(path: Path) -> Path:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove leftovers of `temporary_beside(path)`, including those of killed processes. Call it once `path` exists."""
+    """Remove temporary files of `temporary_beside(path)`, also of killed processes. Call it once `path` exists."""
     _remove_all(path.parent, glob.escape(path.name))
 
 
 def remove_temporaries_in(folder: Path) -> None:
-    """Remove what killed processes left in a folder of `temporary_beside` for any file. No other may be writing there.
+    """Remove all files of `temporary_beside` that killed processes left in a folder, to which nobody may be writing.
 
     Raises:
         OSError: A leftover file cannot be removed.
@@ -107,10 +107,10 @@ def null_where_not_finite(value: Any) -> Any:
 
 
 def check_output(option: str, file: Path) -> None:
-    """Check before long work that `write_atomically` can write a file. Nothing is changed.
+    """Check, before a long computation, that `write_atomically` can write a file. Nothing is changed.
 
     Args:
-        option: The option as the user wrote it, such as "--json=FILE"; for the error message.
+        option: The option as the user wrote it, such as "--json=FILE", for the error message.
     """
     try:
         if file.exists() and not file.is_file():

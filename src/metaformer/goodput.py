@@ -15,7 +15,7 @@ _REPEATED_PHASES = (TRAINING, WAITING, VALIDATING, SAVING)  # repeated after a r
 
 @dataclass
 class TimeSpent:
-    """The time record that is carried from one start of a run to the next.
+    """The times that are carried over from one start of a run to the next.
 
     Attributes:
         starts: Number of starts so far, including this one.
@@ -45,7 +45,7 @@ class TimeSpent:
 
 
 class Goodput:
-    """Counter of the time of this process by phase, from the start of the process.
+    """Measures the time of this process by phase, beginning at the start of the process.
 
     Time between starts is not counted, nor is the time between the last record of a start and the moment it is killed.
     """

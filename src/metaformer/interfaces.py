@@ -1,4 +1,4 @@
-"""What the components pass to each other: batches of images, and what is reported about a run."""
+"""Interfaces between the components: batches of images, and trackers of a run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +10,16 @@ Row = dict[str, Any]
 
 
 class Waiting(NamedTuple):
-    """Seconds that the training process waited for data, by the loader's stage that it waited for."""
+    """Seconds that the training process waited for data, by stage of loading."""
 
     read: float = 0.0  # reading files
     decode: float = 0.0
     augment: float = 0.0  # resizing, flipping and RandAugment
-    copy: float = 0.0  # from the worker that made a batch to the training process and its device
+    copy: float = 0.0  # from the worker to the training process, and to the device
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all stages."""
         return sum(self)
 
 
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     Attributes:
         images: float32 [B, 3, S, S], normalised; in training also augmented.
         targets: int64 labels [B] in evaluation, float32 soft targets [B, classes] in training.
-        waited: how long the consumer waited for the batch, and for what.
+        waited: how long the consumer waited for the batch, by stage.
     """
 
     images: Tensor
@@ -38,33 +38,33 @@ class Batch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """Where batches come from."""
+    """Interface of a source of batches, which training and evaluation read."""
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Return this rank's batches from position `first` to the end of an epoch; epochs count from 0."""
 
     @property
     def rounds_per_epoch(self) -> int:
-        """Batches of the rank that has the most."""
+        """Number of batches of the rank that has the most."""
 
 
 class Tracker(Protocol):
-    """Receives what is worth recording about a run; only rank 0's tracker does something."""
+    """Interface of the trackers that record a run. Only rank 0 has one that does something."""
 
     def metrics(self, row: Row) -> None:
-        """Record a row with `kind` ("train", "validation" or "final"), `epoch`, `step`, `samples` and figures."""
+        """Record a row with `kind` ("train", "validation" or "final"), `epoch`, `step`, `samples` and measurements."""
 
     def message(self, text: str) -> None:
-        """Show a line to people."""
+        """Show a message to the user."""
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """Note how much of an activity, a phase of `goodput`, is done; called for each step and validation batch."""
+        """Report the progress of an activity, a phase of `goodput`; called for each step and validation batch."""
 
     def picture(self, name: str, file: Path) -> None:
         """Record an image file of the run."""
 
     def checkpoint(self, folder: Path, aliases: list[str]) -> None:
-        """Record a checkpoint that is worth keeping elsewhere too."""
+        """Record a checkpoint, for example by uploading it."""
 
     def close(self, failed: bool) -> None:
         """End the run."""

@@ -1,4 +1,4 @@
-"""A check of kernels before use, since a device may compute them wrongly or fail to run them."""
+"""Checks kernels before they are used, because a device may compute wrong results or fail to run them."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,6 @@ def try_kernels(compare: Callable[[], str | None]) -> str | None:
     try:
         return compare()
     except Exception as error:
-        # A GPU, compiler or triton may raise anything (triton's errors share no narrower base); callers report it.
+        # A GPU, compiler or Triton may raise anything (Triton's errors have no narrower base class); callers report it.
         reason = next(iter(str(error).splitlines()), "")
         return f"they cannot run on this device ({type(error).__name__}: {reason})"

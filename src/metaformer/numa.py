@@ -1,4 +1,4 @@
-"""Binding of ranks to the CPUs of their GPU's NUMA node, where memory and GPU are nearer than on other nodes.
+"""Binds ranks to the CPUs of their GPU's NUMA node, where memory and GPU are closest.
 
 The topology is read from /sys. CPUs of one core (hyper-threads) stay together.
 """

@@ -1,4 +1,4 @@
-"""The help of train.py and validate.py: each field with its default and meaning, from the dataclasses' own comments."""
+"""Help text of train.py and validate.py: each field with its default and meaning, from comments in the dataclasses."""
 
 import ast
 import dataclasses
@@ -42,7 +42,7 @@ def describe_options(
 def describe_options_in_markdown(
     program: str, config_type: type, defaults: Mapping[str, Any], groups: Mapping[str, list[str]]
 ) -> str:
-    """Return the same as `describe_options` as a page section of Markdown: a table for each group of fields."""
+    """Return the text of `describe_options` as a section of Markdown, with a table for each group of fields."""
     sections: dict[str, list[str]] = {}
     for setting, meaning in _describe_fields(config_type, defaults):
         name, _, default = setting.partition("=")
@@ -61,13 +61,13 @@ def describe_options_in_markdown(
 
 
 def _wrap(head: str, text: str, width: int) -> Iterator[str]:
-    """Yield an entry: its name, and what it is on indented lines below."""
+    """Yield the lines of an entry: its name, and its description on indented lines below."""
     yield f"  {head}"
     yield from textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _describe_fields(config_type: type, defaults: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, str]]:
-    """Yield NAME=DEFAULT and the meaning of each field, the fields of groups last."""
+    """Yield NAME=DEFAULT and the meaning of each field; fields of groups come last."""
     comments = field_comments(config_type)
     fields = [field for field in dataclasses.fields(config_type) if not field.metadata.get("omegaconf_ignore")]
     nested = [field for field in fields if dataclasses.is_dataclass(field.type)]
@@ -82,7 +82,7 @@ def _describe_fields(config_type: type, defaults: Mapping[str, Any], parent: str
 def field_comments(owner_type: type) -> dict[str, str]:
     """Return the comments beside or above the fields of a dataclass and its bases, or the members of an enum.
 
-    They have YAML's null, true and false.
+    None, True and False are replaced by YAML's null, true and false.
     """
     found: dict[str, str] = {}
     for owner in reversed([base for base in owner_type.__mro__ if base not in (object, Enum)]):
@@ -118,7 +118,7 @@ def _in_yaml(comment: str) -> str:
 
 
 def _describe_type(kind: Any) -> str:
-    """Return what may be given for a field: the choices of an enum, or the kind of value."""
+    """Return the accepted values of a field: the choices of an enum, or the type of value."""
     if isinstance(kind, types.UnionType):
         texts = [_describe_type(part) for part in get_args(kind) if part is not type(None)]
         return " or ".join([*texts, "null"])

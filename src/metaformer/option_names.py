@@ -1,4 +1,4 @@
-"""What to write instead of an option that does not exist, such as one of another framework."""
+"""Suggests what to write instead of an option that does not exist, such as one of another framework."""
 
 import dataclasses
 import difflib
@@ -7,8 +7,8 @@ from typing import Any
 
 from metaformer.config import TrainConfig
 
-# Options of timm, torchvision, Ultralytics and Lightning whose meaning is that of these fields or groups; the ones that
-# the program has are offered. A field of a group, such as weight_decay, is found by its name and needs no entry.
+# Options of timm, torchvision, Ultralytics and Lightning, with the fields or groups that have the same meaning. Those
+# that the program has are suggested. A field of a group, such as weight_decay, is found by its name without an entry.
 FIELDS = {
     **dict.fromkeys(("learning_rate", "lr0"), ("optimizer.lr",)),
     **dict.fromkeys(("batch_size", "batch", "bs", "b"), ("global_batch_size", "eval_batch_size")),
@@ -60,7 +60,7 @@ ADVICE = {
     "experiment": "use experiment=NAME, one of the recipes that --help lists",
     **dict.fromkeys(("distributed", "dist_url", "sync_bn", "strategy"), "torchrun sets up the ranks; leave it out"),
 }
-_MOST_LISTED = 12  # fields; a longer list hides the one that was meant
+_MOST_LISTED = 12  # number of suggested fields; a longer list would hide the one that was meant
 
 
 def advice(name: str, config_type: type) -> str:
@@ -105,7 +105,7 @@ def _near_leaves(leaf: str, fields: list[str], cutoff: float) -> list[str]:
 
 
 def field_names(config_type: type, parent: str = "") -> Iterator[str]:
-    """Yield the full names of all fields, those that contain fields first."""
+    """Yield the full names of all fields; a group comes before its own fields."""
     for field in dataclasses.fields(config_type):
         kind: Any = field.type
         if not field.metadata.get("omegaconf_ignore"):

@@ -1,4 +1,4 @@
-"""Start and exit of a program: exit codes, the launcher's environment variables, and allocator settings.
+"""Startup and exit of a program: exit codes, the launcher's environment variables, and allocator settings.
 
 Imports nothing that is slow to import. Only this file and runtime.py read the launcher's variables.
 """
@@ -17,14 +17,14 @@ from metaformer import streams
 from metaformer.errors import Interrupted, UserError, warn
 
 LAUNCHER_ADVICE = "start with torchrun, which sets it, or unset it"
-_RANK_0_GRACE_SECONDS = 5.0  # time that the other ranks give rank 0 to report an error common to all ranks
+_RANK_0_GRACE_SECONDS = 5.0  # seconds for which other ranks let rank 0 report an error that all ranks have
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def run_program(program: Callable[[], None], must_print: bool = True) -> None:
-    """Run a program's main function and exit. User errors are reported once, in one line on stderr.
+    """Run a program's main function and exit. User errors are reported once, as one line on stderr.
 
-    Printing never raises an error meanwhile (see `streams.guard`).
+    Within the program, printing never raises an error (see `streams.guard`).
 
     Args:
         must_print: Fail if stdout cannot be written, because the printed output is the program's result; if False,
@@ -108,7 +108,7 @@ def launched_rank() -> int:
 
 
 def announce_start() -> None:
-    """Say on rank 0's stderr, if that is a terminal, that the program has started and what takes the next seconds."""
+    """Print on rank 0's stderr, if that is a terminal, that the program has started and is importing torch."""
     if launched_rank() == 0 and sys.stderr.isatty():
         ranks = launcher_variable("WORLD_SIZE", 1)
         print(f"starting: {ranks} rank{'s' * (ranks != 1)}, importing torch", file=sys.stderr, flush=True)

@@ -52,7 +52,7 @@ class Runtime:
         control: Process group on CPUs, separate from the gradients' communication; None with one rank.
         bound_cpus: CPUs near its GPU that only this rank uses; empty if it shares CPUs with the other local ranks.
         node: The launcher's number for this node.
-        pause_watchdog: Returns a context that all ranks enter while they wait for one of them, however long it takes.
+        pause_watchdog: Returns a context that all ranks enter while they wait for one rank, without a time limit.
     """
 
     rank: int
@@ -86,7 +86,7 @@ class Runtime:
         return values
 
     def start_vote(self, value: bool) -> Vote:
-        """Start counting the ranks where `value` is true, without making a GPU wait.
+        """Start to count the ranks on which `value` is true, without synchronizing with a GPU.
 
         All ranks must start their votes in the same order.
         """
@@ -247,7 +247,7 @@ def start(
 
 
 def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:
-    """Make DDP arrange its buckets now. It does so once, after the first backward pass, in the order of the gradients.
+    """Make DDP arrange its buckets now. It does so once, after the first backward pass, in the gradients' order.
 
     Otherwise the first step after a resume would sum gradients in another order than an uninterrupted run.
     """

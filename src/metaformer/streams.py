@@ -12,9 +12,9 @@ STDOUT, STDERR = "stdout", "stderr"
 
 
 class FailSafeFile(io.FileIO):
-    """The file descriptor of a stream. After the first failed write, everything is dropped.
+    """The raw file of a stream. After the first failed write, all output is dropped.
 
-    Nothing stays in the buffers above it: a failing flush at exit would make Python's exit code 120.
+    No output stays in the buffers above it, because a failed flush at exit would make Python's exit code 120.
 
     Attributes:
         failure: Why the stream cannot be written, or None while it can.
@@ -42,7 +42,7 @@ _files: dict[str, FailSafeFile] = {}
 
 
 def guard() -> None:
-    """Make stdout and stderr of this process never raise errors from now on; see `failures`.
+    """Replace stdout and stderr of this process by streams that never raise errors; see `failures`.
 
     If the parent process closed any of the first three file descriptors, they are opened on /dev/null, so that no file
     of the run gets their numbers.

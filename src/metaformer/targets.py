@@ -12,13 +12,13 @@ from metaformer.errors import UserError, one_line
 
 
 def check_target(field: str, target: str) -> None:
-    """Raise `UserError` unless the text has the form `package.module:Class`; nothing is imported."""
+    """Raise an error unless the text has the form `package.module:Class`. Nothing is imported."""
     if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", target):
         raise UserError(f"{field}={target}: must be package.module:Class, as in {field}=my_package.networks:Network")
 
 
 def import_target(field: str, target: str) -> Callable[..., Any]:
-    """Import what `package.module:Class` names.
+    """Import the class or function `package.module:Class`.
 
     Args:
         field: the configuration field, for error messages.
@@ -31,7 +31,7 @@ def import_target(field: str, target: str) -> Callable[..., Any]:
             f"{field}={target}: cannot be imported ({one_line(error)}); the package must be in the current folder, in "
             "the folder of --config-dir, in PYTHONPATH, or installed"
         ) from error
-    except Exception as error:  # whatever the module does while it is imported
+    except Exception as error:  # a module may raise anything while it is imported
         where = traceback.extract_tb(error.__traceback__)[-1]
         line = f"{where.filename}:{where.lineno}"
         reason = f"{type(error).__name__}: {one_line(error)}"

@@ -1,4 +1,4 @@
-"""What ImageNet's class names, wnids such as n01440764, mean."""
+"""Descriptions of ImageNet's class names, which are wnids such as n01440764."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""accumulation_steps=auto: the smallest number of accumulation steps that fits in memory."""
+"""Resolves accumulation_steps=auto to the smallest number of accumulation steps that fits in memory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +16,13 @@ from metaformer.training.config import AUTO
 from metaformer.training.memory import fits
 from metaformer.training.stragglers import Stopwatch
 
-Fits = Callable[[Preparation, int], bool]  # whether a training fits in this rank's memory with a number of steps
+Fits = Callable[
+    [Preparation, int], bool
+]  # returns whether training with this number of steps fits in this rank's memory
 
 
 def step_fits(prepared: Preparation, accumulation_steps: int) -> bool:
-    """Return whether an optimizer step fits in this rank's memory. It changes the state."""
+    """Take an optimizer step, which changes the state, and return whether it fits in this rank's memory."""
     config, runtime = prepared.config, prepared.runtime
     learner = prepared.learner(prepared.state.model, Stopwatch(runtime.device))  # without DDP: each rank for itself
     learner.accumulation_steps = min(accumulation_steps, 2)  # more of them need no more memory
@@ -32,10 +34,10 @@ def step_fits(prepared: Preparation, accumulation_steps: int) -> bool:
 
 
 def prepare(config: TrainConfig, runtime: Runtime, tries: Fits | None = None) -> Preparation:
-    """Prepare a training, with accumulation_steps=auto resolved. A resumed run keeps the number that it has.
+    """Prepare a training, with accumulation_steps=auto resolved. A resumed run keeps its number.
 
     Args:
-        tries: Tries a number of steps; None: `step_fits` on GPUs, and on a CPU nothing is tried.
+        tries: Tries a number of steps. None tries `step_fits` on GPUs, and nothing on a CPU.
     """
     if config.accumulation_steps != AUTO:
         return prepare_training(config, runtime)

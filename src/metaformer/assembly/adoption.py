@@ -1,4 +1,4 @@
-"""Takes network, parts and preprocessing from what is recorded of weights; values that are given win."""
+"""Completes a configuration with the network, parts and preprocessing that weights record; given values win."""
 
 from dataclasses import replace
 from enum import Enum
@@ -25,11 +25,11 @@ C = TypeVar("C", bound=CommonConfig)
 
 
 class Adopted(NamedTuple, Generic[C]):
-    """A configuration completed with what is recorded of its weights.
+    """A configuration completed with the record of its weights.
 
     Attributes:
-        notes: A line for each given value that differs from the recorded one.
-        record: What is known of the weights' network, if anything.
+        notes: Lines about given values that differ from the recorded ones.
+        record: The record of the weights' network, if there is one.
     """
 
     config: C
@@ -39,7 +39,7 @@ class Adopted(NamedTuple, Generic[C]):
 
 
 def adopt_weights(config: C, field: str, source: str, use_ema: bool, runtime: Runtime) -> Adopted[C]:
-    """Find weights, downloading released ones, and complete the configuration with what is recorded of them.
+    """Find weights, downloading released ones, and complete the configuration with their record.
 
     Args:
         field: The configuration field of `source`, for error messages.
@@ -55,7 +55,7 @@ def adopt_weights(config: C, field: str, source: str, use_ema: bool, runtime: Ru
 def make_record(
     config: CommonConfig, images: Preprocessing, num_classes: int, classes: tuple[str, ...] | None
 ) -> Record:
-    """Return what files of weights record of the configuration's network."""
+    """Return the record of the configuration's network that is stored in weights files."""
     model = config.model
     record = Record(
         model.name, model.library, model.composition, num_classes, classes, images, model.target, model.options
@@ -67,7 +67,7 @@ def make_record(
 
 
 def find_record(source: str, weights: Path) -> Record | None:
-    """Return what is known of the network of some weights: from their file, from their run, or from their name.
+    """Return the record of the weights' network, from their file, their run or their name.
 
     Args:
         source: The weights as the user named them.
@@ -80,7 +80,7 @@ def find_record(source: str, weights: Path) -> Record | None:
 
 
 def find_run(checkpoint: str) -> Record | None:
-    """Return what config.yaml says of the run that a run folder, a checkpoint or a file in a checkpoint belongs to.
+    """Return the record in config.yaml of the run that a run folder, a checkpoint or a file in a checkpoint belongs to.
 
     Earlier versions recorded the preprocessing only there.
     """
@@ -114,13 +114,13 @@ def find_run_folder(checkpoint: str) -> Path | None:
 
 
 def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
-    """Fill in what is not given with what is recorded; return a line for each given value that differs, too.
+    """Fill in missing values from the record; also return a line for each given value that differs from it.
 
     Weights to evaluate must be those of the given network, if one is given. A part outside this project must be given,
     not only recorded.
 
     Args:
-        record: What is known of the weights' network; None is nothing.
+        record: The record of the weights' network; None leaves the configuration unchanged.
         source: The weights as the user named them.
     """
     model, notes = config.model, list[str]()
@@ -156,13 +156,13 @@ def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
 
 
 def _is_same_network(model: ModelConfig, record: Record) -> bool:
-    """Return whether the names are the same, but for the tag of timm's weights."""
+    """Return whether the names are the same, apart from the tag of timm's weights."""
     own, recorded = ((each.library, each.target, each.name.split(".")[0]) for each in (model, record))
     return own == recorded
 
 
 def _adopt_parts(model: ModelConfig, record: Record, source: str, evaluation: bool) -> tuple[ModelConfig, list[str]]:
-    """Fill in the parts of model=metaformer, or the options of model.target."""
+    """Fill in the parts of model=metaformer or the options of model.target."""
     if model.target is not None and record.target == model.target:
         notes = [
             f"model.options.{name}={_text(value)}: {source} was trained with {_text(record.options.get(name))}"
@@ -198,6 +198,6 @@ def _is_same_part(parts: Composition, name: str, value: Any) -> bool:
 
 
 def _text(value: Any) -> Any:
-    """Return a value as it is given on the command line."""
+    """Return a value as it is written on the command line."""
     plain = list(value) if isinstance(value, tuple) else value
     return plain.value if isinstance(plain, Enum) else plain

@@ -1,4 +1,4 @@
-"""Human-readable lines about a run: its settings."""
+"""Describes the settings of a run in human-readable lines."""
 
 import shlex
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def describe(
 
 
 def _describe_macs(model: ModelConfig, images: Preprocessing, num_classes: int) -> str:
-    """Return the multiply-accumulates of one image, counted on a copy without values; "" for networks of others."""
+    """Return the multiply-accumulates of one image, counted on a copy without values; "" for other libraries."""
     if model.library is not Library.metaformer:
         return ""
     composition = model.composition
@@ -80,7 +80,7 @@ def _describe_macs(model: ModelConfig, images: Preprocessing, num_classes: int) 
         network = create_model(composition or model.name, num_classes, image_size=images.image_size)
     try:
         return f", {count_complexity(network, images.image_size).macs / 1e9:.2f} GMACs"
-    except RuntimeError as error:  # of a part of one's own that torch's meta device does not have
+    except RuntimeError as error:  # a part of the user's own may not run on torch's meta device
         return f", GMACs not counted ({one_line(error)[:100]})"
 
 

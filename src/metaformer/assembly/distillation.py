@@ -1,4 +1,4 @@
-"""Builds the teacher of a run."""
+"""Builds the training loss of a run, with its teacher."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +27,8 @@ class Distillation:
     """The training loss of a run, with a teacher if it has one.
 
     Attributes:
-        identity: network and SHA-256 of the teacher's weights; None without a teacher.
-        lines: what a run logs about its teacher.
+        identity: the network and the SHA-256 of the teacher's weights; None without a teacher.
+        lines: lines for the log about the teacher.
     """
 
     loss: Loss
@@ -37,7 +37,7 @@ class Distillation:
 
 
 class _Source(NamedTuple):
-    """A teacher's weights and what is known of its network."""
+    """A teacher's weights and the record of its network."""
 
     weights: LocatedWeights
     sha256: str
@@ -48,11 +48,11 @@ def make_distillation(
     config: TrainConfig, images: Preprocessing, classes: tuple[str, ...], num_classes: int, runtime: Runtime,
     precision: Precision,
 ) -> Distillation:  # fmt: skip
-    """Return the loss of the configuration; load the teacher on every rank if there is one.
+    """Return the configured loss; load the teacher, if there is one, on every rank.
 
     Args:
         images: The student's preprocessing.
-        classes: Names of the data set's classes.
+        classes: Names of the data set's classes, which a teacher must have too.
     """
     loss, name = make_loss(config.loss), config.distill.teacher
     if name is None:
@@ -91,7 +91,7 @@ def _find(config: DistillConfig, name: str) -> _Source:
 
 
 def _configuration(config: TrainConfig, record: Record | None, name: str) -> TrainConfig:
-    """Return the configuration with the teacher's network in place of the student's."""
+    """Return the configuration with the teacher's network instead of the student's."""
     given = config.distill.model
     if given is not None and ":" in given:
         model = ModelConfig(AUTO, target=given)
@@ -118,7 +118,7 @@ def _check(
     num_classes: int,
     name: str,
 ) -> None:
-    """Raise `UserError` unless the teacher's classes and colours are those of the student."""
+    """Raise an error unless the teacher's classes, mean and std are those of the student."""
     if record is not None and record.num_classes not in (None, num_classes):
         raise _other_outputs(name, record.num_classes, num_classes)
     if record is not None and record.classes not in (None, classes):

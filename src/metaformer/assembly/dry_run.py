@@ -1,4 +1,4 @@
-"""A dry run: what a training would need, from a few real steps. It writes nothing."""
+"""Dry run: estimates the memory, time and disk space of a training from a few real steps. It writes nothing."""
 
 import itertools
 import shutil
@@ -21,23 +21,23 @@ from metaformer.training.memory import fits, largest_that_fits
 from metaformer.training.step import train_step
 from metaformer.training.stragglers import Stopwatch
 
-STEPS = 3  # of which the first, which warms up, is not measured
+STEPS = 3  # the first step warms up and is not measured
 
 
 @dataclass(frozen=True)
 class _Measured:
     images_per_second: float
-    waiting: float  # share of the time spent waiting for data, on the rank that waited longest
-    memory_gib: float  # of the GPU that needs most; 0 on a CPU
+    waiting: float  # share of the time, on the rank that waited longest
+    memory_gib: float  # on the GPU that needs most; 0 on a CPU
 
 
 def dry_run(prepared: Preparation, searches: bool | None = None) -> dict[str, Any]:
-    """Take a few real training steps, print what they say about the whole run, and return it.
+    """Take a few real training steps, and print and return estimates for the whole run.
 
     It is an error if a step does not fit in memory.
 
     Args:
-        searches: Whether to search the largest batch that fits in memory; None: on GPUs.
+        searches: Whether to search for the largest batch that fits in memory; None searches on GPUs.
     """
     runtime = prepared.runtime
     searches = runtime.device.type == "cuda" if searches is None else searches
@@ -55,7 +55,7 @@ def dry_run(prepared: Preparation, searches: bool | None = None) -> dict[str, An
 
 
 def _largest(prepared: Preparation, batch: Batch) -> int:
-    """Return the most images of a forward pass that fit on every rank; raise `UserError` if the configured do not."""
+    """Return the most images in a forward pass that fit on every rank; raise an error if the configured ones do not."""
     config, runtime = prepared.config, prepared.runtime
     learner = prepared.learner(prepared.state.model, Stopwatch(runtime.device))  # without DDP: each rank for itself
     learner.train_mode()
@@ -148,11 +148,11 @@ def _lines(prepared: Preparation, measured: _Measured, result: dict[str, Any]) -
 
 
 def _kept_checkpoints(config: TrainConfig) -> int:
-    """Return the most checkpoints that the run folder holds: those kept, the best, and one that is being written."""
+    """Return the maximum number of checkpoints on disk: those kept, the best, and one that is being written."""
     every = config.checkpoint.keep_every_epochs
     return config.checkpoint.keep + 2 + (config.total_epochs // every if every else 0)
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest folder above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())

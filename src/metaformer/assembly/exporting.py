@@ -1,4 +1,4 @@
-"""Builds the network that is exported, with images to compare what is exported with."""
+"""Builds the network to export, with images on which the exported file is compared with it."""
 
 import tempfile
 from contextlib import closing
@@ -26,7 +26,7 @@ from metaformer.models.export.exportable import Exportable
 from metaformer.runtime import Runtime
 from metaformer.tracking.run_folder import parse_config
 
-IMAGES = 8  # to compare with
+IMAGES = 8  # for the comparison
 
 
 class Built(NamedTuple):
@@ -34,7 +34,7 @@ class Built(NamedTuple):
 
     Attributes:
         run: the run folder that the weights belong to, if any.
-        notes: lines for people: given values that differ from the recorded ones.
+        notes: messages about given values that differ from the recorded ones.
     """
 
     network: Exportable
@@ -44,7 +44,7 @@ class Built(NamedTuple):
 
 
 def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool) -> Built:
-    """Find the weights, build their network on the CPU on the plain path, load them, and read images.
+    """Find the weights, build their network on the CPU without fused operators, load them, and read images.
 
     The images are those of `config.data` if that is given, else of the run that the weights belong to, else the
     built-in sample, else random numbers.
@@ -68,7 +68,7 @@ def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool)
 
 
 def _public_name(weights: LocatedWeights, run: Path | None) -> str:
-    """Return the name of weights without the folders of this machine: RUN/checkpoints/..., or only the file's name."""
+    """Return a name of the weights without this machine's folders: RUN/checkpoints/..., or the file's name alone."""
     if weights.name != str(weights.path):
         return weights.name
     path = weights.path.absolute()
@@ -78,7 +78,7 @@ def _public_name(weights: LocatedWeights, run: Path | None) -> str:
 def _find_images(
     config: ValidateConfig, images: Preprocessing, runtime: Runtime, run: Path | None, data_given: bool
 ) -> tuple[Tensor, str]:
-    """Return preprocessed images, and what they are."""
+    """Return preprocessed images and a description of where they come from."""
     if not data_given and run is not None:
         config = replace(config, data=_data_of_run(run))
     folder = Path(config.data.root) / config.data.val_split
@@ -106,9 +106,9 @@ def _data_of_run(run: Path) -> DataConfig:
 
 
 def _read_images(config: ValidateConfig, images: Preprocessing, runtime: Runtime) -> Tensor:
-    """Return up to IMAGES images of the validation split, from all over it, preprocessed as for an evaluation."""
+    """Return up to IMAGES images, evenly spread over the validation split, preprocessed for evaluation."""
     index = open_index(config, runtime, config.data.val_split)
-    ranks = max(1, len(index) // IMAGES)  # the images are those of one of so many
+    ranks = max(1, len(index) // IMAGES)  # the share of one of this many ranks is evenly spread
     plan = evaluation_plan(images, num_samples=len(index), batch_size=IMAGES, world_size=ranks)
     with closing(make_feed(config, runtime, index, plan, EvaluationTransform(colour_statistics(images)))) as feed:
         return next(feed.epoch(0)).images

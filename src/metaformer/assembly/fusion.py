@@ -19,7 +19,7 @@ from metaformer.runtime import Runtime
 def fuse_blocks(
     config: CommonConfig, images: Preprocessing, runtime: Runtime, model: nn.Module, dtype: torch.dtype | None
 ) -> str:
-    """Switch the network's blocks to the fused operators where possible, and return a status text.
+    """Switch the network's blocks to the fused operators if possible, and return a status text.
 
     If the plain path is needed and would compute wrong gradients on this device, this is an error.
 

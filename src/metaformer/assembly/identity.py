@@ -1,4 +1,4 @@
-"""What must not change during a run."""
+"""Identity of a run: the settings that must not change when it resumes."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from metaformer.models.config import Preprocessing
 
 
 def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits, teacher: str | None) -> dict[str, Any]:
-    """Return the values that a run keeps when it resumes, under the names that an error shows."""
+    """Return the values that must stay the same when a run resumes, by the names that an error shows."""
     return {
         "model": config.model.name,
         "seed": config.seed,
@@ -30,7 +30,7 @@ def run_identity(config: TrainConfig, images: Preprocessing, splits: Splits, tea
 
 
 def _parts_identity(config: TrainConfig) -> dict[str, str]:
-    """Return what makes a network of one's own, without the rates of drop path and dropout, which may change."""
+    """Return the parts of a user's own network, without the rates of drop path and dropout, which may change."""
     composition, target = config.model.composition, config.model.target
     if target is not None:
         return {"model.target": target, "model.options": json.dumps(config.model.options, sort_keys=True)}

@@ -17,7 +17,7 @@ from metaformer.runtime import Runtime
 def load_initial_weights(
     initial: Adopted[TrainConfig], model: nn.Module, classes: tuple[str, ...], runtime: Runtime
 ) -> Iterator[str]:
-    """Load the weights of `init_weights`; yield lines about what differs from their run, and about a new head.
+    """Load the weights of `init_weights`; yield lines about differences from their run and about a new head.
 
     Args:
         initial: The weights, and the configuration that they complete.

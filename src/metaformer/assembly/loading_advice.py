@@ -1,4 +1,4 @@
-"""Options that make loading faster, for each stage that training may wait for."""
+"""Suggests options that make loading faster, for each stage that training may wait for."""
 
 from metaformer.assembly.parts import loader_name, worker_count
 from metaformer.config import TrainConfig
@@ -8,7 +8,7 @@ from metaformer.runtime import Runtime
 
 
 def loading_advice(config: TrainConfig, runtime: Runtime, images: ImageIndex) -> dict[str, str]:
-    """Return what would help with the current settings, by stage: the fields of `interfaces.Waiting`."""
+    """Return suggestions for the current settings by stage, for the fields of `interfaces.Waiting`."""
     stages = {"read": _read, "decode": _decode, "augment": _augment, "copy": _copy}
     return {stage: ", or ".join(options(config, runtime, images)) for stage, options in stages.items()}
 

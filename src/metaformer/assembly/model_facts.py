@@ -1,4 +1,4 @@
-"""Collects what a run's files say of its weights, for the model card."""
+"""Collects facts about weights from the files of their run, for the model card."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from metaformer.reporting.run_record import RunRecord, is_number, read_record
 from metaformer.training.checkpoint import EMA_FILE
 from metaformer.training.manifest import MANIFEST_FILE, read_manifest
 
-# Settings that make up a recipe: fields, and groups by the names of all their fields.
+# Settings that make up a recipe: single fields, and groups with all their fields.
 FIELDS = (
     "epochs", "global_batch_size", "clip_grad_norm", "seed", "init_weights", "init_head", "model.drop_path_rate",
     "model.freeze", "data.balance",
@@ -22,11 +22,11 @@ _PATHS = ("init_weights", "distill.teacher")
 
 
 def collect_facts(weights: LocatedWeights, run: Path | None, licence: str | None) -> Facts:
-    """Return what is known of weights.
+    """Return the known facts about weights.
 
     Args:
-        run: the run folder that they belong to, if any.
-        licence: as the user gave it.
+        run: the run folder that the weights belong to, if any.
+        licence: the licence that the user gave.
     """
     if run is None:
         return Facts(licence=licence)
@@ -43,7 +43,7 @@ def collect_facts(weights: LocatedWeights, run: Path | None, licence: str | None
 
 
 def _accuracy(weights: Path) -> Accuracy | None:
-    """Return what was measured of exactly these weights when the checkpoint was written."""
+    """Return the accuracy of exactly these weights that was measured when the checkpoint was written."""
     if not (weights.parent / MANIFEST_FILE).is_file():
         return None
     manifest = read_manifest(weights.parent)
@@ -59,7 +59,7 @@ def _accuracy(weights: Path) -> Accuracy | None:
 
 
 def _recipe(record: RunRecord) -> Iterator[tuple[str, Any]]:
-    """Yield the recipe's settings that are set, without folders of this machine."""
+    """Yield the settings of the recipe that are not null, without folders of this machine."""
     for name, value in record.settings.items():
         unused = name.startswith("distill.") and record.settings.get("distill.teacher") is None
         if value is None or unused or not (name in FIELDS or name.startswith(GROUPS)):

@@ -55,13 +55,13 @@ def locate_weights(field: str, source: str, use_ema: bool) -> LocatedWeights:
 
 
 def check_data_folder(config: CommonConfig, runtime: Runtime, split: str) -> None:
-    """Raise `UserError` if the folder of a split is missing: before weights are downloaded or a network is built."""
+    """Raise an error if the folder of a split is missing, before weights are downloaded or a network is built."""
     if config.data.source is not Source.sample:
         runtime.main_only(lambda: check_split_folder(Path(config.data.root), split), None)
 
 
 def open_index(config: CommonConfig, runtime: Runtime, split: str) -> ImageIndex:
-    """Open a split of the data set, checking that all ranks see the same; build the sample data set if missing."""
+    """Open a split of the data set and check that all ranks see the same one; build the sample data if missing."""
     root = Path(config.data.root)
     if config.data.source is Source.sample:
         runtime.main_only(lambda: None if root.exists() else build_sample(root), None)
@@ -127,7 +127,7 @@ def memory_format(config: CommonConfig) -> torch.memory_format:
 def prepare_workers(config: CommonConfig, runtime: Runtime) -> None:
     """Start the server of worker processes, which takes seconds, while this process builds the network."""
     if loader_name(config, runtime) is not LoaderName.dali and worker_count(config, runtime):
-        start_worker_server(preload=[__package__])  # what workers import with the main program
+        start_worker_server(preload=[__package__])  # modules that workers need besides the main program
 
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
@@ -154,7 +154,7 @@ def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: tor
 
 
 def make_reader(config: LoaderConfig) -> ImageReader[Any]:
-    """Return what makes images in Python: PIL if it is named, else torch."""
+    """Return the image reader for worker processes: PIL's if it is configured, else torch's."""
     if config.name is LoaderName.pil:
         return PilReader(config.max_pixels)
     return TorchReader(config.max_pixels, scaled=config.decode is DecodeMode.scaled)

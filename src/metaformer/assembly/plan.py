@@ -10,7 +10,7 @@ from metaformer.runtime import Runtime
 
 
 def training_plan(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> TrainingPlan:
-    """Return this rank's plan; raise `UserError` if the data set has fewer images than a global batch."""
+    """Return this rank's plan; raise an error if the data set has fewer images than a global batch."""
     if len(splits.train) < config.global_batch_size:
         raise UserError(
             f"global_batch_size={config.global_batch_size}: {splits.train.folder} has only {len(splits.train)} images"

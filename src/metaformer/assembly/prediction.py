@@ -1,4 +1,4 @@
-"""Builds what predicts the classes of single images, with the network and preprocessing of an evaluation."""
+"""Builds a predictor of the classes of single images, with the network and preprocessing of an evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from metaformer.training.precision import Precision
 
 
 class Outputs(NamedTuple):
-    """What the network says of a batch.
+    """The network's outputs for a batch.
 
     Attributes:
-        read: the images, and those that cannot be read.
+        read: the images, and the files that cannot be read.
         logits: float32 [B, classes], on the CPU.
-        maps: float32 [B, H, W] in [0, 1], on the CPU: where the image speaks for its first class; None if not wanted.
+        maps: heat maps of the most probable classes, float32 [B, H, W] in [0, 1], on the CPU; None if not requested.
     """
 
     read: ReadImages
@@ -40,11 +40,11 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network with its weights, and what it needs to predict the classes of images.
+    """A network with its weights, which predicts the classes of images.
 
     Attributes:
-        notes: lines about network, images, weights and classes, for people.
-        layer: the part of the network whose heat maps are wanted, and its name; None for no maps.
+        notes: messages about the network, images, weights and classes.
+        layer: the part of the network to make heat maps of, and its name; None for no heat maps.
     """
 
     config: ValidateConfig
@@ -96,8 +96,8 @@ def build_predictor(config: ValidateConfig, runtime: Runtime, heat_maps: bool, l
     """Find the weights, build their network and load them.
 
     Args:
-        heat_maps: compute heat maps too.
-        layer: the part of the network that they are of; None: the last stage.
+        heat_maps: also compute heat maps.
+        layer: name of the part of the network to make heat maps of; None takes the last stage.
     """
     if runtime.world_size > 1:
         raise UserError("predict: a program of one process; start it without torchrun")

@@ -1,4 +1,4 @@
-"""What a training consists of before it touches its run folder."""
+"""Prepares a training: resolves its configuration and builds its parts, without touching the run folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,15 +43,15 @@ from metaformer.training.stragglers import Stopwatch
 
 @dataclass(frozen=True)
 class Preparation:
-    """The parts of a training.
+    """The parts of a training, built before it touches its run folder.
 
     Attributes:
-        config: The configuration with everything resolved.
-        runtime: This rank, near its GPU.
+        config: The configuration, with every `auto` resolved.
+        runtime: This rank, bound to CPUs near its GPU.
         frozen_norms: BatchNorms that keep their running statistics.
         fused: The status text of the fused operators.
         notes: Lines about the initial weights.
-        choices: Lines about what `auto` stands for.
+        choices: Lines about the values chosen for `auto`.
     """
 
     config: TrainConfig
@@ -70,11 +70,11 @@ class Preparation:
 
     @property
     def lines(self) -> list[str]:
-        """Return lines about what `auto` stands for, the fused operators and the teacher."""
+        """Return lines about the values chosen for `auto`, the fused operators and the teacher."""
         return [*self.choices, f"fused        {self.fused}", *self.distillation.lines]
 
     def distribute(self) -> nn.Module:
-        """Return the network wrapped by DDP. This communicates, which must happen before worker processes exist."""
+        """Return the network wrapped by DDP. Call this before worker processes exist, because the ranks communicate."""
         example = example_images(self.config, self.images, self.runtime)
         return self.runtime.distribute(self.state.model, example, self.config.precision.reduce_in_bf16)
 
@@ -83,7 +83,7 @@ class Preparation:
         return make_feed(self.config, self.runtime, self.splits.train, self.plan, self.transform)
 
     def learner(self, network: nn.Module, stopwatch: Stopwatch) -> Learner:
-        """Return what takes optimizer steps with a network, the state's or the distributed one."""
+        """Return a learner that takes optimizer steps with a network: the state's own or the distributed one."""
         return Learner(
             state=self.state,
             network=network,
@@ -99,7 +99,7 @@ class Preparation:
 
 
 def prepare_training(config: TrainConfig, runtime: Runtime) -> Preparation:
-    """Resolve the configuration, open the data and build the network and its state. Writes nothing."""
+    """Resolve the configuration, open the data, and build the network and its state, without writing anything."""
     runtime.check_agreement("the code of metaformer, or the version of torch,", code_fingerprint())
     check_data_folder(config, runtime, config.data.train_split or config.data.val_split)
     initial = None
@@ -140,7 +140,7 @@ def prepare_training(config: TrainConfig, runtime: Runtime) -> Preparation:
 
 
 def _check_batch_norm(config: TrainConfig, images: Preprocessing, runtime: Runtime, model: nn.Module) -> None:
-    """Raise `UserError` if batches hold one image and a BatchNorm gets a single value per channel from it."""
+    """Raise an error if batches contain one image and a BatchNorm gets a single value per channel from it."""
     if config.rank_batch_size(runtime.world_size) > 1:
         return
     norm = find_single_value_batch_norm(model, example_images(config, images, runtime))

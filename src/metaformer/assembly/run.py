@@ -50,7 +50,7 @@ class Run:
 
     @property
     def completed_length(self) -> str:
-        """Return the length of a run that is trained and validated to its end, as text; "" for any other run."""
+        """Return the length of a run that has been trained and validated to its end, as text; "" for any other run."""
         progress, max_steps = self.state.progress, self.config.max_steps
         if not progress.validated:
             return ""

@@ -1,4 +1,4 @@
-"""The lines with which a training ends: its result, in numbers for people."""
+"""Summarizes the result of a training in the last lines of its log."""
 
 import shlex
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from metaformer.training.state import Progress
 
 
 def summarize(config: TrainConfig, progress: Progress, result: Row, speed: float, spent: TimeSpent) -> Iterator[str]:
-    """Yield the lines that a run logs last.
+    """Yield the last lines of a run's log.
 
     Args:
         result: The row of the last validation.
-        speed: Images per second in the steps of this start; 0 if it took none.
-        spent: Time of all starts.
+        speed: Images per second in the steps of this start; 0 if it took no step.
+        spent: The time of all starts.
     """
     best, has_best = progress.best, progress.best.top1 is not None
     ema = f", EMA top-1 {result['ema_top1']:.1f} %" if "ema_top1" in result else ""

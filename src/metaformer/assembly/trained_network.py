@@ -1,4 +1,4 @@
-"""Builds a trained network by itself, without the data set that it is evaluated on: to predict, and to export."""
+"""Builds a trained network without its data set, for predictions and exports."""
 
 from typing import NamedTuple
 
@@ -14,17 +14,17 @@ from metaformer.models.config import Preprocessing
 from metaformer.models.record import Record
 from metaformer.runtime import Runtime
 
-IMAGENET_CLASSES = 1000  # outputs of a network whose weights do not record their number
+IMAGENET_CLASSES = 1000  # if the weights do not record the number of classes
 
 
 class TrainedNetwork(NamedTuple):
     """A network with its weights, in eval mode and without gradients.
 
     Attributes:
-        config: the configuration, with what the weights bring.
-        num_classes: outputs of the network.
-        record: what is known of the network from its weights, if anything.
-        notes: lines for people: given values that differ from the recorded ones.
+        config: the configuration, completed with the weights' record.
+        num_classes: number of outputs.
+        record: the record of the network in its weights, if there is one.
+        notes: messages about given values that differ from the recorded ones.
     """
 
     config: ValidateConfig
@@ -40,7 +40,7 @@ def load_trained_network(config: ValidateConfig, runtime: Runtime, dtype: torch.
     """Find the weights, build their network and load them.
 
     Args:
-        dtype: of matrix products under autocast, or None without autocast.
+        dtype: the type of matrix products under autocast, or None without autocast.
     """
     checkpoint = config.checkpoint
     assert checkpoint is not None

@@ -1,4 +1,4 @@
-"""The validations of a training run, and the files that each of them writes."""
+"""Validates during training, and writes the files of each validation."""
 
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ MAX_CLASSES = 21_841  # of per_class.csv
 
 @dataclass(frozen=True)
 class Validation:
-    """Evaluates the weights or their average, and writes results by class into the run folder."""
+    """Evaluates the weights or their average, and writes the results of each class to the run folder."""
 
     config: TrainConfig
     runtime: Runtime
@@ -34,7 +34,7 @@ class Validation:
     tracker: Tracker
 
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Row:
-        """Return the figures of the row; see `training.loop.Validate`."""
+        """Evaluate a model, and return the figures for a row of metrics; see `training.loop.Validate`."""
         counts = ClassCounts(self.splits.num_classes, self.runtime.device)
         batches = itertools.count()
 

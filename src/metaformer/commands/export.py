@@ -1,22 +1,22 @@
-"""Export a trained network for other programs, and check that these compute the same logits.
+"""Export a trained network for other programs, and check that they compute the same logits.
 
   python scripts/export.py onnx checkpoint=runs/NAME --out model.onnx
   python scripts/export.py torch checkpoint=runs/NAME use_ema=true --out model.pt2
   python scripts/export.py hub checkpoint=runs/NAME --out hub/NAME [--license apache-2.0] [--push USER/NAME]
 
-checkpoint= is what validate.py takes: a run folder, a checkpoint, a weights file or a released name. It brings the
-network, the preprocessing and the names of the classes, which are written into the file and into a JSON file beside it.
+checkpoint= is as in validate.py: a run folder, a checkpoint, a weights file or a released name. It determines the
+network, the preprocessing and the class names, which are written to the file and to a JSON file next to it.
 Options of validate.py may be added: use_ema= model= model.NAME= image_size= num_classes= data.NAME=.
 
 onnx     for ONNX Runtime, TensorRT, OpenVINO and others; needs the packages onnx, onnxscript and onnxruntime
 torch    a program of torch.export: `torch.export.load(FILE).module()`, without this project
-hub      a folder for the Hugging Face hub in timm's format, with a model card; --push uploads it, into a new private
-         repository if there is none
+hub      a folder for the Hugging Face hub in timm's format, with a model card; --push uploads it to a new private
+         repository, or to an existing one
 
-What is written is loaded again and compared with the network on images: of data.root= if given, else of the run's
-validation split, else the built-in sample's digits. If a logit differs by more than 1e-4 of the largest logit, nothing
-is written; timm's PoolFormer has another head, so only its features are compared. The number of images is free, their
-size is not.
+The written file is loaded again and compared with the network on images: those of data.root= if given, else the run's
+validation split, else the digits of the built-in sample. If a logit differs by more than 1e-4 of the largest logit,
+nothing is written. timm's PoolFormer has another head, so only its features are compared. The number of images is
+free; their size is fixed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FORMATS = ("onnx", "torch", "hub")
 
 
 def main() -> None:
-    """Build the network, export it, and print what was written and how far the logits differ."""
+    """Build the network, export it, and print the written file and how far the logits differ."""
     arguments = _parse()
     config = compose_validation(arguments.options)
     data_given = any(_field(option) == "data" for option in arguments.options)
@@ -104,5 +104,5 @@ def _parse() -> argparse.Namespace:
 
 
 def _field(option: str) -> str:
-    """Return the field or group that an option sets, without the fields in it."""
+    """Return the top-level field or group that an option sets."""
     return option.lstrip("+~").partition("=")[0].partition(".")[0]

@@ -4,12 +4,12 @@
   python scripts/predict.py photos/ checkpoint=hf:timm/resnet50.a1_in1k --csv predictions.csv --grid grid.png
   find photos -name '*.jpg' | python scripts/predict.py - checkpoint=model.safetensors --json > predictions.jsonl
 
-checkpoint= is what validate.py takes: a run folder, a checkpoint, a weights file or a released name. It brings the
-network, the preprocessing and the names of the classes. Other options of validate.py may be added, such as
+checkpoint= is as in validate.py: a run folder, a checkpoint, a weights file or a released name. It determines the
+network, the preprocessing and the class names. Other options of validate.py may be added, such as
 use_ema=true, image_size=384, precision=bf16, eval_batch_size=32, loader=pil or model=timm model.name=NAME.
 
-Files that cannot be read are named on stderr and passed over; the exit code is then 1. It is 2 for wrong options, and
-where there is no image to predict.
+Files that cannot be read are reported on stderr and skipped; the exit code is then 1. It is 2 for wrong options and
+if there is no image to predict.
 """
 
 import argparse
@@ -28,13 +28,13 @@ _ONLY_VALIDATION = ("results_csv", "per_class_csv", "match_classes", "data", "se
 
 
 class PassedOver(UserError):
-    """Some files could not be read; the others are predicted."""
+    """Raised after the predictions if some files could not be read."""
 
     exit_code = 1
 
 
 def main() -> None:
-    """Predict, print, write the files that are asked for, and report what could not be read."""
+    """Predict, print, write the requested files, and report the files that could not be read."""
     arguments, overrides = _parse()
     config = compose_validation(overrides)
     _check_outputs(arguments)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and the options for validate.py's configuration."""
+    """Return the arguments, and the overrides of validate.py's configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER|-|NAME=VALUE",
                         help="image files; folders of them; - for names on stdin, one a line; options")  # fmt: skip
@@ -90,7 +90,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Check before the network is built that the files can be written, and make the folder of heat maps."""
+    """Check that the files can be written, before the network is built, and create the folder for heat maps."""
     for name in ("csv", "grid"):
         file: Path | None = getattr(arguments, name)
         if file is not None:
@@ -105,7 +105,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _expand(names: list[str]) -> Iterator[str]:
-    """Yield the names, with those on stdin in place of -."""
+    """Yield the names, with - replaced by the names on stdin."""
     for name in names:
         if name == "-":
             lines = (line.removesuffix(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))

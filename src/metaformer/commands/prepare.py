@@ -1,4 +1,4 @@
-"""Convert a data set to ImageNet's layout, SPLIT/CLASS/IMAGE, or pack it into shards, or decode it to pixels.
+"""Convert a data set to ImageNet's layout, SPLIT/CLASS/IMAGE, pack it into shards, or decode it to pixels.
 
   python scripts/prepare_data.py sample --out data/sample
   python scripts/prepare_data.py imagenette --out data/imagenette            # or --tgz imagenette2.tgz

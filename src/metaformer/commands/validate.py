@@ -6,7 +6,7 @@ from metaformer.program import announce_start
 
 
 def main() -> None:
-    """Compose, build, evaluate, which prints the result as JSON: the last line on stdout."""
+    """Compose, build, evaluate; the last line on stdout is the result as JSON."""
     config = compose("validate", ValidateConfig)
     announce_start()
     from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for

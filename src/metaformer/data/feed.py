@@ -1,4 +1,4 @@
-"""Batches on the device, made from the images of a loader."""
+"""Batches on the device, made from a loader's images."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class Placement(NamedTuple):
 
 
 class Feed:
-    """The batches of one plan, read by one loader, transformed on the device."""
+    """The batches of a plan, read by a loader and transformed on the device."""
 
     def __init__(self, index: ImageIndex, plan: Plan, loader: Loader, transform: Transform, target: Placement) -> None:
         self._index, self._plan, self._loader = index, plan, loader

@@ -1,1 +1,1 @@
-"""Checks of whether a machine can train; each check yields findings."""
+"""Checks that a machine can train; each check yields findings."""

@@ -1,4 +1,4 @@
-"""Check of the speed at which storage delivers a data set's images."""
+"""Check of the speed at which images of a data set are read from storage."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ class ByteRange(NamedTuple):
 
 
 def read_speed(images: Sequence[ByteRange], threads: int, required: float | None) -> Iterator[Finding]:
-    """Measure how fast threads read images, each once, from disk if the kernel drops them from its page cache.
+    """Measure how fast threads read images, each once, after asking the kernel to drop them from its page cache.
 
     Args:
         images: the images to read.

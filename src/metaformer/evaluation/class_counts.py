@@ -1,4 +1,4 @@
-"""Counts of each class over a split: images, correct predictions, and which class was predicted instead."""
+"""Counts per class over a split: images, correct predictions, and the classes predicted instead."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class ClassTotals:
     """Counts over all ranks.
 
     Attributes:
-        images, top1, top5: int64 [C]; images of each class, and how many of them were predicted correctly.
+        images, top1, top5: int64 [C], the images of each class, and the number that were predicted correctly.
         confusion: int64 [C, C], images of the row's class that were predicted as the column's; None for more than
             MAX_CONFUSION_CLASSES classes.
     """
@@ -30,10 +30,10 @@ class ClassTotals:
 
 
 class ClassCounts:
-    """Sums counts on the device, which the host does not wait for.
+    """Counts batches on the device, without making the host wait.
 
     Args:
-        num_classes: number of the network's outputs C.
+        num_classes: number C of the network's outputs.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class ClassCounts:
             pairs.scatter_add_(0, targets * self._num_classes + scores.predicted, torch.ones_like(targets))
 
     def total(self, runtime: Runtime) -> ClassTotals:
-        """Return the sums over all ranks, on every rank, which must all call this."""
+        """Return the sums over all ranks, on every rank. All ranks must call this."""
         images, top1, top5, pairs = (part.cpu().numpy() for part in self._parts(runtime.sum(self._sums)))
         return ClassTotals(images, top1, top5, pairs.reshape(self._num_classes, -1) if len(pairs) else None)
 

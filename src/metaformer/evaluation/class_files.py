@@ -1,4 +1,4 @@
-"""Files of results by class; docs/runs.md describes them."""
+"""Writes the results of each class to files; docs/runs.md describes them."""
 
 import csv
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ def append_result(path: Path, row: dict[str, str | int | float]) -> None:
 
 
 def _check_header(path: Path) -> bool:
-    """Return True for a file with HEADER, False for a missing or empty file; refuse any other header."""
+    """Return True for a file with HEADER, False for a missing or empty file; raise an error for any other header."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open(newline="", errors="replace") as file:

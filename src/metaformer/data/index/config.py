@@ -15,14 +15,14 @@ class Source(Enum):
 
 
 class IndexCheck(Enum):
-    """What to compare with the cached index; any difference triggers a new scan."""
+    """Extent of the comparison with the cached index; any difference triggers a new scan."""
 
     quick = "quick"  # modification times of all folders; sizes and times of a thousand files, or of all shards
     files = "files"  # sizes and times of all files; in shards, names and sizes of all images; for pixels, checksums
 
 
 class Labels(Enum):
-    """How an image's label is determined; see `labels` for ImageNet's test sets."""
+    """Source of an image's label; see `labels` for ImageNet's test sets."""
 
     folders = "folders"  # position of its class folder among the class folders
     numbers = "numbers"  # number that names its class folder, 0 to 999
@@ -31,7 +31,7 @@ class Labels(Enum):
 
 
 class MatchClasses(Enum):
-    """How the class folders of validate.py become the classes that the weights record."""
+    """Rule by which validate.py maps class folders to the classes that the weights record."""
 
     name = "name"  # by their names; some classes may be missing
     order = "order"  # by their order, whatever their names are
@@ -45,7 +45,7 @@ class ClassSubset(Enum):
 
 
 class Balance(Enum):
-    """How often an epoch of training uses the images of each class, in proportion to n^p for a class of n images."""
+    """Uses of a class in an epoch of training, in proportion to n^p for a class of n images."""
 
     none = "none"  # p = 1: every image once
     sqrt = "sqrt"  # p = 1/2

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from metaformer.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SPOT_CHECKS = 1000  # files that a quick check looks at
+SPOT_CHECKS = 1000  # number of files that a quick check examines
 # Folders that storage systems and archivers create among the data; they may contain thumbnails or deleted images.
 SYSTEM_FOLDERS = ("@eaDir", "#recycle", "#snapshot", "__MACOSX", "lost+found")
-THREADS = 32  # a shared file system answers each request slowly, but many at once
+THREADS = 32  # a shared file system answers each request slowly, but serves many at once
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FileScan(SplitScan):
 
     Attributes:
         folders: modification time in nanoseconds of every folder that was read, by path below the split's folder.
-        passed_over: number of files without an image suffix, by suffix.
+        passed_over: number of skipped files, which have no image suffix, by suffix.
         changed: int64 [N], modification times of the files in nanoseconds.
     """
 
@@ -160,7 +160,7 @@ class Arrangement(NamedTuple):
 
 
 def arrange(names: list[str], folder: Path) -> Arrangement:
-    """Sort the images of shards, named CLASS/IMAGE, as those of class folders are."""
+    """Sort the images of shards, named CLASS/IMAGE, in the order of class folders."""
     order = sorted(range(len(names)), key=lambda position: sorting_key(names[position]))
     classes = sorted({name.partition("/")[0] for name in names})
     label_of = {name: label for label, name in enumerate(classes)}

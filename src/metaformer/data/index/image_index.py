@@ -40,7 +40,7 @@ class ImageIndex:
         classes: class names; a label is a position in this tuple.
         paths: uint8 [N, L], each row the path of a file below `folder`, or its name in its shard, padded with NUL.
         labels: int64 [N]; row numbers of `label_sets` if that is given.
-        sizes: int64 [N], in bytes; of the pixels if the images are stored decoded.
+        sizes: int64 [N], in bytes; those of the pixels if the images are stored decoded.
         fingerprint: SHA-256 over classes, paths and sizes, and over labels that are not positions of class folders.
         label_sets: int64 [S, L] if an image may have several labels; short rows are padded with -1.
         quarantined: number of images excluded from the split by a quarantine list.
@@ -130,7 +130,7 @@ def find_images(folder: Path) -> ImageIndex:
 
 
 def _packed_source(folder: Path) -> ImageSource | None:
-    """Return the source of a folder with shards or pixels; None for another one."""
+    """Return the source of a folder with shards or pixels; None for any other folder."""
     if holds_pixels(folder):
         return PixelSource(folder)
     return ShardSource(folder) if holds_shards(folder) else None
@@ -162,7 +162,7 @@ def _location(scan: SplitScan) -> Shards | None:
 
 
 def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> None:
-    """Raise a UserError if there is only one class folder, so that every prediction would be correct.
+    """Raise an error if there is only one class folder, in which case every prediction would be correct.
 
     The message names the folder that was probably meant.
     """
@@ -179,7 +179,7 @@ def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> 
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
-    """Raise a UserError that names the missing classes if the splits do not have the same classes."""
+    """Raise an error that names the missing classes if the splits do not have the same classes."""
     for index, other in ((train, val), (val, train)):
         extra = sorted(set(index.classes) - set(other.classes))
         if extra:

@@ -45,11 +45,11 @@ def relabel(index: ImageIndex, config: DataConfig) -> ImageIndex:
 
 
 def match_by_name(index: ImageIndex, known: Sequence[str], weights: str) -> ImageIndex:
-    """Return the index with the labels that weights have for its class folders.
+    """Return the index with the labels that the weights have for its class folders.
 
     Args:
-        known: names of the weights' classes in order; some may have no folder.
-        weights: the weights, for the message.
+        known: names of the weights' classes, in order; some may have no folder.
+        weights: name of the weights, for error messages.
     """
     if index.classes == tuple(known):
         return index
@@ -85,7 +85,7 @@ def incompleteness(index: ImageIndex, config: DataConfig) -> str | None:
 
 
 def data_set_name(index: ImageIndex, config: DataConfig) -> str:
-    """Return the name of a data set in results: `data.name`, or the folder's if that is the default and not true."""
+    """Return a data set's name for results: `data.name`, or the folder's if that is the default and does not apply."""
     if config.name == DataConfig.name and len(index.classes) != 1000:
         return Path(config.root).absolute().name
     return config.name

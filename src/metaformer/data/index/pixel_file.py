@@ -2,8 +2,8 @@
 
 The format begins with the length of a JSON header (8 bytes, little endian) and the header, which lists the tensors in
 the order in which their bytes follow, without gaps. Its metadata has, in the same order, the sizes of the files that
-the images were decoded from and the CRC-32 of their pixels. The safetensors library reads these files too, but does not
-tell where a tensor is in the file, so that a map could be cropped without reading all of it.
+the images were decoded from and the CRC-32 of their pixels. The safetensors library can read these files, but it does
+not report where a tensor is in the file, which cropping an image in place requires.
 """
 
 import json
@@ -16,9 +16,9 @@ from metaformer.data.index.shards import is_member_name
 from metaformer.errors import UserError
 
 CHANNELS = 3
-ALIGNMENT = 8  # of the first pixel in the file, in bytes
+ALIGNMENT = 8  # offset of the first pixel in the file, in bytes
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_IMAGES = 200_000  # of a file, so that its header stays far below that limit
+MAX_IMAGES = 200_000  # images per file, so that the header stays far below that limit
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -31,7 +31,7 @@ class PixelEntry(NamedTuple):
         name: CLASS/IMAGE.
         height, width: in pixels.
         source_size: size of the encoded image that it was decoded from, in bytes.
-        checksum: CRC-32 of its pixels.
+        checksum: CRC-32 of the pixels.
     """
 
     name: str
@@ -61,7 +61,7 @@ class PixelHeader(NamedTuple):
 
 
 def encode_header(entries: Sequence[PixelEntry], resize: int | None) -> bytes:
-    """Return the bytes before the first pixel. Their number does not depend on the checksums."""
+    """Return the bytes before the first pixel; their number does not depend on the checksums."""
     tensors: dict[str, Any] = {
         _METADATA: {
             "resize": "none" if resize is None else str(resize),
@@ -127,7 +127,7 @@ def decode_header(path: Path, content: bytes, file_size: int) -> PixelHeader:
 
 
 def find_truncated_entry(path: Path) -> str | None:
-    """Return the first entry that a file that was cut short does not contain whole; None if its header is damaged."""
+    """Return the first entry that a truncated file does not contain completely; None if the header is damaged."""
     try:
         header, present = read_header_bytes(path), path.stat().st_size
         tensors = json.loads(header[_LENGTH.size :])

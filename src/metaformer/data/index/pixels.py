@@ -46,7 +46,7 @@ class ListedFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PixelScan(SplitScan):
-    """The scan of a split stored as pixels, with the order and labels of the folders that it was made from.
+    """The scan of a split stored as pixels, with the order and labels of the original folders.
 
     `sizes` are the sizes of the pixels. If images have their original size, the fingerprint is that of the folders.
 

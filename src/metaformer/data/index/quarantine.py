@@ -14,7 +14,7 @@ from metaformer.files import write_atomically
 
 
 def drop_quarantined(index: ImageIndex, config: DataConfig, split: str) -> ImageIndex:
-    """Return the index of a split without the files that `config.quarantine` lists, unchanged if it lists none.
+    """Return the index of a split without the files that `config.quarantine` lists.
 
     Each line is SPLIT/CLASS/IMAGE, below `config.root`. Lines of the data set's other split are ignored.
     """

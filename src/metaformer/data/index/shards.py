@@ -78,7 +78,7 @@ class _Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardScan(SplitScan):
-    """The scan of a split stored as shards, with the order and labels of the folders that it was packed from.
+    """The scan of a split stored as shards, with the order and labels of the original folders.
 
     Attributes:
         tars: by file name in order: number of images, size and modification time of the tar, size and modification

@@ -26,7 +26,7 @@ class RandAugmentConfig:
 
 @dataclass
 class AugmentationConfig:
-    """All random augmentation of training images; the defaults are the paper's."""
+    """Random augmentation of training images; the defaults are the paper's."""
 
     name: str = "paper"  # as shown in the log
     random_crop: bool = True  # False: resize and centre crop, as in evaluation

@@ -1,4 +1,4 @@
-"""Class balance: how often an epoch uses the images of each class."""
+"""Class balance: the number of times that an epoch uses the images of each class."""
 
 from dataclasses import dataclass
 from functools import lru_cache

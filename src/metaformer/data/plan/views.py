@@ -1,6 +1,6 @@
-"""The views of an epoch: which images it uses, in which order, and how often.
+"""The views of an epoch: the images that it uses, their order, and how often each is used.
 
-A view is one use of an image in an epoch, with its own augmentation. View v is of image v % num_samples; the first view
+A view is one use of an image in an epoch, with its own augmentation. View v shows image v % num_samples; the first view
 of an image has the image's number.
 """
 
@@ -17,9 +17,9 @@ _ORDER_STREAM = 1
 def views_at(
     slots: Int64, seed: int, epoch: int, num_samples: int, repeats: int, balance: ClassBalance | None
 ) -> Int64:
-    """Return the views at the positions `slots` [B] of an epoch, each of its draws of an image giving `repeats` views.
+    """Return the views at the positions `slots` [B] of an epoch. Each draw of an image gives `repeats` views.
 
-    The draws are a permutation of the images or, with `balance`, a permutation of its draws.
+    The draws are a permutation of the images or, with `balance`, of the balanced draws.
     """
     draws = epoch_order(seed, epoch, num_samples)[slots // repeats]
     images, copies = draws, np.zeros_like(draws)

@@ -120,7 +120,7 @@ def _write_as_folders(
 
 
 def partial_folder(out: Path, packing: AnyPacking | None) -> Path:
-    """Return the folder in which `out` is built, and where an interrupted call is resumed."""
+    """Return the folder in which `out` is built, and from which an interrupted call resumes."""
     kinds = {type(None): "partial", Packing: "shards", PixelPacking: "pixels"}
     return out.with_name(f".{out.name}.{kinds[type(packing)]}")
 

@@ -1,4 +1,4 @@
-"""Sizes of images, from the first bytes of each."""
+"""Reads the sizes of images from the first bytes of each file."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def read_sizes(sources: Sequence[SourceImage]) -> list[ImageSize]:
 
 
 def _size_of_jpeg(source: SourceImage) -> ImageSize | None:
-    """Return the size of a JPEG; None for another format, metadata longer than HEAD, or a file that fails below."""
+    """Return the size of a JPEG; None for other formats, metadata longer than HEAD, and damaged files."""
     try:
         descriptor = os.open(source.file, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -27,7 +27,7 @@ SIZES = {
 
 
 def unpack_imagenette(tgz: Path | None, size: str, out: Path) -> None:
-    """Unpack a local archive to `out`, or download the archive beside `out` and keep it there until it is unpacked.
+    """Unpack a local archive to `out`, or download it next to `out` and delete it once it is unpacked.
 
     If this fails, `out` does not exist.
     """

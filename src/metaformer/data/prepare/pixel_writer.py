@@ -1,7 +1,7 @@
 """Parallel writer of decoded pixels, in the layout that `pixels` reads.
 
-The sizes of all images are read before the first is decoded, so that the disk space is known, and which images each
-file gets. Each file is written atomically, and pixels.json when all exist; repeating an interrupted call writes what is
+The sizes of all images are read before the first is decoded. They determine the disk space and the images of each
+file. Each file is written atomically, and pixels.json when all exist; repeating an interrupted call writes what is
 missing. Equal images give byte-identical files.
 """
 
@@ -55,7 +55,7 @@ class PixelPacking:
 
     @property
     def keeps_images(self) -> bool:
-        """Whether every pixel stays as it is."""
+        """Whether all pixels are stored unchanged."""
         return self.resize is None
 
 
@@ -67,12 +67,12 @@ class SizedImage(NamedTuple):
 
     @property
     def entry(self) -> PixelEntry:
-        """Its entry, without the checksum."""
+        """The image's entry, without the checksum."""
         return PixelEntry(self.source.name, self.size.height, self.size.width, self.source.size, 0)
 
     @property
     def bytes(self) -> int:
-        """Bytes of its pixels."""
+        """Size of the pixels in bytes."""
         return self.size.width * self.size.height * CHANNELS
 
 
@@ -98,7 +98,7 @@ def size_images(
     """Return the images in the order in which they are stored, with their sizes.
 
     Args:
-        report: called with the number of images whose size is known, and of all images.
+        report: called with the number of images whose size is known, and the number of all images.
     """
     sources = sorted(sources, key=lambda source: sorting_key(source.name))
     _check_names(sources)

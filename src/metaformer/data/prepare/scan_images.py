@@ -65,7 +65,7 @@ def examine(path: str, read: Callable[[], StoredImage], max_pixels: int = MAX_PI
 
     Args:
         path: the path for the result.
-        read: returns the image's bytes, or its pixels.
+        read: returns the image's encoded bytes or its pixels.
         max_pixels: as in `scan_images`.
     """
     size, shape, mode, format_, unusual = 0, (0, 0), "", "", ""

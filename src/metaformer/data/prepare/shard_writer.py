@@ -43,7 +43,7 @@ class Packing:
 
     @property
     def keeps_images(self) -> bool:
-        """Whether every image stays as it is."""
+        """Whether all images are stored unchanged."""
         return self.max_side is None
 
 
@@ -142,12 +142,12 @@ def _label_name(name: str) -> str:
 
 
 def _packed_bytes(source: SourceImage) -> int:
-    """Return the bytes that an image takes in a shard: two headers, the label and the image."""
+    """Return the size of an image in a shard in bytes: two headers, the label and the image."""
     return 3 * BLOCK + -(-source.size // BLOCK) * BLOCK
 
 
 def _check_names(sources: list[SourceImage]) -> None:
-    """Raise a UserError for names that readers of WebDataset would misinterpret."""
+    """Raise an error for names that readers of WebDataset would misinterpret."""
     seen: set[str] = set()
     for name, *_ in sources:
         label = _label_name(name)

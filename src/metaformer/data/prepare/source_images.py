@@ -25,7 +25,7 @@ class SourceImage(NamedTuple):
 
     @property
     def location(self) -> str:
-        """Where it is now, for messages."""
+        """The image's current location, for messages."""
         return self.file if self.offset == 0 else f"{self.file}: {self.name}"
 
 

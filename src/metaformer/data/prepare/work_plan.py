@@ -1,4 +1,4 @@
-"""Parallel work that can be interrupted: its parts, and a record of images and options that a resume must match."""
+"""Interruptible parallel work: its division into tasks, and a record of its input that a resume must match."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 def split_by_size(
     items: Iterable[Item], limit: int, size: Callable[[Item], int], max_items: int | None = None
 ) -> Iterator[list[Item]]:
-    """Yield consecutive items whose sizes add up to at most `limit`; a single larger item is a part of its own."""
+    """Yield groups of consecutive items whose sizes add up to at most `limit`; a larger item is a group of its own."""
     part: list[Item] = []
     free = limit
     for item in items:
@@ -68,7 +68,7 @@ def finish_plan(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return the error for a full disk, for example; what is complete is kept."""
+    """Return the error for a file that cannot be written, for example on a full disk. Completed work is kept."""
     return UserError(f"{path}: cannot be written ({error.strerror or error}); the same command resumes from here")
 
 
