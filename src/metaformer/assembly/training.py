@@ -1,7 +1,7 @@
 """Builds and runs a training from its configuration."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from metaformer.assembly.description import describe
 from metaformer.assembly.dry_run import dry_run
 from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import colour_statistics, evaluation_feed
+from metaformer.assembly.preparation import Preparation
 from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits
 from metaformer.assembly.summary import summarize
@@ -48,7 +49,7 @@ GRID_IMAGES = 16
 def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) -> Iterator[Callable[[], dict[str, Any]]]:
     """Yield a function that trains from the last checkpoint, if any, and returns the result that train.py prints.
 
-    With `dry_run` it takes a few steps instead, and writes nothing.
+    With `dry_run`, the function takes a few steps instead, and writes nothing.
 
     Args:
         watchdog: A watchdog that is already running.
@@ -58,7 +59,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         yield partial(dry_run, prepared)
         return
     config, images, runtime, splits = prepared.config, prepared.images, prepared.runtime, prepared.splits
-    plan, state, fused, notes = prepared.plan, prepared.state, prepared.fused, prepared.notes
+    state, steps_per_epoch = prepared.state, prepared.plan.steps_per_epoch
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
@@ -72,25 +73,20 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         startup = stack.enter_context(ExitStack())  # closed when training handles signals itself
         startup.enter_context(interruptible_start())
         goodput = Goodput()
-        run = Run(config, runtime.world_size, plan.steps_per_epoch, state, fused, goodput)
+        run = Run(config, runtime.world_size, steps_per_epoch, state, prepared.fused, goodput)
         tracker = stack.enter_context(open_tracker(run, runtime))
-        description = describe(config, images, runtime, splits, state, plan.steps_per_epoch) if runtime.is_main else ()
-        if resume_point.folder is not None:
-            notes = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
-        for line in [*resume_point.skipped, *description, *prepared.lines, *notes]:
-            tracker.message(line)
+        _log_start(prepared, resume_point, tracker)
         check_lock = (lambda: None) if lock is None else lock.check
         saver = CheckpointSaver(checkpoints, config.checkpoint, tracker.message, check_lock)
         stack.enter_context(closing(saver))
         processes = runtime.processes()
-        hosts = [process.host for process in processes]
         bottleneck = Bottleneck(loading_advice(config, runtime, splits.train))
-        meter = Meter(state, runtime, hosts, goodput, bottleneck)
+        meter = Meter(state, runtime, [process.host for process in processes], goodput, bottleneck)
         trainer = Trainer(
             learner=prepared.learner(network, meter.stopwatch),
             data=train_feed,
-            steps_per_epoch=plan.steps_per_epoch,
-            schedule=Schedule(config.schedule, state.optimizer, config.epochs, plan.steps_per_epoch),
+            steps_per_epoch=steps_per_epoch,
+            schedule=Schedule(config.schedule, state.optimizer, config.epochs, steps_per_epoch),
             validate=Validation(config, runtime, splits, val_feed, prepared.precision, state, tracker),
             saver=saver,
             tracker=tracker,
@@ -103,18 +99,34 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         peers = [process.pid for process in processes if process.node == runtime.node]
         watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.is_asked_to_stop)
         startup.close()
+        yield partial(_train, prepared, trainer)
 
-        def train() -> dict[str, Any]:
-            samples, before = state.progress.samples, goodput.spent().step_seconds
-            validation = trainer.run()
-            spent = goodput.spent()
-            trained = state.progress.samples - samples
-            speed = trained / (spent.step_seconds - before) if trained else 0.0
-            for line in summarize(config, state.progress, validation, speed, spent):
-                tracker.message(line)
-            return _result(config, validation, state.progress.best) | {"fused": fused}
 
-        yield train
+def _log_start(prepared: Preparation, resume_point: ResumePoint, tracker: Tracker) -> None:
+    """Log the run's settings, and where it resumes or what it starts from."""
+    runtime, state = prepared.runtime, prepared.state
+    notes = prepared.notes
+    description: Iterable[str] = ()
+    if runtime.is_main:
+        steps_per_epoch = prepared.plan.steps_per_epoch
+        description = describe(prepared.config, prepared.images, runtime, prepared.splits, state, steps_per_epoch)
+    if resume_point.folder is not None:
+        notes = [f"resuming     {resume_point.folder}, step {state.progress.step}"]
+    for line in [*resume_point.skipped, *description, *prepared.lines, *notes]:
+        tracker.message(line)
+
+
+def _train(prepared: Preparation, trainer: Trainer) -> dict[str, Any]:
+    """Train, log a summary, and return the result."""
+    config, state, goodput = prepared.config, prepared.state, trainer.goodput
+    samples, before = state.progress.samples, goodput.spent().step_seconds
+    validation = trainer.run()
+    spent = goodput.spent()
+    trained = state.progress.samples - samples
+    speed = trained / (spent.step_seconds - before) if trained else 0.0
+    for line in summarize(config, state.progress, validation, speed, spent):
+        trainer.tracker.message(line)
+    return _result(config, validation, state.progress.best) | {"fused": prepared.fused}
 
 
 def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from metaformer.data.index.config import Labels, MatchClasses
 from metaformer.data.index.image_index import ImageIndex, check_same_classes
 from metaformer.data.index.labels import class_counts, data_set_name, incompleteness, match_by_name, subset_mask
 from metaformer.errors import Diverged, UserError, warn
-from metaformer.evaluation.accuracy import evaluate, ignore
+from metaformer.evaluation.accuracy import Accuracy, evaluate, ignore
 from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
 from metaformer.evaluation.class_files import write_per_class
 from metaformer.evaluation.results import append_result, check_results
@@ -47,19 +48,14 @@ from metaformer.training.precision import Precision
 
 @contextmanager
 def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Yield a function that evaluates, prints the result as validate.py's last line, and writes the results file.
+    """Yield a function that evaluates, prints the result as validate.py's last line, and writes the requested files.
 
-    All inputs, including the results file, are checked before the evaluation.
-
-    Raises:
-        Diverged: The loss is not finite. The result is still printed, with null for top1, top5 and loss, but no row
-            is added to the results file.
+    All inputs and output files are checked before the evaluation.
     """
     checkpoint = config.checkpoint
     assert checkpoint is not None
-    results = None if config.results_csv is None else Path(config.results_csv)
-    if results is not None:
-        runtime.main_only(partial(check_results, results), None)
+    if config.results_csv is not None:
+        runtime.main_only(partial(check_results, Path(config.results_csv)), None)
     if config.per_class_csv is not None:
         option = f"per_class_csv={config.per_class_csv}"
         runtime.main_only(partial(check_output, option, Path(config.per_class_csv)), None)
@@ -77,41 +73,75 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     load_weights(model, weights.path, weights.use_ema)
     notes += [f"images       {images}", f"weights      {weights.name}{ema_hint(weights)}"]
     runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
-    scoring = _scoring(config, index, runtime.device)
+    with closing(evaluation_feed(config, images, runtime, index)) as feed:
+        yield Evaluation(
+            config=config, images=images, runtime=runtime, precision=precision, index=index, outputs=outputs,
+            model=model, fused=fused, weights=weights.name, feed=feed,
+        ).run  # fmt: skip
 
-    def run(feed: Feed) -> dict[str, Any]:
-        """Evaluate, print the result, append it to the results file if there is one, and return it."""
-        by_class = ClassCounts(outputs, runtime.device)
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """A network and the images to evaluate it on.
+
+    Attributes:
+        outputs: Number of the network's outputs.
+        fused: The status text of the fused operators.
+        weights: Name of the weights in results.
+        feed: This rank's batches.
+    """
+
+    config: ValidateConfig
+    images: Preprocessing
+    runtime: Runtime
+    precision: Precision
+    index: ImageIndex
+    outputs: int
+    model: nn.Module
+    fused: str
+    weights: str
+    feed: Feed
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, print the result, write the requested files, and return the result.
+
+        Raises:
+            Diverged: The loss is not finite. The result is still printed, with null for top1, top5 and loss, but no
+                file is written.
+        """
+        config, runtime = self.config, self.runtime
+        by_class = ClassCounts(self.outputs, runtime.device)
         observe = by_class.add if config.per_class_csv is not None else ignore
-        with _progress(feed, runtime) as report:
-            accuracy = evaluate(model, feed, precision, runtime, scoring, report, observe)
-        figures = {**accuracy.as_dict(), **class_counts(index, config.data)}
-        if config.data.quarantine is not None:
-            figures["quarantined"] = index.quarantined
-        settings = {name.removeprefix("model."): value for name, value in images.settings.items()}
-        names = {"model": config.model.name, "data": data_set_name(index, config.data)}
-        result = {**names, **figures, **settings, "checkpoint": weights.name, "fused": fused}
+        scoring = _scoring(config, self.index, runtime.device)
+        with _progress(self.feed, runtime) as report:
+            accuracy = evaluate(self.model, self.feed, self.precision, runtime, scoring, report, observe)
+        result = self._result(accuracy)
         if not math.isfinite(accuracy.loss):
             runtime.print_result(result | {"top1": None, "top5": None, "loss": None})
-            raise Diverged(
-                f"checkpoint={weights.name}: the loss is {accuracy.loss}: {why_not_finite(model, precision)}"
-            )
-        runtime.print_result(result)  # before the file, so that a full disk does not lose the result
-        if results is not None:
-            row = _describe_images(images) | names | {"top1": accuracy.top1, "top5": accuracy.top5}
-            row |= {"images": accuracy.images, "checkpoint": weights.name}
-            row |= {"param_count": sum(parameter.numel() for parameter in model.parameters())}
-            runtime.main_only(partial(append_result, results, row), None)
+            reason = why_not_finite(self.model, self.precision)
+            raise Diverged(f"checkpoint={self.weights}: the loss is {accuracy.loss}: {reason}")
+        runtime.print_result(result)  # before the files, so that a full disk does not lose the result
+        if config.results_csv is not None:
+            row = _describe_images(self.images)
+            row |= {name: result[name] for name in ("model", "data", "top1", "top5", "images", "checkpoint")}
+            row |= {"param_count": sum(parameter.numel() for parameter in self.model.parameters())}
+            runtime.main_only(partial(append_result, Path(config.results_csv), row), None)
         if config.per_class_csv is not None:
             file, totals = Path(config.per_class_csv), by_class.total(runtime)
-            runtime.main_only(partial(_write_per_class, file, index.classes, totals), None)
+            runtime.main_only(partial(_write_per_class, file, self.index.classes, totals), None)
         return result
 
-    with closing(evaluation_feed(config, images, runtime, index)) as feed:
-        yield partial(run, feed)
+    def _result(self, accuracy: Accuracy) -> dict[str, Any]:
+        """Return the figures of an evaluation, with what was evaluated and how."""
+        data = self.config.data
+        names = {"model": self.config.model.name, "data": data_set_name(self.index, data)}
+        quarantined = {} if data.quarantine is None else {"quarantined": self.index.quarantined}
+        settings = {name.removeprefix("model."): value for name, value in self.images.settings.items()}
+        figures = accuracy.as_dict() | class_counts(self.index, data) | quarantined
+        return names | figures | settings | {"checkpoint": self.weights, "fused": self.fused}
 
 
-def _describe_images(images: Preprocessing) -> dict[str, str | int | float]:
+def _describe_images(images: Preprocessing) -> dict[str, Any]:
     """Return the preprocessing as cells of a results file."""
     return {
         "img_size": images.image_size,
@@ -124,7 +154,7 @@ def _describe_images(images: Preprocessing) -> dict[str, str | int | float]:
 
 @contextmanager
 def _progress(feed: Feed, runtime: Runtime) -> Iterator[Callable[[], bool]]:
-    """Yield a function to call before each batch, which shows on rank 0's stderr, if that is a terminal, a bar."""
+    """Yield a function to call before each batch; it updates a bar on rank 0's stderr, if that is a terminal."""
     bar, batches = ProgressBar(terminal_console(stderr=True)), itertools.count()
 
     def report() -> bool:
@@ -185,7 +215,7 @@ def _evaluation_index(config: ValidateConfig, runtime: Runtime, record: Record |
 
 
 def _check_num_classes(num_classes: int, config: ValidateConfig, runtime: Runtime, index: ImageIndex) -> None:
-    """Raise `UserError` unless the labels are right for a network of `num_classes`.
+    """Raise an error unless the labels are right for a network with `num_classes` classes.
 
     With more classes than folders, they are right only if the training split exists and has the same class folders.
     """
