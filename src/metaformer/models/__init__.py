@@ -1,6 +1,6 @@
 """Networks and their weights: `create_model`, `list_models`, `load_weights`.
 
-What needs torch is imported on first use, so that a program can list the networks without it.
+Modules that need torch are imported on first use, so that a program can list the networks without it.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""From a composition to the architecture of a network: the parts are imported here."""
+"""Builds the architecture of a network from a composition, and imports the parts that it names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ from metaformer.targets import import_target
 
 
 def build_architecture(composition: Composition) -> Architecture:
-    """Return the architecture with the parts that a composition names; parts of one's own are imported."""
+    """Return the architecture with the parts that a composition names; the user's own parts are imported."""
     base = BlockParts(
         norm=_find("norm", composition.norm, NORMS),
         activation=_find("activation", composition.activation, ACTIVATIONS),
@@ -48,11 +48,11 @@ def build_architecture(composition: Composition) -> Architecture:
 
 
 def _import(part: PartPath) -> Any:
-    """Return the part that a table defines, with its arguments."""
+    """Import a part of a table, and bind its arguments."""
     found = import_target("part", part.path)
     return partial(found, **part.arguments) if part.arguments else found
 
 
 def _find(field: str, name: str, table: Mapping[str, PartPath]) -> Any:
-    """Return a part of the table, or a part of the user's own."""
+    """Return a part of the table, or the user's own part."""
     return _import(table[name]) if name in table else import_target(f"model.{field}", name)

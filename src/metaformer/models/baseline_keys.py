@@ -1,4 +1,4 @@
-"""Keys of the second paper's program, whose networks this project names as timm does.
+"""State-dict keys of the second paper's program, and their conversion to this project's keys, which are timm's.
 
 That program has lists `downsample_layers` (the stem first) and `stages`. All its layers over channels are linear, with
 weights [out, in]. This project and timm have 1x1 convolutions instead, with weights [out, in, 1, 1], except in stages
@@ -11,7 +11,7 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-# Patterns of keys and their replacements; the first that matches a whole key counts.
+# Patterns of keys and their replacements; the first pattern that matches the whole key is used.
 _TO_METAFORMER = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -40,7 +40,7 @@ _TO_OFFICIAL = [
 ]
 _MLP_WEIGHT = re.compile(r"(stages\.\d+\.blocks\.\d+\.)mlp\.fc[12]\.weight")
 _POINTWISE_WEIGHT = re.compile(r"stages\.\d+\.blocks\.\d+\.(mlp\.fc[12]|token_mixer\.pwconv[12])\.weight")
-# Of every block, of the network, and of the two classifiers.
+# Keys of every block, of the network, and of the two kinds of classifiers.
 _BLOCK = ("norm1.weight", "norm2.weight", "mlp.fc1.weight", "mlp.act.scale", "mlp.act.bias", "mlp.fc2.weight")
 _NETWORK = ("stem.conv.weight", "stem.conv.bias", "stem.norm.weight", "head.norm.weight", "head.norm.bias")
 _CLASSIFIERS = (
@@ -59,7 +59,7 @@ def has_official_keys(state: StateDict) -> bool:
 
 
 def has_baseline_keys(state: StateDict) -> bool:
-    """Return whether the keys are this project's, of a network that begins as those of the second paper do."""
+    """Return whether the keys are this project's and those of a network of the second paper, judging by its stem."""
     return "stem.norm.weight" in state
 
 
@@ -92,7 +92,7 @@ def metaformer_to_official(state: StateDict) -> StateDict:
 
 
 def required_keys(state: StateDict) -> set[str]:
-    """Return the keys that a complete network of the second paper has for certain, judging by the keys that there are.
+    """Return the keys that a complete network of the second paper must have, given the keys that are present.
 
     Raises:
         ValueError: a key does not belong to the second paper's networks.

@@ -1,4 +1,4 @@
-"""The channel MLP: the part of a MetaFormer block that works on each position by itself."""
+"""The channel MLP: the part of a MetaFormer block that processes each position separately."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The classifier: the layer or layers with an output for each class, without the rest of the head."""
+"""The classifier of a network: the layers with an output for each class, without the rest of the head."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,20 +12,20 @@ from metaformer.models.weights import load_weights
 
 
 class NewHead(NamedTuple):
-    """A classifier that keeps its fresh weights: its outputs, and those in the file; None if the file has none."""
+    """A newly initialised classifier: its number of outputs, and that of the file or None if the file has none."""
 
     before: int | None
     now: int
 
 
 def classifier_names(model: nn.Module, field: str = "init_head", fix: str = "init_head=same") -> tuple[str, ...]:
-    """Return the names of the classifier's layers: of one, or of two and more in networks such as distilled ones.
+    """Return the names of the classifier's layers: one, or several in networks such as distilled ones.
 
-    A network that is not of this project names them as timm's do: `pretrained_cfg = {"classifier": NAME}`.
+    Networks of other libraries must name them as timm's do: `pretrained_cfg = {"classifier": NAME}`.
 
     Args:
         field: the option that needs the classifier, for the error message.
-        fix: what to give instead.
+        fix: what to use instead, for the error message.
     """
     cfg: Any = {}
     if isinstance(model, MetaFormer):
@@ -43,12 +43,12 @@ def classifier_names(model: nn.Module, field: str = "init_head", fix: str = "ini
 
 
 def load_weights_except_head(model: nn.Module, path: Path, always: bool = False) -> NewHead | None:
-    """Load weights; the classifier stays as it is if the file has another number of classes, or no classifier.
+    """Load weights, except for the classifier if the file has another number of classes or no classifier.
 
     Everything else must match, as for `load_weights`.
 
     Args:
-        always: leave the classifier as it is in any case.
+        always: never load the classifier.
 
     Returns:
         None if the classifier was loaded too.

@@ -1,6 +1,6 @@
-"""A network as plain values: its sizes, and its parts by name. The named networks are such compositions too.
+"""Describes a network by plain values: its sizes, and the names of its parts. Named networks are compositions too.
 
-Imports nothing that takes long: `architectures` imports the parts.
+Imports no slow modules; `architectures` imports the parts.
 """
 
 import json
@@ -16,7 +16,7 @@ ATTENTION_HEAD_DIM = 32
 
 @dataclass(frozen=True)
 class PartPath:
-    """Where a part is defined, and the arguments that its name stands for; `architectures` imports it.
+    """The location of a part, which `architectures` imports, and the arguments that its name implies.
 
     Attributes:
         path: `package.module:Class`.
@@ -80,7 +80,7 @@ HEADS = {
     for name, part in (("norm_first", "NormFirstHead"), ("linear", "linear_head"), ("mlp", "mlp_head"))
 }
 INITIALIZATIONS = {"mlps_and_head": False, "all": True}  # of convolutions and linear layers
-# The table of each field, and whether the field may name a part outside it.
+# The table of each field, and whether the field accepts parts outside it.
 _TABLES: dict[str, tuple[Mapping[str, Any], bool]] = {
     "token_mixers": (TOKEN_MIXERS, True),
     "norm": (NORMS, True),
@@ -92,7 +92,7 @@ _TABLES: dict[str, tuple[Mapping[str, Any], bool]] = {
     "initialization": (INITIALIZATIONS, False),
 }
 
-# Of the fields below, for values that come out of a file.
+# Types of the fields below, to check values from a file.
 _TYPES: dict[Any, Any] = {
     tuple[int, ...]: tuple, tuple[str, ...]: tuple, str: str, float: int | float, int | None: int | None,
 }  # fmt: skip
@@ -101,21 +101,21 @@ PER_STAGE = ("token_mixers", "channel_mlps", "residuals")
 
 @dataclass(frozen=True)
 class Composition:
-    """A network's sizes and parts. The defaults are PoolFormer-S12's.
+    """The sizes and parts of a network. The defaults are those of PoolFormer-S12.
 
-    A part is a name in the tables above, or `package.module:Class` for a part of the user's own, which is made with the
-    same arguments as those in the table.
+    A part is a name in the tables above, or `package.module:Class` for the user's own part, which is constructed with
+    the same arguments as those in the table.
 
     Attributes:
-        depths, dims: blocks and channels of each stage.
+        depths, dims: number of blocks and channels of each stage.
         token_mixers, channel_mlps, residuals: one name for each stage, or one for all.
-        norm: of the blocks; the head `norm_first` uses it too.
+        norm: the blocks' norm; the head `norm_first` uses it too.
         layer_scale: initial value of LayerScale; 0 leaves it out.
-        downsampling_norm: after the stem's convolution, and before those between stages.
+        downsampling_norm: the norm after the stem's convolution, and before the convolutions between stages.
         position_embedding_stage: the stage, counted from 0, that adds a position embedding before its blocks.
         initialization: the layers that start as a truncated normal distribution with std .02; others keep torch's.
-        drop_path_rate: of the last block; rates rise linearly from 0.
-        head_dropout: of the head `mlp`.
+        drop_path_rate: rate of the last block; rates rise linearly from 0.
+        head_dropout: dropout rate of the head `mlp`.
     """
 
     depths: tuple[int, ...] = (2, 2, 6, 2)
@@ -160,7 +160,7 @@ class Composition:
 
     @classmethod
     def from_json(cls, text: str) -> "Composition":
-        """Return the composition that `to_json` has written.
+        """Parse the text of `to_json`.
 
         Raises:
             ValueError: the text is none.
@@ -169,7 +169,7 @@ class Composition:
 
     @classmethod
     def from_values(cls, values: Any) -> "Composition":
-        """Return the composition of values that come out of a file's JSON.
+        """Return the composition with values that were read from a file.
 
         Raises:
             ValueError: they are none.
@@ -207,7 +207,7 @@ def _check_sizes(composition: Composition) -> None:
 
 
 def _check_names(composition: Composition) -> None:
-    """Refuse unknown names; parts of one's own are not imported here, because a checkpoint may name them."""
+    """Raise an error for unknown names. The user's own parts are not imported, because a checkpoint may name them."""
     for field, (table, own) in _TABLES.items():
         value: str | tuple[str, ...] = getattr(composition, field)
         names = (value,) if isinstance(value, str) else value

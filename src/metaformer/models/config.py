@@ -11,11 +11,11 @@ from metaformer.errors import UserError
 from metaformer.models.composition import Composition
 from metaformer.targets import check_target
 
-OWN_NETWORK = "metaformer"  # model.name of a network of one's own parts
-AUTO = "auto"  # model.name for the network that weights record
-DEFAULT_NETWORK = "poolformer_s12"  # where they record none
+OWN_NETWORK = "metaformer"  # model.name of a network that the user composes
+AUTO = "auto"  # model.name of the network that the weights record
+DEFAULT_NETWORK = "poolformer_s12"  # used if the weights record none
 STEM, ALL_BUT_HEAD = "stem", "all_but_head"  # choices of model.freeze, besides stages:N
-RATES = ("drop_path_rate", "head_dropout")  # of a composition; named networks have these fields too
+RATES = ("drop_path_rate", "head_dropout")  # fields of a composition that named networks have too
 
 
 class Library(Enum):
@@ -82,7 +82,7 @@ class Preprocessing:
 
 
 class InitHead(Enum):
-    """What becomes of the classifier of `init_weights`; everything else must match."""
+    """Treatment of the classifier of `init_weights`; everything else must match."""
 
     auto = "auto"  # kept if the classes are the same, else a new one
     same = "same"  # kept; another number of classes is an error
@@ -95,7 +95,7 @@ class ModelConfig:
     """A network and its preprocessing.
 
     A preprocessing field that is null takes the network's own value. The fields from `depths` on are for
-    model=metaformer, a network of one's own; one that is null takes PoolFormer-S12's value. See `Composition`.
+    model=metaformer, a network that the user composes; null takes PoolFormer-S12's value. See `Composition`.
     """
 
     name: str = MISSING  # a network of this project or of timm; auto: the one that the weights record
@@ -127,12 +127,12 @@ class ModelConfig:
 
     @property
     def is_own(self) -> bool:
-        """Whether this is a network of one's own parts."""
+        """Whether this is a network that the user composes."""
         return self.library is Library.metaformer and self.name == OWN_NETWORK
 
     @property
     def given_parts(self) -> dict[str, Any]:
-        """The values of a composition that are given, as a composition has them, without RATES."""
+        """The given fields of a composition, without RATES."""
         names = [part.name for part in fields(Composition) if part.name not in RATES]
         values = {name: getattr(self, name) for name in names}
         return {
@@ -143,7 +143,7 @@ class ModelConfig:
 
     @property
     def composition(self) -> Composition | None:
-        """The parts of a network of one's own; None for all others."""
+        """The parts of a network that the user composes; None for all others."""
         if not self.is_own:
             return None
         rates = {name: getattr(self, name) for name in RATES if getattr(self, name) is not None}
@@ -175,7 +175,7 @@ class ModelConfig:
             raise UserError(f"model.std={self.std}: must be three numbers in (0, 1], such as [0.5,0.5,0.5]")
 
     def _set_target(self) -> None:
-        """Name the network after its class, and refuse what does not go with a network of the user's own."""
+        """Name the network after its class, and reject options that do not apply to the user's own network."""
         if self.target is None:
             given = "model.library=target" if self.library is Library.target else f"model.options={self.options}"
             if self.library is Library.target or self.options:

@@ -1,4 +1,4 @@
-"""Download of weights by name: `official:poolformer_s12`, `official:caformer_s18`, `hf:timm/poolformer_s12.sail_in1k`.
+"""Downloads weights by name: `official:poolformer_s12`, `official:caformer_s18`, `hf:timm/poolformer_s12.sail_in1k`.
 
 Files of the papers' authors are downloaded into this project's cache: those of the first paper from its GitHub release,
 those of the second paper from a repository of the Hugging Face hub that holds raw torch files. The authors publish no
@@ -199,7 +199,7 @@ def _hub_file(repository: str) -> Path:
 
 
 def _checked_hub_file(path: Path) -> Path:
-    """Return the file, after comparing it with its hash if its link in the hub's cache points to one."""
+    """Return the file after comparing it with its hash, if the hub's cache names it by one."""
     blob = path.readlink().name if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", blob) and sha256(path) != blob:
         raise ValueError(f"{path} has changed: its SHA-256 is not {blob}; delete {path.resolve()} and run again")

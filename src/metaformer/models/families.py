@@ -1,4 +1,4 @@
-"""The named networks of both papers: one row each, a composition with given values."""
+"""The named networks of both papers: one composition for each."""
 
 from dataclasses import replace
 from typing import Any

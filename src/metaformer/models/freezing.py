@@ -15,7 +15,7 @@ def freeze(model: nn.Module, part: str) -> list[nn.Module]:
     Args:
         model: the network; changed in place.
         part: `stem`; `stages:N`, which is the stem and the first N stages (of timm's networks without stages, such as
-            ViT: the first N blocks); or `all_but_head`, which trains the classifier only.
+            ViT, the first N blocks); or `all_but_head`, which trains only the classifier.
     """
     frozen = _parameter_names(model, part)
     for name, parameter in model.named_parameters():

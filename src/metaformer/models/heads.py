@@ -1,7 +1,7 @@
-"""Heads: from the last stage's features [B, dim, H, W] to logits [B, num_classes].
+"""Heads, which map the last stage's features [B, dim, H, W] to logits [B, num_classes].
 
-All are made from (dim, num_classes, norm, dropout); `norm` is the norm of the network's blocks. With `pre_logits`, they
-return the features before their classifier, [B, dim].
+All are constructed from (dim, num_classes, norm, dropout); `norm` is the norm of the network's blocks. With
+`pre_logits`, they return the features before their classifier, [B, dim].
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The part of a network whose output is its last features with positions."""
+"""Finds the part of a network whose output is its last feature map."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from metaformer.errors import UserError
 
 
 def find_layer(model: nn.Module, name: str | None, option: str) -> nn.Module:
-    """Return a part of a network by its name, such as `stages.2`; None stands for the last stage.
+    """Return a part of a network by its name, such as `stages.2`; None selects the last stage.
 
     Args:
-        option: the option that gives the name, for messages.
+        option: the option that gives the name, for error messages.
     """
     if name is not None:
         try:

@@ -1,4 +1,4 @@
-"""Weights trained on ImageNet-21K as the start of training on some of its classes."""
+"""Initialises training on classes of ImageNet-21K with weights that were trained on all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,5 +46,5 @@ def load_weights_of_21k(model: nn.Module, path: Path, wnids: Sequence[str]) -> l
 
 
 def describe_missing(wnids: Sequence[str]) -> str:
-    """Return a text about the classes that ImageNet-21K does not have."""
+    """Describe the classes that ImageNet-21K does not have."""
     return f"ImageNet-21K has no {', '.join(wnids)}; the classifier's rows start at the mean of all"

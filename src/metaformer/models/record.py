@@ -1,4 +1,4 @@
-"""What a weights file records of its network: parts, classes and preprocessing, as JSON in its metadata."""
+"""The record of a network in a weights file: parts, classes and preprocessing, as JSON in the metadata."""
 
 import json
 from dataclasses import dataclass, field
@@ -23,15 +23,15 @@ MAX_IMAGE_SIZE = 2**14  # pixels
 
 @dataclass(frozen=True)
 class Record:
-    """A network as far as it is recorded; None stands for what is not.
+    """The record of a network; None means not recorded.
 
     Attributes:
         name: one of `list_models()`, `metaformer` for a network of one's own, or a network of timm.
-        composition: the parts of a network of one's own.
-        num_classes: outputs of the network.
-        classes: names of the first outputs, usually all, in order.
+        composition: the parts of a network that the user composed.
+        num_classes: number of outputs.
+        classes: names of the first outputs, usually of all, in order.
         images: the preprocessing with which the network was trained and evaluated.
-        target: `package.module:Class` of a network of the user's own, whose `name` is that of the class.
+        target: `package.module:Class` of the user's own network; `name` is then the name of the class.
         options: the arguments of the target, besides the number of classes.
     """
 
@@ -62,7 +62,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
-        """Return the record that `to_json` has written. Fields of later versions are passed over.
+        """Parse the text of `to_json`, ignoring fields of later versions.
 
         Raises:
             ValueError: the text is none.
@@ -107,7 +107,7 @@ class Record:
 
 
 def _value(values: dict[str, Any], name: str, kind: type) -> Any:
-    """Return an entry that must be of this type."""
+    """Return an entry; raise an error if it is not of the given type."""
     value = values.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name}={printable(str(value), 100)}: not of type {kind.__name__}")
@@ -131,10 +131,10 @@ def _preprocessing(values: Any) -> Preprocessing:
 
 
 def read_record(path: Path) -> Record | None:
-    """Return what a safetensors file records of its network.
+    """Return the record in a safetensors file.
 
     Return None for files without a record, such as those of other programs, and for damaged files, which loading
-    reports. Files of earlier versions record the name, and the parts of a network of one's own.
+    reports. Files of earlier versions record the name, and the parts of a network that the user composed.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -168,12 +168,12 @@ def named_record(source: str) -> Record | None:
 
 
 def refuse_own_parts(source: Path | str, composition: Composition, given: tuple[str, ...] = ()) -> None:
-    """Refuse parts outside this project that only a file names: code that a checkpoint names is never imported.
+    """Raise an error for parts outside this project that only a file names; code is never imported on a file's word.
 
     Args:
         source: the weights as the user named them.
-        composition: the network that they record.
-        given: names of parts that the user has given.
+        composition: the network that the weights record.
+        given: names of the parts that the user has given.
     """
     unknown = [name for name in composition.own_parts if name not in given]
     if unknown:
@@ -184,11 +184,11 @@ def refuse_own_parts(source: Path | str, composition: Composition, given: tuple[
 
 
 def refuse_target(source: Path | str, record: Record, field: str = "model.target") -> None:
-    """Refuse a network of the user's own that only a file names.
+    """Raise an error for a user's own network that only a file names.
 
     Args:
         source: the weights as the user named them.
-        record: what they record.
+        record: the record of the weights.
         field: the configuration field that names the network.
     """
     if record.target is not None:

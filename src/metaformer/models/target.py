@@ -1,4 +1,4 @@
-"""Networks of the user's own, from a class or function that the configuration names."""
+"""Creates the user's own networks, from a class or function that the configuration names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ FIELD = "model.target"
 def create_target_model(
     target: str, num_classes: int = 1000, options: Mapping[str, Any] | None = None, image_size: int = 224
 ) -> nn.Module:
-    """Create a network of the user's own, and compute logits of two images to check it.
+    """Create the user's own network, and check it by computing the logits of two images.
 
     Args:
         target: `package.module:Class`, or a function; it is called with `num_classes` and the options. The network maps

@@ -1,4 +1,4 @@
-"""Functions that create networks: the papers' by name, one's own from a composition, and timm's."""
+"""Functions that create networks: the papers' by name, the user's own from a composition, and timm's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def find_timm_cfg(name: str) -> PretrainedCfg:
         raise unknown_name("model.name", name, timm.list_models())
     try:
         return timm.get_pretrained_cfg(name, allow_unregistered=True) or PretrainedCfg()
-    except RuntimeError as error:  # a tag that is not registered
+    except RuntimeError as error:  # the tag is not registered
         known = timm.list_pretrained(f"{name.split('.')[0]}.*")
         raise unknown_name("model.name", name, known) from error
 

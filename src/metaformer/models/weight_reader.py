@@ -98,7 +98,7 @@ def check_archive(file: BinaryIO) -> None:
 
 
 class _Stub:
-    """A stand-in for an object in a file's options, which neither runs its constructor nor keeps its state."""
+    """A placeholder for an object in a file's options, which neither runs its constructor nor keeps its state."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -110,7 +110,7 @@ class _Stub:
 def _read_torch(file: BinaryIO, use_ema: bool) -> Weights:
     try:
         with torch.serialization.safe_globals([(_Stub, name) for name in _OPTION_TYPES]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # torch warns about kinds of tensors that are refused below
             # The file, not its path: torch would take a name that ends with .safetensors as the format.
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise any exception

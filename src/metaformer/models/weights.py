@@ -1,4 +1,4 @@
-"""Saving of weights with timm's keys, and loading of weights with timm's or the papers' keys."""
+"""Saves weights with timm's keys, and loads weights with timm's or the papers' keys."""
 
 import math
 import re
@@ -35,14 +35,14 @@ def save_state(state: StateDict, path: Path, network: Record | str) -> None:
     Args:
         state: the tensors.
         path: the file to write.
-        network: what to record of the network, to make it again; or only its name, for later error messages.
+        network: the record of the network, from which it can be created again, or only its name, for error messages.
 
     Raises:
         OSError: the file cannot be written.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     path.touch()
-    permissions = path.stat().st_mode  # of the user's umask: safetensors makes files that only the user can read
+    permissions = path.stat().st_mode  # permissions by umask: safetensors makes files that only the user can read
     try:
         if isinstance(network, Record):
             recorded = {NAME_ENTRY: network.name, ENTRY: network.to_json()}

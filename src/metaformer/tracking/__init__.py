@@ -1,1 +1,1 @@
-"""Recording of a run: metrics, messages, images and checkpoints, and the files of its run folder."""
+"""Trackers that record a run's metrics, messages, images and checkpoints, and the files of its run folder."""

@@ -1,4 +1,4 @@
-"""A tracker in a separate process, so that it never blocks training when it is slow, stuck or broken."""
+"""Runs a tracker in a separate process, so that a slow, stuck or broken tracker never blocks training."""
 
 import os
 import pickle
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 from metaformer.interfaces import Row
 from metaformer.tracking.service import Delivered, Failed, Opened, Report, child_processes
 
-# Limit for closing after a failure or an interruption: less than the other ranks wait for rank 0 to report the reason.
+# Seconds for closing after a failure or interruption: less than the other ranks wait for rank 0 to report the reason.
 FAILED_CLOSE_SECONDS = 4.0
-SILENT_SECONDS = 1.5  # time that `close` waits before it prints what it is waiting for
+SILENT_SECONDS = 1.5  # seconds that `close` waits before it reports what it is waiting for
 
 
 class _Call(NamedTuple):
-    """A call to the tracker, kept until the end for a possible restart; a row takes 300 bytes."""
+    """A call to the tracker, which is kept until the end for a possible restart; a row takes 300 bytes."""
 
     kind: str  # "row", "file", or "" for calls that are not counted
     pickled: bytes
@@ -39,8 +39,8 @@ class BackgroundTracker:
         name: Name of the tracker in messages.
         command: Command that starts the process; the number of a file descriptor is appended.
         open_arguments: Arguments for `ServedTracker.open`.
-        open_seconds: Time after which a tracker that is not open is reported, and is not waited for when training ends.
-        close_seconds: Time without progress after which undelivered calls are given up when training ends.
+        open_seconds: Time after which a tracker that has not opened is reported, and no longer awaited at the end.
+        close_seconds: Time without progress after which undelivered calls are dropped at the end of training.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class BackgroundTracker:
         self._enqueue("", methodcaller("message", text))
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """Do nothing: it is for people who watch."""
+        """Do nothing, because progress is only shown in terminals."""
 
     def picture(self, name: str, file: Path) -> None:
         self._enqueue("file", methodcaller("picture", name, file))
@@ -135,7 +135,7 @@ class BackgroundTracker:
                 [*self._command, str(child_end.fileno())],
                 pass_fds=[child_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # stderr: stdout is for results
+                stdout=2,  # stderr, because stdout is for results
                 start_new_session=True,  # so that Ctrl-C reaches only training
             )
         with self._changed:
@@ -201,7 +201,7 @@ class BackgroundTracker:
                 self._warn(f"not open after {self._open_seconds:g} s; training continues, and rows are queued")
 
     def _handle_report(self, report: Report, late: bool) -> bool:
-        """Record a report of the process; return whether all calls are delivered and the tracker is closed."""
+        """Handle a report of the process; return whether all calls are delivered and the tracker is closed."""
         with self._changed:
             self._progress_at = time.monotonic()
             if isinstance(report, Opened):
@@ -227,7 +227,9 @@ class BackgroundTracker:
         self._print(f"warning: {self._name}: {text}")
 
     def _print(self, text: str) -> None:
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write, so that lines of threads do not mix
+        print(
+            f"{text}\n", end="", file=sys.stderr, flush=True
+        )  # a single write, so that lines from different threads do not mix
 
 
 def _describe_exit(code: int) -> str:

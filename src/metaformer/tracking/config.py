@@ -10,7 +10,7 @@ from metaformer.targets import check_target
 
 
 class WandbMode(Enum):
-    """How a run is recorded in Weights & Biases."""
+    """Mode of recording in Weights & Biases."""
 
     auto = "auto"  # online if there is a key and the server is reachable, else offline
     online = "online"

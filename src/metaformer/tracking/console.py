@@ -1,4 +1,4 @@
-"""Progress on stdout, as plain lines and, in a terminal, a bar below them, and in log.txt."""
+"""Shows progress on stdout as lines, with a bar below them in terminals, and writes the lines to log.txt."""
 
 import math
 import time
@@ -18,10 +18,10 @@ class ConsoleTracker(NullTracker):
 
     Args:
         epochs: Epochs of the whole run.
-        steps: Step at which this start ends.
-        validation_steps: Steps from one validation to the next; None: no validation counts towards the time left.
-        log_file: File to which every line is appended, with its time.
-        alarm: Called with a message when stdout or stderr can no longer be written; the log file gets it too.
+        steps: The step at which this start ends.
+        validation_steps: Steps from one validation to the next; None leaves validations out of the remaining time.
+        log_file: File to which each line is appended with its time.
+        alarm: Called with a message if stdout or stderr can no longer be written; the log file contains it too.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ConsoleTracker(NullTracker):
         if row["kind"] == "train":
             left = duration(self._seconds_left(row))
             self._note = f"  epoch {row['epoch']}/{self._epochs}  {left} left"
-            self.progress(TRAINING, row["step"], self._steps)  # before the line, which draws the bar again
+            self.progress(TRAINING, row["step"], self._steps)  # set before the line is printed, which redraws the bar
             self.message(self._train_line(row, left))
         else:
             if self._validating_since is not None:
@@ -74,7 +74,7 @@ class ConsoleTracker(NullTracker):
         self._log.close()
 
     def _seconds_left(self, row: Row) -> float:
-        """Return the time to the end of this start at the speed of the last steps and of the last validation."""
+        """Return the remaining time of this start, at the speed of the last steps and of the last validation."""
         training = (self._steps - row["step"]) * self._samples_per_step / row["images_per_second"]
         if self._validation_steps is None:
             return float(training)
@@ -91,7 +91,7 @@ class ConsoleTracker(NullTracker):
         )
 
     def _note_failures(self) -> None:
-        """Report, once for each, that stdout or stderr can no longer be written."""
+        """Report that stdout or stderr can no longer be written, once for each."""
         failures = streams.failures()
         if failures != self._failures:
             problem = "; ".join(f"{name} cannot be written ({reason})" for name, reason in failures.items())
@@ -112,7 +112,7 @@ def _validation_line(row: Row) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text in its two largest units, such as 2h05m."""
+    """Return a duration as text in its two largest units, such as 2h05m."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -45,7 +45,7 @@ def _git(*arguments: str) -> str:
     """Return the output of git in the code's folder; it is empty without a repository or without git."""
     folder = Path(__file__).parent
     try:
-        # Fails where the package is installed below a repository of something else.
+        # Fails if the package is installed within another project's repository.
         subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
         output = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -16,9 +16,9 @@ from metaformer.tracking.tracker import NullTracker
 
 
 class JsonlTracker(NullTracker):
-    """A tracker that appends to RUN/metrics.jsonl and rewrites RUN/summary.csv after each validation.
+    """A tracker that appends to RUN/metrics.jsonl, and rewrites RUN/summary.csv after each validation.
 
-    At a resume, rows that training will write again are moved to metrics.superseded.jsonl: rows after step
+    When a run resumes, rows that training will write again are moved to metrics.superseded.jsonl: rows after step
     `resumed_at`, and the validation and final rows of that step unless `validated`.
 
     Args:
@@ -57,7 +57,7 @@ class JsonlTracker(NullTracker):
 
 
 def ends_with_final(run_dir: Path, step: int) -> bool:
-    """Return whether RUN/metrics.jsonl ends with the final row of a run that ended at this step."""
+    """Return whether the last row of RUN/metrics.jsonl is the final row of a run that ended at this step."""
     rows = _read(run_dir / "metrics.jsonl")
     return bool(rows) and (rows[-1]["kind"], rows[-1]["step"]) == ("final", step)
 

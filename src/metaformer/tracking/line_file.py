@@ -1,4 +1,4 @@
-"""Appending whole lines to a text file, even across a full disk, and reading files of JSON lines."""
+"""Appends whole lines to a text file, even if the disk is full at times, and reads files of JSON lines."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from metaformer.errors import UserError, warn
 class LineFile:
     """A file to which lines are appended.
 
-    Lines that cannot be written are kept and written before the next ones. `write` and `close` raise no errors.
+    Lines that cannot be written are kept, and written before later ones. `write` and `close` raise no errors.
 
     Raises:
         OSError: The file cannot be opened.
@@ -53,7 +53,7 @@ def read_objects(path: Path, types: dict[str, type], allow_partial_last_line: bo
 
     Args:
         types: Fields that each object must have, with their types.
-        allow_partial_last_line: Skip a last line that is not JSON, as a crash in the middle of a write leaves it.
+        allow_partial_last_line: Skip a last line that is not JSON, such as a crash during a write leaves behind.
 
     Raises:
         OSError: The file cannot be read.

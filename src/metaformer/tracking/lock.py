@@ -1,4 +1,4 @@
-"""The lock that keeps two runs out of one run folder."""
+"""The lock that prevents two runs from using the same run folder."""
 
 import fcntl
 import json
@@ -17,9 +17,9 @@ LOCK_FILE = "lock"
 
 @contextmanager
 def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
-    """Create the run folder if needed and lock it for this process. At the end, a created folder is removed if empty.
+    """Create the run folder if needed, and lock it within the block. A new folder that stays empty is removed again.
 
-    Temporary files that a killed run left there are removed.
+    Temporary files that a killed run has left in the folder are removed.
     """
     try:
         created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
@@ -28,7 +28,7 @@ def lock_run_folder(run_dir: Path) -> Iterator["RunLock"]:
         raise UserError(f"run_dir={run_dir}: cannot be created ({error.strerror or error})") from error
     lock = RunLock(run_dir)
     try:
-        with suppress(OSError):  # a folder that cannot be written is reported, with the reason, when it is written
+        with suppress(OSError):  # a folder that cannot be written is reported with the reason when it is written
             remove_temporaries_in(run_dir)
         yield lock
     finally:
@@ -119,4 +119,4 @@ def _read(file: Path) -> str:
         holder: dict[str, Any] = json.loads(file.read_text())
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # that has not written its name yet
+        return "another process"  # the process has not written its name yet

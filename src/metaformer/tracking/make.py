@@ -1,4 +1,4 @@
-"""Construction of a run's trackers from its configuration."""
+"""Makes a run's trackers from its configuration."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def make_tracker(
     settings: dict[str, Any],
     validated: bool = False,
 ) -> Tracker:
-    """Return a tracker for console and files and, where they are on, wandb, TensorBoard and the user's own.
+    """Return a tracker for the console and files, and for wandb, TensorBoard and the user's own tracker if enabled.
 
     Args:
         resumed_at: Step at which training resumes; 0 for a new run.
@@ -39,7 +39,7 @@ def make_tracker(
     if config.wandb is not WandbMode.off:
         check_wandb()
     if config.tensorboard:
-        check_tensorboard()  # before a process is started
+        check_tensorboard()  # checked before a process is started
     if config.target is not None:
         import_target("tracking.target", config.target)
     limits = (config.open_seconds, config.close_seconds)

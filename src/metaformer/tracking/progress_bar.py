@@ -1,4 +1,4 @@
-"""A bar on a line of its own at the bottom of a terminal; nothing elsewhere."""
+"""A progress bar in the bottom line of a terminal; it does nothing if there is no terminal."""
 
 import sys
 
@@ -10,7 +10,7 @@ REFRESHES_PER_SECOND = 4.0
 
 
 class ProgressBar:
-    """One line with an activity, a bar and a note, as wide as the terminal; it disappears when it is closed.
+    """A line with an activity, a bar and a note, as wide as the terminal. It disappears when it is closed.
 
     Args:
         console: Console whose terminal shows the bar. Text printed on it appears above the bar.
@@ -21,7 +21,7 @@ class ProgressBar:
         self._progress: Progress | None = None
 
     def show(self, activity: str, done: int, total: int, note: str) -> None:
-        """Show how much of an activity is done."""
+        """Show the progress of an activity."""
         if self._progress is None:
             if not self._console.is_terminal or self._console.is_dumb_terminal:
                 return
@@ -38,7 +38,7 @@ class ProgressBar:
 
 
 def terminal_console(*, stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr, which is a terminal only if the stream really is one."""
+    """Return a console on stdout or stderr that counts as a terminal only if the stream is one."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, force_terminal=stream.isatty())
 
@@ -55,6 +55,6 @@ def _make(console: Console) -> Progress:
         expand=True,
         transient=True,
         refresh_per_second=REFRESHES_PER_SECOND,
-        redirect_stdout=sys.stdout.isatty(),  # what others print appears above the bar, but a file's text stays there
+        redirect_stdout=sys.stdout.isatty(),  # other output appears above the bar; a file stays unchanged
         redirect_stderr=sys.stderr.isatty(),
     )

@@ -1,4 +1,4 @@
-"""Writes a run's report in a process of its own, so that it takes no time from training and cannot fail it."""
+"""Writes a run's report in a separate process, so that it neither slows training down nor can make it fail."""
 
 import subprocess
 import sys
@@ -11,15 +11,15 @@ from metaformer.interfaces import Row
 from metaformer.tracking.tracker import NullTracker
 
 REPORT_PROCESS = (sys.executable, "-m", "metaformer.reporting.run_report")
-LIMIT_SECONDS = 60.0  # for one report, which takes two: a file system may hang
-FAILED_SECONDS = 2.0  # to wait for reports at the end of a run that failed
+LIMIT_SECONDS = 60.0  # limit for a report, which takes two seconds: a file system may hang
+FAILED_SECONDS = 2.0  # limit for waiting at the end of a run that failed
 
 
 class ReportTracker(NullTracker):
-    """A tracker that starts a process after each validation, and a last one at the end, which writes RUN/report.html.
+    """A tracker that starts a process to write RUN/report.html after each validation and at the end.
 
-    A report that is due while the one before is being written is left out: the next one has its rows. The first
-    failure is one warning; later ones are silent.
+    A report that is due while the previous one is being written is skipped; the next one has its rows. Only the first
+    failure is reported, as a warning.
 
     Args:
         command: Command to which the run folder is appended.
@@ -41,12 +41,12 @@ class ReportTracker(NullTracker):
             self._start()
 
     def start_last(self, failed: bool) -> None:
-        """Start the last report, when the run's other files have their final content."""
+        """Start the last report. Call it when the run's other files have their final content."""
         self._wait(FAILED_SECONDS / 2 if failed else self._limit_seconds)
         self._start()
 
     def close(self, failed: bool) -> None:
-        """Wait for the last report, after a failure only briefly."""
+        """Wait for the last report; after a failure, wait only briefly."""
         self._wait(FAILED_SECONDS / 2 if failed else self._limit_seconds)
         if self._process is not None:  # its process ends with this one
             self._process.kill()
@@ -68,7 +68,7 @@ class ReportTracker(NullTracker):
             self._warn(error.strerror or str(error))
 
     def _wait(self, seconds: float) -> None:
-        """Wait for the process up to a number of seconds and collect it; kill it if it has taken too long."""
+        """Wait for the process to end, for at most `seconds`; kill it if it has exceeded its time limit."""
         if self._process is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""The run folder: records of a run's configuration, command and environment, and of their changes."""
+"""The run folder: records of a run's configuration, command and environment, and of changes to them."""
 
 import itertools
 import json
@@ -29,13 +29,13 @@ _PARSE_ERRORS = (
 
 
 def check_empty(run_dir: Path) -> None:
-    """Raise an error if the run folder is not empty, for a run that must not resume another."""
+    """Raise an error if the run folder is not empty; for runs that must not resume."""
     if any(entry.name != LOCK_FILE for entry in run_dir.iterdir()):
         raise UserError(f"run_dir={run_dir}: not empty, and resume=never; give another run_dir, or resume=auto")
 
 
 def check_shared(run_dir: Path, runtime: Runtime, timeout: float = 5.0) -> None:
-    """Raise an error unless all ranks see the files that rank 0 writes, such as the checkpoint to resume from.
+    """Raise an error unless all ranks see files that rank 0 writes, such as the checkpoint to resume from.
 
     Args:
         timeout: Seconds that a network file system may take to show a new file.
@@ -65,7 +65,7 @@ def _write(file: Path) -> None:
 
 
 def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, Any] | None = None) -> list[str]:
-    """Write config.yaml, overrides.yaml and environment.json. Earlier versions that differ are renamed with a date.
+    """Write config.yaml, overrides.yaml and environment.json. Earlier versions that differ get a date in their names.
 
     If configuration or derived values differ from those in the folder, a line is appended to CHANGES_FILE: an object
     with `step`, `time` and `changes`, which maps field names to [before, now].
@@ -100,7 +100,7 @@ def open_run_folder(run_dir: Path, config: str, step: int, derived: dict[str, An
 
 
 def _all_changes(run_dir: Path, contents: dict[str, str]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield changed fields of the configuration, then changed derived values, which older run folders do not have."""
+    """Yield changed fields of the configuration, then changed derived values, which older run folders lack."""
     path = run_dir / "config.yaml"
     content = contents[path.name].encode()
     if path.exists() and path.read_bytes() != content:
@@ -154,12 +154,12 @@ def _record(path: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
 
 
 def _text(value: Any) -> str:
-    """Format a value as on the command line."""
+    """Format a value as it is written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _backup_path(path: Path) -> Path:
-    """Return an unused path NAME.until-DATE.SUFFIX, with a number if two changes fall into the same second."""
+    """Return an unused path NAME.until-DATE.SUFFIX, with a number if there are several in the same second."""
     stem = f"{path.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return next(free for name in names if not (free := path.with_name(name + path.suffix)).exists())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from metaformer.interfaces import Tracker
 from metaformer.signals import STOP_SIGNALS
 
-WATCH_SECONDS = 0.25  # between two checks of the service
+WATCH_SECONDS = 0.25  # seconds between two checks of the service
 
 Call = Callable[[Tracker], None]
 
@@ -22,7 +22,7 @@ class Opened(NamedTuple):
     """The tracker is ready.
 
     Attributes:
-        upload_command: Command that uploads later what the tracker has written to disk; "" if there is none.
+        upload_command: Command that uploads the tracker's files later; "" if there is none.
         position: Number of rows that the service already had, or None if it does not count them. A restarted process
             receives the position of the first start.
     """
@@ -36,7 +36,7 @@ class Delivered(NamedTuple):
 
 
 class Progressed(NamedTuple):
-    """Bytes were moved since the last report."""
+    """Bytes have been moved since the last report."""
 
 
 class Failed(NamedTuple):
@@ -62,7 +62,7 @@ class ServedTracker(Tracker, Protocol):
 
 
 class Server:
-    """The main loop of a tracker's process, which opens the tracker and forwards calls to it.
+    """The main loop of a tracker's process: it opens the tracker and forwards calls to it.
 
     The first message contains the arguments of `open`; each later message is a call. Any failure is reported and ends
     the process, so that no tracker continues in an unknown state.
@@ -73,7 +73,7 @@ class Server:
         self._sending = threading.Lock()
 
     def run(self) -> None:
-        """Serve until the connection closes, then exit the process."""
+        """Serve calls until the connection closes, then exit the process."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the training process decides when to stop
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
@@ -87,7 +87,7 @@ class Server:
             self._fail(error)
 
     def _cause(self) -> Exception | None:
-        """Return the error of `check` if the service has died; its lost connection may raise another error first."""
+        """Return the error of `check` if the service has died; its lost connection may have raised another error."""
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             try:

@@ -29,12 +29,12 @@ class Status:
         reason: Why the run ended; may be empty.
         starts_without_progress: Number of consecutive earlier starts that began at the same step and crashed.
         started_at_step: Step at which this start began.
-        fused: Which fused parts this start uses, or why it uses none.
+        fused: The fused parts that this start uses, or why it uses none.
         goodput: Percentage of the run's time, over all starts, spent in training.
         starts: Number of starts of the run.
         seconds: Seconds by phase, over all starts.
         unsaved: The part of `seconds` that no checkpoint contains, by phase.
-        console: Which of stdout and stderr can no longer be written, and why; empty if both can.
+        console: Why stdout or stderr can no longer be written; empty if both can.
     """
 
     state: str
@@ -51,10 +51,10 @@ class Status:
 
 
 class StatusFile(NullTracker):
-    """Writer of a run's status file at the start, periodically during the run, and at the end.
+    """Writes a run's status file at the start, periodically during the run, and at the end.
 
     Args:
-        copy: A second file for the same content, where a batch script expects it.
+        copy: A second file with the same content, for a batch script.
         goodput: Time counter of this process; the time of earlier starts is added to it.
     """
 
@@ -86,7 +86,7 @@ class StatusFile(NullTracker):
             raise UserError(failures[0])
 
     def metrics(self, row: Row) -> None:
-        """Update the file, for train rows at most every ten seconds. Disk errors are ignored."""
+        """Update the file; for train rows, at most every ten seconds. Disk errors are ignored."""
         if row["kind"] != "train" or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._updated = time.monotonic()
             self._status.step = row["step"]
@@ -98,7 +98,7 @@ class StatusFile(NullTracker):
         self._write()
 
     def end(self, state: str, step: int, reason: str) -> None:
-        """Record the end of the run. A file that cannot be written is only a warning."""
+        """Record the end of the run. If the file cannot be written, print only a warning."""
         self._status.state, self._status.step, self._status.reason = state, step, reason
         for failure in self._write():
             warn(failure)

@@ -1,4 +1,4 @@
-"""A tracker of the user's own, which runs in a separate process (`tracker_process`)."""
+"""The user's own tracker, which runs in a separate process (`tracker_process`)."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from metaformer.tracking.service import Opened
 
 
 class TargetTracker:
-    """Forwards all calls to an object that a class of the user's makes."""
+    """Forwards all calls to an instance of the user's class."""
 
     def open(
         self, target: str, path: Sequence[str], run_dir: Path, options: Mapping[str, Any], first_position: int | None
@@ -41,7 +41,7 @@ class TargetTracker:
         self._tracker.message(text)
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """Do nothing: it is for people who watch, and is not sent to this process."""
+        """Do nothing, because progress is only shown in terminals and not sent to this process."""
 
     def picture(self, name: str, file: Path) -> None:
         self._tracker.picture(name, file)
@@ -53,8 +53,8 @@ class TargetTracker:
         self._tracker.close(failed)
 
     def check(self) -> None:
-        """Do nothing: there is no other process."""
+        """Do nothing, because there is no service process."""
 
     def bytes_moved(self) -> int:
-        """Return 0: progress of closing is not known."""
+        """Return 0, because the progress of closing is unknown."""
         return 0

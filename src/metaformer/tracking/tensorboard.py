@@ -18,9 +18,9 @@ _COUNTS = ("kind", "epoch", "step", "samples")
 
 
 class TensorBoardTracker(NullTracker):
-    """Event files in RUN/tensorboard/train and RUN/tensorboard/validation, so that their curves share a plot.
+    """Writes event files to RUN/tensorboard/train and RUN/tensorboard/validation, so that their curves share a plot.
 
-    At a resume, TensorBoard is told to drop the steps that training will take again. Each row is on disk before the
+    When a run resumes, TensorBoard drops the steps that training will take again. Each row is on disk before the
     next one is taken.
     """
 
@@ -64,14 +64,14 @@ class TensorBoardTracker(NullTracker):
         self._validation.close()
 
     def check(self) -> None:
-        """Do nothing: there is no other process."""
+        """Do nothing, because there is no service process."""
 
     def bytes_moved(self) -> int:
-        """Return 0: closing moves only what the last row left."""
+        """Return 0, because closing writes almost nothing."""
         return 0
 
     def _writer(self, name: str, purge_step: int) -> Any:
-        """Open a new event file, in which TensorBoard finds that steps from `purge_step` on are taken again."""
+        """Open a new event file, which makes TensorBoard drop earlier records of steps from `purge_step` on."""
         folder = self._folder / name
         if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
             # TensorBoard reads the files in the order of their names, which have a resolution of a second.

@@ -1,6 +1,6 @@
-"""The program of the separate process that runs a tracker, so that it cannot block, fork or outlive training.
+"""Program of the separate process that runs a tracker, so that the tracker cannot block, fork or outlive training.
 
-`BackgroundTracker` starts it with the tracker's name and the number of the file descriptor that calls come from.
+`BackgroundTracker` starts it with the tracker's name and the number of the file descriptor that delivers the calls.
 """
 
 import sys

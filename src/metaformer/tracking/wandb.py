@@ -23,7 +23,7 @@ CONNECT_SECONDS = 3.0  # timeout for a connection to the server
 INIT_SECONDS = 30.0  # timeout for opening the run on the server
 POLL_SECONDS = 5.0  # timeout for asking the service about the progress of an upload
 MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")  # values of WANDB_MODE that wandb accepts
-SUPERSEDED_PREFIX = "superseded-"  # of a wandb folder whose rows are all in a later folder too
+SUPERSEDED_PREFIX = "superseded-"  # prefix of a wandb folder whose rows are all in a later folder too
 
 
 class WandbTracker(NullTracker):
@@ -110,7 +110,7 @@ class WandbTracker(NullTracker):
             raise RuntimeError(f"its service, wandb-core, {how}")
 
     def bytes_moved(self) -> int:
-        """Return the bytes written to disk (offline) or sent to the server (online) while closing; 0 before."""
+        """Return the bytes written to disk (offline) or sent to the server (online) since closing began."""
         if not self._closing or self._ending or self._service is None:
             return 0
         if self._run.offline:

@@ -1,4 +1,4 @@
-"""Kill a process whose own threads cannot run: `python backstop.py PID SECONDS DUMP_SECONDS`.
+"""Kills a process whose own threads cannot run: `python backstop.py PID SECONDS DUMP_SECONDS`.
 
 Each byte on stdin is a beat; the end of stdin means that the process has ended. Without a beat for SECONDS, the process
 receives SIGUSR2, on which faulthandler writes its stacks, and SIGKILL DUMP_SECONDS later. Time during which either
@@ -16,7 +16,7 @@ TICK = 1.0  # seconds
 
 
 def main() -> None:
-    """Watch until the process ends."""
+    """Watch the process until it ends."""
     pid, bound, dump_seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     tick, silent = min(TICK, bound / 10), 0.0
     while silent < bound:

@@ -1,22 +1,22 @@
-"""Tells whether training waits for data, and for which stage of loading: one line per epoch, with what would help."""
+"""Reports for each epoch whether training waits for data, for which stage of loading, and which options help."""
 
 from metaformer.interfaces import Waiting
 
-INPUT_BOUND = 0.1  # share of an epoch's time spent waiting for data, from which training counts as input-bound
+INPUT_BOUND = 0.1  # share of an epoch's time spent waiting for data from which the epoch counts as input-bound
 STAGES = Waiting._fields
 NAMES = {"read": "reading files", "decode": "decoding", "augment": "augmentation", "copy": "copying batches"}
 
 
 def add_waits(one: Waiting, other: Waiting) -> Waiting:
-    """Return the sum, stage by stage."""
+    """Return the sum of two waits, stage by stage."""
     return Waiting(*(a + b for a, b in zip(one, other, strict=True)))
 
 
 class Bottleneck:
-    """The waiting time of an epoch, added up over its log rows.
+    """Accumulates the waiting time of an epoch over its log rows.
 
     Args:
-        advice: for each stage, what would make it faster, with the present settings.
+        advice: for each stage, options that make it faster with the current settings.
     """
 
     def __init__(self, advice: dict[str, str]) -> None:
@@ -24,12 +24,12 @@ class Bottleneck:
         self._waited, self._elapsed = Waiting(), 0.0
 
     def add(self, waited: Waiting, elapsed: float) -> None:
-        """Add the seconds that the ranks waited on average, and the seconds that passed."""
+        """Add the mean waiting time of the ranks, and the elapsed seconds."""
         self._waited = add_waits(self._waited, waited)
         self._elapsed += elapsed
 
     def verdict(self, epoch: int) -> str:
-        """Return the line for an epoch, and start the next one."""
+        """Return the report of an epoch, and start the next one."""
         waited, total = self._waited, self._waited.total
         share = total / self._elapsed if self._elapsed else 0.0
         self._waited, self._elapsed = Waiting(), 0.0

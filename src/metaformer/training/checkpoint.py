@@ -23,7 +23,7 @@ from metaformer.training.pointers import BEST, LAST, NAME, follow, read_pointer,
 from metaformer.training.probe import check_room, try_out
 from metaformer.training.state import Snapshot, TrainState
 
-# Entries of the identity that earlier versions did not write, where they had one value only.
+# Entries of the identity that earlier versions did not write, with the only value that they had.
 _OF_EARLIER_VERSIONS: dict[str, Any] = {
     "data.balance": "none",
     "augmentation.repeats": 1,
@@ -37,14 +37,14 @@ MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "tr
 
 
 class WeightFiles(NamedTuple):
-    """Functions that write a state dict to a file and load a file into a model."""
+    """Functions that write a state dict to a file, and load a file into a model."""
 
     save: Callable[[dict[str, Tensor], Path], None]
     load: Callable[[nn.Module, Path], None]
 
 
 class ResumePoint(NamedTuple):
-    """The checkpoint to resume from, or None, and a line about each newer checkpoint or pointer that is damaged."""
+    """The checkpoint to resume from, if any, and a line about each newer checkpoint or pointer that is damaged."""
 
     folder: Path | None
     skipped: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class CheckpointFolder:
 
     Args:
         folder: RUN/checkpoints; created at the first save, RUN must exist.
-        config: which checkpoints to keep.
+        config: selects the checkpoints to keep.
         facts: additional entries of each manifest: the network's name, ranks, configuration.
         weight_files: functions that write and load weights.
     """
@@ -67,10 +67,10 @@ class CheckpointFolder:
         self._facts, self._weight_files = facts, weight_files
 
     def probe(self, size: int) -> None:
-        """Try everything that a save needs in the run folder, before training starts.
+        """Test every operation of a save in the run folder, before training starts.
 
         Args:
-            size: bytes of a checkpoint. There must be room for two, or for one if the run has some already.
+            size: size of a checkpoint in bytes. There must be space for two, or for one if the run already has some.
         """
         place = self._folder if self._folder.is_dir() else self._folder.parent
         try_out(place)
@@ -111,15 +111,15 @@ class CheckpointFolder:
         return names
 
     def save(self, snapshot: Snapshot, name: str, is_best: bool) -> Path:
-        """Write one checkpoint, point `last` (and `best`) at it, then remove those that are no longer kept.
+        """Write a checkpoint, point `last` (and `best`) at it, and then remove checkpoints that are no longer kept.
 
         Raises:
-            OSError: the file system refuses; earlier checkpoints are unchanged.
+            OSError: the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         target, temporary = self._folder / name, self._folder / f".{name}.tmp"
         replaced = self._folder / f".{name}.old.tmp"
         self._folder.mkdir(exist_ok=True)
-        for left_over in self._folder.glob(".*.tmp"):  # by a run that was killed
+        for left_over in self._folder.glob(".*.tmp"):  # left by a run that was killed
             _remove(left_over)
         try:
             temporary.mkdir()
@@ -134,7 +134,7 @@ class CheckpointFolder:
                 replaced.rename(target)
             raise
         _remove(replaced)
-        if is_best:  # first: a run that is killed here repeats this epoch
+        if is_best:  # written first: a run that is killed here repeats this epoch
             write_pointer(self._folder / BEST, name)
         write_pointer(self._folder / LAST, name)
         self._remove_old()
@@ -170,7 +170,7 @@ class CheckpointFolder:
             ) from error
 
     def _candidates(self, last: Path | None) -> Iterator[Path]:
-        """Yield what `last` names, then all others, newest first."""
+        """Yield the checkpoint that `last` names, then all others, newest first."""
         if last is not None:
             yield last
         yield from (folder for folder in self._newest_first() if folder != last)
@@ -181,7 +181,7 @@ class CheckpointFolder:
             self._weight_files.save(snapshot.ema, folder / EMA_FILE)
         try:
             torch.save(snapshot.trainer, folder / TRAINER_FILE)
-        except RuntimeError as error:  # what torch raises on a full disk
+        except RuntimeError as error:  # torch raises this on a full disk
             raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
         for file in folder.iterdir():
             fsync(file)
@@ -191,14 +191,14 @@ class CheckpointFolder:
         fsync(folder)
 
     def _attempt(self, progress: dict[str, Any]) -> int:
-        """Return the attempt of a new checkpoint: the newest one's, plus 1 if training went back to before it."""
+        """Return the attempt of a new checkpoint: that of the newest one, plus 1 if training went back to before it."""
         for newest in self._newest_first():
             order = _order(newest)
             return max(0, order.attempt + (_position(progress) < (order.epochs, order.step)))
         return 0
 
     def _named(self) -> list[Path]:
-        """Return all checkpoints: a folder gets such a name only once it is complete."""
+        """Return all checkpoints; a folder is given such a name only when it is complete."""
         return [f for f in self._folder.glob("*-*") if NAME.fullmatch(f.name) and f.is_dir()]
 
     def _newest_first(self) -> list[Path]:
@@ -216,7 +216,7 @@ class CheckpointFolder:
 
 
 def _discard(checkpoint: Path) -> None:
-    """Remove a checkpoint, under another name: one that is half removed is no longer taken for a checkpoint."""
+    """Rename a checkpoint, then remove it, so that a partially removed one is not taken for a checkpoint."""
     gone = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     _remove(gone)
     checkpoint.rename(gone)
@@ -231,12 +231,12 @@ def _remove(path: Path) -> None:
 
 
 class _Order(NamedTuple):
-    """Sort key: by attempt, then by progress; an attempt begins when training goes back to an older checkpoint."""
+    """Sort key: attempt, then progress. A new attempt begins when training goes back to an older checkpoint."""
 
     attempt: int
     epochs: int
     step: int
-    saved_at: float  # matters only for equal progress: a clock may be set back
+    saved_at: float  # used only for equal progress, because a clock may be set back
 
 
 def _order(checkpoint: Path) -> _Order:
@@ -254,10 +254,10 @@ def _position(progress: dict[str, Any]) -> tuple[int, int]:
 
 
 def find_weights(field: str, checkpoint: Path, use_ema: bool) -> Path:
-    """Return the weights file that a path stands for: itself, or that of a checkpoint, or of a run folder's best.
+    """Return the weights file of a path: the file itself, or that of a checkpoint, or of a run folder's best.
 
     Args:
-        field: the command-line field that holds the path, for the error.
+        field: the command-line field that contains the path, for error messages.
     """
     given, checkpoint = checkpoint, follow(checkpoint)
     if checkpoint.is_file():

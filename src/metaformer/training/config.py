@@ -5,11 +5,11 @@ from enum import Enum
 
 from metaformer.errors import UserError, check_at_least
 
-AUTO = "auto"  # of accumulation_steps
+AUTO = "auto"  # value of accumulation_steps
 
 
 class ScheduleUnit(Enum):
-    """How often the learning rate changes."""
+    """Interval at which the learning rate changes."""
 
     epoch = "epoch"  # as in the authors' code
     step = "step"
@@ -34,7 +34,7 @@ class ScheduleConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save checkpoints, and which ones to keep."""
+    """Settings for saving and keeping checkpoints."""
 
     every_epochs: int = 1  # save after every Nth epoch
     every_steps: int | None = None  # also save in the middle of epochs
@@ -158,7 +158,7 @@ class PrecisionConfig:
 
 @dataclass
 class GuardConfig:
-    """When to stop a run that no longer makes progress."""
+    """Limits after which a run without progress is stopped."""
 
     max_skipped_steps: int = 20  # consecutive steps whose gradients were not finite
     stall_seconds: int = 600  # without a step, a validation batch or a save on a rank: write stacks, end the job
@@ -171,7 +171,7 @@ class GuardConfig:
 
 @dataclass
 class LoopConfig:
-    """How long to train, in which batches, and how often to log, save and check."""
+    """Settings of the training loop: its length, batches, and intervals of logging, saving and checking."""
 
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -195,7 +195,7 @@ class LoopConfig:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs with those of the cool-down."""
+        """Number of epochs, including the cool-down."""
         return self.epochs + self.schedule.cooldown_epochs
 
     def last_step(self, steps_per_epoch: int) -> int:
@@ -210,5 +210,5 @@ class LoopConfig:
         return self.accumulation_steps
 
     def rank_batch_size(self, world_size: int) -> int:
-        """Return the images of one rank in one forward pass."""
+        """Return the number of images in one forward pass of a rank."""
         return self.global_batch_size // world_size // self.accumulation

@@ -15,11 +15,11 @@ from metaformer.training.losses import Loss
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that is not trained; it sees the student's images, mixed and erased as they are.
+    """A trained network, which is not trained further. It receives the student's images, mixed and erased.
 
     Attributes:
         model: in evaluation mode.
-        image_size: of the images that it takes, in pixels; others are resized to it.
+        image_size: side of the teacher's images in pixels; other images are resized to it.
         autocast: returns the context manager of its forward pass.
     """
 

@@ -1,4 +1,4 @@
-"""Checks that end a run whose weights are of no use any more."""
+"""Checks that end a run whose weights are no longer usable."""
 
 import math
 
@@ -12,7 +12,7 @@ def check_loss(row: Row, loss: float, skipped_in_a_row: int, limit: int) -> None
     """Check the training loss and the number of consecutive skipped steps; they are the same on all ranks.
 
     Args:
-        row: says where training is, for the message.
+        row: the position in training, for the error message.
 
     Raises:
         Diverged: the loss is not finite, or `limit` consecutive steps were skipped.
@@ -27,7 +27,7 @@ def check_loss(row: Row, loss: float, skipped_in_a_row: int, limit: int) -> None
 
 
 def check_validation(row: Row, skipped_in_a_row: int) -> None:
-    """Check the validation loss after a skipped step: the weights are useless then, even if they are finite.
+    """Check the validation loss. If it is not finite after a skipped step, the weights are unusable, even finite ones.
 
     Raises:
         Diverged: the loss is not finite, and the last steps were skipped.

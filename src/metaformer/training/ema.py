@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, by timm. The paper trains without."""
+"""An exponential moving average of the weights, by timm. The paper trains without one."""
 
 import torch
 from timm.utils import ModelEmaV3
@@ -8,7 +8,7 @@ from metaformer.training.config import EmaConfig
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]
-    """timm's average of the weights, which a skipped step does not change."""
+    """timm's average of the weights, extended so that a skipped step does not change it."""
 
     @torch.no_grad()
     def update_where(self, taken: Tensor, model: nn.Module, step: int) -> None:

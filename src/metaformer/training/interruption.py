@@ -1,4 +1,4 @@
-"""Stopping on a signal: handlers set a flag, the ranks agree at a step boundary, and all stop after the same step."""
+"""Stops on signals: handlers set a flag, the ranks agree at a step boundary, and all stop after the same step."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ class StopWaitingError(Exception):
 
 @contextmanager
 def interruptible_start() -> Iterator[None]:
-    """Let a stop signal raise `Interrupted` in the main thread, once, while there is nothing to save yet.
+    """Within the block, let a stop signal raise `Interrupted` in the main thread once, as there is nothing to save yet.
 
     Later signals are ignored until an interrupted process ends, as in `Interruption.listening`.
     """
@@ -62,12 +62,12 @@ class Interruption:
 
     @property
     def reason(self) -> str:
-        """The signal's name, for people."""
+        """The name of the signal, for messages."""
         return signal.Signals(self._signal).name if self._signal is not None else "a signal to another rank"
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let signals set the flag instead of ending the process, inside the block and after an interruption.
+        """Let signals set the flag instead of ending the process, within the block and after an interruption.
 
         torchrun sends SIGTERM to the remaining ranks when the first one has ended.
         """
@@ -75,9 +75,9 @@ class Interruption:
             yield
 
     def agreed(self) -> bool:
-        """Return whether the ranks stop here, the same answer on all; call it after each step or validation batch.
+        """Return whether the ranks stop here, which is the same on all. Call it after each step or validation batch.
 
-        A request on one rank is known to all of them one call later: the exchange overlaps with the step between.
+        A request on one rank is known to all ranks one call later, because the exchange overlaps with the step between.
         """
         if self._runtime.world_size == 1:
             self._answered = self.requested
@@ -89,9 +89,9 @@ class Interruption:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let a signal raise `StopWaitingError` in the block: for a wait that may never end.
+        """Let a signal raise `StopWaitingError` within the block, for waits that may never end.
 
-        With several ranks it does not: a single rank cannot save, and the watchdog limits the wait.
+        With several ranks, signals raise nothing here: a single rank cannot save, and the watchdog limits the wait.
         """
         self._may_raise = self._runtime.world_size == 1
         try:
@@ -102,7 +102,7 @@ class Interruption:
             self._may_raise = False
 
     def finish_vote(self) -> None:
-        """Wait for the last exchange: before the process group is destroyed."""
+        """Wait for the last exchange. Call it before the process group is destroyed."""
         if self._vote is not None:
             self._vote.result()
             self._vote = None
@@ -119,7 +119,7 @@ class Interruption:
 
 @contextmanager
 def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle stop signals inside the block, and also after it if `Interrupted` was raised.
+    """Handle stop signals within the block, and also after it if `Interrupted` was raised.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
     """

@@ -1,4 +1,4 @@
-"""The training loop: epochs of optimizer steps, each epoch validated and saved. It receives built objects."""
+"""The training loop: epochs of optimizer steps, with a validation and a checkpoint after each epoch."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -27,10 +27,10 @@ Validate = Callable[[nn.Module, Callable[[], bool]], Row]
 
 @dataclass
 class Trainer:
-    """Trains from wherever the learner's state is to the end.
+    """Trains from the position of the learner's state to the end.
 
     Attributes:
-        inspect: receives the first batch of training, to save a picture of it.
+        inspect: called with the first batch, to save a picture of it.
     """
 
     learner: Learner
@@ -60,7 +60,7 @@ class Trainer:
         """Train, and return the row of the last validation.
 
         Raises:
-            Interrupted: a signal asked for it; the state is saved.
+            Interrupted: a signal asked training to stop; the state is saved.
             Diverged: the loss or the weights are not finite, or ranks differ.
         """
         with self._interruption.listening():
@@ -83,7 +83,7 @@ class Trainer:
         self._interruption.finish_vote()
         for folder, aliases in self.saver.folder.aliases().items():
             self.tracker.checkpoint(folder, aliases)
-        # Last: a run without this row is not complete, and does all of the above again when it is resumed.
+        # This row comes last: a run without it is not complete, and repeats all of the above when it resumes.
         self.tracker.metrics(progress.last_validation | {"kind": "final"})
         return progress.last_validation
 
@@ -114,7 +114,7 @@ class Trainer:
             self._end_step(is_last)
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield the rest of the epoch's batches; measure the wait for each, and let a signal end it."""
+        """Yield the rest of the epoch's batches; measure the wait for each, which a signal can end."""
         progress = self.state.progress
         first = progress.steps_in_epoch * self.config.accumulation
         loaded = self.data.epoch(progress.epochs_completed, first)
@@ -139,13 +139,13 @@ class Trainer:
         check_loss(self.state.progress.row("train"), loss, skipped_in_a_row, limit)
 
     def _end_step(self, is_last: bool) -> None:
-        """Compare the ranks, save, and stop, where it is time; all ranks do so after the same step."""
+        """Compare the ranks, save or stop if it is time to; all ranks do so after the same step."""
         step, every = self.state.progress.step, self.config.guards.compare_ranks_every_steps
         self.watchdog.beat()
         if every and step % every == 0 and self.runtime.world_size > 1:
             check_replicas(self.state.model, self.runtime, step)
         every = self.config.checkpoint.every_steps
-        # After a skipped step the weights may be useless: the save waits for the next step.
+        # After a skipped step the weights may be unusable, so the save waits for the next step.
         if every and step >= self._saved_step + every and not is_last and not self.state.skipped_in_a_row:
             self._save(f"step-{step:08d}")
         if self._interruption.agreed():

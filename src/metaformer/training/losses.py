@@ -9,8 +9,8 @@ from torch.nn import functional
 from metaformer.interfaces import Batch
 from metaformer.training.config import LossConfig, LossName
 
-Loss = Callable[[Tensor, Batch], Tensor]  # of float32 logits [B, C] and their batch; returns a scalar
-_OfTargets = Callable[[Tensor, Tensor], Tensor]  # of float32 logits [B, C] and soft targets [B, C]
+Loss = Callable[[Tensor, Batch], Tensor]  # maps float32 logits [B, C] and their batch to a scalar
+_OfTargets = Callable[[Tensor, Tensor], Tensor]  # maps float32 logits [B, C] and soft targets [B, C] to a scalar
 
 
 def make_loss(config: LossConfig) -> Loss:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it contains, and the hash of each file."""
+"""The manifest of a checkpoint: its content, and the hash of each file."""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of the files in a folder.
 
     Args:
-        facts: further entries: network, identity, progress, ranks, configuration.
+        facts: further entries, such as network, identity, progress, ranks and configuration.
     """
     files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

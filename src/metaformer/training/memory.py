@@ -1,4 +1,4 @@
-"""Finds out which batches fit in a rank's memory, by taking steps."""
+"""Determines by trial which batches fit in a rank's memory."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,13 +9,13 @@ import torch
 from metaformer.interfaces import Batch
 from metaformer.training.step import Learner, train_step
 
-USABLE = 0.95  # share of a GPU's memory that a tried step may take: the rest is for what varies between steps
+USABLE = 0.95  # share of a GPU's memory that a trial step may take; the rest allows for variation between steps
 
 
 def fits(learner: Learner, batch: Batch, images: int) -> bool:
-    """Return whether an optimizer step on batches of so many images fits in this rank's memory. It changes the state.
+    """Take an optimizer step on batches of `images` images, which changes the state; return whether it fits in memory.
 
-    Ranks may call this at different times if the learner's network is not wrapped by DDP.
+    Ranks can call this independently if the learner's network is not wrapped by DDP.
 
     Args:
         batch: Images and targets to repeat.
@@ -37,7 +37,7 @@ def largest_that_fits(fits: Callable[[int], bool], first: int, multiple: int, li
     """Return a number of images that fits, within an eighth of the largest one; 0 if not even `multiple` images fit.
 
     Args:
-        fits: Whether a number of images fits.
+        fits: Returns whether a number of images fits.
         first: The number to begin with, which is doubled while it fits, or halved until it does.
         multiple: The result is a multiple of this.
         limit: The result is at most this.
@@ -75,7 +75,7 @@ def _limited_memory(device: torch.device) -> Iterator[None]:
 
 
 def _resized(batch: Batch, images: int) -> Batch:
-    """Return a batch of so many images, those of `batch` in turn, in the same memory format."""
+    """Return a batch of `images` images in the same memory format, repeating those of `batch`."""
     chosen = torch.arange(images, device=batch.images.device) % len(batch.images)
     last = batch.images.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Measures training between two log rows, and makes these rows."""
+"""Measures training between two log rows, and makes the rows."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from metaformer.training.stragglers import Stopwatch, describe_straggler
 
 @dataclass
 class _Window:
-    """What this rank measures between two log rows of an epoch. All times are in seconds."""
+    """Measurements of this rank between two log rows of an epoch. All times are in seconds."""
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
@@ -28,13 +28,13 @@ class _Window:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the steps since the last log row have come to.
+    """Measurements of the steps since the last log row.
 
     Attributes:
         row: the log row.
-        loss_sum: sum of the losses of the steps that were taken, mean over the ranks.
-        skipped_in_a_row: steps up to now, without one between them that was taken.
-        straggler: a line about a rank that the others wait for, or None.
+        loss_sum: sum of the losses of the steps that were not skipped, as the mean over the ranks.
+        skipped_in_a_row: number of consecutive steps that were skipped up to now.
+        straggler: a line about a rank that the other ranks wait for, or None.
     """
 
     row: Row
@@ -44,13 +44,13 @@ class Reading:
 
 
 class Meter:
-    """Measures throughput, waiting and the ranks' own work; adds what it reads to the state's progress.
+    """Measures throughput, waiting and each rank's own work, and updates the state's progress.
 
     Args:
-        state: whose sums on the device are read, and reset, at each log row.
-        hosts: each rank's node, for people.
-        goodput: receives the time spent waiting for data.
-        bottleneck: judges an epoch's waiting.
+        state: the training state, whose sums on the device are read and reset at each log row.
+        hosts: the name of each rank's node, for messages.
+        goodput: counts the time spent waiting for data.
+        bottleneck: reports on the waiting of an epoch.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Meter:
         self._window = _Window()
 
     def start(self) -> None:
-        """Start a window: at the beginning of an epoch."""
+        """Start a measurement. Call it at the beginning of an epoch."""
         self._window = _Window()
 
     def waited(self, waited: Waiting, is_first: bool) -> None:
@@ -77,7 +77,7 @@ class Meter:
         self._window.steps += 1
 
     def read(self, lr: float, grad_norm: Tensor, global_batch_size: int) -> Reading:
-        """Return the means over the steps since the last row, and start the next window. Waits for the device."""
+        """Return the measurements since the last row, and start the next ones. Waits for the device."""
         state, progress, window = self._state, self._state.progress, self._window
         skipped, skipped_in_a_row = (int(count) for count in state.skips.tolist())
         taken = progress.steps_since_log - skipped

@@ -21,7 +21,7 @@ _MOST_BYTES = 64  # of a pointer file
 
 
 def read_pointer(pointer: Path) -> Path | None:
-    """Return the checkpoint that a pointer names, whatever its form; None if there is no pointer.
+    """Return the checkpoint that a pointer of any form names, or None if there is no pointer.
 
     The checkpoint need not exist.
 
@@ -46,9 +46,9 @@ def read_pointer(pointer: Path) -> Path | None:
 
 
 def follow(path: Path) -> Path:
-    """Return a path in which a pointer file, its last part or the one before, is replaced by the checkpoint it names.
+    """Replace a pointer file by the checkpoint that it names, if it is the last or second-to-last part of a path.
 
-    The operating system follows links and folders.
+    The operating system itself follows links and folders.
     """
     if path.parent.name in (LAST, BEST):
         return follow(path.parent) / path.name
@@ -90,7 +90,7 @@ def _named_by_link(pointer: Path) -> Path:
 
 
 def _make_way(copy: Path) -> None:
-    """Remove a folder with a pointer's name if a complete checkpoint beside it is the same, else rename it."""
+    """Remove a folder with a pointer's name if it is a copy of a complete checkpoint next to it, else rename it."""
     own = None
     try:
         manifest = read_manifest(copy)

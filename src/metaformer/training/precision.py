@@ -1,4 +1,4 @@
-"""Number formats of a training step: autocast, gradient scaling, skipping of steps with non-finite gradients."""
+"""Number formats of a training step: autocast, gradient scaling, and skipping of steps with non-finite gradients."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,7 +23,7 @@ class Scaler(torch.amp.GradScaler):
         self._undoable: dict[int, UndoableStep] = {}
 
     def finish_step(self) -> None:
-        """Complete the last step: before the optimizer's state is read."""
+        """Complete the last step. Call it before the optimizer's state is read."""
         for step in self._undoable.values():
             step.finish()
 
@@ -55,7 +55,7 @@ class UnitScaler(Scaler):
 
 
 class Precision:
-    """Autocast and scaler of one format; the part that a format does not need does nothing.
+    """Autocast and gradient scaler of a format; whichever the format does not need does nothing.
 
     The constructor also sets, for the whole process, how GPUs multiply float32, and restricts cuDNN to deterministic
     algorithms.

@@ -1,4 +1,4 @@
-"""Checks, before training starts, that a folder can hold a run's checkpoints."""
+"""Checks before training that a folder can store a run's checkpoints."""
 
 import errno
 import secrets
@@ -41,9 +41,9 @@ def try_out(place: Path) -> None:
 
 
 def check_room(place: Path, count: int, size: int) -> None:
-    """Refuse a file system without room for `count` checkpoints of `size` bytes."""
+    """Raise an error if a file system has no space for `count` checkpoints of `size` bytes."""
     usage = shutil.disk_usage(place)
-    if usage.total and usage.free < count * size:  # some file systems do not tell
+    if usage.total and usage.free < count * size:  # some file systems do not report it
         free, each = (f"{number / 2**20:,.0f} MiB" for number in (usage.free, size))
         checkpoints = f"{count} checkpoint{'s' if count > 1 else ''} of about {each}"
         raise UserError(

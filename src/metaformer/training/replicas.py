@@ -26,9 +26,9 @@ def check_replicas(model: nn.Module, runtime: Runtime, step: int) -> None:
 
 
 def checksum(parameter: Tensor) -> Tensor:
-    """Return the weighted sum of a parameter's values, their bits read as integers: an int64 scalar on the device.
+    """Return a weighted sum of a parameter's values, with their bits read as integers: an int64 scalar on the device.
 
-    Each position has its own odd weight, so that a change of one value changes the sum, and so does a swap of two.
+    Each position has its own odd weight, so that changing one value or swapping two values changes the sum.
     """
     bits = parameter.detach().reshape(-1).view(torch.int32).to(torch.int64)
     return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()

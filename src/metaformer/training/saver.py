@@ -22,7 +22,7 @@ class CheckpointSaver:
     `max_failed_saves` consecutive saves have failed.
 
     Args:
-        alarm: receives a line for each save that failed.
+        alarm: called with a line for each save that failed.
         check_lock: called before each save; returns a line to report, or raises UserError if another process has
             taken the run folder.
     """
@@ -60,7 +60,7 @@ class CheckpointSaver:
         """Wait until the last save is on disk.
 
         Args:
-            must_succeed: raise if it failed: training ends here.
+            must_succeed: raise an error if the save failed, because training ends here.
 
         Raises:
             Diverged: as in `save`.

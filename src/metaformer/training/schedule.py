@@ -1,4 +1,4 @@
-"""The learning rate schedule: timm's cosine with warm-up, a function of the step, without state to save."""
+"""The learning rate schedule: timm's cosine with warm-up, as a function of the step, without state to save."""
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -26,7 +26,7 @@ class Schedule:
         )
 
     def set(self, step: int) -> float:
-        """Set the learning rate of a step, counted from 0, and return it: with layer decay, that of the head."""
+        """Set the learning rate of a step, counted from 0, and return it. With layer decay, return that of the head."""
         if self._per_epoch:
             self._cosine.step(step // self._steps_per_epoch)
         else:

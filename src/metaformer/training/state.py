@@ -1,4 +1,4 @@
-"""The state of training: everything that a step changes and that resuming needs."""
+"""The state of training: everything that a step changes and resuming needs."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,18 +22,18 @@ class Best:
 
 @dataclass
 class Progress:
-    """Position in training, and what has been measured so far. An epoch is complete once it is validated."""
+    """Position in training, and measurements so far. An epoch is complete when it has been validated."""
 
     epochs_completed: int = 0
     steps_in_epoch: int = 0  # optimizer steps of the epoch in progress
     step: int = 0  # optimizer steps in total, including skipped ones
     samples: int = 0  # images in total
     steps_since_log: int = 0
-    skipped_steps: int = 0  # in total, as of the last log row: steps whose gradients were not finite
-    epoch_loss_sum: float = 0.0  # over the logged steps of the epoch in progress
+    skipped_steps: int = 0  # total as of the last log row; the gradients of these steps were not finite
+    epoch_loss_sum: float = 0.0  # sum over the logged steps of the epoch in progress
     epoch_loss_count: int = 0  # number of these steps that were not skipped
     best: Best = field(default_factory=Best)
-    last_validation: dict[str, Any] = field(default_factory=dict)  # the row that was logged
+    last_validation: dict[str, Any] = field(default_factory=dict)  # the last validation row
 
     @property
     def validated(self) -> bool:
@@ -45,14 +45,14 @@ class Progress:
         return {"kind": kind, "epoch": self.epochs_completed + 1, "step": self.step, "samples": self.samples}
 
     def count_step(self, images: int) -> None:
-        """Count an optimizer step on so many images, over all ranks."""
+        """Count an optimizer step on `images` images over all ranks."""
         self.step += 1
         self.steps_in_epoch += 1
         self.steps_since_log += 1
         self.samples += images
 
     def complete_epoch(self, validation: Row) -> bool:
-        """Count the epoch as completed with this validation, and return whether it is the best one so far."""
+        """Count the epoch as complete with this validation, and return whether it is the best so far."""
         scores = {name: validation[key] for name, key in (("model", "top1"), ("ema", "ema_top1")) if key in validation}
         weights = max(scores, key=lambda name: scores[name])
         is_best = self.best.top1 is None or scores[weights] > self.best.top1
@@ -91,7 +91,7 @@ class Snapshot:
         return progress
 
     def not_finite(self) -> str | None:
-        """Return the name of a tensor of the weights or their average that holds a NaN or infinity, or None."""
+        """Return the name of a tensor of the weights or their average that has a NaN or infinity, or None."""
         for kind, tensors in (("", self.weights), ("ema ", self.ema or {})):
             for name, tensor in tensors.items():
                 # A sum is finite only if all its terms are (weights are too small for it to overflow): one quick pass.
@@ -102,10 +102,10 @@ class Snapshot:
 
 @dataclass
 class TrainState:
-    """Everything that a checkpoint holds.
+    """Everything that a checkpoint contains.
 
     Attributes:
-        loss_sum: float64 scalar on the device: sum of the losses since the last log row, without those of skipped
+        loss_sum: float64 scalar on the device: the sum of the losses since the last log row, without those of skipped
             steps; a save replaces it by the mean over the ranks.
         skips: float64 [2] on the device: `skipped_since_log` and `skipped_in_a_row`.
         identity: what must not change during a run (data fingerprint, seed, batch size, ...).
@@ -142,7 +142,7 @@ class TrainState:
         self.skipped_in_a_row.mul_(skipped)
 
     def reset_sums(self) -> None:
-        """Start new sums: after a log row."""
+        """Reset the sums. Call it after a log row."""
         self.loss_sum.zero_()
         self.skipped_since_log.zero_()
 
@@ -159,7 +159,7 @@ class TrainState:
         }
 
     def size(self) -> int:
-        """Return the approximate bytes of a checkpoint; before the first step, assume AdamW's two moments."""
+        """Return the approximate size of a checkpoint in bytes; before the first step, assume AdamW's two moments."""
         weights: int = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         average: int = 0 if self.ema is None else sum(tensor.nbytes for tensor in self.ema.module.state_dict().values())
         states = [value for each in self.optimizer.state.values() for value in each.values()]

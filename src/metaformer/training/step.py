@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward passes over the batch's parts, clipping, update."""
+"""An optimizer step: forward and backward passes over the parts of the batch, clipping, and the update."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ class Learner:
     """Everything an optimizer step needs besides its batches.
 
     Attributes:
-        network: the state's model as it is called: compiled, wrapped by DDP.
-        loss: of the logits of a batch.
-        stopwatch: measures the forward passes: the work of this rank that does not wait for the others.
-        seed: of drop path.
-        accumulation_steps: batches of a step.
-        clip_grad_norm: largest norm of the gradients; None: not clipped.
+        network: the state's model in the form to call: compiled or wrapped by DDP.
+        loss: the loss of a batch's logits.
+        stopwatch: measures the forward passes, the work of this rank that does not wait for other ranks.
+        seed: seed of drop path.
+        accumulation_steps: number of batches in a step.
+        clip_grad_norm: maximum norm of the gradients; None disables clipping.
         frozen_norms: BatchNorms that keep their running statistics.
     """
 
@@ -45,19 +45,19 @@ class Learner:
         self.running_statistics = RunningStatistics(self.state.model)
 
     def train_mode(self) -> None:
-        """Set the network to training mode, but for BatchNorms that are frozen."""
+        """Set the network to training mode, except for frozen BatchNorms."""
         self.network.train()
         for norm in self.frozen_norms:
             norm.eval()
 
 
 def train_step(learner: Learner, batches: Iterator[Batch], measure_norm: bool = False) -> Tensor | None:
-    """Take one optimizer step on the next batches; it has no effect on any state if the gradients are not finite.
+    """Take an optimizer step on the next batches. It has no effect on any state if the gradients are not finite.
 
-    The host does not wait for the device, except where `batches` do.
+    The host does not wait for the device, unless `batches` does.
 
     Returns:
-        The norm of the gradients before clipping, a scalar on the device; None unless `measure_norm` is true.
+        The norm of the gradients before clipping, a scalar on the device, or None unless `measure_norm` is set.
     """
     state, scaler = learner.state, learner.state.scaler
     loss = torch.zeros_like(state.loss_sum)

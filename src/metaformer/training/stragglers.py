@@ -1,16 +1,16 @@
-"""Finds the rank that the others wait for: gradients are exchanged at every step, so the slowest one sets the pace."""
+"""Finds a rank that the others wait for. Gradients are exchanged at every step, so the slowest rank sets the pace."""
 
 import statistics
 import time
 
 import torch
 
-SLOW = 1.5  # times the median of the others' own work
-SHARE = 0.1  # least share of the elapsed time that it costs the others
+SLOW = 1.5  # multiple of the median of the other ranks' own work
+SHARE = 0.1  # minimum share of the elapsed time that the other ranks lose
 
 
 class Stopwatch:
-    """Measures this rank's own work in seconds: the forward passes. On a GPU by CUDA events."""
+    """Measures the seconds of this rank's own work, the forward passes; on a GPU with CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -45,7 +45,7 @@ def describe_straggler(seconds: list[float], hosts: list[str], elapsed: float) -
     """Return a line about the rank that the others wait for, or None.
 
     Args:
-        seconds: each rank's own work, with its waits for data.
+        seconds: each rank's own work, including waits for data.
         hosts: the name of each rank's node.
         elapsed: seconds that have passed.
     """

@@ -1,4 +1,4 @@
-"""Undoing steps whose gradients are not finite, on the device: the host does not wait to learn of them."""
+"""Undoes steps with non-finite gradients on the device, without making the host wait."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class RunningStatistics:
-    """BatchNorm's running statistics, which a batch with a NaN spoils before its step is skipped."""
+    """BatchNorm's running statistics, which a batch with a NaN corrupts before its step is skipped."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _NormBase)]
@@ -17,7 +17,7 @@ class RunningStatistics:
         self._before: list[Tensor] = []
 
     def keep(self) -> None:
-        """Remember the statistics: before a step."""
+        """Remember the statistics. Call it before a step."""
         self._before = [buffer.clone() for buffer in self._statistics]
 
     def restore_where(self, skipped: Tensor) -> None:
@@ -26,7 +26,7 @@ class RunningStatistics:
 
 
 class UndoableStep:
-    """Steps of an optimizer that, unlike torch's fused ones, cannot be skipped on the device.
+    """Steps of an optimizer that cannot skip steps on the device, unlike torch's fused optimizers.
 
     The step is always taken; parameters and state are restored on the device if the gradients were not finite. Values
     that the optimizer keeps on the host are restored one step later, when the answer has arrived. This costs a copy of
@@ -60,7 +60,7 @@ class UndoableStep:
         self._last = (_Answer(skipped), changed)
 
     def finish(self) -> None:
-        """Restore the host's values after the last step if it was skipped: before the optimizer's state is read."""
+        """Restore the host's values if the last step was skipped. Call it before the optimizer's state is read."""
         if self._last is not None:
             answer, changed = self._last
             self._last = None
@@ -97,7 +97,7 @@ def _is_on(device: torch.device, value: Any) -> bool:
 
 
 def _on_host(mapping: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a copy of the values that a step may change and that are not on the device, such as a step count."""
+    """Return a copy of the values that a step may change but that are not on the device, such as a step count."""
     return {
         name: copy.deepcopy(value) for name, value in mapping.items() if name != "params" and not _is_on(device, value)
     }

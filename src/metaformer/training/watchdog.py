@@ -51,7 +51,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside the block."""
+        """Watch this rank within the block."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # sent by peers and the backstop
         backstop_process = self._start_backstop()
@@ -76,7 +76,7 @@ class Watchdog:
 
         Args:
             peers: process ids of this node's ranks.
-            is_asked_to_stop: returns whether this rank has been asked to stop and has not agreed to do so yet.
+            is_asked_to_stop: returns whether this rank has been asked to stop and the ranks have not agreed yet.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._stacks = folder, os.open(self._file(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -88,12 +88,12 @@ class Watchdog:
         self.beat()
 
     def training_ends(self) -> None:
-        """Stop watching: what is left, such as uploads, has its own time limits."""
+        """Stop watching, because the remaining work, such as uploads, has its own time limits."""
         self._is_asked_to_stop, self._paused = (lambda: False), True
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Expect no beat inside the block during the start: one rank scans a data set or downloads a file.
+        """Expect no beat within the block during the start, while one rank scans a data set or downloads a file.
 
         Only the process group's timeout notices a rank that hangs there.
         """

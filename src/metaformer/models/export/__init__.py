@@ -1,1 +1,1 @@
-"""Networks as files for other programs: ONNX, torch.export, and folders for the Hugging Face hub."""
+"""Export of networks for other programs: ONNX, torch.export, and folders for the Hugging Face hub."""

@@ -1,4 +1,4 @@
-"""A network to export, and its comparison with what was exported."""
+"""A network to export, and its comparison with the exported file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from metaformer.models.record import Record
 TOLERANCE = 1e-4  # largest difference of a logit, as a share of the largest logit
 INPUT, OUTPUT = "images", "logits"  # names of the exported network's input and output
 
-Logits = Callable[[Tensor], Tensor]  # of images, both on the CPU
+Logits = Callable[[Tensor], Tensor]  # maps images to logits, both on the CPU
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A network with its weights, and images to compare what is exported with.
+    """A network with its weights, and images for the comparison with the exported file.
 
     Attributes:
         model: in evaluation mode on the CPU, without fused operators.
-        record: its name, parts, classes and preprocessing.
-        resize: pixels of the short side before the crop.
+        record: the network's name, parts, classes and preprocessing.
+        resize: length of the short side before the crop, in pixels.
         images: preprocessed images, float32 [B, 3, S, S], at least two.
-        origin: what these images are: `of` something.
-        weights: a name of the weights that may be published.
+        origin: a phrase about the origin of these images, which begins with "of".
+        weights: a name of the weights that is fit for publication.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Exportable:
         return logits
 
     def describe(self) -> dict[str, Any]:
-        """Return what a program needs to know of the exported network, as plain values for JSON."""
+        """Return a description of the exported network for other programs, as plain values for JSON."""
         side, values = self.images.shape[-1], self.record.to_values()
         values["images"] = (values["images"] or {}) | {"resize": self.resize}
         shape = ["batch", 3, side, side]
@@ -60,12 +60,12 @@ class Exportable:
 
 
 class Agreement(NamedTuple):
-    """How far the logits of an exported network are from the network's own.
+    """Difference between the logits of an exported network and the network's own.
 
     Attributes:
-        difference: the largest, over all images and classes.
+        difference: the largest absolute difference over all images and classes.
         largest: the largest absolute logit.
-        images: what the logits were computed of.
+        images: a description of the images.
     """
 
     difference: float
@@ -74,7 +74,7 @@ class Agreement(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is within TOLERANCE."""
+        """Whether the difference is within TOLERANCE of the largest logit."""
         return self.difference <= TOLERANCE * self.largest  # false for NaN
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Agreement(NamedTuple):
 
 
 def compare(network: Exportable, exported: Logits) -> Agreement:
-    """Compare logits of all images at once, and of the first one alone, as the number of images may vary."""
+    """Compare the logits of all images at once and of the first one alone, because the batch size is variable."""
     differences, largest = [], 0.0
     for images in (network.images, network.images[:1]):
         expected = network.logits(images)
@@ -96,7 +96,7 @@ def check(network: Exportable, exported: Logits, program: str) -> Agreement:
     """Return how well the logits agree; raise an error if they do not.
 
     Args:
-        program: what computes the exported network, for the message.
+        program: name of the program that runs the exported network, for the error message.
     """
     agreement = compare(network, exported)
     if not agreement.holds:

@@ -1,4 +1,4 @@
-"""A folder for the Hugging Face hub in timm's format: config.json, model.safetensors and README.md."""
+"""Writes a folder for the Hugging Face hub in timm's format: config.json, model.safetensors and README.md."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def write_hub_folder(network: Exportable, facts: Facts, folder: Path, title: str) -> TimmNetwork | None:
-    """Write the folder, and load it with timm where that has the network.
+    """Write the folder, and load it with timm if timm has the network.
 
     Nothing is written if timm cannot load the folder or computes other features.
 
@@ -53,7 +53,7 @@ def write_hub_folder(network: Exportable, facts: Facts, folder: Path, title: str
 
 
 def timm_config(network: Exportable) -> dict[str, Any]:
-    """Return config.json: what timm needs to create the network, and the preprocessing and names of classes."""
+    """Return the content of config.json: timm's description of the network, preprocessing and class names."""
     record, images = network.record, network.record.images
     assert images is not None
     side = images.image_size
@@ -87,7 +87,7 @@ def timm_name(network: Exportable) -> str | None:
 
 
 def check_repository(repository: str) -> None:
-    """Raise `UserError` unless this can be the name of a user's repository on the hub."""
+    """Raise an error unless this is a valid name of a user's repository on the hub."""
     try:
         hf_hub_url(repository, WEIGHTS_FILE)
         if "/" not in repository:
@@ -99,12 +99,12 @@ def check_repository(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder to the hub, into a new private repository if there is none, and return its address."""
+    """Upload a folder to the hub, creating a private repository if there is none, and return its address."""
     api = HfApi()
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload weights by metaformer export")
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:  # the last: of the hub's answers
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:  # the last line is the hub's answer
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"--push={repository}: failed ({printable(reason, 300)}); {folder} is complete: log in (hf auth login) "
@@ -114,7 +114,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def _load_with_timm(network: Exportable, folder: Path) -> TimmNetwork | None:
-    """Load the folder as timm's users do and compare."""
+    """Load the folder as users of timm do, and compare the outputs."""
     name = timm_name(network)
     if name is None:
         return None

@@ -1,4 +1,4 @@
-"""The model card of a network on the hub: what is known of it; what is not known is said to be unknown."""
+"""Makes the model card of a network on the hub; unknown facts are reported as unknown."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +11,14 @@ from metaformer.models.export.exportable import TOLERANCE, Agreement, Exportable
 from metaformer.models.heads import NormFirstHead
 
 UNKNOWN = "unknown"
-_MOST_CLASSES = 20  # that the card names; config.json has all
+_MOST_CLASSES = 20  # number of classes in the card; config.json lists all
 
 
 class Accuracy(NamedTuple):
-    """What the run measured of these weights.
+    """Accuracy of the weights as measured by their run.
 
     Attributes:
-        top1, top5: percent.
+        top1, top5: accuracies in percent.
         images: number of validation images.
         epoch: counted from 1.
         averaged: whether the weights are an average over training.
@@ -33,14 +33,14 @@ class Accuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the training of a network; None and empty mean unknown.
+    """Known facts about the training of a network; None and empty values mean unknown.
 
     Attributes:
         data: name of the data set's folder.
         recipe: settings of the run by their names on the command line.
         software: versions and devices.
-        commit: of this project's code.
-        licence: of the weights, as an identifier of the hub, such as apache-2.0.
+        commit: commit of this project's code.
+        licence: the weights' licence as an identifier of the hub, such as apache-2.0.
     """
 
     accuracy: Accuracy | None = None
@@ -52,11 +52,11 @@ class Facts:
 
 
 class TimmNetwork(NamedTuple):
-    """Timm's network of the same name with the same weights.
+    """timm's network with the same name and the same weights.
 
     Attributes:
-        name: without the tag of weights.
-        agreement: how far its logits are from the network's own.
+        name: the name without a tag of weights.
+        agreement: the difference between its logits and the network's own.
     """
 
     name: str

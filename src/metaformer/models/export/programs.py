@@ -13,13 +13,13 @@ from metaformer.files import to_json, write_atomically, write_text_atomically
 from metaformer.models.export.exportable import INPUT, OUTPUT, Agreement, Exportable, check
 from metaformer.models.record import ENTRY
 
-MAX_ONNX_BYTES = 2**31  # of a file of protobuf
+MAX_ONNX_BYTES = 2**31  # limit of protobuf
 
 
 def export_onnx(network: Exportable, file: Path) -> Agreement:
-    """Write an ONNX file, and a description beside it; nothing is written where ONNX Runtime computes other logits.
+    """Write an ONNX file and a description next to it, unless ONNX Runtime computes other logits.
 
-    The number of images is free; their size is not. The entry `network` of the file's metadata has the description too.
+    The batch size is variable; the image size is fixed. The file's metadata also has the description, as `network`.
     """
     try:
         import onnx
@@ -51,9 +51,9 @@ def export_onnx(network: Exportable, file: Path) -> Agreement:
 
 
 def export_program(network: Exportable, file: Path) -> Agreement:
-    """Write a program of torch.export, and a description beside it; nothing is written where it computes other logits.
+    """Write a torch.export program and a description next to it, unless the program computes other logits.
 
-    The number of images is free; their size is not. The program's extra file `network` has the description too.
+    The batch size is variable; the image size is fixed. The program also contains the description, as `network`.
     """
     batch = torch.export.Dim.DYNAMIC
     program = _export(network, partial(torch.export.export, dynamic_shapes=({0: batch},)))
@@ -69,22 +69,22 @@ def export_program(network: Exportable, file: Path) -> Agreement:
 
 
 def description_file(file: Path) -> Path:
-    """Return the file beside an exported one that describes it."""
+    """Return the path of the description of an exported file."""
     return file.with_suffix(".json")
 
 
 def _export(network: Exportable, export: Callable[..., Any]) -> Any:
-    """Export with the first two images as an example."""
+    """Export the network with the first two images as example input."""
     try:
         with torch.no_grad():
             return export(network.model, (network.images[:2],))
-    except Exception as error:  # of what torch does not support in a network, of many kinds
+    except Exception as error:  # torch raises many kinds of errors for unsupported networks
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model={network.record.name}: torch cannot export it ({printable(reason, 300)})") from error
 
 
 def _write(network: Exportable, file: Path, write: Callable[[Path], Agreement]) -> Agreement:
-    """Write the file, and before it the description with the result of the comparison."""
+    """Write the description with the result of the comparison, then the exported file."""
     found: list[Agreement] = []
 
     def write_both(temporary: Path) -> None:
