@@ -40,7 +40,7 @@ def test_a_sound_machine(
               "signals", "run folder", "disk", "data", "reading", "wandb", "all-reduce"}  # fmt: skip
     assert checks <= {finding["check"] for finding in found}
     assert not [finding for finding in found if finding["verdict"] == "fail"]
-    counts = [finding["said"].split(" in ")[0] for finding in found if finding["check"] == "data"]
+    counts = [finding["message"].split(" in ")[0] for finding in found if finding["check"] == "data"]
     assert counts == ["train: 48 images of 4 classes", "val: 403 images of 4 classes"]
 
 
@@ -52,12 +52,12 @@ def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
     program = launch("scripts/doctor", "--json", "--cpu", f"--data={shards}", f"--runs={tmp_path}")
     found = json.loads(program.stdout)
     assert not [finding for finding in found if finding["verdict"] == "fail"], found
-    assert [row["said"].split(" in ")[0] for row in found if row["check"] == "data"] == [
+    assert [row["message"].split(" in ")[0] for row in found if row["check"] == "data"] == [
         "train: 48 images of 4 classes",
         "val: 403 images of 4 classes",
     ]
     (reading,) = [row for row in found if row["check"] == "reading"]
-    assert "over 451 images" in reading["said"]
+    assert "over 451 images" in reading["message"]
 
 
 @pytest.mark.usefixtures("offline")
@@ -70,7 +70,7 @@ def test_a_missing_data_set(
     assert caught.value.code == 1
     found = [row for row in json.loads(capsys.readouterr().out) if row["verdict"] == "fail"]
     assert [row["check"] for row in found] == ["data", "data"]
-    assert "nowhere" in found[0]["said"]
+    assert "nowhere" in found[0]["message"]
 
 
 def test_two_ranks_exchange(tmp_path: Path) -> None:
@@ -140,5 +140,5 @@ def test_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         report(monkeypatch, capsys)
     found = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
-    assert found["limits"]["said"] == "RuntimeError: no such thing"
+    assert found["limits"]["message"] == "RuntimeError: no such thing"
     assert found["signals"]["verdict"] == "ok"

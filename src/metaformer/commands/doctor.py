@@ -128,7 +128,7 @@ def _by_node_name(nodes: list[tuple[str, list[Finding]]]) -> dict[str, list[Find
 def _print(findings: list[Finding], as_json: bool) -> None:
     if as_json:
         rows = [
-            {"check": finding.check, "verdict": finding.verdict.value, "said": finding.message, "mend": finding.fix}
+            {"check": finding.check, "verdict": finding.verdict.value, "message": finding.message, "fix": finding.fix}
             for finding in findings
         ]
         print(json.dumps(rows, indent=2))

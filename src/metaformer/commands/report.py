@@ -1,9 +1,9 @@
-"""Write the report of a run, or of several runs beside each other, as one HTML file that needs no network.
+"""Write the report of a run, or a comparison of several runs, as one HTML file that needs no network.
 
-  python scripts/report.py runs/NAME                      writes runs/NAME/report.html
-  python scripts/report.py runs/A runs/B runs/C           writes comparison.html
+  python scripts/report.py runs/NAME                # writes runs/NAME/report.html
+  python scripts/report.py runs/A runs/B runs/C     # writes comparison.html
 
-The runs may be going on, or may have been killed. Training writes the first kind by itself after each validation.
+The runs may still be in progress or may have been killed. Training writes its own report after each validation.
 """
 
 import argparse
