@@ -11,7 +11,7 @@ RUN := runs/poolformer_s12-demo
 TEST_PROCESSES ?= 2
 # One thread for each of the demo's two processes; torchrun sets the same, with a page of warning.
 export OMP_NUM_THREADS ?= 1
-# Where this is set, Python compiles torch anew at each start, which takes longer than many a test.
+# If this is set, Python compiles torch again at each start, which takes longer than many tests.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-all test-here test-slurm gpu-model gpu-budgets docs check clean
@@ -35,7 +35,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not whole and not slow" $(SELECT)
 
-# The jobs on SLURM mostly wait, so they run beside the other tests.
+# The jobs on SLURM mostly wait, so they run in parallel with the other tests.
 test-all: install
 	$(MAKE) --jobs=2 --output-sync=target test-slurm test-here
 

@@ -1,4 +1,4 @@
-"""Generates options.md, from the comments beside the fields of the configuration."""
+"""Generates options.md from the comments on the configuration's fields."""
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files

@@ -171,7 +171,7 @@ def test_unusable_values(composed: Compose, override: str, expected: str) -> Non
     ],
 )  # fmt: skip
 def test_options_of_other_programs(composed: Compose, arguments: str, expected: str) -> None:
-    """What newcomers type ends in one short line with the form to use here."""
+    """Options that newcomers type end in one short line with the form to use here."""
     with pytest.raises(UserError) as caught:
         composed(*arguments.split())
     assert str(caught.value).startswith(expected)

@@ -40,7 +40,7 @@ def test_a_class_is_imported(folder: Path) -> None:
     ],
 )
 def test_errors(folder: Path, target: str, expected: str) -> None:
-    """What cannot be imported gives one line that names the field, the reason and the fix."""
+    """A failed import gives one line that names the field, the reason and the fix."""
     with pytest.raises(UserError) as caught:
         import_target("f", target)
     assert str(caught.value).startswith(f"f={target}: ")

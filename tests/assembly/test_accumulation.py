@@ -42,7 +42,7 @@ def with_room_for(images: int) -> Fits:
 
 @pytest.mark.parametrize(("room", "number"), [(8, 1), (7, 2), (3, 4)])
 def test_the_smallest_that_fits(room: int, number: int, images: Path, tmp_path: Path) -> None:
-    """Of a rank's 8 images, real steps are tried in one part, in two and in four; the network then begins anew."""
+    """Real steps on a rank's 8 images are tried in one, two and four parts; the network is then initialised again."""
     options = (f"data.root={images}", f"run_dir={tmp_path}")
     found = prepared(with_room_for(room), *options)
     assert found.config.accumulation == number

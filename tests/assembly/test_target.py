@@ -119,7 +119,7 @@ def test_a_new_head_and_frozen_parts(train: Run, module: str, tmp_path: Path) ->
     ],
 )
 def test_options_that_do_not_fit(train: Run, overrides: tuple[str, ...], expected: str) -> None:
-    """What the network does not take ends in one line."""
+    """An option that the network does not accept ends in one line."""
     with pytest.raises(UserError) as caught:
         train(*overrides)
     assert expected in str(caught.value)

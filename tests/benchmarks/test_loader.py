@@ -74,7 +74,7 @@ def test_table_and_json_have_each_loader_on_each_job_with_slow_openings(images: 
 def test_shards_are_measured_for_loaders_that_read_them(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a folder of shards this project's loaders are measured; timm's and torchvision's are left out, or refused."""
+    """A folder of shards is measured with this project's loaders; others are skipped, or rejected if they are named."""
     folder = tmp_path / "train"
     with ThreadPoolExecutor(1) as pool:
         write_shards(list_source_images(load_index(images, "train")), folder, Packing(30_000), pool, lambda *step: None)
@@ -115,7 +115,7 @@ def test_only_files_below_the_folder_open_slowly(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_ends_in_one_line(tmp_path: Path) -> None:
-    """One line on stderr and exit code 2."""
+    """An error is one line on stderr, with exit code 2."""
     refused = benchmark(str(tmp_path / "none"))
     assert refused.code == 2
     assert refused.stderr.splitlines() == [f"error: {tmp_path / 'none'}: no such folder"]

@@ -30,7 +30,7 @@ def test_two_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_a_measurement_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends in one line with the program's own."""
+    """A failed measurement ends in one line, which contains the program's own error."""
     with pytest.raises(UserError, match=r"^1 ranks: .*unknown") as caught:
         run(monkeypatch, "--ranks", "1", "--model=poolformer_s13")
     assert "\n" not in str(caught.value)

@@ -74,7 +74,7 @@ def test_a_folder_for_runs(tmp_path: Path) -> None:
 
 
 def test_a_temporary_folder_with_too_long_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails, because worker processes could not open their sockets there."""
+    """A long TMPDIR fails, because worker processes could not open their sockets there."""
     assert temporary_folder().verdict is Verdict.ok
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     found = temporary_folder()

@@ -17,7 +17,7 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_server_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes with a key and gives a warning without one."""
+    """The check of wandb passes with a key and gives a warning without one."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert [finding.verdict for finding in wandb()] == [Verdict.warn]

@@ -50,7 +50,7 @@ def make(name: str | Composition, num_classes: int) -> nn.Module:
     ids=str,
 )
 def test_all_but_the_classifier_is_loaded(tmp_path: Path, name: str | Composition, layers: tuple[str, ...]) -> None:
-    """Of one head or of two, only the layers with an output for each class are new; `always` keeps them new too."""
+    """With one head or two, only the layers with an output for each class are new; `always` keeps them new too."""
     torch.manual_seed(0)
     saved, model = make(name, 5), make(name, 3)
     assert classifier_names(model) == layers

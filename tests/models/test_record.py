@@ -1,4 +1,4 @@
-"""What weights files record of their networks."""
+"""Tests of the record of a network in its weights file."""
 
 import json
 from dataclasses import replace

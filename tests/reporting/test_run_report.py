@@ -320,7 +320,7 @@ def test_few_classes(run: Path) -> None:
 
 
 def test_many_classes(run: Path) -> None:
-    """Of 1000 classes the 20 worst and best are shown, all of them folded, and 20 pairs; wnids are explained."""
+    """With 1000 classes, the 20 worst and best, a folded table of all, and 20 pairs are shown; wnids are explained."""
     rows = [validation_row(1, 62.0)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wnids = ImageNetInfo("imagenet-1k").label_names()
@@ -349,7 +349,7 @@ def test_classes_without_confusion(run: Path) -> None:
 
 
 def test_perfect_and_hostile_classes(run: Path) -> None:
-    """No confusion is said; names are shown as text."""
+    """Without confusions the report says so; names are shown as text."""
     totals = ClassTotals(np.full(2, 5), np.full(2, 5), np.full(2, 5), np.diag([5, 5]))
     write_per_class(run / "ema_per_class.csv", [EVIL, "b"], totals)
     write_confusion(run / "validation" / "ema_confusion.npz", [EVIL, "b"], totals, 20)

@@ -84,7 +84,7 @@ def test_a_restarted_process_repeats_no_row(tmp_path: Path) -> None:
 
 
 def test_the_final_row_is_the_last_validation(tmp_path: Path) -> None:
-    """It is a point of the curve if the run ends within an epoch, and is there once whenever it is written again."""
+    """The final row is a point of the curve if the run ends within an epoch, once even if it is written again."""
     final = validation_row(20, 25.0, kind="final")
     start(tmp_path, validation_row(10, 20.0), validation_row(20, 25.0), final)
     start(tmp_path, final, resumed_at=20, validated=True)

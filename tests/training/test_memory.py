@@ -38,7 +38,7 @@ def test_search(first: int, multiple: int, capacity: int) -> None:
 
 
 def test_no_more_than_the_limit() -> None:
-    """What fits without end is given up at the limit, such as the number of images."""
+    """If everything fits, the search ends at the limit, such as the number of images."""
     assert largest_that_fits(lambda images: True, 6, 2, limit=100) == 96
 
 

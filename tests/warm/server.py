@@ -32,7 +32,7 @@ _FIRST_FREE = 1000  # above all file numbers that a program asks for
 
 @dataclass(frozen=True)
 class Request:
-    """What `python` was called with, and its files, whose numbers there are `files` in `arguments`."""
+    """The arguments of a call of `python`, and its open files, to whose numbers the entry `files` of them refers."""
 
     arguments: dict[str, Any]
     files: list[int]

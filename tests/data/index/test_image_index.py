@@ -87,7 +87,7 @@ def test_files_rewritten_in_place_are_detected(own_root: Path, check: IndexCheck
 
 
 def test_quick_check_looks_at_some_files_and_the_full_one_at_all(tmp_path: Path) -> None:
-    """Of 3,000 files the quick check looks at a thousand; the full check detects a change of another file."""
+    """The quick check examines a thousand of 3,000 files; the full check detects a change of another file."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     for number in range(3000):
         (tmp_path / "train" / "a" / f"{number:04}.JPEG").write_bytes(b"x")

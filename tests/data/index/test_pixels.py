@@ -232,7 +232,7 @@ def test_entries_that_do_not_fit(tmp_path: Path, tensors: str, message: str) -> 
 
 
 def test_the_same_by_hand_is_read(tmp_path: Path) -> None:
-    """What write_by_hand and encode_header make is accepted if nothing is wrong."""
+    """Files of write_by_hand and encode_header are accepted if nothing is wrong with them."""
     (tmp_path / "train").mkdir()
     write_by_hand(tmp_path / "train", encode_header([PixelEntry("a/ü.png", 2, 2, 9, 0)], None), bytes(12))
     assert find_images(tmp_path / "train").name(0) == "a/ü.png"

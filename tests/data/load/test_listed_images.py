@@ -38,7 +38,7 @@ def test_same_pixels_as_a_loader(images: Path, reader: ImageReader[Any]) -> None
 
 
 def test_bad_files_are_passed_over(images: Path, tmp_path: Path) -> None:
-    """What cannot be read is named with the reason, wherever it is in a batch; the others are read."""
+    """Files that cannot be read are named with the reason, wherever they are in a batch; the others are read."""
     good = sorted(str(file) for file in (images / "val" / "class_0").iterdir())[:3]
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.png").write_text("no image")

@@ -50,7 +50,7 @@ def test_a_file_is_opened_once_and_closed(pixels: ImageIndex, name: str) -> None
 
 
 def test_only_the_rows_of_a_crop_are_read(tmp_path: Path) -> None:
-    """Of an image of 24 MB, a crop of 40 rows makes less than a quarter of the map resident."""
+    """A crop of 40 rows of a 24 MB image makes less than a quarter of the map resident."""
     for split in ("train", "val"):
         for name in "ab":
             (tmp_path / "data" / split / name).mkdir(parents=True)

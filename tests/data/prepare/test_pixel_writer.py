@@ -111,7 +111,7 @@ def test_a_disk_that_fills_is_reported(source: Path, small_disk: Path, tmp_path:
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_decoded(
     source: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is needed and what is free is compared first; a smaller --resize fits."""
+    """The required space is compared with the free space first; a smaller --resize fits."""
     with pytest.raises(UserError) as error:
         convert(source, small_disk / "out", PixelPacking(), 1, lambda *step: None)
     message = (

@@ -95,7 +95,7 @@ def test_other_logits_are_refused(tmp_path: Path, export: Export, program: str) 
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    """They are named as the cause."""
+    """The error names the weights as the cause."""
     broken = network("own")
     nn.init.constant_(next(broken.model.parameters()), np.inf)
     with pytest.raises(UserError, match=r"^checkpoint=run/model.safetensors: the outputs are not finite; use weights"):
