@@ -1,4 +1,4 @@
-"""Names of a network's outputs: as its weights record them, or ImageNet's."""
+"""Names of a network's outputs: those that its weights record, or ImageNet's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class ClassNames:
 
     Attributes:
         names: as recorded, wnids of ImageNet, or numbers from 0.
-        descriptions: what the wnids mean; None for other names.
-        origin: where the names are from, for people.
+        descriptions: descriptions of the wnids; None for other names.
+        origin: origin of the names, for messages.
     """
 
     names: tuple[str, ...]
@@ -23,7 +23,7 @@ class ClassNames:
     origin: str
 
     def text(self, label: int) -> str:
-        """Return the name of a class for people."""
+        """Return the name of a class with its description, if it has one."""
         return self.names[label] if self.descriptions is None else self.descriptions[label]
 
 

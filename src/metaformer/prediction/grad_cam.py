@@ -1,4 +1,4 @@
-"""Grad-CAM (arXiv 1610.02391): where in an image the features of a layer speak for a class."""
+"""Grad-CAM (arXiv 1610.02391): heat maps of the positions at which a layer's features support a class."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> Tensor:
-        """Cut the graph here, so that gradients are computed for the layers behind only."""
+        """Cut the graph here, so that gradients are computed only for later layers."""
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             raise ValueError("its output is not a tensor of features or tokens")
         kept.append(output.detach().requires_grad_())

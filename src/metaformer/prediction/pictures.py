@@ -59,7 +59,7 @@ def overlay(pixels: Pixels, heat: Tensor) -> Image.Image:
 
 
 class OverlayFiles:
-    """The files of overlays in a folder: named after the images, with a number where names occur again."""
+    """Writes overlays to a folder, in files named after the images, with a number if a name occurs again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""Predictions for images, and how they are written: as a table, JSON lines or CSV."""
+"""Predictions for images, and their output as a table, JSON lines or CSV."""
 
 import csv
 import json

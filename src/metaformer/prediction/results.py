@@ -1,4 +1,4 @@
-"""Prints predictions batch by batch, and writes the files that are asked for."""
+"""Prints predictions batch by batch, and writes the requested files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from metaformer.prediction.predictions import Prediction, predict, table_head, t
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to print and write; None: no such file.
+    """The requested output; None for files that are not requested.
 
     Attributes:
-        top_k: classes for each image.
-        as_json: print lines of JSON instead of a table.
+        top_k: number of classes for each image.
+        as_json: whether to print lines of JSON instead of a table.
         cam: folder for heat maps.
     """
 
@@ -30,10 +30,10 @@ class Wanted:
 
 
 class Results:
-    """Receives batches; `finish` writes what needs all of them.
+    """Collects predictions; `finish` writes the files that need all of them.
 
     Args:
-        names: of all images, also of those that cannot be read.
+        names: names of all images, including those that cannot be read.
     """
 
     def __init__(self, wanted: Wanted, classes: ClassNames, names: Sequence[str]) -> None:
@@ -72,11 +72,7 @@ class Results:
             self._save_overlays(self._overlays, names, pixels, maps)
 
     def finish(self) -> None:
-        """Write the CSV file and the grid.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
+        """Write the CSV file and the grid."""
         wanted = self._wanted
         if self._empty_maps:
             warn(f"{self._empty_maps} heat maps are empty: no position of the layer speaks for the predicted class")

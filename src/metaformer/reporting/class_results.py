@@ -1,4 +1,4 @@
-"""The results by class of a run's last validation, as its files have them; docs/runs.md describes the files."""
+"""Reads the results by class of a run's last validation from its files, which docs/runs.md describes."""
 
 import csv
 import zipfile
@@ -23,7 +23,7 @@ class ClassAccuracy(NamedTuple):
 
 
 class ConfusedPair(NamedTuple):
-    """Images of a class that were predicted as another."""
+    """A class whose images were predicted as another class."""
 
     name: str
     predicted: str

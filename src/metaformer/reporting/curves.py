@@ -1,4 +1,4 @@
-"""Curves of runs as SVG for an HTML page. The page's style sheet sets the colours and the font."""
+"""Draws curves of runs as SVG for an HTML page, whose style sheet sets the colours and the font."""
 
 import io
 import math
@@ -40,7 +40,7 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """What is drawn into one pair of axes."""
+    """The curves of one pair of axes."""
 
     title: str
     unit: str
@@ -96,8 +96,8 @@ def make_charts(records: Sequence[RunRecord], reference: float | None = None) ->
     """Return the charts for which the runs have rows.
 
     Args:
-        records: one run, or several to compare: these have a colour each.
-        reference: top-1 in percent of the paper, drawn as a line.
+        records: one run, or several runs to compare, each in its own colour.
+        reference: the paper's top-1 in percent, drawn as a line.
     """
     by_epoch = all(record.samples_per_epoch for record in records)
     return [chart for plot in PLOTS if (chart := _chart(plot, records, by_epoch, reference if plot is TOP1 else None))]
@@ -152,7 +152,7 @@ def _draw(axes: Axes, lines: Sequence[tuple[str, int, str, Points]], may_be_log:
 
 
 def _points(record: RunRecord, curve: Curve, samples_per_epoch: float | None) -> Points:
-    """Return the curve's points; what is not a finite number is NaN, which interrupts a line."""
+    """Return the curve's points; values that are not finite numbers become NaN, which interrupts the line."""
     rows = record.train_rows if curve.kind == "train" else record.validations
     values: list[tuple[float, Any]] = [
         (row["samples"] / (samples_per_epoch or 1), row.get(curve.figure)) for row in rows

@@ -100,9 +100,6 @@ def read_released(row: Row, results_csv: Path, crop_pct: float, interpolation: s
         results_csv: the results file; it need not exist.
         crop_pct: the crop that the weights expect; another one is noted.
         interpolation: the resize filter that the weights expect; another one is noted.
-
-    Raises:
-        UserError: the file does not have validate.py's columns.
     """
     if row.released_weights is None:
         return Outcome(note="no weights of this training in timm" if row.is_comparison else "no released weights")

@@ -44,7 +44,7 @@ class Row:
         released_weights: value of `checkpoint=` for the weights published by the paper's authors or timm, if any.
         epochs, global_batch_size: values of the recipe.
         image_size: side of the images in pixels.
-        groups, settings: what else the recipe changes: Hydra's groups, and nested values.
+        groups, settings: further changes of the recipe: choices of Hydra groups, and nested values.
     """
 
     name: str
@@ -107,7 +107,7 @@ def _simple_baselines(family: str, top1: Iterable[float], gmacs: Iterable[float]
 
 @dataclass(frozen=True)
 class _Figures:
-    """What the second paper prints of one network, and its rates when fine-tuned at 384 px."""
+    """The second paper's figures for a network, and its rates when fine-tuned at 384 px."""
 
     parameters: float
     gmacs: float

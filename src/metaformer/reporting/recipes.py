@@ -28,7 +28,7 @@ def recipes() -> Iterator[Recipe]:
 
 
 def recipe_values(row: Row) -> dict[str, Any]:
-    """Return what a row's recipe changes in the defaults, which are the first paper's training."""
+    """Return the values in which a row's recipe differs from the defaults, which are the first paper's training."""
     overrides = [{f"override /{group}": name} for group, name in {"model": row.model, **row.groups}.items()]
     values: dict[str, Any] = {"defaults": overrides, "global_batch_size": row.global_batch_size}
     return values | ({} if row.epochs == 300 else {"epochs": row.epochs}) | dict(row.settings)

@@ -1,4 +1,4 @@
-"""What the files of a run folder say about a run, read so that a damaged or missing file costs only its own part."""
+"""Reads the record of a run from its run folder; a damaged or missing file affects only its own part."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from metaformer.reporting.outcomes import READ_ERRORS, Settings, flatten
 T = TypeVar("T")
 
 KINDS = ("train", "validation", "final")
-# Lines of log.txt that tell how a run went: their first word, which the log pads to 13 characters.
+# First words of the lines of log.txt about the course of a run; the log pads them to 13 characters.
 EVENTS = ("resuming", "complete", "ALARM", "warning", "time")
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ((\w+)\s+.*)")
 
@@ -45,17 +45,17 @@ class Event(NamedTuple):
 
 @dataclass
 class RunRecord:
-    """What is known about a run.
+    """The record of a run.
 
     Attributes:
         rows: rows of metrics.jsonl that have `kind`, `epoch`, `step` and `samples`.
         settings: config.yaml by dotted names; empty if unknown.
         status: status.json.
         environment: environment.json.
-        overrides: the command's overrides.
-        problems: a line for each file or part of one that could not be read.
+        overrides: the overrides on the command line.
+        problems: a line for each file, or part of a file, that could not be read.
         classes: accuracy by class in the last validation, worst first, of the better of weights and EMA.
-        confusion: which classes they confused.
+        confusion: the classes that were confused.
     """
 
     folder: Path
@@ -148,17 +148,13 @@ def _is_count(value: Any) -> bool:
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Return what a run folder's files say.
-
-    Raises:
-        UserError: it is not a run folder.
-    """
+    """Read the record of a run."""
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise UserError(f"{folder}: not a run folder: it has neither config.yaml nor metrics.jsonl")
     record = RunRecord(folder)
 
     def read_file(name: str, parse: Callable[[Path], T], otherwise: T) -> T:
-        """Parse a file; note why if that fails."""
+        """Parse a file; if that fails, note the reason."""
         file = folder / name
         try:
             return parse(file) if file.is_file() else otherwise

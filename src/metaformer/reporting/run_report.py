@@ -1,4 +1,4 @@
-"""The report of one run, or of several beside each other, as one HTML file that needs no network.
+"""Writes the report of a run, or a comparison of several runs, as one HTML file that needs no network.
 
 Run as a program with a run folder, it writes RUN/report.html: `python -m metaformer.reporting.run_report RUN`.
 """
@@ -28,9 +28,9 @@ from metaformer.reporting.run_record import RunRecord, is_number, read_record
 from metaformer.signals import STOP_SIGNALS
 
 REPORT_FILE = "report.html"
-GENERATOR = '<meta name="generator" content="metaformer">'  # how a report is recognised
+GENERATOR = '<meta name="generator" content="metaformer">'  # identifies a report
 MAX_EPOCHS_SHOWN = 400
-CLASSES_SHOWN = 20  # of the worst and of the best; with up to twice as many, all are in one table
+CLASSES_SHOWN = 20  # number of the worst and of the best; up to twice as many classes are in one table
 MAX_CLASSES = 1000  # in the table of all
 # Settings that differ between any two runs.
 NOT_COMPARED = ("run_dir", "tracking.name")
@@ -58,7 +58,7 @@ def make_report(records: Sequence[RunRecord], price_per_hour: float | None = Non
 
     Args:
         records: one run, or several to compare.
-        price_per_hour: of a GPU; None: what the run's configuration says.
+        price_per_hour: price of a GPU; None takes the run's configuration.
     """
     record, paper = records[0], find_paper_row(records[0])
     prices = [_price(each, price_per_hour) for each in records]
@@ -109,7 +109,7 @@ def find_paper_row(record: RunRecord) -> Row | None:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as on the command line; text as it is."""
+    """Return a value as it is written on the command line; text is unchanged."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return printable(value, 2000) if isinstance(value, str) else printable(json.dumps(value, default=str), 2000)
@@ -179,7 +179,7 @@ def _phases(record: RunRecord) -> Iterator[Phase]:
 
 
 class ClassTable(NamedTuple):
-    """Classes to show beside or below each other; a folded table is long."""
+    """A table of classes; long ones are folded."""
 
     title: str
     classes: list[ClassAccuracy]
@@ -251,11 +251,7 @@ def duration(seconds: float) -> str:
 
 
 def write_report(run_dir: Path) -> None:
-    """Write RUN/report.html.
-
-    Raises:
-        UserError: it is not a run folder, or cannot be written.
-    """
+    """Write RUN/report.html."""
     file = run_dir / REPORT_FILE
     text = make_report([read_record(run_dir)])
     try:

@@ -85,7 +85,7 @@ class Meter:
         ranks = torch.stack(self._runtime.gather(torch.tensor(own, dtype=torch.float64)))
         loss_sum, _, waited_for_first, *stages = ranks.mean(dim=0).tolist()
         waited = Waiting(*stages)
-        forward_passes, waits = ranks[:, 1], ranks[:, 3:].sum(dim=1)
+        _, forward_passes, _, *waits_by_stage = ranks.unbind(dim=1)
         elapsed = time.perf_counter() - window.started
         self._goodput.record_wait(window.waited.total + window.waited_for_first)
         self.bottleneck.add(waited, elapsed - waited_for_first)
@@ -104,6 +104,6 @@ class Meter:
         progress.steps_since_log = 0
         state.reset_sums()
         self._window = _Window()
-        busy = (waits + forward_passes).tolist()
+        busy = (torch.stack(waits_by_stage).sum(dim=0) + forward_passes).tolist()
         straggler = describe_straggler(busy, self._hosts, elapsed - waited_for_first) if len(busy) > 1 else None
         return Reading(row, loss_sum, skipped_in_a_row, straggler)

@@ -1,6 +1,7 @@
 """An optimizer step: forward and backward passes over the parts of the batch, clipping, and the update."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -65,10 +66,8 @@ def train_step(learner: Learner, batches: Iterator[Batch], measure_norm: bool = 
     for part in range(learner.accumulation_steps):
         batch = next(batches)
         _seed_drop_path(learner, part)
-        if part < learner.accumulation_steps - 1:
-            with learner.runtime.without_reduction(learner.network):
-                loss += _forward_backward(learner, batch)
-        else:
+        is_last = part == learner.accumulation_steps - 1
+        with nullcontext() if is_last else learner.runtime.without_reduction(learner.network):
             loss += _forward_backward(learner, batch)
 
     norm = None

@@ -1,4 +1,4 @@
-"""Fused Triton transform of training images, and a check that it works correctly on a GPU."""
+"""The fused Triton transform of training images, and a check of its results on a GPU."""
 
 import itertools
 

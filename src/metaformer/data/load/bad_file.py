@@ -1,4 +1,4 @@
-"""Exceptions raised by unreadable image files, and the messages for them."""
+"""Exceptions that unreadable image files raise, and messages for them."""
 
 from PIL import Image, UnidentifiedImageError
 

@@ -17,7 +17,7 @@ class LoaderName(Enum):
 
 
 class DecodeMode(Enum):
-    """How training images are decoded."""
+    """Decoding of training images."""
 
     exact = "exact"  # PIL's pixels
     scaled = "scaled"  # large crops at 1/2, 1/4 or 1/8 if they are reduced by more; loader=torch only

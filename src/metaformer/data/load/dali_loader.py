@@ -84,11 +84,7 @@ class DaliLoader:
             yield self._next_batch()
 
     def check_decoding(self) -> None:
-        """Make the first batch twice.
-
-        Raises:
-            UserError: its pixels differ, so runs would neither repeat nor resume bit for bit.
-        """
+        """Make the first batch twice; if the pixels differ, raise an error, because a run would not resume exactly."""
         if not self._plan.batches_per_epoch:
             return
         self._drain()

@@ -22,11 +22,11 @@ MAX_PREALLOCATED = 1 / 16  # of the GPU's memory, by the hardware decoder
 
 
 class PipelineTarget(NamedTuple):
-    """Where a pipeline runs, and what it is fed.
+    """Device and input of a pipeline.
 
     Attributes:
         threads: number of CPU threads.
-        decoded: it is fed the regions to be resized, uint8 [H, W, 3], instead of encoded files.
+        decoded: the input is the regions to be resized, uint8 [H, W, 3], instead of encoded files.
     """
 
     device: torch.device

@@ -21,9 +21,7 @@ class ImageBytes:
     """Thread-safe reader of the images of an index.
 
     A process opens each shard once, on first use, and keeps it open. An unpickled copy opens the shards itself.
-
-    Raises:
-        UserError: there are more shards than the process may have open files.
+    It is an error if there are more shards than the process may have open files.
     """
 
     def __init__(self, index: ImageIndex) -> None:

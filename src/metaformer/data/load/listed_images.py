@@ -1,4 +1,4 @@
-"""Images that a user names, or whose folder, read in a thread; those that cannot be read are passed over."""
+"""Reads images or folders of images that a user names, in a thread; unreadable files are skipped."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,26 +22,26 @@ from metaformer.data.plan.plan import BatchPlan
 
 
 class ListedImage(NamedTuple):
-    """An image, and the function that returns what is stored of it, or raises an OSError."""
+    """An image's name, and a function that returns the stored image or raises an OSError."""
 
     name: str
     read: Callable[[], StoredImage]
 
 
 class Unreadable(NamedTuple):
-    """A file or folder that is passed over."""
+    """A file or folder that is skipped, and the reason."""
 
     name: str
     reason: str
 
 
 class ReadImages(NamedTuple):
-    """A batch.
+    """A batch of images that were read.
 
     Attributes:
-        names: of the B images that could be read, in the order of the list.
+        names: names of the B images that could be read, in the order of the list.
         pixels: uint8 [B, 3, S, S].
-        unreadable: the others; B may be 0.
+        unreadable: the files that could not be read; B may be 0.
     """
 
     names: list[str]
@@ -96,7 +96,7 @@ def read_listed(
     """Yield the images in batches of up to `batch_size`; a thread reads the next batch meanwhile.
 
     Args:
-        reader: makes an image from what is stored of it.
+        reader: makes images from stored ones.
         plan: the plan of an evaluation batch, whose geometry is used for all images.
     """
 

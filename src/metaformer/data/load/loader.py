@@ -12,7 +12,7 @@ class Loader(Protocol):
     """Interface of a loader, which reads the batches of one plan.
 
     Attributes:
-        waited: how long the consumer waited for the last batch, and for what.
+        waited: how long the consumer waited for the last batch, by stage.
     """
 
     waited: Waiting
@@ -20,8 +20,7 @@ class Loader(Protocol):
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         """Yield the images of the plan's batches from `first` on: uint8 [B, 3, S, S], on the CPU or the GPU.
 
-        Raises:
-            UserError: a file cannot be read or decoded; the message names it.
+        An error names the file that cannot be read or decoded.
         """
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What worker processes do with an image, in two steps, so that their time can be told apart."""
+"""Interface of image readers, which worker processes call in two steps, so that each can be timed."""
 
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
@@ -12,11 +12,11 @@ Region = TypeVar("Region")
 
 
 class ImageReader(ABC, Generic[Region]):
-    """Makes the images of a plan, one by one. It is pickled for each worker process."""
+    """Interface of a reader that makes the images of a plan one by one. It is pickled for each worker process."""
 
     @abstractmethod
     def decode(self, stored: StoredImage, plan: BatchPlan, row: int) -> Region:
-        """Decode what the plan's image at position `row` is resized from.
+        """Decode the region of the plan's image at position `row` that is resized.
 
         Raises:
             OSError, ValueError, ...: one of BAD_FILE: the image cannot be decoded, or is too large.
@@ -24,8 +24,8 @@ class ImageReader(ABC, Generic[Region]):
 
     @abstractmethod
     def augment(self, region: Region, plan: BatchPlan, row: int) -> Tensor:
-        """Resize, flip and augment it; return uint8 [3, S, S]."""
+        """Resize, flip and augment a region; return uint8 [3, S, S]."""
 
     def read(self, stored: StoredImage, plan: BatchPlan, row: int) -> Tensor:
-        """Do both."""
+        """Decode and augment an image; return uint8 [3, S, S]."""
         return self.augment(self.decode(stored, plan, row), plan, row)

@@ -8,12 +8,12 @@ from metaformer.data.load.image_file import Encoded, jpeg_header, open_image
 from metaformer.data.load.jpeg_decoder import DecodeRegion, region_decoder
 from metaformer.data.plan.geometry import Box
 
-# By scale: the least share of the image's area from which this takes less time than decoding only the region, exactly.
+# By scale: the share of the image's area from which this is faster than exact decoding of the region alone.
 MIN_SHARE = {8: 0.5, 4: 0.5, 2: 0.75}
 
 
 def decode_scaled(encoded: Encoded, box: Box, size: int, exact: DecodeRegion | None) -> Tensor | None:
-    """Decode a region that will be resized to `size`, reduced where that is faster; a `DecodeRegion`.
+    """Decode a region that will be resized to `size`, at a reduced size if that is faster. See `DecodeRegion`.
 
     The reduced region's edges are rounded to whole pixels, so they move by up to half a pixel of the resized image.
 
@@ -32,6 +32,6 @@ def decode_scaled(encoded: Encoded, box: Box, size: int, exact: DecodeRegion | N
 
 
 def choose_scale(box: Box, width: int, height: int, size: int) -> int:
-    """Return 8, 4 or 2, the largest reduction that leaves the region at least `size` on both sides; 1 if none pays."""
+    """Return the largest reduction, 8, 4 or 2, that leaves both sides at least `size`; 1 if none is faster."""
     scale = next((scale for scale in MIN_SHARE if min(box.width, box.height) >= scale * size), 1)
     return scale if box.width * box.height >= MIN_SHARE.get(scale, 0.0) * width * height else 1

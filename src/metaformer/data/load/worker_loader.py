@@ -40,7 +40,7 @@ class WorkerLoader:
     Workers live as long as the loader. They receive (epoch, position) for each batch to make.
 
     Args:
-        reader: makes one image of a batch from what is stored of it.
+        reader: makes an image of a batch from the stored one.
         workers: number of worker processes; 0 reads in this process.
         prefetch_batches: number of batches that each worker prepares in advance.
         pin_memory: put batches in page-locked memory for fast copies to a GPU.
@@ -117,7 +117,7 @@ class _Positions(Sampler[tuple[int, int]]):
 
 
 class _Made(NamedTuple):
-    """A batch with the seconds that its stages took, and the time (monotonic) at which it was complete."""
+    """A batch with the seconds of each stage and the monotonic time at which it was complete."""
 
     images: Tensor
     read: float
@@ -126,7 +126,7 @@ class _Made(NamedTuple):
     completed: float
 
     def waited(self, started: float, received: float) -> Waiting:
-        """Return what a wait was for: after the batch was complete its copy, before that the stages in proportion."""
+        """Divide a wait: the part after completion of the batch is copying; the stages share the rest in proportion."""
         copy = min(received - started, received - self.completed)
         share = (received - started - copy) / (self.read + self.decode + self.augment)
         return Waiting(share * self.read, share * self.decode, share * self.augment, copy)
@@ -141,7 +141,7 @@ class _Batches(Dataset[_Made | str]):
         return _Batches, (self._reader, self._index, self._plan)
 
     def __getitem__(self, epoch_and_position: tuple[int, int]) -> _Made | str:
-        """Return a batch, or the message about a bad file: an exception would lose its type in leaving a worker."""
+        """Return a batch, or the message about a bad file: an exception would lose its type when it leaves a worker."""
         plan = self._plan.to_read(*epoch_and_position)
         images = _allocate((len(plan), plan.image_size, plan.image_size, 3))
         read = decode = augment = 0.0
@@ -157,7 +157,7 @@ class _Batches(Dataset[_Made | str]):
                 completed = time.monotonic()
             except BAD_FILE as error:
                 return describe_bad_file(self._index.index.location(sample), error)
-            if is_decoded(stored):  # it is mapped, so its pixels are read from the disk as they are cut out
+            if is_decoded(stored):  # pixels are memory-mapped, so they are read from the disk when they are cut out
                 opened = decoded
             read, decode, augment = read + opened - started, decode + decoded - opened, augment + completed - decoded
         return _Made(images, read, decode, augment, completed)

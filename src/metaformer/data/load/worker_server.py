@@ -16,7 +16,7 @@ READERS = ("metaformer.data.load.pil_reader", "metaformer.data.load.torch_reader
 def worker_context() -> ForkServerContext:
     """Return the context that forks workers from a single-threaded server.
 
-    A worker forked from the training process would inherit, and keep for its whole life, whatever other threads hold at
+    A worker forked from the training process would inherit, and keep for its lifetime, whatever other threads hold at
     that moment: a lock, or the pipe through which wandb learns that its program has started.
     """
     return get_context("forkserver")
@@ -27,9 +27,6 @@ def start_worker_server(preload: Sequence[str] = READERS) -> None:
 
     Args:
         preload: modules that the server imports in the background, so that workers do not have to.
-
-    Raises:
-        UserError: the path of the folder for temporary files is too long.
     """
     check_temporary_folder()
     # Python's tracker removes the semaphores of a killed rank, and would print a warning about them.
