@@ -1,10 +1,10 @@
 """Measure the speed of training or inference of a network, next to timm's network and the device's roofline.
 
   python -m benchmarks.train --model poolformer_s12 --size 128 --batch 32 --precision fp32
-  python -m benchmarks.train --data /path/to/imagenet/train --only fused timm-eager --json found.json
+  python -m benchmarks.train --data /path/to/imagenet/train --only eager timm-eager --json found.json
 
-The variants are fused and fused-compiled (this project's operators), eager and compiled (its plain network), and
-timm-eager and timm-compiled (timm's network with timm's loss, mixing and optimizer). Each measurement runs in a
+The variants are fused and fused-compiled (this project's operators, on GPUs), eager and compiled (its plain network),
+and timm-eager and timm-compiled (timm's network with timm's loss, mixing and optimizer). Each measurement runs in a
 separate process (measure_train.py), and the variants alternate. Without --data, the images are noise on the device.
 
 Step: median over the counted steps, including the wait for the batch. Memory: peak of the GPU's allocated memory or, on
@@ -90,10 +90,13 @@ def _parse() -> argparse.Namespace:
 
 
 def _select(only: list[str] | None) -> list[str]:
+    possible = [name for name in VARIANTS if torch.cuda.is_available() or not name.startswith("fused")]
     for name in only or ():
         if name not in VARIANTS:
             raise unknown_name("--only", name, VARIANTS)
-    return [name for name in VARIANTS if only is None or name in only]
+        if name not in possible:
+            raise UserError(f"--only={name}: needs a GPU; on a CPU, leave it out")
+    return [name for name in possible if only is None or name in only]
 
 
 def _measure(variant: str, arguments: argparse.Namespace, profiled: bool) -> dict[str, Any]:

@@ -73,12 +73,12 @@ part() { # part NAME SECONDS COMMAND...
 tests=("$python" -m pytest -p no:cacheprovider)
 if [[ -n $device ]]; then
   sizes=(--size 224 --batch 512 --precision bf16 --repeats 1)
-  variants=(--only fused eager timm-eager timm-compiled)
+  ours=fused variants=(--only fused eager timm-eager timm-compiled)
   loading=(--repeats 1)
   part kernels 80 "${tests[@]}" tests/models/test_kernels_gpu.py tests/data/device/test_triton_kernel_gpu.py
 else
   sizes=(--size 32 --batch 2 --precision fp32 --repeats 1 --steps 2 --uncounted 1)
-  variants=(--only fused eager timm-eager)
+  ours=eager variants=(--only eager timm-eager)
   loading=(--repeats 1 --images 40 --batch 4)
   summary+=("skipped  kernels: there is no GPU; the other parts use small sizes")
 fi
@@ -86,7 +86,7 @@ part operators 120 "${tests[@]}" tests/models/test_operators.py -k "not interpre
 part fused 40 "${tests[@]}" tests/models/test_fused.py
 part train 190 "$python" -m benchmarks.train "${sizes[@]}" "${variants[@]}" \
   --json "$out/train.json" --plot "$out/train.png"
-part inference 40 "$python" -m benchmarks.train "${sizes[@]}" --only fused timm-eager --inference \
+part inference 40 "$python" -m benchmarks.train "${sizes[@]}" --only "$ours" timm-eager --inference \
   --json "$out/inference.json"
 loaders=(torch timm)
 if "$python" -c 'import nvidia.dali' 2>"$out/dali.log"; then
@@ -95,7 +95,7 @@ else
   summary+=("skipped  DALI: nvidia-dali is not installed; only the torch and timm loaders are measured")
 fi
 if [[ -n $images ]]; then
-  part jpegs 50 "$python" -m benchmarks.train "${sizes[@]}" --only fused --workers "$(nproc)" --data "$images" \
+  part jpegs 50 "$python" -m benchmarks.train "${sizes[@]}" --only "$ours" --workers "$(nproc)" --data "$images" \
     --json "$out/jpegs.json"
   part loader 70 "$python" -m benchmarks.loader "$images" "${loading[@]}" --only "${loaders[@]}" \
     --json "$out/loader.json"

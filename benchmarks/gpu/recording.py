@@ -26,7 +26,6 @@ from metaformer.interfaces import Batch
 from metaformer.models import create_model
 from metaformer.models.fused import fuse
 from metaformer.models.kernels import operators
-from metaformer.models.kernels.backend import triton_kernels
 from metaformer.runtime import Runtime
 from metaformer.training.step import train_step
 
@@ -79,7 +78,7 @@ def record_step(setting: Setting, arch: int) -> list[Launch]:
 
 @contextmanager
 def as_on_a_gpu(arch: int) -> Iterator[tuple[list[Launch], FakeTensorMode]]:
-    """Within the block, record the launches of a GPU without running them: tensors are fake, kernels are Triton's.
+    """Within the block, record the launches of a GPU without running them; tensors are fake.
 
     Yields:
         The list to which each operator appends its launches, and the fake tensor mode.
@@ -92,7 +91,6 @@ def as_on_a_gpu(arch: int) -> Iterator[tuple[list[Launch], FakeTensorMode]]:
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         compiling(arch, note),
-        mock.patch.object(operators, "kernels_for", return_value=triton_kernels()),
         mock.patch.object(operators, "can_output_float32", return_value=True),
         _Recorder(launches.append),
     ):

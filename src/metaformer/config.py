@@ -40,7 +40,7 @@ class CommonConfig:
     seed: int = 0  # of initial weights, order of images and augmentation; the same seed gives the same run
     workers: int | None = None  # loader processes or threads per rank; None: the rank's share of the CPU cores
     eval_batch_size: int = 128  # images per rank
-    channels_last: bool = True  # memory format of images and activations; the fused operators need it
+    channels_last: bool = True  # memory format of images and activations; the fused kernels need it
     compile: bool = False  # compile the network by torch.compile
     # Interpolated fields and their raw text: files of a run store ${oc.env:NAME}, never a value that may be secret.
     from_environment: dict[str, str] = field(default_factory=dict, metadata={"omegaconf_ignore": True})

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from metaformer.assembly import fusion
 from metaformer.assembly.fusion import choose_transform, fuse_blocks
 from metaformer.composing import compose_training
 from metaformer.data.device import choice
@@ -22,22 +23,34 @@ FAULT = "they differ"
 IMAGES = Preprocessing(32, 0.9, ResizeFilter.bicubic, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def status_of(name: str, *overrides: str) -> str:
-    """Return the status text of `fuse_blocks` for a network on a CPU."""
+@pytest.fixture
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what would run on the GPU."""
+    monkeypatch.setattr(fused, "find_fault", lambda *_: None)
+    monkeypatch.setattr(fusion, "check_pooling", lambda _: None)
+
+
+def status_of(name: str, *overrides: str, runtime: Runtime = ON_GPU) -> str:
+    """Return the status text of `fuse_blocks` for a network."""
     config = compose_training(["data.root=.", f"model={name}", "image_size=32", *overrides])
-    return fuse_blocks(config, IMAGES, ALONE, create_model(name, 2, image_size=32), None)
+    model = create_model(name, 2, image_size=32)
+    status = fuse_blocks(config, IMAGES, runtime, model, None)
+    assert is_plain(model) == status.startswith("off")
+    return status
 
 
+@pytest.mark.usefixtures("no_checks")
 def test_status_of_the_blocks() -> None:
-    """The status says by what the blocks are fused, or why they are not."""
-    assert status_of("poolformer_s12") == "on (in plain torch on a CPU)"
-    assert status_of("metaformer_s12_ppff") == "on (in plain torch on a CPU, 2 of 4 stages)"
+    """The status says by what the blocks are fused, or why they are not; on a CPU they never are."""
+    assert status_of("poolformer_s12", runtime=ALONE) == "off (CPU)"
+    assert status_of("poolformer_s12") == "on (Triton)"
+    assert status_of("metaformer_s12_ppff") == "on (Triton, 2 of 4 stages)"
     assert status_of("metaformer_s12_identity") == "off (no stage has the paper's blocks)"
     assert status_of("poolformer_s12", "model.fused=false") == "off (model.fused=false)"
     assert status_of("poolformer_s12", "channels_last=false") == "off (channels_last=false)"
     config = compose_training(["data.root=.", "model=timm", "model.name=resnet18"])
     model = create_timm_model("resnet18", 2, None, 224)
-    assert fuse_blocks(config, IMAGES, ALONE, model, None) == "off (not a network of this project)"
+    assert fuse_blocks(config, IMAGES, ON_GPU, model, None) == "off (not a network of this project)"
 
 
 def test_choice_of_transform(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +60,7 @@ def test_choice_of_transform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_fault", lambda device, size: sizes.append(size))
     assert choose_transform(config, IMAGES, ON_GPU) == (transform_by_triton, "on (Triton)")
     assert sizes == [32]
-    assert choose_transform(config, IMAGES, ALONE) == (transform_plainly, "off (a CPU)")
+    assert choose_transform(config, IMAGES, ALONE) == (transform_plainly, "off (CPU)")
     contiguous = compose_training(["data.root=.", "channels_last=false"])
     assert choose_transform(contiguous, IMAGES, ON_GPU) == (transform_plainly, "off (channels_last=false)")
     monkeypatch.setattr(choice, "find_fault", lambda device, size: FAULT)
@@ -55,14 +68,15 @@ def test_choice_of_transform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:
-    """Return a rank's status and use of blocks and transform, with the transform chosen as if on a GPU."""
+    """Return a rank's status and use of blocks and transform, chosen as if on a GPU."""
     fault = FAULT if runtime.rank == 1 else None
     vars(fused)["find_fault"] = lambda *_: fault
     vars(choice)["find_fault"] = lambda *_: fault
+    vars(fusion)["check_pooling"] = lambda _: None
     config = compose_training(["data.root=.", "image_size=32"])
     model = create_model("poolformer_s12", 2, image_size=32)
-    blocks = fuse_blocks(config, IMAGES, runtime, model, None)
     on_gpu = replace(runtime, device=torch.device("cuda"))
+    blocks = fuse_blocks(config, IMAGES, on_gpu, model, None)
     transform, status = choose_transform(config, IMAGES, on_gpu)
     return blocks, is_plain(model), status, transform is transform_plainly
 

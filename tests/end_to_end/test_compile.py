@@ -1,4 +1,4 @@
-"""Tests of compile=true with the default options, fused operators included, with inductor on a CPU."""
+"""Tests of compile=true with the default options, with inductor on a CPU."""
 
 import math
 import shutil

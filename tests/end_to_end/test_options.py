@@ -16,7 +16,6 @@ from tests.faults.program import SMALL
 
 OPTIONS = {
     "compile": ("true", "false"),
-    "model.fused": ("true", "false"),
     "channels_last": ("true", "false"),
     "precision": ("bf16", "fp32"),
     "ema": ("enabled", "disabled"),
@@ -64,7 +63,7 @@ def test_options_work_together(
     options: dict[str, str], images: Path, tmp_path: Path, run_program: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Losses are finite, all images are validated, the EMA too if it is enabled, and blocks are fused if allowed."""
+    """Losses are finite, all images are validated, and the EMA too if it is enabled."""
     if options["loader"] == "dali" and not dali_is_installed():
         pytest.skip("needs nvidia-dali")
     monkeypatch.setitem(VARIANTS, "poolformer_s12", SMALL)
@@ -76,5 +75,3 @@ def test_options_work_together(
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
     assert ("ema_top1" in result) == (options["ema"] == "enabled")
-    refused = [f"{name}=false" for name in ("channels_last", "model.fused") if options[name] == "false"]
-    assert result["fused"].startswith(f"blocks off ({refused[0]})" if refused else "blocks on ("), result["fused"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaformer.models.kernels import reference
 from metaformer.models.kernels.backend import Kernels, triton_kernels
+from tests.models import reference_kernels as reference
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 EPS = 1e-5

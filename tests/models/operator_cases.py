@@ -1,12 +1,12 @@
 """Tests of the fused operators with each set of kernels.
 
-`test_operators.py` runs them with the reference kernels on a CPU, with Triton kernels in its interpreter (in a separate
-process, because Triton reads TRITON_INTERPRET when it is imported) and, on a machine with a GPU, with compiled Triton
-kernels.
+`test_operators.py` runs them with the reference kernels, with Triton kernels in its interpreter (in a separate process,
+because Triton reads TRITON_INTERPRET when it is imported) and, on a machine with a GPU, with compiled Triton kernels.
 """
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metaformer.models.activations import StarReLU
 from metaformer.models.fused import fuse, run_fused
 from metaformer.models.kernels import operators
-from metaformer.models.kernels.backend import REFERENCE, triton_kernels
 from metaformer.models.metaformer import Architecture, BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plain
 from metaformer.models.norms import GroupNormWithoutBias
 from metaformer.models.token_mixers import Pooling
+from tests.models.reference_kernels import REFERENCE
 
 EPS = 1e-5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,11 +45,9 @@ class Call(NamedTuple):
 @pytest.fixture(params=KERNEL_SETS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Select the kernels, and return the device on which the operators run."""
-    if request.param == "gpu":
-        return torch.device("cuda")
-    kernels = triton_kernels() if request.param == "interpreted" else REFERENCE
-    monkeypatch.setattr(operators, "kernels_for", lambda x: kernels)
-    return torch.device("cpu")
+    if request.param == "reference":
+        monkeypatch.setattr(operators, "triton_kernels", lambda: REFERENCE)
+    return torch.device("cuda" if request.param == "gpu" else "cpu")
 
 
 def calls(
@@ -266,6 +264,19 @@ def test_gradients_in_the_buckets_of_distributed_training(device: torch.device, 
                 assert torch.equal(parameter.grad, times * expected[name]), name
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.whole  # compiling takes many seconds
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler for CPUs")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_compiled_by_inductor(device: torch.device, dtype: torch.dtype | None) -> None:
+    """Compiled blocks have the output and the gradients of eager ones."""
+    blocks, images = blocks_of(16, 3, 0.5, device).eval(), torch.randn(2, 16, 6, 5, device=device)
+    expected = outcome(run_fused, blocks, images, images, dtype)
+    found = outcome(torch.compile(run_fused, fullgraph=True), blocks, images, images, dtype)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 
 
 def test_network_of_36_blocks(device: torch.device) -> None:

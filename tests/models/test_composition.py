@@ -60,6 +60,7 @@ def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **gradients}
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_part_fits_every_other(change: dict[str, Any]) -> None:
     """PoolFormer with any part exchanged trains: all parameters get finite gradients.

@@ -20,6 +20,7 @@ def trained(model: nn.Module) -> set[str]:
     return {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize(
     ("part", "expected"),
     [

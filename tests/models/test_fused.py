@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from metaformer.models import MetaFormer, fused
 from metaformer.models.activations import StarReLU
-from metaformer.models.fused import SMALL_SHAPES, BlockShape, find_fault, fuse, run_fused
+from metaformer.models.fused import BlockShape, find_fault, fuse, run_fused
 from metaformer.models.kernels import operators
-from metaformer.models.kernels.backend import REFERENCE
 from metaformer.models.metaformer import POOLFORMER_PARTS, Architecture, BlockParts, Stage
 from metaformer.models.norms import GroupNormWithoutBias, group_norm
 from metaformer.models.token_mixers import Pooling
 from metaformer.models.variants import VARIANTS
+from tests.models.reference_kernels import REFERENCE
 from tests.models.test_metaformer import randomise
+
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 CPU = torch.device("cpu")
 BASELINE_PARTS = BlockParts(GroupNormWithoutBias, StarReLU, layer_scale_init=None, mlp_bias=False)
@@ -167,7 +169,7 @@ def test_state_dict_stays_the_same() -> None:
     plain.load_state_dict(changed.state_dict(), strict=True)
 
 
-def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int, device: str) -> list[tuple[int, ...]]:
+def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int) -> list[tuple[int, ...]]:
     """Return the shapes that a successful check runs."""
     shapes: list[BlockShape] = []
 
@@ -181,25 +183,25 @@ def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int, 
     expected_parts = BASELINE_PARTS if second else BlockParts(layer_scale_init=0.5)
     small = replace(VARIANTS[name], depths=(1, 1, 1, 1))
     model = MetaFormer(small, num_classes=2, image_size=image_size)
-    assert find_fault(model, image_size, torch.device(device), torch.bfloat16) is None
-    return [shape[:5] for shape in shapes]  # without the parts
+    assert find_fault(model, image_size, torch.device("cuda"), torch.bfloat16) is None
+    return [shape[:4] for shape in shapes]  # without the parts
 
 
 def test_checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU is checked with each fused stage's width, side and window in training; a CPU with two small shapes."""
+    """The check uses each fused stage's width, side and window in training."""
     for side, image_size in ((56, 224), (8, 32)):
         sides = (side, side // 2, side // 4, side // 8)
         for name, widths in (("poolformer_s12", (64, 128, 320, 512)), ("poolformer_m36", (96, 192, 384, 768))):
-            expected = [(width, side, side, 3, 16) for width, side in zip(widths, sides, strict=True)]
-            assert shapes_checked(monkeypatch, name, image_size, "cuda") == expected
-    expected = [(64, 56, 56, 3, 16), (128, 28, 28, 3, 16), (320, 14, 14, 3, 16)]
-    assert shapes_checked(monkeypatch, "metaformer_s12_pppf", 224, "cuda") == expected
-    assert shapes_checked(monkeypatch, "metaformer_s12_pool7", 224, "cuda")[3] == (512, 7, 7, 7, 16)
-    assert shapes_checked(monkeypatch, "poolformerv2_s12", 224, "cuda") == [(64, 56, 56, 3, 16), (128, 28, 28, 3, 16)]
-    small = [tuple(shape)[:5] for shape in SMALL_SHAPES]
-    assert shapes_checked(monkeypatch, "poolformer_s12", 224, "cpu") == small
-    assert shapes_checked(monkeypatch, "poolformerv2_s12", 224, "cpu") == small
-    assert shapes_checked(monkeypatch, "metaformer_s12_identity", 224, "cuda") == []
+            expected = [(width, side, 3, 16) for width, side in zip(widths, sides, strict=True)]
+            assert shapes_checked(monkeypatch, name, image_size) == expected
+    assert shapes_checked(monkeypatch, "metaformer_s12_pppf", 224) == [
+        (64, 56, 3, 16),
+        (128, 28, 3, 16),
+        (320, 14, 3, 16),
+    ]
+    assert shapes_checked(monkeypatch, "metaformer_s12_pool7", 224)[3] == (512, 7, 7, 16)
+    assert shapes_checked(monkeypatch, "poolformerv2_s12", 224) == [(64, 56, 3, 16), (128, 28, 3, 16)]
+    assert shapes_checked(monkeypatch, "metaformer_s12_identity", 224) == []
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -207,7 +209,7 @@ def test_checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype | None) -> None:
     """A wrong value, a wrong gradient or an exception gives one line; correct kernels give None."""
     model = network(parts=KINDS[kind])
-    assert find_fault(model, 32, CPU, dtype) is None
+    assert find_fault(model, 64, CPU, dtype) is None
     kernels = REFERENCE
 
     class CompilerError(Exception):
@@ -228,8 +230,8 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dty
         faults["squared_relu"] = fail
     for name, wrong in faults.items():
         broken = kernels._replace(**{name: wrong})
-        monkeypatch.setattr(operators, "kernels_for", lambda x, broken=broken: broken)
-        fault = find_fault(model, 32, CPU, dtype)
+        monkeypatch.setattr(operators, "triton_kernels", lambda broken=broken: broken)
+        fault = find_fault(model, 64, CPU, dtype)
         assert fault is not None, name
         assert fault.startswith("they ")
         assert "\n" not in fault

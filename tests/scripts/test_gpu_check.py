@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.mark.slow  # several minutes: a dozen processes that import torch
 def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
-    """All parts except the GPU kernels run; each has a line in the summary and figures as JSON."""
+    """All parts but the GPU kernels run, with the plain network; each has a line in the summary and figures as JSON."""
     command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), str(images / "train")]
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
@@ -26,7 +26,7 @@ def test_rehearsal_without_a_gpu(images: Path, tmp_path: Path) -> None:
     assert states == dict.fromkeys(("operators", "fused", "train", "inference", "jpegs", "loader"), "ok")
     for name in ("train", "inference", "jpegs"):
         found = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        assert found["variants"]["fused"]["step_seconds"] > 0
+        assert found["variants"]["eager"]["step_seconds"] > 0
     assert (tmp_path / "out" / "loader.json").exists()
     assert (tmp_path / "out" / "train.png").exists()
 

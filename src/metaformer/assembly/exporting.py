@@ -44,7 +44,7 @@ class Built(NamedTuple):
 
 
 def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool) -> Built:
-    """Find the weights, build their network on the CPU without fused operators, load them, and read images.
+    """Find the weights, build their network on the CPU, load them, and read images.
 
     The images are those of `config.data` if that is given, else of the run that the weights belong to, else the
     built-in sample, else random numbers.
@@ -57,7 +57,7 @@ def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool)
     if runtime.world_size > 1:
         raise UserError("export: a program of one process; start it without torchrun")
     runtime = replace(runtime, device=torch.device("cpu"))
-    config = replace(config, model=replace(config.model, fused=False), channels_last=False, workers=0)
+    config = replace(config, channels_last=False, workers=0)
     config, images, model, outputs, found, weights, notes = load_trained_network(config, runtime, None)
     record = make_record(config, images, outputs, None if found is None else found.classes)
     run = find_run_folder(checkpoint)

@@ -19,14 +19,16 @@ from metaformer.runtime import Runtime
 def fuse_blocks(
     config: CommonConfig, images: Preprocessing, runtime: Runtime, model: nn.Module, dtype: torch.dtype | None
 ) -> str:
-    """Switch the network's blocks to the fused operators if possible, and return a status text.
+    """Switch the network's blocks to the fused operators on a GPU if possible, and return a status text.
 
-    If the plain path is needed and would compute wrong gradients on this device, this is an error.
+    If the plain path is needed and would compute wrong gradients on this GPU, this is an error.
 
     Args:
         model: The network, which is modified in place.
         dtype: The dtype of matrix products under autocast, or None without autocast.
     """
+    if runtime.device.type != "cuda":
+        return "off (CPU)"
     if not isinstance(model, MetaFormer):
         return "off (not a network of this project)"
     if not config.channels_last:
@@ -38,9 +40,8 @@ def fuse_blocks(
     elif stages:
         fault = runtime.first_fault(fused.find_fault(model, images.image_size, runtime.device, dtype))
         count = 0 if fault else fused.fuse(model)
-        backend = "Triton" if runtime.device.type == "cuda" else "in plain torch on a CPU"
         partial = "" if count == len(model.stages) else f", {count} of {len(model.stages)} stages"
-        status = f"off ({fault})" if fault else f"on ({backend}{partial})"
+        status = f"off ({fault})" if fault else f"on (Triton{partial})"
     if count < len(model.stages):
         check_pooling(runtime.device)
     return status
@@ -49,7 +50,7 @@ def fuse_blocks(
 def choose_transform(config: CommonConfig, images: Preprocessing, runtime: Runtime) -> tuple[ImageTransform, str]:
     """Return the function that normalises, mixes and erases training images, and a status text."""
     if runtime.device.type != "cuda":
-        return transform_plainly, "off (a CPU)"
+        return transform_plainly, "off (CPU)"
     if not config.channels_last:
         return transform_plainly, "off (channels_last=false)"
     fault = runtime.first_fault(choice.find_fault(runtime.device, images.image_size))

@@ -103,7 +103,7 @@ class ModelConfig:
     target: str | None = None  # package.module:Class of a network of your own, called with num_classes and options
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of target, as in model.options.width=64
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
-    # Run the paper's blocks with fused operators where these pass a check; needs library=metaformer and channels_last.
+    # Use the fused Triton kernels on GPUs, for the paper's blocks, if they pass a check; needs channels_last.
     fused: bool = True
     freeze: str | None = None  # stem, stages:N (the stem and the first N stages) or all_but_head; for train.py
     crop_pct: float | None = None  # evaluation resizes the short side to image_size / crop_pct

@@ -21,7 +21,7 @@ class Exportable:
     """A network with its weights, and images for the comparison with the exported file.
 
     Attributes:
-        model: in evaluation mode on the CPU, without fused operators.
+        model: in evaluation mode on the CPU.
         record: the network's name, parts, classes and preprocessing.
         resize: length of the short side before the crop, in pixels.
         images: preprocessed images, float32 [B, 3, S, S], at least two.

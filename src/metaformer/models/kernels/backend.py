@@ -1,4 +1,4 @@
-"""Selection of the kernels for a tensor's device."""
+"""The Triton kernels as one set, which is imported when it is first used."""
 
 from collections.abc import Callable
 from functools import cache
@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metaformer.models.kernels import reference
-
 
 class Kernels(NamedTuple):
-    """The functions of `reference`, or replacements with the same signatures."""
+    """The kernels of the operators.
+
+    All tensors are contiguous [B, H, W, C]. Statistics, factors and sums are float32. `keep` is drop path's factor per
+    image, or None where nothing is dropped.
+    """
 
     statistics: Callable[..., Tensor]
     normalize: Callable[..., Tensor]
@@ -23,26 +25,6 @@ class Kernels(NamedTuple):
     squared_relu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     residual: Callable[..., tuple[Tensor, Tensor]]
     residual_backward: Callable[..., tuple[Tensor, Tensor]]
-
-
-REFERENCE = Kernels(
-    reference.statistics,
-    reference.normalize,
-    reference.normalize_backward,
-    reference.mix,
-    reference.mix_backward,
-    reference.gelu,
-    reference.gelu_backward,
-    reference.squared_relu,
-    reference.squared_relu_backward,
-    reference.residual,
-    reference.residual_backward,
-)
-
-
-def kernels_for(x: Tensor) -> Kernels:
-    """Return the Triton kernels on NVIDIA GPUs, and the reference kernels elsewhere and for float64."""
-    return triton_kernels() if x.is_cuda and x.element_size() < 8 else REFERENCE
 
 
 @cache

@@ -1,10 +1,10 @@
 """The two branches of a block as differentiable torch operators, for eager and compiled networks.
 
-Images are [B, C, H, W], and returned images are channels_last. They are float32, float64 or of the matrix products'
-type; the residual stream keeps its type. The formulas are in the package's docstring.
+Images are [B, C, H, W], and returned images are channels_last. They are float32 or of the matrix products' type; the
+residual stream keeps its type. The formulas are in the package's docstring.
 
 Each operator has a fake implementation that returns the shapes, types and strides of the results without computing
-them. The compiler relies on it, so it must match the real results exactly with every set of kernels.
+them. The compiler relies on it, so it must match the real results exactly.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaformer.models.kernels.backend import Kernels, kernels_for
-from metaformer.models.kernels.reference import accumulation_type
+from metaformer.models.kernels.backend import Kernels, triton_kernels
 
 
 @torch.library.custom_op("metaformer::statistics", mutates_args=())
 def statistics(x: Tensor, eps: float) -> Tensor:
     """Return mean and reciprocal deviation of each image, [B, 2], without a gradient; see the package's docstring."""
-    return kernels_for(x).statistics(_pixels(x), eps)
+    return triton_kernels().statistics(_pixels(x), eps)
 
 
 @statistics.register_fake
@@ -45,7 +44,7 @@ def pool_branch(
     Returns:
         Images with the shape and type of x, and their statistics.
     """
-    y, y_stats = kernels_for(x).mix(_pixels(x), stats, scale.to(stats.dtype), keep, size, eps)
+    y, y_stats = triton_kernels().mix(_pixels(x), stats, scale.to(stats.dtype), keep, size, eps)
     return _image(y), y_stats
 
 
@@ -60,7 +59,7 @@ def pool_branch_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `pool_branch` for x and scale."""
     acc = scale.to(stats.dtype)
-    grad_x, grad_scale = kernels_for(x).mix_backward(_pixels(grad), _pixels(x), stats, acc, keep, size)
+    grad_x, grad_scale = triton_kernels().mix_backward(_pixels(grad), _pixels(x), stats, acc, keep, size)
     return _image(grad_x), _gradient_of(scale, grad_scale)
 
 
@@ -115,7 +114,7 @@ def mlp_branch(
         Images with the shape and type of x, their statistics, and two tensors for the backward pass: the normalised
         pixels and the hidden layer before its activation. Recomputing the activation is cheaper than storing it.
     """
-    kernels = kernels_for(x)
+    kernels = triton_kernels()
     fc1, bias1, fc2, bias2 = (tensor.to(dtype) for tensor in mlp)
     pixels = _pixels(x)
     weight, bias, factor = (tensor.to(stats.dtype) for tensor in (*norm, scale))
@@ -157,7 +156,7 @@ def mlp_branch_backward(
     activation: str,
 ) -> list[Tensor]:
     """Return the gradients of `mlp_branch` for x, the norm's weight and bias, the four tensors of `mlp`, and scale."""
-    kernels = kernels_for(x)
+    kernels = triton_kernels()
     normed, hidden = saved
     dtype, acc = hidden.dtype, stats.dtype
     factor, weight, fc2, bias2 = (tensor.to(acc) for tensor in (scale, norm_weight, mlp[2], mlp[3]))
@@ -246,7 +245,7 @@ def _empty_image(x: Tensor) -> Tensor:
 
 
 def _empty_statistics(x: Tensor) -> Tensor:
-    return x.new_empty((len(x), 2), dtype=accumulation_type(x))
+    return x.new_empty((len(x), 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:

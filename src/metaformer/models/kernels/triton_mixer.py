@@ -1,4 +1,4 @@
-"""Triton kernels of the token mixer branch and its gradient; see `reference` for their definitions.
+"""Triton kernels of the token mixer branch and its gradient.
 
 Bytes moved per element of x, where e is its size: `mix` 2 e, `mix_backward` 2 e + 3 e in two passes. Neighbours in a
 row are read again by the same or a neighbouring program at nearly the same time, so they come from a cache.
@@ -213,7 +213,7 @@ def _apply_gradient(
 
 
 def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute `reference.mix`."""
+    """Return y = x + keep * scale * rstd * (pool(x) - x), and the statistics of y."""
     tiles, blocks = strips(*x.shape[1:], size)
     out, moments = torch.empty_like(x), stats.new_empty((len(x), tiles[0] * tiles[1], 3))
     _mix[(*tiles, len(x))](
@@ -226,7 +226,7 @@ def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int,
 def mix_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `reference.mix_backward`."""
+    """Return the gradients of `mix` for x, including the part through the statistics, and for scale."""
     images, height, width, channels = x.shape
     tiles, blocks = strips(*x.shape[1:], size)
     grid, has_keep, factors = (*tiles, images), keep is not None, (stats, scale, scale if keep is None else keep)

@@ -1,4 +1,4 @@
-"""Triton kernels of image statistics, the norm and its gradient; see `reference` for their definitions.
+"""Triton kernels of image statistics, the norm and its gradient.
 
 Bytes moved per element of x, where e is its size and h that of the norm's output: `statistics` e, `normalize` e + h,
 `normalize_backward` (e + h) + (3 e + h) in two passes.
@@ -83,7 +83,7 @@ def _apply_gradient(
 
 
 def statistics(x: Tensor, eps: float) -> Tensor:
-    """Compute `reference._statistics`."""
+    """Return mean and 1 / sqrt(variance + eps) of each image over all its values, [B, 2]."""
     tiles = tiling(*x.shape)
     moments = tiles.new_moments(x)
     _statistics[tiles.grid](x, moments, *tiles.sizes, **tiles.blocks)
@@ -91,7 +91,7 @@ def statistics(x: Tensor, eps: float) -> Tensor:
 
 
 def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `reference.normalize`."""
+    """Return (x - mean) * rstd * weight + bias, in `dtype`."""
     tiles = tiling(*x.shape)
     out = torch.empty_like(x, dtype=dtype)
     _normalize[tiles.grid](x, stats, weight, bias, out, *tiles.sizes, **tiles.blocks)
@@ -101,7 +101,7 @@ def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: tor
 def normalize_backward(
     grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `reference.normalize_backward`."""
+    """Return the gradients of `normalize` for x, weight and bias; `residual_grad` is added to that for x."""
     images, channels, tiles = len(x), x.shape[3], tiling(*x.shape)
     sums = tiles.new_sums(x, 2, channels)
     _sum_gradient[tiles.grid](grad, x, stats, sums, *tiles.sizes, **tiles.blocks)

@@ -1,4 +1,4 @@
-"""Reference kernels in plain torch, which define the fused kernels' results and run on CPUs.
+"""The kernels' functions in plain torch: the reference for the Triton kernels, with which operators run on CPUs, too.
 
 All tensors are contiguous [B, H, W, C]. Statistics, factors and sums have the accumulation type: float32, or float64
 for float64 input. `keep` is drop path's factor per image, or None where nothing is dropped.
@@ -7,6 +7,8 @@ for float64 input. `keep` is drop path's factor per image, or None where nothing
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from metaformer.models.kernels.backend import Kernels
 
 
 def accumulation_type(x: Tensor) -> torch.dtype:
@@ -17,9 +19,8 @@ def accumulation_type(x: Tensor) -> torch.dtype:
 def statistics(x: Tensor, eps: float) -> Tensor:
     """Return mean and 1 / sqrt(variance + eps) of each image over all its values, [B, 2]."""
     values = x.flatten(1).to(accumulation_type(x))
-    # It writes an unused result, but takes a third of var_mean's time on a CPU (docs/performance.md).
-    _, mean, rstd = torch.native_layer_norm(values, values.shape[1:], None, None, eps)
-    return torch.cat([mean, rstd], 1)
+    variance, mean = torch.var_mean(values, 1, correction=0)
+    return torch.stack([mean, (variance + eps).rsqrt()], 1)
 
 
 def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,3 +150,18 @@ def _average_windows(x: Tensor, size: int, include_padding: bool) -> Tensor:
     image = x.to(accumulation_type(x)).permute(0, 3, 1, 2)
     pooled = functional.avg_pool2d(image, size, 1, size // 2, count_include_pad=include_padding)
     return pooled.permute(0, 2, 3, 1).contiguous()
+
+
+REFERENCE = Kernels(
+    statistics,
+    normalize,
+    normalize_backward,
+    mix,
+    mix_backward,
+    gelu,
+    gelu_backward,
+    squared_relu,
+    squared_relu_backward,
+    residual,
+    residual_backward,
+)
