@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def rename_by_order(state: StateDict, name: str) -> tuple[StateDict, int]:
-    """Return the tensors under the keys of a network of timm, which has them in the same order, and its classes.
+    """Return the tensors with the keys of timm's network, which must have the same order, and its number of classes.
 
     Raises:
         ValueError: A tensor has another shape or kind than timm's, or there are more or fewer.

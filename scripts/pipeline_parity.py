@@ -1,4 +1,4 @@
-"""Compare each loader's images with PIL's, and the effect on a network's predictions, for any folder of images.
+"""Compare each loader's images with PIL's, and the network's predictions for them, on any folder of images.
 
   python scripts/pipeline_parity.py /path/to/imagenet/val
   python scripts/pipeline_parity.py /path/to/imagenet/val --model poolformer_m36 --checkpoint official:poolformer_m36

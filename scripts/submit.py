@@ -7,7 +7,7 @@
 Overrides are those of train.py. Comma-separated values create a job for each combination, with its own run folder. All
 configurations are validated before anything is submitted. Jobs run slurm/train.sbatch and read their configuration from
 runs/.slurm, so later edits of conf/ do not affect them; later edits of the code do. --local runs the trainings on this
-machine, one after the other; the same command again resumes, and passes over trainings that are complete.
+machine, one after the other; the same command again resumes, and skips trainings that are complete.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def run_here(jobs: Sequence[Job], processes: int, keep_going: bool) -> None:
 
 
 def _train_here(arguments: list[str], processes: int) -> int:
-    """Run train.py, and return its exit code; an interruption of this program reaches it too."""
+    """Run train.py, and return its exit code. Ctrl-C reaches it too."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -131,7 +131,7 @@ def _accuracies(run_dir: Path) -> tuple[str, str]:
     try:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         found = [row["top1"] for row in map(json.loads, lines) if row.get("top1") is not None]
-    except (OSError, ValueError):  # a run that has not begun, or was killed while it wrote
+    except (OSError, ValueError):  # the run has not begun, or was killed while writing
         found = []
     return (f"{found[-1]:.2f}", f"{max(found):.2f}") if found else ("-", "-")
 

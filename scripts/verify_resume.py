@@ -146,8 +146,8 @@ class FailureStats:
         kills: The number of kills of each kind of process.
         ended: The number of failures that stopped the run.
         lost_steps: For each of those, the number of steps that were taken but not saved.
-        recovery_seconds: Seconds to the next step in the log, for failures without another one before that step.
-        repeated: The number of failures before whose next step another one stopped the run.
+        recovery_seconds: Seconds until the next step in the log, for failures that were followed by one.
+        repeated: The number of failures that were followed by another one before the next step.
     """
 
     kills: dict[str, int] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class FailureStats:
 
 
 def inject_failures(arguments: argparse.Namespace, undisturbed_dir: Path) -> bool:
-    """Train with random kills until there were enough, and return whether every run ended like the undisturbed one."""
+    """Train with random kills until there have been enough; return whether every run ended like the undisturbed one."""
     expected, rng, failures = hash_run(undisturbed_dir), random.Random(arguments.seed), FailureStats()
     runs = differing = 0
     while failures.count < arguments.failures:
@@ -277,7 +277,7 @@ def _process_kind(command: str) -> str:
 
 
 def hash_run(run_dir: Path) -> dict[str, str]:
-    """Return the SHA-256 of each part of a run's result, computed from values because files may contain times."""
+    """Return the SHA-256 of each part of a run's result, computed from values, because files may contain times."""
     last = follow(run_dir / "checkpoints" / "last")
     hashes = {file.stem: _hash(load_file(file)) for file in sorted(last.glob("*.safetensors"))}
     trainer = torch.load(last / "trainer.pt", weights_only=True)

@@ -19,7 +19,9 @@ from metaformer.tracking.console import ConsoleTracker
 streams.guard()
 folder = Path(sys.argv[1])
 alarms = []
-tracker = ConsoleTracker(1, 1, 1, folder / "log.txt", alarms.append)
+tracker = ConsoleTracker(
+    epochs=1, steps=1, samples_per_step=1, log_file=folder / "log.txt", alarm=alarms.append
+)
 tracker.message("one")
 print("a warning", file=sys.stderr)
 tracker.message("two")

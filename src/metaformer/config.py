@@ -37,7 +37,7 @@ class CommonConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     image_size: int | None = None  # pixels per side; None: the network's default
     num_classes: int | None = None  # None: the number of classes in the data set
-    seed: int = 0  # of initial weights, order of images and augmentation; the same seed gives the same run
+    seed: int = 0  # seed of initial weights, image order and augmentation; the same seed gives the same run
     workers: int | None = None  # loader processes or threads per rank; None: the rank's share of the CPU cores
     eval_batch_size: int = 128  # images per rank
     channels_last: bool = True  # memory format of images and activations; the fused kernels need it
@@ -72,8 +72,8 @@ class TrainConfig(LoopConfig, CommonConfig):
     allow_unused_classes: bool = False  # allow num_classes to exceed the data set's classes
     fill_last_batch: bool = False  # pad the last batch with the epoch's first images; False: drop an incomplete batch
     init_weights: str | None = None  # weights file to start from
-    init_head: InitHead = InitHead.auto  # what becomes of the classifier of these weights
-    dry_run: bool = False  # take three steps, say what the run would need, and write nothing
+    init_head: InitHead = InitHead.auto  # what to do with the classifier of these weights
+    dry_run: bool = False  # take three steps, report what the run would need, and write nothing
     resume: str = "auto"  # auto: continue the run in run_dir; never: require an empty run_dir; or a checkpoint
 
     def __post_init__(self) -> None:

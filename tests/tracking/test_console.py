@@ -144,7 +144,9 @@ def test_time_left_counts_validations(
     """Each validation to come, after every 400 steps and at the end, is expected to take as long as the last one."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    tracker = ConsoleTracker(3, 1000, 8, tmp_path / "log.txt", validation_steps=400)
+    tracker = ConsoleTracker(
+        epochs=3, steps=1000, samples_per_step=8, log_file=tmp_path / "log.txt", validation_steps=400
+    )
     tracker.progress("validation", 0, 13)
     clock[0] = 160.0
     tracker.metrics({"kind": "final", "epoch": 1, "step": 0, "samples": 0})

@@ -102,7 +102,8 @@ def test_the_runs_own_files_do_not_release_the_lock(tmp_path: Path) -> None:
             open_run_folder(run_dir, config, 0)
         status = StatusFile(run_dir, None, Goodput())
         status.start(0, 5)
-        trackers = [ConsoleTracker(1, 1, 1, run_dir / "log.txt"), JsonlTracker(run_dir, 0)]
+        console = ConsoleTracker(epochs=1, steps=1, samples_per_step=1, log_file=run_dir / "log.txt")
+        trackers = [console, JsonlTracker(run_dir, 0)]
         for tracker in trackers:
             tracker.message("a line")
             tracker.close(failed=False)

@@ -45,8 +45,9 @@ def start(run_dir: Path, *rows: dict[str, Any], resumed_at: int = 0, validated: 
 def test_through_its_own_process_beside_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb and TensorBoard at once: both have the rows; TensorBoard has all figures and the image."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    console = ConsoleTracker(1, 20, 8, tmp_path / "log.txt")
-    tracker = make.make_tracker(TrackingConfig(WandbMode.offline, tensorboard=True), tmp_path, console, 0, {"a": 1})
+    console = ConsoleTracker(epochs=1, steps=20, samples_per_step=8, log_file=tmp_path / "log.txt")
+    config = TrackingConfig(WandbMode.offline, tensorboard=True)
+    tracker = make.make_tracker(config, tmp_path, console, resumed_at=0, settings={"a": 1})
     picture = tmp_path / "mixed_images.png"
     Image.fromarray(np.full((6, 4, 3), 200, np.uint8)).save(picture)
     tracker.picture("train/mixed_images", picture)
@@ -97,9 +98,11 @@ def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says how to install it; it comes before any process starts, and only where TensorBoard is wanted."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(make, "BackgroundTracker", None)
-    console = ConsoleTracker(1, 20, 8, tmp_path / "log.txt")
+    console = ConsoleTracker(epochs=1, steps=20, samples_per_step=8, log_file=tmp_path / "log.txt")
     with pytest.raises(UserError, match=r"tracking.tensorboard=true: not installed; run `uv pip install tensorboard`"):
         check_tensorboard()
+    config = TrackingConfig(WandbMode.off, tensorboard=True)
     with pytest.raises(UserError, match="tensorboard"):
-        make.make_tracker(TrackingConfig(WandbMode.off, tensorboard=True), tmp_path, console, 0, {})
-    make.make_tracker(TrackingConfig(WandbMode.off), tmp_path, console, 0, {}).close(failed=False)
+        make.make_tracker(config, tmp_path, console, resumed_at=0, settings={})
+    without = make.make_tracker(TrackingConfig(WandbMode.off), tmp_path, console, resumed_at=0, settings={})
+    without.close(failed=False)

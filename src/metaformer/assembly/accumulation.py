@@ -24,8 +24,10 @@ Fits = Callable[
 def step_fits(prepared: Preparation, accumulation_steps: int) -> bool:
     """Take an optimizer step, which changes the state, and return whether it fits in this rank's memory."""
     config, runtime = prepared.config, prepared.runtime
-    learner = prepared.learner(prepared.state.model, Stopwatch(runtime.device))  # without DDP: each rank for itself
-    learner.accumulation_steps = min(accumulation_steps, 2)  # more of them need no more memory
+    learner = prepared.learner(
+        prepared.state.model, Stopwatch(runtime.device)
+    )  # without DDP, each rank works independently
+    learner.accumulation_steps = min(accumulation_steps, 2)  # further batches need no more memory
     learner.train_mode()
     images = example_images(config, prepared.images, runtime)
     classes = prepared.splits.num_classes
@@ -52,7 +54,7 @@ def prepare(config: TrainConfig, runtime: Runtime, tries: Fits | None = None) ->
 
 
 def _smallest(config: TrainConfig, runtime: Runtime, tries: Fits | None) -> int:
-    choices = config.accumulations(runtime.world_size) or [1]  # with 1, `check_batches` says what is wrong
+    choices = config.accumulations(runtime.world_size) or [1]  # with 1, `check_batches` explains the error
     if tries is None:
         return choices[0]
     prepared = prepare_training(replace(config, accumulation_steps=choices[0]), runtime)

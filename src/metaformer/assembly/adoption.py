@@ -131,7 +131,7 @@ def adopt(config: C, record: Record | None, source: str) -> tuple[C, list[str]]:
         model = replace(model, name=name, library=library)
     if record is not None and (model.is_own or _is_same_network(model, record)):
         model, notes = _adopt_parts(model, record, source, evaluation=isinstance(config, ValidateConfig))
-    elif record is not None and record.images is not None:  # else it has only a name, and no library
+    elif record is not None and record.images is not None:  # otherwise it has only a name, and no library
         fix = {
             Library.metaformer: f"leave model= out, or give model={record.name}",
             Library.timm: f"leave model= out, or give model=timm model.name={record.name}",
@@ -193,7 +193,7 @@ def _adopt_parts(model: ModelConfig, record: Record, source: str, evaluation: bo
 def _is_same_part(parts: Composition, name: str, value: Any) -> bool:
     try:
         return replace(parts, **{name: value}).canonical() == parts.canonical()
-    except UserError:  # a value that does not go with the other parts
+    except UserError:  # a value is incompatible with the other parts
         return False
 
 

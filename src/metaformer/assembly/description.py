@@ -75,7 +75,7 @@ def _describe_macs(model: ModelConfig, images: Preprocessing, num_classes: int) 
     if model.library is not Library.metaformer:
         return ""
     composition = model.composition
-    own = composition is not None and composition.own_parts  # its creation computes an image, which needs values
+    own = composition is not None and composition.own_parts  # creating it computes an image, which needs values
     with torch.device("cpu" if own else "meta"), torch.random.fork_rng(devices=[]):
         network = create_model(composition or model.name, num_classes, image_size=images.image_size)
     try:

@@ -88,12 +88,12 @@ def _open_trackers(run: Run, status: StatusFile, stack: ExitStack) -> Tracker:
     run_dir, values = config.resolved_run_dir, redacted(config)
     changes = open_run_folder(run_dir, OmegaConf.to_yaml(values), progress.step, run.derived_settings)
     console = ConsoleTracker(
-        config.total_epochs,
-        config.last_step(run.steps_per_epoch),
-        config.global_batch_size,
-        run_dir / "log.txt",
-        status.console_failed,
-        run.steps_per_epoch,
+        epochs=config.total_epochs,
+        steps=config.last_step(run.steps_per_epoch),
+        samples_per_step=config.global_batch_size,
+        log_file=run_dir / "log.txt",
+        alarm=status.console_failed,
+        validation_steps=run.steps_per_epoch,
     )
     for change in changes:
         console.message(f"changed      {change}")
@@ -102,7 +102,9 @@ def _open_trackers(run: Run, status: StatusFile, stack: ExitStack) -> Tracker:
         console.message(f"complete     {run_dir}: all {run.completed_length} are done; nothing is left to train")
     else:
         plain: Any = OmegaConf.to_container(values)
-        tracked = make_tracker(config.tracking, run_dir, console, progress.step, plain, progress.validated)
+        tracked = make_tracker(
+            config.tracking, run_dir, console, resumed_at=progress.step, settings=plain, validated=progress.validated
+        )
         tracker = FanOut([tracked, status])
     report = ReportTracker(run_dir) if config.report.enabled else None
     if report is not None:

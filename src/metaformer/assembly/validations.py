@@ -18,7 +18,7 @@ from metaformer.runtime import Runtime
 from metaformer.training.precision import Precision
 from metaformer.training.state import TrainState
 
-MAX_CLASSES = 21_841  # of per_class.csv
+MAX_CLASSES = 21_841  # in per_class.csv
 
 
 @dataclass(frozen=True)

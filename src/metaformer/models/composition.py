@@ -79,7 +79,7 @@ HEADS = {
     name: PartPath(f"metaformer.models.heads:{part}")
     for name, part in (("norm_first", "NormFirstHead"), ("linear", "linear_head"), ("mlp", "mlp_head"))
 }
-INITIALIZATIONS = {"mlps_and_head": False, "all": True}  # of convolutions and linear layers
+INITIALIZATIONS = {"mlps_and_head": False, "all": True}  # whether it applies to all layers
 # The table of each field, and whether the field accepts parts outside it.
 _TABLES: dict[str, tuple[Mapping[str, Any], bool]] = {
     "token_mixers": (TOKEN_MIXERS, True),

@@ -87,7 +87,7 @@ class InitHead(Enum):
     auto = "auto"  # kept if the classes are the same, else a new one
     same = "same"  # kept; another number of classes is an error
     new = "new"  # a new one in any case
-    from_21k = "from_21k"  # by wnid, from the 21,841 classes of ImageNet-21K
+    from_21k = "from_21k"  # taken from the 21,841 classes of ImageNet-21K, by wnid
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ModelConfig:
     """
 
     name: str = MISSING  # a network of this project or of timm; auto: the one that the weights record
-    library: Library = Library.metaformer  # where the name belongs; model=timm sets it
+    library: Library = Library.metaformer  # library that has the network; model=timm sets it
     target: str | None = None  # package.module:Class of a network of your own, called with num_classes and options
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of target, as in model.options.width=64
     drop_path_rate: float | None = None  # None: the paper's rate for this network, or timm's default
@@ -109,13 +109,13 @@ class ModelConfig:
     crop_pct: float | None = None  # evaluation resizes the short side to image_size / crop_pct
     interpolation: ResizeFilter | None = None  # for evaluation; augmentation.interpolation is for training
     crop_mode: CropMode | None = None  # for evaluation; null: the network's, which must be center
-    mean: list[float] | None = None  # of RGB values in [0, 1]
-    std: list[float] | None = None  # of RGB values in [0, 1]
-    head_dropout: float | None = None  # of networks with an MLP head; None: the paper's rate for this network
+    mean: list[float] | None = None  # mean of RGB values in [0, 1]
+    std: list[float] | None = None  # standard deviation of RGB values in [0, 1]
+    head_dropout: float | None = None  # for networks with an MLP head; None: the paper's rate for this network
     depths: list[int] | None = None  # blocks of each stage of model=metaformer
     dims: list[int] | None = None  # channels of each stage
     token_mixers: list[str] | None = None  # names of token_mixers.py or package.module:Class, one per stage or one
-    norm: str | None = None  # of the blocks: group_norm, layer_norm, batch_norm, none, ... or package.module:Class
+    norm: str | None = None  # the blocks' norm: group_norm, layer_norm, batch_norm, none, ... or package.module:Class
     activation: str | None = None  # gelu, relu, silu, squared_relu, star_relu or package.module:Class
     channel_mlps: list[str] | None = None  # conv, linear, either _without_bias, or none; one per stage or one
     residuals: list[str] | None = None  # plain, scaled or none; one per stage or one

@@ -106,7 +106,7 @@ class Attention(nn.Module):
         query, key, value = (
             part.transpose(1, 2) for part in self.qkv(tokens).unflatten(2, (3, -1, self.HEAD_DIM)).unbind(2)
         )
-        mixed = functional.scaled_dot_product_attention(query, key, value)  # its softmax is always float32
+        mixed = functional.scaled_dot_product_attention(query, key, value)  # the softmax is always in float32
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out.transpose(1, 2).reshape(x.shape)
 

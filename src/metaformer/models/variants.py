@@ -77,7 +77,7 @@ def create_model(
         if own:
             _try(model, image_size)
         return model
-    except (TypeError, ValueError, RuntimeError) as error:  # of a part that does not fit the others
+    except (TypeError, ValueError, RuntimeError) as error:  # a part does not fit the others
         named = name if isinstance(name, str) else OWN_NETWORK
         raise UserError(f"model={named}: cannot be made ({one_line(error)})") from error
 

@@ -153,7 +153,7 @@ def check_complete(state: StateDict) -> None:
         ValueError: a key is missing or unknown, or its shape differs from the stage's other blocks.
     """
     baseline = baseline_keys.has_baseline_keys(state)
-    shapes: dict[tuple[int, str], list[torch.Size]] = {}  # of one tensor in each block of a stage
+    shapes: dict[tuple[int, str], list[torch.Size]] = {}  # shapes of a tensor in the blocks of a stage
     depths: dict[int, int] = {}
     for key, tensor in state.items():
         if match := BLOCK_KEY.fullmatch(key):

@@ -20,7 +20,7 @@ from metaformer.prediction.predictions import Prediction
 MIN_SIDE = 224  # pixels of an overlay; smaller images are enlarged by a whole factor
 MAX_IN_GRID = 64
 COLUMNS, GUESSES = 4, 3
-OPACITY = 0.6  # of a heat map where it is hottest
+OPACITY = 0.6  # opacity of a heat map at its maximum
 
 
 class _Cell(NamedTuple):
@@ -30,7 +30,7 @@ class _Cell(NamedTuple):
     height: float
     margin: float  # left and right of the image
     head: float  # above the image
-    line: float  # of text
+    line: float  # height of a line of text
 
 
 CELL = _Cell(2.7, 3.55, 0.1, 0.3, 0.2)

@@ -11,7 +11,7 @@ class ReportConfig:
     """Configuration of RUN/report.html."""
 
     enabled: bool = True  # write it after each validation and at the end, in a process of its own
-    price_per_hour: float | None = None  # of one GPU, or of one process without GPUs, in any currency; adds the cost
+    price_per_hour: float | None = None  # price of a GPU, or of a process without GPUs, in any currency; adds the cost
 
     def __post_init__(self) -> None:
         price = self.price_per_hour

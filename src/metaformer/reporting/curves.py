@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from metaformer.reporting.run_record import RunRecord, is_number
 
-MAX_POINTS = 400  # of a curve; longer ones are averaged, so that a report of 300 epochs stays small
+MAX_POINTS = 400  # per curve; longer curves are averaged, so that a report of 300 epochs stays small
 LOG_RANGE = 50  # ratio of largest to smallest value from which an axis is logarithmic
-COLOURS = 8  # of the style sheet, for curves
+COLOURS = 8  # number of colours for curves in the style sheet
 DASHES = ("solid", "dashed", "dotted")
 _PAPER_DASH = "dotted"
 # Colours that the SVG contains in place of the style sheet's variables --colour-0 and so on.

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from metaformer.errors import UserError
 from metaformer.reporting.paper import Row
 
-VALIDATION_IMAGES = 50_000  # of ImageNet-1K
+VALIDATION_IMAGES = 50_000  # in ImageNet-1K
 # Settings that may differ from the recipe; differences in all others are noted in the table.
 IGNORED_SETTINGS = (
     "run_dir", "data.root", "data.source", "seed", "workers", "loader.", "tracking.", "checkpoint.", "guards.",

@@ -12,7 +12,7 @@ from typing import Any
 
 from metaformer.errors import unknown_name
 
-COOLDOWN_EPOCHS = 10  # of every recipe that does not say otherwise
+COOLDOWN_EPOCHS = 10  # of recipes that do not set it
 PAPER_IMAGE_SIZE = 224  # timm evaluates some of the compared networks at a larger size
 
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from metaformer.reporting.paper import ROWS, Row
 
 GPUS = 8
-TRAINING_IMAGES = 1_281_167  # of ImageNet-1K
+TRAINING_IMAGES = 1_281_167  # in ImageNet-1K
 
 
 class Recipe(NamedTuple):

@@ -239,7 +239,7 @@ def _is_locked(file: Path) -> bool:
         flock = "hhqqi"  # l_type, l_whence, l_start, l_len, l_pid
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         return bool(struct.unpack(flock, answer)[0] != fcntl.F_UNLCK)
-    except OSError:  # of a file system without locks
+    except OSError:  # the file system has no locks
         return False
     finally:
         os.close(descriptor)

@@ -23,19 +23,19 @@ class TrackingConfig:
     """Configuration of wandb and TensorBoard; console, log.txt and metrics.jsonl are always on."""
 
     wandb: WandbMode = WandbMode.auto  # how runs are recorded in Weights & Biases; tracking=wandb|offline|local sets it
-    project: str = "metaformer"  # of wandb
+    project: str = "metaformer"  # project in wandb
     entity: str | None = None  # user or team of wandb; None: the key's own
     name: str | None = None  # None: the run folder's name
-    tags: list[str] = field(default_factory=list)  # of the run in wandb
+    tags: list[str] = field(default_factory=list)  # tags of the run in wandb
     artifacts: bool = True  # upload the best and the last checkpoint
     tensorboard: bool = False  # write event files too, beside wandb or without it
     target: str | None = None  # package.module:Class of a tracker of your own, called with run_dir and options
     options: dict[str, Any] = field(
         default_factory=dict
     )  # further arguments of target, as in tracking.options.file=a.csv
-    # Until a tracker that has not opened is reported, and not waited for when training ends.
+    # Time after which a tracker that has not opened is reported, and not awaited when training ends.
     open_seconds: float = 60.0
-    close_seconds: float = 300.0  # without progress, until uploads are given up when training has ended
+    close_seconds: float = 300.0  # after training, give up uploads that make no progress for this long
 
     def __post_init__(self) -> None:
         if self.target is not None:

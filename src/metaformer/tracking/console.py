@@ -26,6 +26,7 @@ class ConsoleTracker(NullTracker):
 
     def __init__(
         self,
+        *,
         epochs: int,
         steps: int,
         samples_per_step: int,
@@ -41,7 +42,7 @@ class ConsoleTracker(NullTracker):
         self._bar = ProgressBar(self._console)
         self._note = ""  # the bar's, while training
         self._validating_since: float | None = None
-        self._validation_seconds = 0.0  # of the last validation
+        self._validation_seconds = 0.0  # duration of the last validation
 
     def message(self, text: str) -> None:
         # Terminals wrap long lines themselves, so that they are copied as one.

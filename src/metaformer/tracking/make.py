@@ -24,6 +24,7 @@ def make_tracker(
     config: TrackingConfig,
     run_dir: Path,
     console: ConsoleTracker,
+    *,
     resumed_at: int,
     settings: dict[str, Any],
     validated: bool = False,

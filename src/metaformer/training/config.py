@@ -63,12 +63,12 @@ class OptimizerConfig:
     lr: float | None = None  # None: base_lr * global_batch_size / base_batch_size
     base_lr: float = 1e-3  # learning rate for a batch of base_batch_size
     base_batch_size: int = 1024  # images per step for which base_lr is meant
-    weight_decay: float = 0.05  # of parameters with two or more dimensions; norms and biases are not decayed
+    weight_decay: float = 0.05  # applies to parameters with two or more dimensions, not to norms and biases
     betas: list[float] | None = None  # None: the optimizer's own
     eps: float | None = None  # None: the optimizer's own
     momentum: float = 0.9  # used by optimizers that have one
     layer_decay: float | None = None  # factor of the learning rate from each layer to the one before it; None: 1
-    implementation: Implementation = Implementation.torch  # whose code runs the update; apex for adamw and lamb
+    implementation: Implementation = Implementation.torch  # library that computes the update; apex has adamw and lamb
 
     def __post_init__(self) -> None:
         if self.betas is not None and len(self.betas) != 2:
@@ -105,9 +105,9 @@ class LossName(Enum):
 class LossConfig:
     """The training loss of soft targets. Their smoothing is `augmentation.label_smoothing`."""
 
-    name: LossName = LossName.cross_entropy  # which loss; loss=NAME sets it
-    target_threshold: float | None = None  # of bce: targets above it become 1, the others 0; None: soft targets
-    sum_classes: bool = False  # of bce: sum over the classes instead of the mean
+    name: LossName = LossName.cross_entropy  # the loss; loss=NAME sets it
+    target_threshold: float | None = None  # for bce: targets above it become 1, the others 0; None: soft targets
+    sum_classes: bool = False  # for bce: sum over the classes instead of the mean
 
     def __post_init__(self) -> None:
         if self.target_threshold is not None and not 0 <= self.target_threshold < 1:
@@ -121,8 +121,8 @@ class LossConfig:
 class DistillConfig:
     """Distillation: soft targets from a teacher, a network that is trained already (arXiv 1503.02531)."""
 
-    teacher: str | None = None  # its weights: a file, a checkpoint folder, a run folder, or official:NAME
-    model: str | None = None  # its network, for weights that do not record it: a network of this project or of timm
+    teacher: str | None = None  # the teacher's weights: a file, a checkpoint folder, a run folder, or official:NAME
+    model: str | None = None  # the teacher's network, if its weights do not record it: one of this project or of timm
     use_ema: bool = False  # the averaged weights of the teacher's checkpoint
     weight: float = 0.5  # share of the teacher in the loss; the labels have the rest
     temperature: float = 1.0  # divides the logits of teacher and student
@@ -161,7 +161,7 @@ class GuardConfig:
     """Limits after which a run without progress is stopped."""
 
     max_skipped_steps: int = 20  # consecutive steps whose gradients were not finite
-    stall_seconds: int = 600  # without a step, a validation batch or a save on a rank: write stacks, end the job
+    stall_seconds: int = 600  # if a rank takes no step, validation batch or save for this long, end the job
     compare_ranks_every_steps: int | None = 1000  # check that all ranks have the same weights
     max_starts_without_progress: int = 5  # consecutive starts that crashed before the next checkpoint
 

@@ -16,8 +16,8 @@ from metaformer.files import fsync, write_text_atomically
 from metaformer.training.manifest import read_manifest, verify
 
 LAST, BEST = "last", "best"
-NAME = re.compile(r"epoch-(\d+)|step-\d+")  # of a checkpoint
-_MOST_BYTES = 64  # of a pointer file
+NAME = re.compile(r"epoch-(\d+)|step-\d+")  # name of a checkpoint
+_MOST_BYTES = 64  # maximum size of a pointer file
 
 
 def read_pointer(pointer: Path) -> Path | None:

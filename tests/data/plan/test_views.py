@@ -53,7 +53,8 @@ def test_every_image_has_its_turn() -> None:
     """Images that few epochs use are all used in the end, and the classes equally often."""
     labels = np.concatenate([np.zeros(5, np.int64), np.arange(1, 4)])
     balance = make_balance(Balance.uniform, labels)
-    found = np.concatenate([views_at(np.arange(8), 0, epoch, 8, 1, balance) % 8 for epoch in range(50)])
+    options: dict[str, Any] = {"seed": 0, "num_samples": 8, "repeats": 1, "balance": balance}
+    found = np.concatenate([views_at(np.arange(8), epoch=epoch, **options) % 8 for epoch in range(50)])
     assert np.bincount(labels[found]) == pytest.approx([100] * 4)
     assert set(found) == set(range(8))
 
@@ -104,7 +105,8 @@ def test_repeats_are_in_the_same_batch() -> None:
 
 def test_without_balance_and_repeats_views_are_images() -> None:
     """The defaults draw what they always drew."""
-    assert np.array_equal(views_at(np.arange(50), 3, 1, 50, 1, None), epoch_order(3, 1, 50))
+    views = views_at(np.arange(50), seed=3, epoch=1, num_samples=50, repeats=1, balance=None)
+    assert np.array_equal(views, epoch_order(3, 1, 50))
 
 
 def test_a_large_data_set_is_sampled_quickly() -> None:

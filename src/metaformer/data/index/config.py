@@ -56,18 +56,18 @@ class Balance(Enum):
 class DataConfig:
     """A data set on disk."""
 
-    name: str = "imagenet"  # of the data set, in results and reports
+    name: str = "imagenet"  # name of the data set in results and reports
     root: str = "data/imagenet"  # contains the split folders
     train_split: str | None = "train"  # None for a test set
     val_split: str = "val"  # "." if `root` itself contains the class folders
-    source: Source = Source.folder  # what to do where the folder does not exist
+    source: Source = Source.folder  # what to do if the folder does not exist
     check: IndexCheck = IndexCheck.quick  # what to compare with the cached index at each start
     quarantine: str | None = None  # list of files to exclude, as written by scripts/scan_data.py
     labels: Labels = Labels.folders  # how an image gets its label
-    balance: Balance = Balance.none  # of the classes in training
+    balance: Balance = Balance.none  # balance of the classes in training
     class_subset: ClassSubset | None = None  # evaluate predictions among these classes only
     expected_images: int | None = None  # published counts of a test set; an incomplete set gives another accuracy
-    expected_classes: int | None = None  # as expected_images, for the classes
+    expected_classes: int | None = None  # published number of classes of a test set
 
     def __post_init__(self) -> None:
         self.root = os.path.expanduser(self.root)  # noqa: PTH111

@@ -27,13 +27,13 @@ class DecodeMode(Enum):
 class LoaderConfig:
     """Settings of a loader."""
 
-    name: LoaderName = LoaderName.auto  # which reads and decodes; all give the same crops
+    name: LoaderName = LoaderName.auto  # reads and decodes images; all loaders give the same crops
     max_pixels: int = MAX_PIXELS  # larger images are rejected before they are decoded
     decode: DecodeMode = DecodeMode.exact  # validation is always exact
     prefetch_batches: int = 2  # batches read ahead by each worker process, or by DALI's pipeline
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI sends to the GPU's hardware decoder
     preallocate_width: int = 5980  # largest width for which DALI's decoder reserves memory: ImageNet's
-    preallocate_height: int = 6430  # as preallocate_width, for the height
+    preallocate_height: int = 6430  # largest height for which DALI's decoder reserves memory: ImageNet's
     region_decode: bool = False  # on a GPU, decode only the cropped region, as DALI always does on a CPU
     check_decoding: bool = True  # on a GPU, decode a batch twice at the start, and stop if the pixels differ
     numa_affinity: bool = True  # bind each rank to the CPUs near its GPU, unless a launcher has chosen CPUs

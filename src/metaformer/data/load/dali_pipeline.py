@@ -18,7 +18,7 @@ from metaformer.data.plan.plan import TRIES, BatchPlan, Plan
 Node = Any
 
 CHANNELS = 3
-MAX_PREALLOCATED = 1 / 16  # of the GPU's memory, by the hardware decoder
+MAX_PREALLOCATED = 1 / 16  # share of the GPU's memory for the hardware decoder
 
 
 class PipelineTarget(NamedTuple):

@@ -19,7 +19,7 @@ class RandAugmentConfig:
     """RandAugment as timm's `rand-m9-mstd0.5-inc1` (arXiv 1909.13719, with "increasing" operations)."""
 
     num_ops: int = 2  # operations drawn per image, with replacement, from 15; 0 turns RandAugment off
-    probability: float = 0.5  # of applying a drawn operation
+    probability: float = 0.5  # probability of applying a drawn operation
     magnitude: float = 9.0  # on a scale of 0 to 10
     magnitude_std: float = 0.5  # standard deviation of the magnitude, drawn for each operation
 
@@ -30,20 +30,20 @@ class AugmentationConfig:
 
     name: str = "paper"  # as shown in the log
     random_crop: bool = True  # False: resize and centre crop, as in evaluation
-    min_area: float = 0.08  # of the random crop, as a share of the image's area
-    max_area: float = 1.0  # of the random crop, as a share of the image's area
-    min_aspect: float = 3 / 4  # width / height of the random crop
-    max_aspect: float = 4 / 3  # width / height of the random crop
+    min_area: float = 0.08  # minimum area of the random crop, as a share of the image's area
+    max_area: float = 1.0  # maximum area of the random crop, as a share of the image's area
+    min_aspect: float = 3 / 4  # minimum width / height of the random crop
+    max_aspect: float = 4 / 3  # maximum width / height of the random crop
     interpolation: Interpolation = Interpolation.random  # the filter that resizes the crop
-    flip_probability: float = 0.5  # of mirroring an image left to right
+    flip_probability: float = 0.5  # probability of mirroring an image left to right
     randaugment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
-    mixup_alpha: float = 0.8  # of the beta distribution of mixup's share; 0 turns mixup off
-    cutmix_alpha: float = 1.0  # of the beta distribution of cutmix's area; 0 turns cutmix off
-    mix_probability: float = 1.0  # of mixing a batch at all
+    mixup_alpha: float = 0.8  # parameter of the beta distribution of mixup's share; 0 turns mixup off
+    cutmix_alpha: float = 1.0  # parameter of the beta distribution of cutmix's area; 0 turns cutmix off
+    mix_probability: float = 1.0  # probability of mixing a batch
     cutmix_probability: float = 0.5  # share of mixed batches that use cutmix, if both alphas are above 0
     mix_group_size: int | None = None  # images that share one mixing; None: each rank's batch, as in the paper's code
     label_smoothing: float = 0.1  # applied to the targets before they are mixed
-    erase_probability: float = 0.25  # of filling a random rectangle of an image with noise
+    erase_probability: float = 0.25  # probability of filling a random rectangle of an image with noise
     # Views of an image in a batch, each with its own augmentation; an epoch uses 1/repeats of the images.
     repeats: int = 1
 

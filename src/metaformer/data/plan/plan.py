@@ -212,7 +212,10 @@ class TrainingPlan:
 
     def _views(self, epoch: int, position: int) -> Int64:
         slots = self._slots(position)
-        return views_at(slots, self.seed, epoch, self.num_samples, self.augmentation.repeats, self.balance)
+        return views_at(
+            slots, seed=self.seed, epoch=epoch, num_samples=self.num_samples, repeats=self.augmentation.repeats,
+            balance=self.balance,
+        )  # fmt: skip
 
     def _slots(self, position: int) -> Int64:
         """Return the positions of a batch's views in the epoch; those of a global batch are sorted by view."""

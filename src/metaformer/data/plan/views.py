@@ -15,7 +15,7 @@ _ORDER_STREAM = 1
 
 
 def views_at(
-    slots: Int64, seed: int, epoch: int, num_samples: int, repeats: int, balance: ClassBalance | None
+    slots: Int64, *, seed: int, epoch: int, num_samples: int, repeats: int, balance: ClassBalance | None
 ) -> Int64:
     """Return the views at the positions `slots` [B] of an epoch. Each draw of an image gives `repeats` views.
 
