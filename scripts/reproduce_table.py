@@ -49,7 +49,7 @@ class RowFailed(UserError):
 
 
 def main() -> None:
-    """Parse the command line and do what it asks for."""
+    """Parse the command line and run the requested action."""
     arguments = _parse()
     runs: Path = arguments.runs.absolute()
     if arguments.list:

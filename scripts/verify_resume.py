@@ -140,7 +140,7 @@ def _last_checkpoint(run_dir: Path) -> str:
 
 @dataclass
 class FailureStats:
-    """Counts of failures and what they cost.
+    """Counts of failures and their costs.
 
     Attributes:
         kills: The number of kills of each kind of process.

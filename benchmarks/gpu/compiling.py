@@ -141,7 +141,7 @@ def _kernel_name(kernel: Any) -> str:
 
 
 def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) -> KernelFacts:
-    """Return what a compiled kernel needs. Its longest loop is executed LOOPS times, a constant of the kernel."""
+    """Return the facts of a compiled kernel. Its longest loop is executed LOOPS times, a constant of the kernel."""
     loops = options.get("LOOPS", 1)
     usage, code = _disassemble(compiled.asm["cubin"])
     reads, writes = _arguments_used(compiled.asm["ttir"])

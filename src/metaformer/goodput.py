@@ -56,7 +56,7 @@ class Goodput:
         self._at_save: dict[str, float] = {}
 
     def continue_from(self, earlier: TimeSpent) -> None:
-        """Add the time of earlier starts, and count what they did after the last checkpoint as lost."""
+        """Add the time of earlier starts, and count their time after the last checkpoint as lost."""
         for name, seconds in earlier.seconds.items():
             self._add(name, seconds)
         for name, seconds in earlier.unsaved.items():

@@ -80,7 +80,7 @@ def _describe_fields(config_type: type, defaults: Mapping[str, Any], parent: str
 
 
 def field_comments(owner_type: type) -> dict[str, str]:
-    """Return the comments beside or above the fields of a dataclass and its bases, or the members of an enum.
+    """Return the comments next to or above the fields of a dataclass and its bases, or the members of an enum.
 
     None, True and False are replaced by YAML's null, true and false.
     """

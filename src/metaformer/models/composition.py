@@ -163,7 +163,7 @@ class Composition:
         """Parse the text of `to_json`.
 
         Raises:
-            ValueError: the text is none.
+            ValueError: the text is not a composition.
         """
         return cls.from_values(json.loads(text))
 
@@ -172,7 +172,7 @@ class Composition:
         """Return the composition with values that were read from a file.
 
         Raises:
-            ValueError: they are none.
+            ValueError: the values are not a composition.
         """
         if not isinstance(values, dict):
             raise ValueError("no object of JSON")

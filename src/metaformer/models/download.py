@@ -3,7 +3,7 @@
 Files of the papers' authors are downloaded into this project's cache: those of the first paper from its GitHub release,
 those of the second paper from a repository of the Hugging Face hub that holds raw torch files. The authors publish no
 hash, so a first download is checked only by its size, by the checksums of its zip archive (if it is one), and by the
-strict loading that follows. Its SHA-256 is then stored beside it, and every later use is checked against that.
+strict loading that follows. Its SHA-256 is then stored next to it, and every later use is checked against that.
 
 Networks of the Hugging Face hub (`hf:`) are downloaded by its library into its own cache. Where the cache names a file
 by its SHA-256, as it does for all large files, every use is checked against it.

@@ -44,8 +44,8 @@ def paper_preprocessing(name: str, weights: str | None = None) -> Preprocessing:
     """Return the preprocessing of the papers' programs.
 
     Args:
-        name: one of `list_models()`, or `metaformer` for a network of one's own.
-        weights: the weights to load; `official:` or `hf:` and a name with `_384` stands for weights of 384 px.
+        name: one of `list_models()`, or `metaformer` for a composed network.
+        weights: the weights to load; `official:` or `hf:` and a name with `_384` are weights for 384 px.
     """
     if name != OWN_NETWORK:
         find_architecture(name)

@@ -26,7 +26,7 @@ class Record:
     """The record of a network; None means not recorded.
 
     Attributes:
-        name: one of `list_models()`, `metaformer` for a network of one's own, or a network of timm.
+        name: one of `list_models()`, `metaformer` for a composed network, or a network of timm.
         composition: the parts of a network that the user composed.
         num_classes: number of outputs.
         classes: names of the first outputs, usually of all, in order.
@@ -65,7 +65,7 @@ class Record:
         """Parse the text of `to_json`, ignoring fields of later versions.
 
         Raises:
-            ValueError: the text is none.
+            ValueError: the text is not a record.
         """
         if len(text) > MAX_LENGTH:
             raise ValueError(f"{len(text):,} characters, more than {MAX_LENGTH:,}")
@@ -153,7 +153,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def named_record(source: str) -> Record | None:
-    """Return the network that a name such as `official:caformer_s18_384` or `hf:timm/resnet50.a1_in1k` stands for."""
+    """Return the record of a named network, such as `official:caformer_s18_384` or `hf:timm/resnet50.a1_in1k`."""
     if source.startswith(TIMM_WEIGHTS):
         name = source.removeprefix(TIMM_WEIGHTS)
         if name.split(".")[0] in COMPOSITIONS:

@@ -30,7 +30,7 @@ class Pooling(nn.Module):
 
 
 class Identity(nn.Identity):
-    """No mixing, for the ablation that shows what the rest of the network achieves alone."""
+    """No mixing, for the ablation that measures the rest of the network alone."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from metaformer.models.weight_formats import StateDict, extract_state
 # Prefix of files from torch before 1.6; later versions write zip archives.
 _LEGACY_TORCH_PREFIX = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _UNNAMED = "an unnamed network"
-# Types of plain values that training programs save as options beside the weights.
+# Types of plain values that training programs save as options along with the weights.
 _OPTION_TYPES = (
     "argparse.Namespace",
     *(f"pathlib.{path}" for path in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),

@@ -12,7 +12,7 @@ from metaformer.errors import printable
 from metaformer.files import write_atomically
 from metaformer.prediction.class_names import ClassNames
 
-MAX_NAME = 40  # characters of an image's name beside its predictions; longer ones have a line of their own
+MAX_NAME = 40  # characters of an image's name next to its predictions; longer names have a separate line
 CSV_HEADER = ("image", "rank", "class", "name", "description", "probability")
 
 

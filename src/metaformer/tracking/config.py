@@ -28,7 +28,7 @@ class TrackingConfig:
     name: str | None = None  # None: the run folder's name
     tags: list[str] = field(default_factory=list)  # tags of the run in wandb
     artifacts: bool = True  # upload the best and the last checkpoint
-    tensorboard: bool = False  # write event files too, beside wandb or without it
+    tensorboard: bool = False  # also write event files, with or without wandb
     target: str | None = None  # package.module:Class of a tracker of your own, called with run_dir and options
     options: dict[str, Any] = field(
         default_factory=dict

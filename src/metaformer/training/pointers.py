@@ -60,7 +60,7 @@ def follow(path: Path) -> Path:
 def write_pointer(pointer: Path, name: str) -> None:
     """Point to a checkpoint, atomically, replacing whatever has the pointer's name.
 
-    A folder with that name is removed if it is a copy of a complete checkpoint beside it; else it is renamed.
+    A folder with that name is removed if it is a copy of a complete checkpoint next to it, and renamed otherwise.
 
     Raises:
         OSError: neither a link nor a file can be written.

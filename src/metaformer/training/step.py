@@ -106,7 +106,7 @@ def _forward_backward(learner: Learner, batch: Batch) -> Tensor:
 
 
 def _seed_drop_path(learner: Learner, part: int) -> None:
-    """Seed torch's generator anew for each batch, so that there is no generator state to save.
+    """Seed torch's generator for each batch, so that there is no generator state to save.
 
     This comes after the batch was read: torch's DataLoader draws from the same generator when it starts an epoch.
     """

@@ -1,8 +1,8 @@
 """On-disk cache of data set scans.
 
-CACHE/SPLIT.json describes the scan and names the folder beside it that holds the arrays. The arrays are memory-mapped,
+CACHE/SPLIT.json describes the scan and names the folder next to it with the arrays. The arrays are memory-mapped,
 so all ranks and workers of a node share them. A digest over the description and the arrays detects a damaged cache.
-CACHE is a folder beside the data, or in the user's cache folder if the data is read-only.
+CACHE is a folder next to the data, or in the user's cache folder if the data is read-only.
 """
 
 import hashlib

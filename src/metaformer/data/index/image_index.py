@@ -2,7 +2,7 @@
 
 The layout on disk is ImageNet's, SPLIT/CLASS/IMAGE, with classes and images in sorted order and the labels of
 torchvision's ImageFolder (`labels` provides others). The same images packed into SPLIT/shard-*.tar (`shards`), or
-decoded into SPLIT/pixels-*.safetensors (`pixels`), have the same index. A scan is cached beside the data, or in the
+decoded into SPLIT/pixels-*.safetensors (`pixels`), have the same index. A scan is cached next to the data, or in the
 user's cache folder if the data is read-only, and reused until a folder or shard changes.
 """
 

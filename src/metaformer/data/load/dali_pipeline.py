@@ -189,7 +189,7 @@ def _height_and_width(encoded: Node) -> tuple[Node, Node]:
 
 
 def _source(feed: Any, *outputs: tuple[Any, int] | tuple[Any, int, str]) -> list[Node]:
-    """Return the nodes of what `feed` returns, given the type, dimensions and, for images, layout of each."""
+    """Return the nodes of the arrays of `feed`, given the type, dimensions and, for images, layout of each."""
     dtypes, dims, layouts = zip(*((*output, "")[:3] for output in outputs), strict=True)
     return list(
         fn.external_source(

@@ -52,7 +52,7 @@ class ReadImages(NamedTuple):
 def list_images(names: Sequence[str]) -> tuple[list[ListedImage], list[Unreadable]]:
     """Return the images that the user names, in the order given, and folders that cannot be read or have no images.
 
-    A folder stands for the image files in it and in the folders below, sorted, or for the images of its shards. Any
+    A folder selects the image files in it and in all folders below, sorted, or the images of its shards. Any
     other name is taken as an image file, whatever its suffix, and opened only when it is read.
     """
     found: list[ListedImage] = []
