@@ -13,7 +13,6 @@ machine, one after the other; the same command again resumes, and skips training
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -32,6 +31,8 @@ from metaformer.config import TrainConfig
 from metaformer.errors import UserError
 from metaformer.files import write_text_atomically
 from metaformer.program import run_program
+from metaformer.tracking.jsonl import ROW_TYPES
+from metaformer.tracking.line_file import read_objects
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "slurm" / "train.sbatch"
@@ -129,10 +130,10 @@ def _table(jobs: Sequence[Job], outcomes: Sequence[str]) -> Iterator[str]:
 def _accuracies(run_dir: Path) -> tuple[str, str]:
     """Return the last and the best top-1 in a run's metrics, in percent; "-" where there is none."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        found = [row["top1"] for row in map(json.loads, lines) if row.get("top1") is not None]
-    except (OSError, ValueError):  # the run has not begun, or was killed while writing
-        found = []
+        rows = read_objects(run_dir / "metrics.jsonl", ROW_TYPES, allow_partial_last_line=True)
+    except (OSError, UserError):  # damaged: the table is about all trainings
+        rows = []
+    found = [row["top1"] for row in rows if row.get("top1") is not None]
     return (f"{found[-1]:.2f}", f"{max(found):.2f}") if found else ("-", "-")
 
 

@@ -120,6 +120,17 @@ def test_a_sweep_on_this_machine(
     assert error.count("error: data.root=") == 1
 
 
+def test_accuracies_of_a_run(tmp_path: Path) -> None:
+    """A run that was killed while it wrote has its complete rows; one that is damaged, or has not begun, has none."""
+    rows = [{"kind": "validation", "epoch": epoch, "step": 9, "samples": 72, "top1": 30.0 - epoch} for epoch in (1, 2)]
+    file = tmp_path / "metrics.jsonl"
+    assert submit._accuracies(tmp_path) == ("-", "-")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "val')
+    assert submit._accuracies(tmp_path) == ("28.00", "29.00")
+    file.write_text("damaged\n" + json.dumps(rows[0]))
+    assert submit._accuracies(tmp_path) == ("-", "-")
+
+
 def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without SLURM on the PATH, an error says so."""
     pytest.importorskip("submitit", reason="submitit is not installed")

@@ -14,6 +14,8 @@ from metaformer.interfaces import Row
 from metaformer.tracking.line_file import LineFile, read_objects
 from metaformer.tracking.tracker import NullTracker
 
+ROW_TYPES = {"kind": str, "epoch": int, "step": int, "samples": int}  # what each row has
+
 
 class JsonlTracker(NullTracker):
     """A tracker that appends to RUN/metrics.jsonl, and rewrites RUN/summary.csv after each validation.
@@ -63,7 +65,7 @@ def ends_with_final(run_dir: Path, step: int) -> bool:
 
 
 def _read(path: Path) -> list[Row]:
-    return read_objects(path, {"kind": str, "epoch": int, "step": int, "samples": int}, allow_partial_last_line=True)
+    return read_objects(path, ROW_TYPES, allow_partial_last_line=True)
 
 
 def _write(path: Path, rows: list[Row]) -> None:
