@@ -23,6 +23,16 @@ def test_a_run_with_a_best_epoch() -> None:
     ]
 
 
+def test_a_run_that_ends_within_an_epoch() -> None:
+    """Its last result may be above the best one, which is among those after whole epochs only."""
+    progress = Progress(epochs_completed=1, step=60, best=Best(76.0, 1, "model"))
+    lines = list(summarize(compose_training([]), progress, ROW | {"kind": "final"}, 0.0, TimeSpent(1, {})))
+    assert lines[:2] == [
+        "result       top-1 77.2 %, top-5 93.5 % on 50,000 images",
+        "best         top-1 76.0 % after epoch 1, without the result above, within an epoch",
+    ]
+
+
 def test_a_start_that_trained_nothing() -> None:
     """Without a complete epoch there is no best result; a start without a step has no speed."""
     config = compose_training(["run_dir=runs/a", "report.enabled=false"])

@@ -23,7 +23,8 @@ def test_train_and_validate(images: Path, tmp_path: Path) -> None:
     data, run_dir = f"data.root={images}", tmp_path / "run"
     lines, bars = shown_lines("train", data, *QUICK, *MODEL, "max_steps=3", f"run_dir={run_dir}")
     assert lines[0] == "starting: 1 rank, importing torch"
-    assert any(line.startswith("epoch 1/300  step 2/3  eta ") for line in lines)
+    assert any(re.match(" *epoch  step +eta ", line) for line in lines)
+    assert any(re.match(r" *1/300     2  ", line) for line in lines)
     assert any(re.match(r"training +[\u2501\u2578\u257a]+ \d/3", bar) for bar in bars), bars
     assert any(re.match(r"validation +[\u2501\u2578\u257a]+ \d+/13", bar) for bar in bars), bars
     labels = [line.split(" ", 1)[0] for line in lines[-5:-1]]

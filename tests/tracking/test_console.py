@@ -31,7 +31,7 @@ def train_row(step: int, **figures: Any) -> dict[str, Any]:
 
 
 def run(log_file: Path, pause: float = 0.0) -> None:
-    """Track a run of 1000 steps with two train rows, a validation and a final row."""
+    """Track a run of 1000 steps with three train rows, a validation and a final row."""
     tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=log_file)
     tracker.message("model        [tiny], 3 classes")
     tracker.metrics(train_row(10))
@@ -42,16 +42,20 @@ def run(log_file: Path, pause: float = 0.0) -> None:
     time.sleep(pause)
     scores = {"images": 403, "top1": 25.0, "top5": 75.5, "loss": 1.5, "ema_top1": 30.25}
     tracker.metrics({"kind": "validation", "epoch": 1, "step": 400, "samples": 3200} | scores)
-    tracker.metrics({"kind": "final", "epoch": 1, "step": 400, "samples": 3200} | scores)
+    tracker.metrics(train_row(800, epoch=2))
+    tracker.metrics({"kind": "final", "epoch": 2, "step": 800, "samples": 6400} | scores)
     tracker.close(failed=False)
 
 
 EXPECTED = [
     "model        [tiny], 3 classes",
-    "epoch 1/3  step 10/1000  eta 8m15s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50",
-    "epoch 1/3  step 400/1000  eta 5m00s  16 images/s  wait 25 %  lr 4.00e-03  loss 1.2500  norm 0.50  skipped 3  "
-    "12.3 GiB",
-    "epoch 1 validated on 403 images: top-1 25.00 %  top-5 75.50 %  loss 1.5000  EMA top-1 30.25 %",
+    "epoch  step     eta  images/s   wait        lr    loss    norm",
+    "  1/3    10   8m15s        16   25 %  4.00e-03  1.2500    0.50",
+    "epoch  step     eta  images/s   wait        lr    loss    norm    GiB  skip",
+    "  1/3   400   5m00s        16   25 %  4.00e-03  1.2500    0.50   12.3     3",
+    "validation   epoch 1: top-1 25.00 %, top-5 75.50 %, loss 1.5000, EMA 30.25 %",
+    "epoch  step     eta  images/s   wait        lr    loss    norm",
+    "  2/3   800   1m40s        16   25 %  4.00e-03  1.2500    0.50",
 ]
 
 
@@ -119,6 +123,19 @@ def test_a_bar_in_a_terminal(columns: int, tmp_path: Path) -> None:
     assert without_times(tmp_path / "log.txt") == EXPECTED
 
 
+def test_rows_fit_a_terminal(tmp_path: Path) -> None:
+    """The rows of a long run on fast GPUs, and the lines of its validations, have at most 80 characters."""
+    tracker = ConsoleTracker(epochs=310, steps=1_234_567, samples_per_step=1024, log_file=tmp_path / "log.txt")
+    figures = {"images_per_second": 23456.7, "data_wait": 1.0, "loss": 6.9078, "grad_norm": 123.45, "memory_gib": 139.9}
+    tracker.metrics(train_row(123_456, epoch=300, skipped_steps=1234, **figures))
+    scores = {"top1": 77.25, "top5": 100.0, "loss": 6.9078, "ema_top1": 77.5}
+    tracker.metrics({"kind": "validation", "epoch": 300, "step": 375_300} | scores)
+    tracker.close(failed=False)
+    lines = without_times(tmp_path / "log.txt")
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 80, lines
+
+
 def test_log_is_appended_to(tmp_path: Path) -> None:
     """A resumed run appends to the earlier log."""
     run(tmp_path / "log.txt")
@@ -134,7 +151,7 @@ def test_time_left(tmp_path: Path, images_per_second: float, eta: str) -> None:
     tracker = ConsoleTracker(epochs=3, steps=1000, samples_per_step=8, log_file=tmp_path / "log.txt")
     tracker.metrics(train_row(10, images_per_second=images_per_second))
     tracker.close(failed=False)
-    assert f"eta {eta}  " in (tmp_path / "log.txt").read_text()
+    assert f" {eta}  " in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("step", "validations"), [(10, 3), (400, 3), (401, 2), (950, 1)])
@@ -152,4 +169,4 @@ def test_time_left_counts_validations(
     tracker.metrics({"kind": "final", "epoch": 1, "step": 0, "samples": 0})
     tracker.metrics(train_row(step, images_per_second=8.0))
     tracker.close(failed=False)
-    assert f"eta {duration(1000 - step + 60 * validations)}  " in (tmp_path / "log.txt").read_text()
+    assert f" {duration(1000 - step + 60 * validations)}  " in (tmp_path / "log.txt").read_text()

@@ -12,6 +12,8 @@ from metaformer.tracking.line_file import LineFile
 from metaformer.tracking.progress_bar import ProgressBar, terminal_console
 from metaformer.tracking.tracker import NullTracker
 
+WIDTHS = {"eta": 6, "wait": 5, "lr": 8, "loss": 6, "norm": 6, "GiB": 5}  # characters of the columns of a log row
+
 
 class ConsoleTracker(NullTracker):
     """A tracker that prints to stdout and appends to a log file.
@@ -41,6 +43,7 @@ class ConsoleTracker(NullTracker):
         self._console = terminal_console()
         self._bar = ProgressBar(self._console)
         self._note = ""  # the bar's, while training
+        self._columns: tuple[str, ...] = ()  # of the rows above
         self._validating_since: float | None = None
         self._validation_seconds = 0.0  # duration of the last validation
 
@@ -59,14 +62,19 @@ class ConsoleTracker(NullTracker):
         if row["kind"] == "train":
             left = duration(self._seconds_left(row))
             self._note = f"  epoch {row['epoch']}/{self._epochs}  {left} left"
-            self.progress(TRAINING, row["step"], self._steps)  # set before the line is printed, which redraws the bar
-            self.message(self._train_line(row, left))
+            self.progress(TRAINING, row["step"], self._steps)  # set before the lines are printed, which redraws the bar
+            cells = self._cells(row, left)
+            if tuple(cells) != self._columns:
+                self._columns = tuple(cells)
+                self.message("  ".join(f"{name:>{self._width(name)}}" for name in cells))
+            self.message("  ".join(f"{text:>{self._width(name)}}" for name, text in cells.items()))
         else:
             if self._validating_since is not None:
                 self._validation_seconds = time.monotonic() - self._validating_since
                 self._validating_since = None
             if row["kind"] == "validation":
                 self.message(_validation_line(row))
+                self._columns = ()
         self._note_failures()
 
     def close(self, failed: bool) -> None:
@@ -82,14 +90,25 @@ class ConsoleTracker(NullTracker):
         validations = math.ceil(self._steps / self._validation_steps) - (row["step"] - 1) // self._validation_steps
         return float(training + validations * self._validation_seconds)
 
-    def _train_line(self, row: Row, left: str) -> str:
-        memory = f"  {row['memory_gib']:.1f} GiB" if row["memory_gib"] else ""
-        skipped = f"  skipped {row['skipped_steps']}" if row["skipped_steps"] else ""
-        return (
-            f"epoch {row['epoch']}/{self._epochs}  step {row['step']}/{self._steps}  eta {left}  "
-            f"{row['images_per_second']:.0f} images/s  wait {100 * row['data_wait']:.0f} %  lr {row['lr']:.2e}  "
-            f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}{skipped}{memory}"
-        )
+    def _cells(self, row: Row, left: str) -> dict[str, str]:
+        """Return a row's cells by the names of their columns."""
+        cells = {
+            "epoch": f"{row['epoch']}/{self._epochs}",
+            "step": f"{row['step']}",
+            "eta": left,
+            "images/s": f"{row['images_per_second']:.0f}",
+            "wait": f"{100 * row['data_wait']:.0f} %",
+            "lr": f"{row['lr']:.2e}",
+            "loss": f"{row['loss']:.4f}",
+            "norm": f"{row['grad_norm']:.2f}",
+        }
+        cells |= {"GiB": f"{row['memory_gib']:.1f}"} if row["memory_gib"] else {}
+        return cells | ({"skip": f"{row['skipped_steps']}"} if row["skipped_steps"] else {})
+
+    def _width(self, column: str) -> int:
+        """Return the characters of a column: all of them have room in a terminal of 80."""
+        widths = {"epoch": 2 * len(str(self._epochs)) + 1, "step": len(str(self._steps))}
+        return max(len(column), widths.get(column, WIDTHS.get(column, 0)))
 
     def _note_failures(self) -> None:
         """Report that stdout or stderr can no longer be written, once for each."""
@@ -105,10 +124,10 @@ class ConsoleTracker(NullTracker):
 
 
 def _validation_line(row: Row) -> str:
-    ema = f"  EMA top-1 {row['ema_top1']:.2f} %" if "ema_top1" in row else ""
+    ema = f", EMA {row['ema_top1']:.2f} %" if "ema_top1" in row else ""
     return (
-        f"epoch {row['epoch']} validated on {row['images']} images: top-1 {row['top1']:.2f} %  "
-        f"top-5 {row['top5']:.2f} %  loss {row['loss']:.4f}{ema}"
+        f"validation   epoch {row['epoch']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, "
+        f"loss {row['loss']:.4f}{ema}"
     )
 
 
