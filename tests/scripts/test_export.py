@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from metaformer import runtime
+from metaformer.assembly.exporting import build_exportable
+from metaformer.composing import compose_validation
 from metaformer.errors import UserError
+from metaformer.models import create_timm_model, save_weights
 from scripts import export
 from tests.conftest import QUICK
 
@@ -53,6 +57,20 @@ def test_a_run_is_exported(
         assert text in card, text
     assert str(tmp_path) not in card
     assert str(images) not in card
+
+
+@pytest.mark.parametrize(("outputs", "names"), [(1000, ("n01440764", "n15075141")), (7, None)])
+def test_weights_without_a_record(images: Path, tmp_path: Path, outputs: int, names: tuple[str, str] | None) -> None:
+    """1000 outputs without names get ImageNet's, any other number none, and a line says so."""
+    save_weights(create_timm_model("test_resnet", outputs), tmp_path / "w", "test_resnet")
+    network = ("model=timm", "model.name=test_resnet", "image_size=32", f"num_classes={outputs}")
+    config = compose_validation([f"checkpoint={tmp_path / 'w'}", f"data.root={images}", *network])
+    with runtime.start() as ranks:
+        built = build_exportable(config, ranks, data_given=True)
+    found = built.network.record.classes
+    assert (found and (found[0], found[-1], len(found))) == (names and (*names, outputs))
+    said = "the weights record no names; taken for timm's 1,000 of imagenet" if names else "7 numbers: the weights reco"
+    assert any(note.startswith(f"classes      {said}") for note in built.notes), built.notes
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from metaformer.data.prepare.sample import build_sample
 from metaformer.errors import UserError, one_line
 from metaformer.models.config import Preprocessing
 from metaformer.models.export.exportable import Exportable
+from metaformer.prediction.class_names import find_class_names
 from metaformer.runtime import Runtime
 from metaformer.tracking.run_folder import parse_config
 
@@ -34,7 +35,7 @@ class Built(NamedTuple):
 
     Attributes:
         run: the run folder that the weights belong to, if any.
-        notes: messages about given values that differ from the recorded ones.
+        notes: messages about given values that differ from the recorded ones, and about the names of the classes.
     """
 
     network: Exportable
@@ -59,7 +60,10 @@ def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool)
     runtime = replace(runtime, device=torch.device("cpu"))
     config = replace(config, channels_last=False, workers=0)
     config, images, model, outputs, found, weights, notes = load_trained_network(config, runtime, None)
-    record = make_record(config, images, outputs, None if found is None else found.classes)
+    names = find_class_names(found.classes if found else None, outputs)
+    notes.append(f"classes      {names.origin}")
+    classes = found.classes if found and found.classes else names.names if names.descriptions is not None else None
+    record = make_record(config, images, outputs, classes)
     run = find_run_folder(checkpoint)
     pixels, origin = _find_images(config, images, runtime, run, data_given)
     resize = evaluation_resize(images.image_size, images.crop_pct)
@@ -80,7 +84,7 @@ def _find_images(
 ) -> tuple[Tensor, str]:
     """Return preprocessed images and a description of where they come from."""
     if not data_given and run is not None:
-        config = replace(config, data=_data_of_run(run))
+        config = replace(config, data=data_of_run(run))
     folder = Path(config.data.root) / config.data.val_split
     if data_given or (run is not None and folder.is_dir()):
         return _read_images(config, images, runtime), f"of {folder.absolute().parent.name}/{folder.name}"
@@ -94,7 +98,8 @@ def _find_images(
     return torch.randn(IMAGES, 3, side, side), "of random numbers, for want of real ones"
 
 
-def _data_of_run(run: Path) -> DataConfig:
+def data_of_run(run: Path) -> DataConfig:
+    """Return the data set that a run folder's configuration names."""
     file = run / "config.yaml"
     try:
         values: Any = parse_config(file.read_bytes())
