@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
 from metaformer.errors import UserError
-from metaformer.models import create_model, save_weights
+from metaformer.models import create_model, create_timm_model, save_weights
 from metaformer.models.composition import Composition
+from metaformer.models.config import Library
 from metaformer.models.record import Record
 from tests.conftest import QUICK
 
@@ -84,3 +85,18 @@ def test_a_new_head(images: Path, tmp_path: Path, run_program: Callable[..., Any
     assert again == (["4 -> 4 classes, new"], False), "a resume says nothing more"
     with pytest.raises(UserError, match=r"has 9 classes \(head.fc.weight\), but this model has 4"):
         start("wrong", 9, None, "init_head=same")
+
+
+def test_another_image_size(images: Path, tmp_path: Path, run_program: Callable[..., Any]) -> None:
+    """Position embeddings are resampled, which a line says; validate.py and a resume take the run's size."""
+    run_dir = tmp_path / "run"
+    save_weights(create_timm_model("test_vit", 4), tmp_path / "w", Record("test_vit", Library.timm, num_classes=4))
+    options = (f"data.root={images}", *QUICK, "workers=0", "model.drop_path_rate=null", f"run_dir={run_dir}")
+    start = ("model=timm", "model.name=test_vit", f"init_weights={tmp_path / 'w'}", "image_size=64", "max_steps=2")
+    run_program("train", *options, *start)
+    lines = [line[20:] for line in (run_dir / "log.txt").read_text().splitlines()]
+    assert "positions    pos_embed [1, 101, 64] -> [1, 17, 64], resampled for the image size" in lines
+    result = run_program("validate", f"data.root={images}", f"checkpoint={run_dir}", "workers=0", "precision=fp32")
+    assert (result["image_size"], result["images"]) == (64, 403)
+    run_program("train", *options, *start[:-1], "max_steps=3")
+    assert (run_dir / "log.txt").read_text().count(" positions ") == 1

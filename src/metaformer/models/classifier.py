@@ -8,7 +8,7 @@ from torch import nn
 from metaformer.errors import UserError
 from metaformer.models.metaformer import MetaFormer
 from metaformer.models.weight_formats import StateDict
-from metaformer.models.weights import load_weights
+from metaformer.models.weights import Convert, load_weights
 
 
 class NewHead(NamedTuple):
@@ -42,13 +42,16 @@ def classifier_names(model: nn.Module, field: str = "init_head", fix: str = "ini
     return tuple(names)
 
 
-def load_weights_except_head(model: nn.Module, path: Path, always: bool = False) -> NewHead | None:
+def load_weights_except_head(
+    model: nn.Module, path: Path, always: bool = False, prepare: Convert = lambda state: state
+) -> NewHead | None:
     """Load weights, except for the classifier if the file has another number of classes or no classifier.
 
     Everything else must match, as for `load_weights`.
 
     Args:
         always: never load the classifier.
+        prepare: changes the state dict first.
 
     Returns:
         None if the classifier was loaded too.
@@ -60,6 +63,7 @@ def load_weights_except_head(model: nn.Module, path: Path, always: bool = False)
 
     def convert(state: StateDict) -> StateDict:
         nonlocal change
+        state = prepare(state)
         in_file = {key: tensor for key, tensor in state.items() if key.startswith(prefixes)}
         before = in_file[first].shape[0] if first in in_file and in_file[first].ndim else None
         if not always and in_file and before in (None, own[first].shape[0]):

@@ -8,10 +8,12 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from metaformer.errors import UserError
-from metaformer.models.weights import load_weights
+from metaformer.models.weights import Convert, load_weights
 
 
-def load_weights_of_21k(model: nn.Module, path: Path, wnids: Sequence[str]) -> list[str]:
+def load_weights_of_21k(
+    model: nn.Module, path: Path, wnids: Sequence[str], prepare: Convert = lambda state: state
+) -> list[str]:
     """Load weights of a network with the 21,841 classes of ImageNet-21K; the classifier keeps the rows of `wnids`.
 
     n04399382 of ImageNet-1K, which ImageNet-21K does not have, gets the mean of all rows, as in the authors' program.
@@ -22,6 +24,7 @@ def load_weights_of_21k(model: nn.Module, path: Path, wnids: Sequence[str]) -> l
         model: a network with len(wnids) classes.
         path: a file for `read_weights`.
         wnids: the network's classes in order.
+        prepare: changes the state dict first.
 
     Returns:
         The wnids that ImageNet-21K does not have.
@@ -41,7 +44,7 @@ def load_weights_of_21k(model: nn.Module, path: Path, wnids: Sequence[str]) -> l
             return tensor
         return torch.where((rows < 0).view(-1, *[1] * (tensor.ndim - 1)), tensor.mean(0), tensor[rows])
 
-    load_weights(model, path, convert=lambda state: {key: select(tensor) for key, tensor in state.items()})
+    load_weights(model, path, convert=lambda state: {key: select(tensor) for key, tensor in prepare(state).items()})
     return missing
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from metaformer.errors import UserError, one_line, unknown_name
+from metaformer.errors import UserError, one_line, printable, unknown_name
 from metaformer.models.architectures import build_architecture
 from metaformer.models.composition import Composition
 from metaformer.models.config import OWN_NETWORK
@@ -116,15 +116,30 @@ def create_timm_model(
         name: a network of timm.
         num_classes: size of the last layer.
         drop_path_rate: None keeps timm's rate; a rate for a network without drop path is refused.
-        image_size: side of the images in pixels, checked where the network takes only one size.
+        image_size: side of the images in pixels; only networks for one size use it, and some of them refuse another.
     """
     cfg = find_timm_cfg(name)
-    if image_size is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
-        size = cfg.input_size[-1]
-        raise UserError(f"image_size={image_size}: timm's {name} takes images of {size} pixels; set image_size={size}")
-    options = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+    is_other = image_size is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size
+    options = {"drop_path_rate": drop_path_rate, "img_size": image_size if is_other else None}
+    given = {option: value for option, value in options.items() if value is not None}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
-    except TypeError as error:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **given)
+        if image_size is not None and is_other:
+            _run_once(model, image_size)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if is_other and not (isinstance(error, TypeError) and "drop_path_rate" in str(error)):
+            raise UserError(
+                f"image_size={image_size}: timm's {name} is for images of {cfg.input_size[-1]} pixels and takes no "
+                f"others ({printable(one_line(error), 200)}); set image_size={cfg.input_size[-1]}"
+            ) from error
+        if not isinstance(error, TypeError):
+            raise
         raise UserError(f"model.drop_path_rate={drop_path_rate}: timm's {name} does not accept it ({error})") from error
     return model
+
+
+@torch.no_grad()
+def _run_once(model: nn.Module, image_size: int) -> None:
+    """Compute logits of an image, and leave the model as it was."""
+    model.eval()(torch.zeros(1, 3, image_size, image_size))
+    model.train()

@@ -16,6 +16,7 @@ from metaformer.models.record import ENTRY, NAME_ENTRY, Record
 from metaformer.models.weight_formats import StateDict, is_official, official_to_metaformer
 from metaformer.models.weight_reader import read_weights
 
+Convert = Callable[[StateDict], StateDict]
 # Tensors whose shape depends on the image size.
 POSITION_KEY = re.compile(r"stages\.\d+\.(position_embedding|blocks\.\d+\.token_mixer\.\w+(\.weight)?)")
 
@@ -58,7 +59,7 @@ def load_weights(
     model: nn.Module,
     source: Path | str,
     use_ema: bool = False,
-    convert: Callable[[StateDict], StateDict] | None = None,
+    convert: Convert | None = None,
 ) -> None:
     """Load weights into a model; every key and shape must match.
 

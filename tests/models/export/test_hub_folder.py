@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metaformer.errors import UserError
-from metaformer.models import create_model, load_weights
+from metaformer.models import create_model, create_timm_model, load_weights
 from metaformer.models.config import Library, Preprocessing, ResizeFilter
 from metaformer.models.export.exportable import Exportable
 from metaformer.models.export.hub_folder import check_repository, push, write_hub_folder
@@ -55,6 +56,16 @@ def test_timm_loads_a_network_of_timm(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [folder.name]
 
 
+def test_timm_makes_the_network_for_the_size(tmp_path: Path) -> None:
+    """A transformer of another image size than timm's has the same logits in timm."""
+    model = create_timm_model("test_vit", 3, image_size=64)
+    record = Record("test_vit", Library.timm, None, 3, CLASSES, IMAGES)
+    given = Exportable(model.eval(), record, 80, torch.randn(3, 3, 64, 64), "of a test", "run/model.safetensors")
+    found = write_hub_folder(given, FACTS, tmp_path / "hub", "flowers")
+    assert found is not None
+    assert found.agreement.holds
+
+
 def test_the_card_says_that_timms_poolformer_has_another_head(tmp_path: Path) -> None:
     """The difference of the logits is measured; this project's own loading gives the same logits."""
     given, folder = network("poolformer_s12"), tmp_path / "hub"
@@ -68,6 +79,20 @@ def test_the_card_says_that_timms_poolformer_has_another_head(tmp_path: Path) ->
     own = create_model(str(folder / "model.safetensors"), num_classes=3).eval()
     load_weights(own, folder / "model.safetensors")
     assert torch.equal(own(given.images), given.logits(given.images))
+
+
+def test_networks_that_timm_computes_otherwise(tmp_path: Path) -> None:
+    """Other features than timm's, and weights that timm cannot load, are refused; nothing is written."""
+    given = network("poolformer_s12")
+    given.model.get_submodule("stages.0").register_forward_hook(lambda stage, inputs, out: 1.01 * out)
+    with pytest.raises(
+        UserError, match=r"^model=poolformer_s12: timm's network computes other features; nothing is wri"
+    ):
+        write_hub_folder(given, FACTS, tmp_path / "hub", "flowers")
+    misnamed = replace(given, record=replace(given.record, name="poolformer_s24"))
+    with pytest.raises(UserError, match=r"^model=poolformer_s24: timm cannot load the weights \("):
+        write_hub_folder(misnamed, FACTS, tmp_path / "hub", "flowers")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["convformer_s18", "poolformerv2_s12"])

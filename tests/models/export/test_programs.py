@@ -117,6 +117,15 @@ def test_networks_that_cannot_be_exported(tmp_path: Path, export: Export) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_too_large_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of more bytes than a file of ONNX can have are refused before anything is exported."""
+    monkeypatch.setattr("metaformer.models.export.programs.MAX_ONNX_BYTES", 1000)
+    with pytest.raises(
+        UserError, match=r"^onnx: the weights have [\d,]+ bytes, and an ONNX file fewer than 1,000; exp"
+    ):
+        export_onnx(network("timm"), tmp_path / "m.onnx")
+
+
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the packages for ONNX, the error says how to install them; torch.export needs none."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
