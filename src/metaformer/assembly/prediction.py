@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaformer.assembly.parts import colour_statistics, evaluation_plan, make_reader, memory_format
+from metaformer.assembly.parts import colour_statistics, evaluation_plan, make_reader, memory_format, worker_count
 from metaformer.assembly.trained_network import load_trained_network
 from metaformer.assembly.validation import ema_hint, why_not_finite
 from metaformer.config import ValidateConfig
@@ -64,7 +64,8 @@ class Predictor:
         """
         config = self.config
         plan = evaluation_plan(self.images, num_samples=1, batch_size=1).batch(0, 0)
-        for batch in read_listed(images, make_reader(config.loader), plan, config.eval_batch_size):
+        threads = max(1, worker_count(config, self.runtime))
+        for batch in read_listed(images, make_reader(config.loader), plan, config.eval_batch_size, threads):
             if not batch.names:
                 yield Outputs(batch, torch.empty(0, len(self.classes.names)), None)
                 continue

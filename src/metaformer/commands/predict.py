@@ -6,7 +6,8 @@
 
 checkpoint= is as in validate.py: a run folder, a checkpoint, a weights file or a released name. It determines the
 network, the preprocessing and the class names. Other options of validate.py may be added, such as
-use_ema=true, image_size=384, precision=bf16, eval_batch_size=32, loader=pil or model=timm model.name=NAME.
+use_ema=true, image_size=384, precision=bf16, eval_batch_size=32, loader=pil or model=timm model.name=NAME. The images
+are read in as many threads as there are cores, or in workers=N.
 
 Files that cannot be read are reported on stderr and skipped; the exit code is then 1. It is 2 for wrong options and
 if there is no image to predict.
@@ -24,7 +25,7 @@ from metaformer.errors import UserError, printable, warn
 from metaformer.files import check_output
 
 _OPTION = re.compile(r"[+~]*[a-z]\w*(\.\w+)*=.*", re.DOTALL)
-_ONLY_VALIDATION = ("results_csv", "per_class_csv", "match_classes", "data", "seed", "workers")
+_ONLY_VALIDATION = ("results_csv", "per_class_csv", "match_classes", "data", "seed")
 
 
 class PassedOver(UserError):

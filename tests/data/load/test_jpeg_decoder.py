@@ -125,7 +125,7 @@ def test_errors_are_those_of_pil(name: str) -> None:
 
 def test_the_best_decoder_that_is_installed_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """nvImageCodec, then torchcodec, then torchvision, also if torchcodec does not fit the installed torch."""
-    choose, chosen = jpeg_decoder.region_decoder.__wrapped__, []
+    choose, chosen = jpeg_decoder._fastest_decoder, []
     for function in DECODERS.values():
         monkeypatch.setattr(jpeg_decoder, function.__name__, lambda name=function.__name__: chosen.append(name))
     choose()

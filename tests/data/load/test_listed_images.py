@@ -30,8 +30,8 @@ def test_same_pixels_as_a_loader(images: Path, reader: ImageReader[Any]) -> None
     assert not problems
     stored = ImageBytes(index)
     expected = torch.stack([reader.read(stored.read(sample), PLAN, 0) for sample in range(len(index))])
-    for size in (1, 7, 48, 100):
-        batches = list(read_listed(listed, reader, PLAN, size))
+    for size, threads in ((1, 1), (7, 3), (48, 2), (100, 4)):
+        batches = list(read_listed(listed, reader, PLAN, size, threads))
         assert torch.equal(torch.cat([batch.pixels for batch in batches]), expected)
         assert [name for batch in batches for name in batch.names] == [image.name for image in listed]
         assert max(map(len, (batch.names for batch in batches))) == min(size, 48)
@@ -50,7 +50,7 @@ def test_bad_files_are_passed_over(images: Path, tmp_path: Path) -> None:
     assert [problem.name for problem in problems] == [str(tmp_path / "folder")]
     assert problems[0].reason.startswith("no images in this folder; image suffixes are .jpg")
     for size in (1, 4, 8):
-        batches = list(read_listed(listed, TorchReader(), PLAN, size))
+        batches = list(read_listed(listed, TorchReader(), PLAN, size, 2))
         assert [name for batch in batches for name in batch.names] == good
         assert [each.name for batch in batches for each in batch.unreadable] == bad
         reasons = [each.reason for batch in batches for each in batch.unreadable]
@@ -66,7 +66,7 @@ def test_folders(images: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(source.read_bytes())
     listed, _ = list_images([str(tmp_path), str(tmp_path / "other")])
     assert [image.name.removeprefix(f"{tmp_path}/") for image in listed] == ["a.jpeg", "b/2.PNG", "b/c/1.jpg", "other"]
-    (batch,) = read_listed(listed, TorchReader(), PLAN, 8)
+    (batch,) = read_listed(listed, TorchReader(), PLAN, 8, 1)
     assert batch.pixels.shape == (4, 3, 32, 32)
 
 
@@ -75,7 +75,7 @@ def test_shards(images: Path, tmp_path: Path) -> None:
     convert(images, tmp_path / "packed", Packing(10**6), 1, lambda *_: None)
     index = load_index(images, "train")
     listed, _ = list_images([str(tmp_path / "packed" / "train")])
-    (batch,) = read_listed(listed, TorchReader(), PLAN, 100)
+    (batch,) = read_listed(listed, TorchReader(), PLAN, 100, 2)
     assert len(batch.names) == len(index) == 48
     stored = ImageBytes(index)
     expected = [TorchReader().read(stored.read(sample), PLAN, 0).numpy() for sample in range(48)]

@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ DecodeRegion = Callable[[Encoded, Box], Tensor | None]  # None for what PIL has 
 END = b"\xff\xd9"  # the marker that ends a JPEG
 CPU_ONLY = -99999  # nvImageCodec's number for no device
 
+_own = local()  # of each thread: its decoder
+
 
 def is_installed(module: str) -> bool:
     """Return whether a module can be found, without importing it."""
@@ -33,12 +35,18 @@ def is_installed(module: str) -> bool:
         return False
 
 
-@cache
 def region_decoder() -> DecodeRegion:
     """Return the fastest decoder that is installed; it decodes a region of a gray or RGB JPEG to uint8 [3, H, W].
 
-    The decoder belongs to the process that called first; call this after forking.
+    The decoder belongs to the thread that calls, which gets the same one each time; call this after forking.
     """
+    if not hasattr(_own, "decoder"):
+        _own.decoder = _fastest_decoder()
+    decoder: DecodeRegion = _own.decoder
+    return decoder
+
+
+def _fastest_decoder() -> DecodeRegion:
     if is_installed("nvidia.nvimgcodec"):
         return decode_with_nvimagecodec()
     if is_installed("torchcodec.decoders"):

@@ -1,4 +1,4 @@
-"""Reads images or folders of images that a user names, in a thread; unreadable files are skipped."""
+"""Reads images or folders of images that a user names, in threads; unreadable files are skipped."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +92,9 @@ def read_listed(
     reader: ImageReader[Any],
     plan: BatchPlan,
     batch_size: int,
+    threads: int,
 ) -> Iterator[ReadImages]:
-    """Yield the images in batches of up to `batch_size`; a thread reads the next batch meanwhile.
+    """Yield the images in batches of up to `batch_size`; threads read the next batch meanwhile.
 
     Args:
         reader: makes images from stored ones.
@@ -107,7 +108,7 @@ def read_listed(
             return Unreadable(image.name, str(error) if isinstance(error, DamagedShard) else reason(error))
 
     batches = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
-    with ThreadPoolExecutor(1) as pool:  # a process has one decoder, which is not for several threads
+    with ThreadPoolExecutor(threads) as pool:
         pending: list[list[Future[Tensor | Unreadable]]] = []
         for position, batch in enumerate(batches):
             for later in batches[position + len(pending) : position + 2]:
