@@ -360,6 +360,42 @@ def test_perfect_and_hostile_classes(run: Path) -> None:
     assert report(run).text.count(EVIL) == 2
 
 
+def write_examples(run: Path, picture: Any = None, loss: Any = 3.0, name: str = "cat", count: int = 1) -> None:
+    """Write the list of the EMA's worst and best images."""
+    worst = {"image": f"{name}/1.jpg", "sample": 3, "class": name, "predicted": "dog", "loss": loss}
+    best = worst | {"predicted": name, "loss": 0.001}
+    pictures = {} if picture is None else {"picture": picture}
+    content = {"step": 20, "worst": [worst | pictures] * count, "best": [best | pictures] * count}
+    (run / "validation").mkdir(exist_ok=True)
+    (run / "validation" / "ema_images.json").write_text(json.dumps(content))
+
+
+def test_worst_and_best_images(run: Path) -> None:
+    """Images have the probability of their class, and what was predicted instead; pictures are in the file itself."""
+    write_examples(run)
+    found = text(run)
+    assert "Images EMA in the validation after step 20; with the probability of the right class" in found
+    assert "Worst cat 5.0 % predicted as dog cat/1.jpg Best cat 99.9 % cat/1.jpg" in found
+    assert "pictures are added at the end of the run" in found
+    assert ("src", None) not in report(run).attributes
+    write_examples(run, "/9j+", count=30)
+    found = text(run)
+    assert "Grad-CAM" in found
+    assert report(run).attributes.count(("src", "data:image/jpeg;base64,/9j+")) == 16, "eight of each"
+    write_examples(run, name=EVIL)
+    assert report(run).text.count(EVIL) == 4
+
+
+@pytest.mark.parametrize(
+    "damage", [{"picture": '"><script>'}, {"picture": "a" * 50_000}, {"picture": 3}, {"loss": None}, {"loss": "x"}]
+)
+def test_damaged_images(run: Path, damage: dict[str, Any]) -> None:
+    """A damaged list costs its own part of the report only, and is named."""
+    write_examples(run, **damage)
+    assert [problem.split(": ")[0] for problem in read_record(run).problems] == ["validation/ema_images.json"]
+    assert "Worst" not in text(run)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04", b"class,images\nx,1\n", b"class,images,top1,top5\nx,1,nan,2\n", b"\xff"]
 )

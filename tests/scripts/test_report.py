@@ -1,5 +1,8 @@
 """Tests of the report of real runs, opened in a real Chromium, and of scripts/report.py."""
 
+import base64
+import io
+import json
 import re
 import shutil
 import subprocess
@@ -8,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from metaformer.errors import UserError
+from metaformer.reporting.run_record import read_record
 from scripts import report
 from tests.conftest import QUICK, launch
 
@@ -61,12 +67,14 @@ def test_in_a_browser(run_dir: Path, tmp_path: Path, width: int, options: tuple[
     """The report that training wrote opens without an error in the console, light, dark and on a phone."""
     page = see(run_dir / "report.html", tmp_path / "page.png", width, *options)
     assert page.count("<svg") == 7
+    assert page.count('<img src="data:image/jpeg;base64,') == 16
     words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
     assert "first &lt;b&gt;" in words
     assert "done" in words
     assert "optimizer.lr 0.001 0.002" in words
     assert "Starts 2 1 resumed" in words
     assert "Cost" in words
+    assert (run_dir / "report.html").stat().st_size < 400_000
 
 
 def test_console_errors_are_seen(tmp_path: Path) -> None:
@@ -103,6 +111,44 @@ def test_any_run(run_dir: Path, tmp_path: Path, write: Report) -> None:
     assert comparison == Path("comparison.html")
     assert "2 runs" in comparison.read_text()
     assert write(run_dir, copy) == comparison, "a report is replaced"
+
+
+def listed(run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the list of the worst and best images that the report shows, and its content."""
+    file = run_dir / read_record(run_dir).examples_file
+    return file, json.loads(file.read_text())
+
+
+def test_pictures_of_a_run_that_was_killed(
+    run_dir: Path, tmp_path: Path, write: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script adds the pictures that training adds at its end; without the data it says why there are none."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy, symlinks=True)
+    file, whole = listed(copy)
+    without = whole | {kind: [{**entry} for entry in whole[kind]] for kind in ("worst", "best")}
+    for entry in (*without["worst"], *without["best"]):
+        del entry["picture"]
+    file.write_text(json.dumps(without))
+    assert write(copy).read_text().count("<img ") == 16
+    _, again = listed(copy)
+    for before, now in zip([*whole["worst"], *whole["best"]], [*again["worst"], *again["best"]], strict=True):
+        assert [before[name] for name in ("image", "loss")] == [now[name] for name in ("image", "loss")]
+        assert abs(difference(before["picture"], now["picture"])) < 4, "the same network and image"
+    file.write_text(json.dumps(without))
+    config = copy / "config.yaml"
+    config.write_text(re.sub(r"(?m)^  root: .*", "  root: /nowhere", config.read_text()))
+    warnings: list[str] = []
+    monkeypatch.setattr("metaformer.commands.report.warn", warnings.append)
+    assert "<img " not in write(copy).read_text()
+    (warning,) = warnings
+    assert warning.startswith("the worst and best images are listed without pictures: data.root=/nowhere: no folder")
+
+
+def difference(one: str, other: str) -> float:
+    """Return the mean difference of two pictures in base64, of 255."""
+    pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each))), np.float32) for each in (one, other)]
+    return float(np.abs(pixels[0] - pixels[1]).mean())
 
 
 def test_errors(run_dir: Path, tmp_path: Path, write: Report) -> None:

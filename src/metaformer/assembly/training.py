@@ -14,6 +14,7 @@ from metaformer.assembly.accumulation import prepare
 from metaformer.assembly.adoption import make_record
 from metaformer.assembly.description import describe
 from metaformer.assembly.dry_run import dry_run
+from metaformer.assembly.example_pictures import add_pictures
 from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import colour_statistics, evaluation_feed
 from metaformer.assembly.preparation import Preparation
@@ -23,8 +24,9 @@ from metaformer.assembly.summary import summarize
 from metaformer.assembly.validations import Validation
 from metaformer.config import TrainConfig, redacted
 from metaformer.data.device.transform import denormalize
+from metaformer.errors import UserError, one_line
 from metaformer.goodput import Goodput
-from metaformer.interfaces import Batch, Tracker
+from metaformer.interfaces import Batch, Row, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.models.config import Preprocessing
 from metaformer.runtime import Runtime
@@ -121,6 +123,8 @@ def _train(prepared: Preparation, trainer: Trainer) -> dict[str, Any]:
     config, state, goodput = prepared.config, prepared.state, trainer.goodput
     samples, before = state.progress.samples, goodput.spent().step_seconds
     validation = trainer.run()
+    if config.report.enabled:
+        prepared.runtime.main_only(partial(_add_pictures, prepared, validation, trainer.tracker), None)
     spent = goodput.spent()
     trained = state.progress.samples - samples
     speed = trained / (spent.step_seconds - before) if trained else 0.0
@@ -180,6 +184,19 @@ def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder
     if found.folder is not None:
         checkpoints.load(state, found.folder)
     return found
+
+
+def _add_pictures(prepared: Preparation, validation: Row, tracker: Tracker) -> None:
+    """Add pictures to the list of the images that the better of weights and EMA predicts worst and best."""
+    state, ema = prepared.state, prepared.state.ema
+    is_ema = ema is not None and validation["ema_top1"] > validation["top1"]
+    model = ema.module if ema is not None and is_ema else state.model
+    file = prepared.config.resolved_run_dir / "validation" / f"{'ema_' if is_ema else ''}images.json"
+    if file.is_file():
+        try:
+            add_pictures(file, model, prepared.config, prepared.images, prepared.splits.val, prepared.runtime)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:  # not worth failing
+            tracker.message(f"warning      {file}: pictures cannot be added ({one_line(error)})")
 
 
 def _save_image_grid(

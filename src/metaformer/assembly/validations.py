@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from metaformer.assembly.splits import Splits
 from metaformer.config import TrainConfig
@@ -12,6 +12,8 @@ from metaformer.data.feed import Feed
 from metaformer.evaluation.accuracy import evaluate
 from metaformer.evaluation.class_counts import ClassCounts, ClassTotals
 from metaformer.evaluation.class_files import write_confusion, write_per_class
+from metaformer.evaluation.extremes import Extremes, Scored, write_extremes
+from metaformer.evaluation.scoring import Scores
 from metaformer.goodput import VALIDATING
 from metaformer.interfaces import Row, Tracker
 from metaformer.runtime import Runtime
@@ -36,25 +38,33 @@ class Validation:
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Row:
         """Evaluate a model, and return the figures for a row of metrics; see `training.loop.Validate`."""
         counts = ClassCounts(self.splits.num_classes, self.runtime.device)
-        batches = itertools.count()
+        extremes, batches = Extremes(self.runtime), itertools.count()
+
+        def observe(targets: Tensor, scores: Scores) -> None:
+            counts.add(targets, scores)
+            extremes.add(targets, scores)
 
         def stop_and_report() -> bool:
             self.tracker.progress(VALIDATING, next(batches), self.feed.rounds_per_epoch)
             return stop()
 
-        accuracy = evaluate(model, self.feed, self.precision, self.runtime, stop=stop_and_report, observe=counts.add)
-        totals = counts.total(self.runtime)
+        accuracy = evaluate(model, self.feed, self.precision, self.runtime, stop=stop_and_report, observe=observe)
+        totals, examples = counts.total(self.runtime), extremes.total()
         if self.runtime.is_main:
-            self._write(totals, prefix="" if model is self.state.model else "ema_")
+            self._write(totals, examples, prefix="" if model is self.state.model else "ema_")
         return accuracy.as_dict() | self._quarantined()
 
-    def _write(self, totals: ClassTotals, prefix: str) -> None:
+    def _write(self, totals: ClassTotals, examples: tuple[list[Scored], list[Scored]], prefix: str) -> None:
         folder, classes = self.config.resolved_run_dir, self.splits.val.classes
         try:
             if len(classes) <= MAX_CLASSES:
                 write_per_class(folder / f"{prefix}per_class.csv", classes, totals)
             confusion = folder / "validation" / f"{prefix}confusion.npz"
-            write_confusion(confusion, classes, totals, self.state.progress.step)
+            step = self.state.progress.step
+            write_confusion(confusion, classes, totals, step)
+            write_extremes(
+                folder / "validation" / f"{prefix}images.json", examples, step, self.splits.val.name, classes
+            )
         except OSError as error:  # not worth ending the training
             self.tracker.message(
                 f"warning      {error.filename or folder}: results by class cannot be written "

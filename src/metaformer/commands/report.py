@@ -3,16 +3,18 @@
   python scripts/report.py runs/NAME                # writes runs/NAME/report.html
   python scripts/report.py runs/A runs/B runs/C     # writes comparison.html
 
-The runs may still be in progress or may have been killed. Training writes its own report after each validation.
+The runs may still be in progress or may have been killed. Training writes its own report after each validation, and adds
+pictures of the worst and best images at its end. This program adds them if they are missing and the data is readable.
 """
 
 import argparse
 from pathlib import Path
 
-from metaformer.errors import UserError
+from metaformer.composing import compose_validation
+from metaformer.errors import UserError, one_line, warn
 from metaformer.files import check_output, write_text_atomically
 from metaformer.reporting.config import ReportConfig
-from metaformer.reporting.run_record import read_record
+from metaformer.reporting.run_record import RunRecord, read_record
 from metaformer.reporting.run_report import GENERATOR, REPORT_FILE, make_report
 
 
@@ -30,5 +32,20 @@ def main() -> None:
     check_output(f"--output={file}", file)
     if file.exists() and GENERATOR not in file.read_text(errors="replace"):
         raise UserError(f"--output={file}: exists and is not a report; remove it, or give another name")
+    if not several and records[0].examples and not records[0].examples.have_pictures:
+        records = [_with_pictures(records[0])]
     write_text_atomically(file, make_report(records, prices.price_per_hour))
     print(file)
+
+
+def _with_pictures(record: RunRecord) -> RunRecord:
+    """Add pictures to the worst and best images, and return the run's record again."""
+    config = compose_validation(["checkpoint=last", "precision=fp32"])
+    from metaformer import assembly, runtime  # takes seconds, which most reports need not wait for
+
+    try:
+        with runtime.start() as ranks:
+            assembly.add_pictures_of_run(record.folder, record.folder / record.examples_file, config, ranks)
+    except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        warn(f"the worst and best images are listed without pictures: {one_line(error)}")
+    return read_record(record.folder)

@@ -35,7 +35,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor
     hook = layer.register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            logits = model(images).float()
+            logits = model.forward(images).float()  # after model.compile(), only __call__ is compiled, without hooks
     finally:
         hook.remove()
     if not kept or not logits.requires_grad:

@@ -1,5 +1,6 @@
 """Pictures of predictions: heat maps over images, and a grid of images with their classes."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -21,6 +22,7 @@ MIN_SIDE = 224  # pixels of an overlay; smaller images are enlarged by a whole f
 MAX_IN_GRID = 64
 COLUMNS, GUESSES = 4, 3
 OPACITY = 0.6  # opacity of a heat map at its maximum
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 112, 75  # pixels; of JPEG
 
 
 class _Cell(NamedTuple):
@@ -56,6 +58,19 @@ def overlay(pixels: Pixels, heat: Tensor) -> Image.Image:
     strength = np.clip(np.asarray(smooth), 0, 1)
     colours = Image.fromarray((255 * matplotlib.colormaps["plasma"](strength)[..., :3]).astype(np.uint8))
     return Image.composite(colours, image, Image.fromarray((255 * OPACITY * strength).astype(np.uint8)))
+
+
+def thumbnail(pixels: Pixels, heat: Tensor | None) -> bytes:
+    """Return a small JPEG of the image and, beside it, its overlay."""
+    pictures = [Image.fromarray(pixels)] + ([] if heat is None else [overlay(pixels, heat)])
+    side = THUMBNAIL_SIDE
+    small = Image.new("RGB", (side * len(pictures), side))
+    for number, picture in enumerate(pictures):
+        method = Image.Resampling.LANCZOS if picture.width > side else Image.Resampling.NEAREST
+        small.paste(picture.resize((side, side), method), (number * side, 0))
+    file = io.BytesIO()
+    small.save(file, format="JPEG", quality=THUMBNAIL_QUALITY)
+    return file.getvalue()
 
 
 class OverlayFiles:

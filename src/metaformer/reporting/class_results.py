@@ -52,7 +52,7 @@ def read_per_class(file: Path) -> list[ClassAccuracy]:
             ClassAccuracy(row["class"], int(row["images"]), _percent(row["top1"]), _percent(row["top5"]))
             for row in reader
         ]
-    names = _readable([row.name for row in rows])
+    names = readable([row.name for row in rows])
     named = [row._replace(name=name) for row, name in zip(rows, names, strict=True)]
     return sorted(named, key=lambda row: (row.top1, row.top5, row.name))
 
@@ -72,7 +72,7 @@ def read_confusion(file: Path) -> Confusion:
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
-    names = _readable([*classes.tolist(), *map(str, range(len(classes), outputs))])
+    names = readable([*classes.tolist(), *map(str, range(len(classes), outputs))])
     pairs = [
         ConfusedPair(names[row], names[column], int(wrong[row, column]), 100 * wrong[row, column] / images[row])
         for row, column in zip(*np.unravel_index(order, counts.shape), strict=True)
@@ -88,7 +88,7 @@ def _percent(text: str) -> float:
     return value
 
 
-def _readable(names: list[str]) -> list[str]:
+def readable(names: list[str]) -> list[str]:
     """Return the first word for each class where the names are wnids, followed by the wnid, else the names."""
     descriptions = describe_wnids(names)
     if descriptions is None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from metaformer.errors import UserError, printable
 from metaformer.reporting import class_results
 from metaformer.reporting.class_results import ClassAccuracy, Confusion
+from metaformer.reporting.examples import Examples, read_examples
 from metaformer.reporting.outcomes import READ_ERRORS, Settings, flatten
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class RunRecord:
         problems: a line for each file, or part of a file, that could not be read.
         classes: accuracy by class in the last validation, worst first, of the better of weights and EMA.
         confusion: the classes that were confused.
+        examples: the images that were predicted worst and best.
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class RunRecord:
     problems: list[str] = field(default_factory=list)
     classes: list[ClassAccuracy] = field(default_factory=list)
     confusion: Confusion | None = None
+    examples: Examples | None = None
 
     @property
     def name(self) -> str:
@@ -93,6 +96,11 @@ class RunRecord:
         last = self.validations[-1] if self.validations else {}
         weights, ema = last.get("top1"), last.get("ema_top1")
         return is_number(weights) and is_number(ema) and ema > weights  # type: ignore[operator]
+
+    @property
+    def examples_file(self) -> str:
+        """Return the name, in the folder, of the list of the images predicted worst and best."""
+        return f"validation/{'ema_' if self.ema_is_better else ''}images.json"
 
     @property
     def total_epochs(self) -> int | None:
@@ -179,6 +187,7 @@ def read_record(folder: Path) -> RunRecord:
     prefix = "ema_" if record.ema_is_better else ""
     record.classes = read_file(f"{prefix}per_class.csv", class_results.read_per_class, [])
     record.confusion = read_file(f"validation/{prefix}confusion.npz", class_results.read_confusion, None)
+    record.examples = read_file(record.examples_file, read_examples, None)
     return record
 
 
