@@ -141,6 +141,9 @@ def test_unusable_values(composed: Compose, override: str, expected: str) -> Non
         ("--epochs 3", "--epochs: options are written NAME=VALUE; use epochs=..."),
         ("--experiment demo", "--experiment: options are written NAME=VALUE; use experiment=NAME, one of"),
         ("--data-path /d", "--data-path: options are written NAME=VALUE; use data.root=..."),
+        ("--data /d", "--data: options are written NAME=VALUE; use data.root=..."),
+        ("--model resnet50", "--model: options are written NAME=VALUE; use model=..."),
+        ("data=photos", "data=photos: data= selects a kind of data set; use data.root=photos"),
         ("--nproc_per_node=2", "--nproc_per_node=2: options are written NAME=VALUE; start a process for each GPU: "),
         ("data=/d/images", "data=/d/images: data= selects a kind of data set; use data.root=/d/images"),
         ("/d/images", "/d/images: options are written NAME=VALUE, as in data.root=/d/images"),
@@ -170,8 +173,12 @@ def test_unusable_values(composed: Compose, override: str, expected: str) -> Non
         ("-m seed=0,1", "-m: a program trains one configuration; python scripts/submit.py runs each combination of "),
     ],
 )  # fmt: skip
-def test_options_of_other_programs(composed: Compose, arguments: str, expected: str) -> None:
+def test_options_of_other_programs(
+    composed: Compose, arguments: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Options that newcomers type end in one short line with the form to use here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
     with pytest.raises(UserError) as caught:
         composed(*arguments.split())
     assert str(caught.value).startswith(expected)

@@ -112,7 +112,7 @@ def explain(error: HydraException | OmegaConfBaseException, conf: Path, config_t
 def _explain_choice(missing: str, options: Sequence[str], conf: Path) -> str:
     """Return a message for a group's choice that does not exist."""
     group, name = missing.split("/", 1)
-    if group == "data" and "/" in name:
+    if group == "data" and ("/" in name or Path(name).is_dir()):
         return f"data={name}: data= selects a kind of data set; use data.root={name}"
     if not (conf / group).is_dir():  # one of Hydra's own groups
         group, name = os.path.split(missing)

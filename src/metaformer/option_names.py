@@ -74,6 +74,8 @@ def advice(name: str, config_type: type) -> str:
     parent, _, leaf = name.rpartition(".")
     if leaf in ADVICE:
         return ADVICE[leaf]
+    if name in fields:  # written as a flag
+        return f"use {'data.root' if name == 'data' else name}=..."
     meant = [field for field in FIELDS.get(leaf, ()) if field in fields] or _with_leaves(fields, [leaf])
     if 0 < len(meant) <= 2:
         return f"use {' or '.join(f'{field}=...' for field in meant)}"

@@ -3,8 +3,8 @@
   python scripts/report.py runs/NAME                # writes runs/NAME/report.html
   python scripts/report.py runs/A runs/B runs/C     # writes comparison.html
 
-The runs may still be in progress or may have been killed. Training writes its own report after each validation, and adds
-pictures of the worst and best images at its end. This program adds them if they are missing and the data is readable.
+The runs may still be in progress or may have been killed. Training writes its own report after each validation, and
+adds pictures of the worst and best images at its end. This program adds missing ones if the data is readable.
 """
 
 import argparse
