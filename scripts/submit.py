@@ -65,9 +65,8 @@ def main() -> None:
         values = f" ({', '.join(job.swept_values)})" if job.swept_values else ""
         print(f"{job.config.run_dir}{values}: {folder / job.name}.yaml")
     if arguments.dry_run:
-        print(
-            f"nothing submitted; sbatch options: {shlex.join(f'--{name}={value}' for name, value in options.items())}"
-        )
+        given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+        print(f"nothing submitted; sbatch options: {shlex.join(given)}")
         return
     submit = _make_submit(folder, options)
     for job in jobs:

@@ -2,7 +2,7 @@
 
   python scripts/export.py onnx checkpoint=runs/NAME --out model.onnx
   python scripts/export.py torch checkpoint=runs/NAME use_ema=true --out model.pt2
-  python scripts/export.py hub checkpoint=runs/NAME --out hub/NAME [--license apache-2.0] [--push USER/NAME]
+  python scripts/export.py hub checkpoint=runs/NAME --out NAME_hub [--license apache-2.0] [--push USER/NAME]
 
 checkpoint= is as in validate.py: a run folder, a checkpoint, a weights file or a released name. It determines the
 network, the preprocessing and the class names, which are written to the file and to a JSON file next to it.
