@@ -204,7 +204,7 @@ class Runtime:
         distributed.broadcast_buffers = False
         if reduce_in_bf16:
             distributed.register_comm_hook(None, bf16_compress_hook)
-        _settle_buckets(distributed, example)
+        _arrange_buckets(distributed, example)
         return distributed
 
 
@@ -246,7 +246,7 @@ def start(
         dist.destroy_process_group()
 
 
-def _settle_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:
+def _arrange_buckets(distributed: DistributedDataParallel, example: Tensor) -> None:
     """Make DDP arrange its buckets now. It does so once, after the first backward pass, in the gradients' order.
 
     Otherwise the first step after a resume would sum gradients in another order than an uninterrupted run.

@@ -43,7 +43,7 @@ def prepare(config: TrainConfig, runtime: Runtime, tries: Fits | None = None) ->
     """
     if config.accumulation_steps != AUTO:
         return prepare_training(config, runtime)
-    recorded = runtime.from_main(lambda: _recorded(config))
+    recorded = runtime.from_main(lambda: _accumulation_of_run(config))
     if recorded is not None:
         number, reason = recorded, "as the run began"
     else:
@@ -66,7 +66,7 @@ def _smallest(config: TrainConfig, runtime: Runtime, tries: Fits | None) -> int:
     )
 
 
-def _recorded(config: TrainConfig) -> int | None:
+def _accumulation_of_run(config: TrainConfig) -> int | None:
     """Return the number in the run folder's configuration if there are checkpoints to resume from."""
     run_dir = config.resolved_run_dir
     file = run_dir / "config.yaml"
