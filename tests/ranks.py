@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
     for process in ranks:
         process.start()
     try:
-        found = dict(results.get(timeout=TIMEOUT_SECONDS) for _ in ranks)
+        found = dict(pickle.loads(results.get(timeout=TIMEOUT_SECONDS)) for _ in ranks)
         for process in ranks:
             process.join(TIMEOUT_SECONDS)
             assert process.exitcode == 0
@@ -57,7 +58,8 @@ def _run(work: Work, rank: int, world_size: int, port: int, results: Any) -> Non
             result = work(runtime)
         except Exception as error:  # returned to the test, which checks it
             result = error
-        results.put((rank, result))
+        # As bytes: torch would pass a tensor as a file descriptor, which is gone if this rank ends first.
+        results.put(pickle.dumps((rank, result)))
 
 
 @contextmanager
