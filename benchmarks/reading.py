@@ -122,9 +122,16 @@ class Reading:
 
 def training_batches(index: ImageIndex, images: int, randaugment: RandAugmentConfig) -> list[BatchPlan]:
     """Return the plans of at least one batch, as the loader receives them."""
-    plan = TrainingPlan(
+    plan = training_plan(index, min(BATCH, len(index)), randaugment)
+    each = plan.batches_per_epoch
+    return [plan.to_read(*divmod(number, each)) for number in range(max(1, images // BATCH))]
+
+
+def training_plan(index: ImageIndex, batch: int, randaugment: RandAugmentConfig) -> TrainingPlan:
+    """Return the plan of a training with the paper's crops on one rank."""
+    return TrainingPlan(
         num_samples=len(index),
-        global_batch_size=min(BATCH, len(index)),
+        global_batch_size=batch,
         accumulation_steps=1,
         rank=0,
         world_size=1,
@@ -133,8 +140,6 @@ def training_batches(index: ImageIndex, images: int, randaugment: RandAugmentCon
         crop_pct=0.9,
         augmentation=AugmentationConfig(randaugment=randaugment),
     )
-    each = plan.batches_per_epoch
-    return [plan.to_read(*divmod(number, each)) for number in range(max(1, images // BATCH))]
 
 
 def _milliseconds(plans: list[BatchPlan], work: Callable[[BatchPlan, int], Any]) -> float:

@@ -1,7 +1,8 @@
-"""Tests of what the programs import before they have read their command line."""
+"""Tests of what the programs import before they have read their command line, and of what loader workers import."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,37 @@ def test_a_wrong_option_is_refused_without_torch() -> None:
         _, (error, imported) = run("train", override)
         assert error.startswith(message)
         assert imported == "[]"
+
+
+READING = """
+import importlib
+import sys
+from pathlib import Path
+from metaformer.data.load.worker_server import PRELOAD
+
+for name in PRELOAD:
+    importlib.import_module(name)
+from metaformer.data.index.image_index import load_index
+from metaformer.data.load.torch_reader import TorchReader
+from metaformer.data.load.worker_loader import WorkerLoader
+from metaformer.data.plan.augmentation import AugmentationConfig
+from metaformer.data.plan.plan import TrainingPlan
+
+index = load_index(Path(sys.argv[1]), "train")
+plan = TrainingPlan(
+    num_samples=len(index), global_batch_size=len(index), accumulation_steps=1, rank=0, world_size=1, seed=0,
+    image_size=32, crop_pct=0.9, augmentation=AugmentationConfig(),
+)
+print(len(next(WorkerLoader(TorchReader(), index, plan, 0, 1, False).epoch(0))) == len(index))
+print([name for name in ("timm", "torchvision", "torch._dynamo", "wandb", "nvidia.dali") if name in sys.modules])
+"""
+
+
+def test_workers_import_neither_networks_nor_the_compiler(images: Path) -> None:
+    """What a worker's server imports, and reading with RandAugment, need torch, PIL and a decoder.
+
+    Timm brings torch's compiler and wandb with it: 140 MB for each rank, and seconds before its first batch.
+    """
+    command = [sys.executable, "-c", READING, str(images)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("True\n[]\n", "")

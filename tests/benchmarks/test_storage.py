@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import storage
 from benchmarks.storage import main
 from metaformer.errors import UserError
 
@@ -38,3 +39,12 @@ def test_data_in_memory_is_refused(images: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(sys, "argv", ["storage.py", f"{folder}/train"])
         with pytest.raises(UserError, match=r"/train: nothing was read from a disk; it is in memory, or "):
             main()
+
+
+def test_a_machine_without_the_cgroup_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--throttle where the kernel cannot limit a disk ends in one line; it never measures an unlimited disk."""
+    monkeypatch.setattr(storage, "BLKIO", tmp_path / "blkio")
+    monkeypatch.setattr(storage, "measure", lambda index, rate: {"images_per_second": 1.0})
+    monkeypatch.setattr(sys, "argv", ["storage.py", str(images / "train"), "--throttle"])
+    with pytest.raises(UserError, match=r"--throttle: .*: No such file or directory; it needs root, and version 1"):
+        main()

@@ -127,7 +127,7 @@ def memory_format(config: CommonConfig) -> torch.memory_format:
 def prepare_workers(config: CommonConfig, runtime: Runtime) -> None:
     """Start the server of worker processes, which takes seconds, while this process builds the network."""
     if loader_name(config, runtime) is not LoaderName.dali and worker_count(config, runtime):
-        start_worker_server(preload=[__package__])  # modules that workers need besides the main program
+        start_worker_server()
 
 
 def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:

@@ -1,4 +1,4 @@
-"""Image reader based on PIL and timm's operations, the reference for the other loaders."""
+"""Image reader based on PIL, the reference for the other loaders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Server process from which loader workers are forked."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -10,7 +10,13 @@ from metaformer.files import check_temporary_folder
 from metaformer.signals import blocked_in_children
 
 KILL_WITH_PARENT = "metaformer.data.load.server_end"  # must be imported first
-READERS = ("metaformer.data.load.pil_reader", "metaformer.data.load.torch_reader", "metaformer.data.load.worker_loader")
+# What workers need, and what they import with train.py. Timm and torch's compiler would take 140 MB and seconds more.
+PRELOAD = (
+    "metaformer.data.load.pil_reader",
+    "metaformer.data.load.torch_reader",
+    "metaformer.data.load.worker_loader",
+    "metaformer.composing",
+)
 
 
 def worker_context() -> ForkServerContext:
@@ -22,11 +28,11 @@ def worker_context() -> ForkServerContext:
     return get_context("forkserver")
 
 
-def start_worker_server(preload: Sequence[str] = READERS) -> None:
-    """Start the server if it is not running yet.
+def start_worker_server() -> None:
+    """Start the server if it is not running yet. It imports in the background what its workers need.
 
-    Args:
-        preload: modules that the server imports in the background, so that workers do not have to.
+    Raises:
+        UserError: the path of the folder for temporary files is too long.
     """
     check_temporary_folder()
     # Python's tracker removes the semaphores of a killed rank, and would print a warning about them.
@@ -35,7 +41,7 @@ def start_worker_server(preload: Sequence[str] = READERS) -> None:
         resource_tracker.ensure_running()
     # Otherwise NumPy starts a thread per core when the server imports it.
     with _environment("OPENBLAS_NUM_THREADS", "1"), blocked_in_children():
-        forkserver.set_forkserver_preload([KILL_WITH_PARENT, *preload])
+        forkserver.set_forkserver_preload([KILL_WITH_PARENT, *PRELOAD])
         forkserver.ensure_running()
 
 

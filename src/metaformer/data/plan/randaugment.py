@@ -1,6 +1,7 @@
-"""RandAugment (`rand-m9-mstd0.5-inc1` in timm's notation) with the plan's draws and timm's PIL functions.
+"""RandAugment (`rand-m9-mstd0.5-inc1` in timm's notation) with the plan's draws, by PIL, with timm's pixels.
 
-The draws come from the plan, so every loader applies the same operations with the same arguments to a sample.
+The draws come from the plan, so every loader applies the same operations with the same arguments to a sample. timm's
+own functions would bring the whole of timm and torch's compiler into the server of loader workers.
 """
 
 from collections.abc import Callable
@@ -8,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data.auto_augment import NAME_TO_OP
+from PIL import Image, ImageEnhance, ImageOps
 
 from metaformer.data.plan.augmentation import RandAugmentConfig
 from metaformer.data.plan.draws import Float64
@@ -100,7 +100,43 @@ def draw_operations(config: RandAugmentConfig, uniform: Float64, fill: Colour = 
 def apply_operations(image: Image.Image, operations: list[Operation]) -> Image.Image:
     """Apply the operations to an RGB image; its size does not change."""
     for operation in operations:
-        resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
-        apply = NAME_TO_OP[operation.name]
-        image = apply(image, *operation.arguments, fillcolor=operation.fill, resample=resample)
+        image = _apply(image, operation, *operation.arguments)
     return image
+
+
+def _apply(image: Image.Image, operation: Operation, value: Any = None) -> Image.Image:
+    resample = Image.Resampling.BICUBIC if operation.bicubic else Image.Resampling.BILINEAR
+    match operation.name:
+        case "AutoContrast":
+            return ImageOps.autocontrast(image)
+        case "Equalize":
+            return ImageOps.equalize(image)
+        case "Invert":
+            return ImageOps.invert(image)
+        case "Rotate":
+            return image.rotate(value, resample, fillcolor=operation.fill)
+        case "PosterizeIncreasing":
+            return ImageOps.posterize(image, value)
+        case "SolarizeIncreasing":
+            return ImageOps.solarize(image, value)
+        case "SolarizeAdd":
+            return image.point([level + value if level < 128 else level for level in range(256)] * 3)
+        case "ColorIncreasing":
+            return ImageEnhance.Color(image).enhance(value)
+        case "ContrastIncreasing":
+            return ImageEnhance.Contrast(image).enhance(value)
+        case "BrightnessIncreasing":
+            return ImageEnhance.Brightness(image).enhance(value)
+        case "SharpnessIncreasing":
+            return ImageEnhance.Sharpness(image).enhance(value)
+        case "ShearX":
+            warp = (1, value, 0, 0, 1, 0)
+        case "ShearY":
+            warp = (1, 0, 0, value, 1, 0)
+        case "TranslateXRel":
+            warp = (1, 0, value * image.width, 0, 1, 0)
+        case "TranslateYRel":
+            warp = (1, 0, 0, 0, 1, value * image.height)
+        case name:
+            raise ValueError(f"{name}: not an operation of RandAugment")
+    return image.transform(image.size, Image.Transform.AFFINE, warp, resample, fillcolor=operation.fill)
