@@ -9,6 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from metaformer.files import check_output, write_text_atomically
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "torchcodec", "pillow")
 WIDTH = 120  # columns of a table where stdout is not a terminal
+LOADED = 0.1  # share of the processors' time from which on a machine counts as loaded
 
 Case = TypeVar("Case", bound=Hashable)
 
@@ -66,6 +68,37 @@ def by_turns(
         speed = found[case][-1]["images_per_second"]
         print(f"repeat {repeat + 1} of {repeats}, {title}: {speed:.1f} images/s", file=sys.stderr, flush=True)
     return found
+
+
+def check_load(anyway: bool) -> float:
+    """Return which share of the time of this process's processors is in use; nothing of one's own may run meanwhile.
+
+    Args:
+        anyway: return it even if the machine is loaded.
+
+    Raises:
+        UserError: the machine is loaded.
+    """
+    before = _processor_ticks()
+    time.sleep(1)
+    busy, idle = (after - earlier for after, earlier in zip(_processor_ticks(), before, strict=True))
+    load = busy / max(1, busy + idle)
+    if load >= LOADED and not anyway:
+        raise UserError(
+            f"this machine is loaded: other programs take {load:.0%} of its processors; wait until it is idle, or give "
+            "--loaded to report figures all the same, marked as such"
+        )
+    return load
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """Return the busy and the idle time of the processors that this process may use, in the kernel's ticks."""
+    own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    ticks = [
+        [int(value) for value in values[:8]] for name, *values in lines if name in own
+    ]  # the others are part of them
+    return sum(sum(values) - values[3] - values[4] for values in ticks), sum(values[3] + values[4] for values in ticks)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,8 +7,10 @@ The variants are fused and fused-compiled (this project's operators, on GPUs), e
 and timm-eager and timm-compiled (timm's network with timm's loss, mixing and optimizer). Each measurement runs in a
 separate process (measure_train.py), and the variants alternate. Without --data, the images are noise on the device.
 
-Step: median over the counted steps, including the wait for the batch. Memory: peak of the GPU's allocated memory or, on
-a CPU, of the process's resident memory. TFLOP/s count the convolutions and matrix products of the plain network, three
+images/s and step are those of the fastest quartile of all counted steps, including the wait for the batch. Next to them
+are the lowest and the highest mean of a repeat. A loaded machine is refused; --loaded reports its figures and marks
+them. The load is observed for a second before each measurement. Memory: peak of the GPU's allocated memory or, on a
+CPU, of the process's resident memory. TFLOP/s count the convolutions and matrix products of the plain network, three
 times for training. The roofline is the longer of two times: that of these operations at the rate of a large square
 product, and that of moving the bytes of the fused operators (docs/performance.md) at the rate of a large copy."""
 
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from rich.table import Table
@@ -27,13 +30,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import (
+    LOADED,
     as_options,
     by_turns,
     check_counts,
+    check_load,
     check_outputs,
     console,
     measure,
-    spread,
     write_json,
 )
 from metaformer.errors import UserError, unknown_name
@@ -73,6 +77,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the loader")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="a folder with class folders of images")
     parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--loaded", action="store_true", help="report figures of a loaded machine, too, marked as such")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"some of {', '.join(VARIANTS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG to FILE")
@@ -108,7 +113,8 @@ def _measure(variant: str, arguments: argparse.Namespace, profiled: bool) -> dic
         folder = (arguments.profile / variant).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         options.append(f"--profile={folder}")
-    return measure(variant, "measure_train", options)
+    load = check_load(anyway=arguments.loaded)
+    return measure(variant, "measure_train", options) | {"load": load}
 
 
 def count_work(name: str, size: int, precision: str, inference: bool) -> dict[str, float]:
@@ -162,10 +168,12 @@ def _fastest(run: Callable[[], Any]) -> float:
 
 
 def _summary(values: list[dict[str, Any]], work: dict[str, float], batch: int) -> dict[str, Any]:
-    step = statistics.median(v["step_seconds"] for v in values)
+    step = float(np.quantile([seconds for v in values for seconds in v["step_seconds"]], 0.25))
+    means = [v["images_per_second"] for v in values]
     return {
-        "images_per_second": spread([v["images_per_second"] for v in values]),
+        "images_per_second": {"fastest_quartile": batch / step, "min": min(means), "max": max(means)},
         "step_seconds": step,
+        "load": max(v["load"] for v in values),
         "first_step_seconds": statistics.median(v["first_step_seconds"] for v in values),
         "peak_memory_mib": max(v["peak_memory_mib"] for v in values),
         "tflops_per_second": work["flops"] * batch / step / 1e12,
@@ -174,15 +182,15 @@ def _summary(values: list[dict[str, Any]], work: dict[str, float], batch: int) -
 
 
 def _print(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: argparse.Namespace) -> None:
-    reference = rows.get("timm-eager", {}).get("images_per_second", {}).get("median")
-    columns = ("images/s", "lowest to highest", "of timm-eager", "step ms", "first s", "memory MiB", "TFLOP/s", "GB/s")
-    table = Table("variant", *columns, title=_title(arguments))
+    reference = rows.get("timm-eager", {}).get("images_per_second", {}).get("fastest_quartile")
+    columns = ("images/s", "means of repeats", "of timm-eager", "step ms", "first s", "memory MiB", "TFLOP/s", "GB/s")
+    table = Table("variant", *columns, title=_title(rows, arguments))
     for variant, row in rows.items():
         speed = row["images_per_second"]
-        ratio = f"{speed['median'] / reference:.2f}" if reference else "-"
+        ratio = f"{speed['fastest_quartile'] / reference:.2f}" if reference else "-"
         times = (f"{1000 * row['step_seconds']:.0f}", f"{row['first_step_seconds']:.1f}")
         rates = (f"{row['tflops_per_second']:.3f}", f"{row['fused_gb_per_second']:.1f}")
-        speeds = (f"{speed['median']:.1f}", f"{speed['min']:.1f} to {speed['max']:.1f}", ratio)
+        speeds = (f"{speed['fastest_quartile']:.1f}", f"{speed['min']:.1f} to {speed['max']:.1f}", ratio)
         table.add_row(variant, *speeds, *times, f"{row['peak_memory_mib']:.0f}", *rates)
     out = console()
     out.print(table)
@@ -192,9 +200,11 @@ def _print(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: a
     )
 
 
-def _title(arguments: argparse.Namespace) -> str:
+def _title(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> str:
     what = "inference" if arguments.inference else "training"
-    return f"{arguments.model}, {what}, {arguments.size} px, batch {arguments.batch}, {arguments.precision}"
+    load = max(row["load"] for row in rows.values())
+    mark = f", LOADED MACHINE ({load:.0%} in use by others)" if load >= LOADED else ""
+    return f"{arguments.model}, {what}, {arguments.size} px, batch {arguments.batch}, {arguments.precision}{mark}"
 
 
 def _plot(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: argparse.Namespace) -> None:
@@ -202,13 +212,13 @@ def _plot(rows: dict[str, dict[str, Any]], roof: dict[str, float], arguments: ar
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    speeds = [row["images_per_second"]["median"] for row in rows.values()]
+    speeds = [row["images_per_second"]["fastest_quartile"] for row in rows.values()]
     limits = {name: roof[f"{name}_images_per_second"] for name in ("compute", "memory")}
     axes.bar_label(axes.bar(list(rows), speeds), fmt="%.1f")
     for (name, limit), style in zip(limits.items(), ("--", ":"), strict=True):
         axes.axhline(limit, color="black", linestyle=style, label=f"roofline, {name}: {limit:.0f}")
     top = 1.3 * max(*speeds, min(limits.values()))  # a limit far above all bars would leave no room for them
-    axes.set(ylabel="images/s", ylim=(0, top), title=_title(arguments))
+    axes.set(ylabel="images/s", ylim=(0, top), title=_title(rows, arguments))
     axes.legend(loc="upper right", ncols=2)
     figure.savefig(arguments.plot, dpi=120, format="png")
 

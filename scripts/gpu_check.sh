@@ -72,12 +72,12 @@ part() { # part NAME SECONDS COMMAND...
 
 tests=("$python" -m pytest -p no:cacheprovider)
 if [[ -n $device ]]; then
-  sizes=(--size 224 --batch 512 --precision bf16 --repeats 1)
+  sizes=(--size 224 --batch 512 --precision bf16 --repeats 1 --loaded)
   ours=fused variants=(--only fused eager timm-eager timm-compiled)
   loading=(--repeats 1)
   part kernels 80 "${tests[@]}" tests/models/test_kernels_gpu.py tests/data/device/test_triton_kernel_gpu.py
 else
-  sizes=(--size 32 --batch 2 --precision fp32 --repeats 1 --steps 2 --uncounted 1)
+  sizes=(--size 32 --batch 2 --precision fp32 --repeats 1 --steps 2 --uncounted 1 --loaded)
   ours=eager variants=(--only eager timm-eager)
   loading=(--repeats 1 --images 40 --batch 4)
   summary+=("skipped  kernels: there is no GPU; the other parts use small sizes")

