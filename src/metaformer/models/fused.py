@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metaformer.kernel_check import try_kernels
 from metaformer.models.activations import StarReLU
-from metaformer.models.channel_mlps import Mlp
+from metaformer.models.channel_mlps import Mlp, PointwiseConv
 from metaformer.models.kernels import operators
 from metaformer.models.metaformer import (
     BlockParts,
@@ -63,7 +63,7 @@ def is_fusable(block: nn.Module) -> bool:
         and block.residual
         and block.channel_mlp
         and type(block.token_mixer) is Pooling
-        and type(block.mlp.fc1) is nn.Conv2d
+        and type(block.mlp.fc1) is PointwiseConv
         and (
             type(block.mlp.act) is StarReLU or (type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none")
         )
