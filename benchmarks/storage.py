@@ -99,7 +99,7 @@ def measure_loader(index: ImageIndex) -> float:
 
 @contextmanager
 def _limited_disks(folders: Sequence[Path], rate: int) -> Iterator[None]:
-    """Have this process, and those that it starts within the block, read at most `rate` MB/s of the folders' disks."""
+    """Limit this process, and those that it starts within the block, to reading `rate` MB/s from the folders' disks."""
     group = BLKIO / f"metaformer-storage-{os.getpid()}"
     try:
         group.mkdir()

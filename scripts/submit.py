@@ -130,7 +130,7 @@ def _accuracies(run_dir: Path) -> tuple[str, str]:
     """Return the last and the best top-1 in a run's metrics, in percent; "-" where there is none."""
     try:
         rows = read_objects(run_dir / "metrics.jsonl", ROW_TYPES, allow_partial_last_line=True)
-    except (OSError, UserError):  # damaged: the table is about all trainings
+    except (OSError, UserError):  # a damaged file must not hide the other trainings
         rows = []
     found = [row["top1"] for row in rows if row.get("top1") is not None]
     return (f"{found[-1]:.2f}", f"{max(found):.2f}") if found else ("-", "-")

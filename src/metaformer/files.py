@@ -60,7 +60,7 @@ def _remove_all(folder: Path, name: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` create a temporary file next to `path`, then rename it to `path`, replacing any earlier file.
+    """Let `write` create a temporary file next to `path`, then rename it to `path`, replacing any earlier file.
 
     `path` is complete or unchanged even if the machine crashes meanwhile.
 

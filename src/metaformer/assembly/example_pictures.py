@@ -34,14 +34,14 @@ from metaformer.training.precision import Precision
 def add_pictures(
     file: Path, model: nn.Module, config: CommonConfig, images: Preprocessing, index: ImageIndex, runtime: Runtime
 ) -> None:
-    """Add pictures to the images that a list names, as far as they can be read; a list that has some is left.
+    """Add pictures to the listed images that can be read, unless the list already has pictures.
 
     Args:
-        file: what `evaluation.extremes.write_extremes` wrote.
+        file: a file written by `evaluation.extremes.write_extremes`.
         model: the network with the weights of that validation, on the runtime's device.
 
     Raises:
-        OSError, ValueError, RuntimeError, UserError: the list cannot be read or written, or the network not be run.
+        OSError, ValueError, RuntimeError, UserError: the list cannot be read or written, or the network cannot be run.
     """
     listed = json.loads(file.read_text())
     entries: list[dict[str, Any]] = [*listed["worst"], *listed["best"]]
@@ -59,13 +59,10 @@ def add_pictures(
 
 
 def add_pictures_of_run(run: Path, file: Path, config: ValidateConfig, runtime: Runtime) -> None:
-    """Do the same for a run folder, with the checkpoint of that validation, on the CPU.
+    """Add pictures for a run folder, with the checkpoint of that validation, on the CPU.
 
     Args:
-        config: any configuration of an evaluation in fp32; the checkpoint brings the rest.
-
-    Raises:
-        UserError: there is no checkpoint of that step, or no data.
+        config: any configuration of an evaluation in fp32; the checkpoint determines the rest.
     """
     step = json.loads(file.read_text())["step"]
     found = [folder for folder in (run / "checkpoints").glob("*-*") if _step(folder) == step]

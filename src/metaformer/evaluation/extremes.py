@@ -1,4 +1,4 @@
-"""The images of a split that a network predicts worst and best, and their file; docs/runs.md describes it."""
+"""Finds the images that a network predicts worst and best, and writes them to a file, which docs/runs.md describes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from metaformer.evaluation.scoring import Scores
 from metaformer.files import remove_temporaries, to_json, write_text_atomically
 from metaformer.runtime import Runtime
 
-COUNT = 8  # of the worst, and of the best
+COUNT = 8  # number of the worst, and of the best images
 
 
 class Scored(NamedTuple):
@@ -24,7 +24,7 @@ class Scored(NamedTuple):
 
 
 class Extremes:
-    """Keeps the images with the highest and the lowest loss on the device, which the host does not wait for.
+    """Keeps the images with the highest and the lowest loss on the device, without making the host wait.
 
     Args:
         runtime: this rank, which evaluates images rank, rank + world_size, ..., in this order.

@@ -116,9 +116,9 @@ def cut_out(pixels: PixelArray, box: Box) -> PixelArray:
 
 
 def _read_ahead(rows: PixelArray, mapped: mmap.mmap) -> None:
-    """Have the kernel read these rows of a map at once; by itself it reads far around each page that is missing."""
+    """Make the kernel read these rows of a map at once; by default it reads far around each missing page."""
     start = rows.ctypes.data - np.frombuffer(mapped, np.uint8, 1).ctypes.data
-    page = start % mmap.PAGESIZE  # an advice begins on a page
+    page = start % mmap.PAGESIZE  # madvise takes whole pages
     mapped.madvise(mmap.MADV_WILLNEED, start - page, rows.nbytes + page)
 
 

@@ -10,7 +10,7 @@ from metaformer.files import check_temporary_folder
 from metaformer.signals import blocked_in_children
 
 KILL_WITH_PARENT = "metaformer.data.load.server_end"  # must be imported first
-# What workers need, and what they import with train.py. Timm and torch's compiler would take 140 MB and seconds more.
+# Modules that workers need or import with train.py. timm and torch's compiler would take 140 MB and seconds more.
 PRELOAD = (
     "metaformer.data.load.pil_reader",
     "metaformer.data.load.torch_reader",
@@ -29,11 +29,7 @@ def worker_context() -> ForkServerContext:
 
 
 def start_worker_server() -> None:
-    """Start the server if it is not running yet. It imports in the background what its workers need.
-
-    Raises:
-        UserError: the path of the folder for temporary files is too long.
-    """
+    """Start the server if it is not running yet. It imports the workers' modules in the background."""
     check_temporary_folder()
     # Python's tracker removes the semaphores of a killed rank, and would print a warning about them.
     with _environment("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning"), blocked_in_children():
