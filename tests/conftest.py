@@ -105,7 +105,7 @@ def launch(program: str, *overrides: str, ranks: int = 1, timeout: float = 180, 
     """Run a program in subprocesses: with `python` for one rank, with torchrun for more.
 
     Args:
-        fresh: Start real interpreters, not those of tests/warm, which ignore LD_PRELOAD and the like.
+        fresh: Start real interpreters, not those of tests/warm, so that /proc shows each process as a user's.
     """
     interpreter = sys.executable if fresh else python()
     command = [interpreter, str(REPOSITORY / f"{program}.py"), *overrides]

@@ -12,7 +12,7 @@ from tests.warm import python
 
 SHOW = """
 import os, sys
-print(sys.argv, os.getcwd(), os.environ["COLOUR"], sys.stdin.read(), __name__, sys.path[0])
+print(sys.argv, os.getcwd(), os.environ["COLOUR"], sys.stdin.read(), __name__, sys.path[:2])
 print("wrong", file=sys.stderr)
 sys.exit(3)
 """
@@ -21,9 +21,10 @@ sys.exit(3)
 @pytest.mark.parametrize("form", ["-c", "-m", "file"])
 def test_runs_like_the_interpreter(tmp_path: Path, form: str) -> None:
     """Arguments, folder, environment, stdin, both outputs, __name__, sys.path and exit code are the interpreter's."""
+    variables = {"COLOUR": "blue", "PYTHONPATH": str(tmp_path / "modules")}
     (tmp_path / "show.py").write_text(SHOW)
     command = {"-c": ["-c", SHOW], "-m": ["-m", "show"], "file": ["show.py"]}[form]
-    options = {"cwd": tmp_path, "env": os.environ | {"COLOUR": "blue"}, "input": "text", "capture_output": True}
+    options = {"cwd": tmp_path, "env": os.environ | variables, "input": "text", "capture_output": True}
     real, warm = (
         subprocess.run([name, *command, "a b", "c"], **options, text=True, check=False)  # type: ignore[call-overload]
         for name in (sys.executable, python())
@@ -40,6 +41,17 @@ def test_runs_like_the_interpreter(tmp_path: Path, form: str) -> None:
 def test_ends_like_the_interpreter(code: str, expected: int) -> None:
     """Errors, messages, exits and signals give the interpreter's exit code."""
     assert subprocess.run([python(), "-c", code], stderr=subprocess.DEVNULL, check=False).returncode == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "warm"), [(["-u"], {}, True), (["-I"], {}, False), ([], {"LD_PRELOAD": ""}, False)]
+)
+def test_what_a_program_starts(flags: list[str], variables: dict[str, str], warm: bool) -> None:
+    """`sys.executable` of a program is warm too, but not for an isolated interpreter or one with other libraries."""
+    inner = [*flags, "-c", "import sys; print('torch' in sys.modules)"]
+    code = f"import os, subprocess, sys; subprocess.run([sys.executable, *{inner}], env=os.environ | {variables})"
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{warm}\n"
 
 
 def test_signals_reach_the_program(tmp_path: Path) -> None:

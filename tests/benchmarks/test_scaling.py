@@ -9,10 +9,12 @@ import pytest
 
 from benchmarks import loader, scaling, train
 from metaformer.errors import UserError
+from tests.warm import python
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     monkeypatch.setattr(sys, "argv", ["scaling.py", *options])
+    monkeypatch.setattr(sys, "executable", python())
     scaling.main()
 
 

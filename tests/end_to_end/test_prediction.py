@@ -26,6 +26,7 @@ from metaformer.models import create_model, save_weights
 from metaformer.models.composition import Composition
 from metaformer.models.record import Record
 from tests.conftest import QUICK, REPOSITORY, launch
+from tests.warm import python
 
 Run = Callable[..., dict[str, Any]]
 Predict = Callable[..., list[dict[str, Any]]]
@@ -82,7 +83,7 @@ def test_everything_at_once(images: Path, trained: Path, tmp_path: Path) -> None
     given = "\n".join([names[0], "", str(tmp_path / "bad.jpg"), *names[1:]])
     options = (f"checkpoint={trained}", "--csv", "p.csv", "--grid", "g.png", "--cam", "maps/here", "--top-k", "2")
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "predict.py"), "-", *options, "eval_batch_size=2"],
+        [python(), str(REPOSITORY / "scripts" / "predict.py"), "-", *options, "eval_batch_size=2"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, input=given,
         capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip

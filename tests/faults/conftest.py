@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import BIN, QUICK, REPOSITORY, TRAIN_IMAGES, rows
 from tests.end_to_end.test_training import assert_same_checkpoint
 from tests.faults.program import run_as
+from tests.warm import python
 
 STEPS_PER_EPOCH = TRAIN_IMAGES // 8
 EPOCHS = 3
@@ -124,7 +125,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def run_dir_for(ranks: int) -> Path:
         run_dir = folder / str(ranks)
         if not run_dir.exists():
-            done = launch_torchrun(images, run_dir, ranks=ranks)
+            done = launch_torchrun(images, run_dir, ranks=ranks, warm=True)
             assert done.wait(TIMEOUT) == 0, (folder / f"{run_dir.name}.err").read_text()[-3000:]
         return run_dir
 
@@ -139,9 +140,15 @@ def launch_torchrun(
     faults: str = "",
     options: tuple[str, ...] = (),
     program: Path = REPOSITORY / "tests" / "faults" / "program.py",
+    warm: bool = False,
 ) -> "subprocess.Popen[bytes]":
-    """Start the same program through torchrun in a new session, with output to RUN.out and RUN.err."""
-    command = [str(BIN / "torchrun"), *(options or ("--standalone",)), f"--nproc_per_node={ranks}"]
+    """Start the same program through torchrun in a new session, with output to RUN.out and RUN.err.
+
+    Args:
+        warm: Start the interpreters of tests/warm: for runs that nothing disturbs.
+    """
+    command = [*([python()] if warm else []), str(BIN / "torchrun"), *(options or ("--standalone",))]
+    command += [f"--nproc_per_node={ranks}", *(["--no-python", python()] if warm else [])]
     command += [str(program), f"data.root={images}", *RECIPE]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULTS": faults}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])

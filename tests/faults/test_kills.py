@@ -61,7 +61,7 @@ def test_a_killed_launcher_leaves_no_orphan(images: Path, tmp_path: Path, undist
     agent.wait()
     assert_all_end(run_dir, 30)
     assert status(run_dir)["state"] == "interrupted"
-    assert launch_torchrun(images, run_dir).wait(120) == 0
+    assert launch_torchrun(images, run_dir, warm=True).wait(120) == 0
     assert_same_run(run_dir, undisturbed(2))
 
 
@@ -122,7 +122,7 @@ def test_one_of_two_nodes_is_lost(images: Path, tmp_path: Path) -> None:
     assert nodes[0].wait(90) != 0
     assert processes_of(run_dir) == []
     before = len(rows(run_dir))
-    assert launch_torchrun(images, run_dir, *options, ranks=1).wait(120) == 0
+    assert launch_torchrun(images, run_dir, *options, ranks=1, warm=True).wait(120) == 0
     assert len(rows(run_dir)) == STEPS
     assert status(run_dir)["started_at_step"] >= before - 2, "saving every second step, at most two steps may be lost"
 

@@ -134,7 +134,7 @@ def test_a_signal_to_torchrun(images: Path, undisturbed: Undisturbed, tmp_path: 
     agent.send_signal(number)
     assert agent.wait(60) != 0
     assert status(run_dir)["state"] == "interrupted"
-    assert launch_torchrun(images, run_dir, "workers=1").wait(120) == 0
+    assert launch_torchrun(images, run_dir, "workers=1", warm=True).wait(120) == 0
     assert_same_run(run_dir, undisturbed(2))
 
 

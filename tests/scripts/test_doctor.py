@@ -15,6 +15,7 @@ from metaformer.diagnosis import machine
 from metaformer.diagnosis.finding import Verdict, fail, ok
 from tests.conftest import BIN, REPOSITORY, launch
 from tests.faults.conftest import free_port
+from tests.warm import python
 
 
 @pytest.fixture
@@ -115,8 +116,9 @@ def test_findings_of_two_nodes_of_one_name_are_both_reported(images: Path, tmp_p
     port = free_port()
     nodes = []
     for number, data in enumerate((tmp_path / "nowhere", images)):
-        command = [str(BIN / "torchrun"), "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"]
-        command += ["--master-addr=127.0.0.1", f"--master-port={port}", str(REPOSITORY / "scripts" / "doctor.py")]
+        command = [python(), str(BIN / "torchrun"), "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}", "--no-python", python()]
+        command += [str(REPOSITORY / "scripts" / "doctor.py")]
         command += ["--cpu", f"--data={data}", f"--runs={tmp_path}", "--mebibytes=1"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_BASE_URL": "http://127.0.0.1:9"}
         nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))

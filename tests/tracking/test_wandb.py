@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, launch, rows
 from tests.tracking.wandb_log import WandbLog, read_wandb_log
+from tests.warm import python
 
 pytestmark = pytest.mark.whole
 
@@ -110,7 +110,7 @@ def test_dead_server(images: Path, tmp_path: Path) -> None:
     }
     command = (f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), *command],
+        [python(), str(REPOSITORY / "train.py"), *command],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

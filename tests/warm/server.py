@@ -20,6 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Before the imports, since modules take it: what a program starts is started warm too.
+sys.executable = str(Path(sys.argv[1]).with_name("python"))
+multiprocessing.set_executable(sys.executable)  # the server of data workers
+
 import torch.distributed.run
 
 import metaformer.assembly.training
@@ -117,16 +121,21 @@ def enter(request: Request) -> list[str]:
     os.chdir(request.arguments["cwd"])
     os.environ.clear()
     os.environ.update(request.arguments["env"])
-    multiprocessing.set_executable(str(Path(sys.argv[1]).with_name("python")))  # the server of data workers
     arguments: list[str] = request.arguments["argv"]
     return arguments
 
 
 def run(arguments: list[str]) -> None:
-    """Run `-m MODULE`, `-c CODE` or a file, with its arguments, as __main__."""
+    """Run `-m MODULE`, `-c CODE` or a file, with its arguments and the folders of PYTHONPATH, as __main__."""
+    folders = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[1:1] = [folder for folder in folders if folder not in sys.path]
     own = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # such as -B, which multiprocessing adds
     if arguments[: len(own)] == own:
         arguments = arguments[len(own) :]
+    if arguments[0] == "-u":
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+        arguments = arguments[1:]
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
