@@ -9,12 +9,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/poolformer_s12-demo
 TEST_PROCESSES ?= 2
+WAITING := tests/tracking/test_wandb_service.py
 # One thread for each of the demo's two processes; torchrun sets the same, with a page of warning.
 export OMP_NUM_THREADS ?= 1
+# With more threads, each process that compiles a network starts another, which imports torch too.
+export TORCHINDUCTOR_COMPILE_THREADS ?= 1
 # If this is set, Python compiles torch again at each start, which takes longer than many tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-all test-here test-slurm gpu-model gpu-budgets docs check clean
+.PHONY: install demo test test-all test-here test-waiting test-slurm gpu-model gpu-budgets docs check clean
 
 install: $(BIN)/.installed
 
@@ -35,12 +38,16 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not whole and not slow" $(SELECT)
 
-# The jobs on SLURM mostly wait, so they run in parallel with the other tests.
+# The jobs on SLURM and the tests in WAITING mostly wait, so they run in parallel with the other tests.
 test-all: install
-	$(MAKE) --jobs=2 --output-sync=target test-slurm test-here
+	$(MAKE) --jobs=2 --output-sync=target test-waiting test-here
 
 test-here: test
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "whole and not slow" --ignore=tests/slurm
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "whole and not slow" \
+	$(addprefix --ignore=,tests/slurm $(WAITING))
+
+test-waiting: test-slurm
+	$(BIN)/python -m pytest -m "whole and not slow" $(WAITING)
 
 test-slurm: install
 	tests/slurm/install.sh

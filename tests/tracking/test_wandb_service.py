@@ -222,7 +222,7 @@ def test_a_killed_training_leaves_no_process(images: Path, tmp_path: Path) -> No
             )
 
 
-@pytest.mark.parametrize("starts", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("starts", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_starts_in_a_row_on_a_busy_machine(tmp_path: Path, starts: int) -> None:
     """Processes in turn log to wandb beside two busy processes: every row is recorded, without a warning."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
