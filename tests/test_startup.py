@@ -63,6 +63,19 @@ def test_a_wrong_option_is_refused_without_torch() -> None:
         assert imported == "[]"
 
 
+@pytest.mark.whole
+def test_training_imports_what_it_uses() -> None:
+    """What is imported to build a training: no plots, reports, exports, or loaders and trackers that are not chosen.
+
+    Timm imports torch's compiler, as each optimizer of torch does, and wandb where it is installed.
+    """
+    unused = ("matplotlib", "jinja2", "tensorboard", "onnx", "nvidia.dali", "nvidia.nvimgcodec", "torchcodec", "pandas")
+    code = f"import sys, metaformer.assembly; print([name for name in {unused} if name in sys.modules])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
+
+
 READING = """
 import importlib
 import sys

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -51,6 +49,8 @@ def overlay(pixels: Pixels, heat: Tensor) -> Image.Image:
     Args:
         heat: float32 [H, W] in [0, 1], on the CPU.
     """
+    import matplotlib  # not at the start of a training, which may never draw
+
     factor = math.ceil(MIN_SIDE / len(pixels))
     side = factor * len(pixels)
     image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
@@ -106,6 +106,9 @@ def save_grid(file: Path, images: Sequence[Pixels], predictions: Sequence[Predic
     Raises:
         OSError: the file cannot be written.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     columns = min(COLUMNS, len(images))
     rows = math.ceil(len(images) / columns)
     width, height = columns * CELL.width, rows * CELL.height
