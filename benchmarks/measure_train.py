@@ -17,7 +17,8 @@ from torch import nn
 from benchmarks.learner import CLASSES, make_learner
 from metaformer.assembly import automatic_loader, make_loader
 from metaformer.data.device import choice
-from metaformer.data.device.choice import transform_by_triton
+from metaformer.data.device.choice import augment_by_triton, transform_by_triton
+from metaformer.data.device.randaugment import apply_to_batch
 from metaformer.data.device.transform import TrainingTransform, transform_plainly
 from metaformer.data.feed import Feed, Placement
 from metaformer.data.index.image_index import find_images
@@ -152,7 +153,11 @@ def _batches(options: argparse.Namespace, device: torch.device) -> Iterator[Batc
             yield Batch(*transform(pixels, labels, plan.batch(0, position)))
     index = find_images(options.data.absolute())
     plan = _plan(len(index), options)
-    loader = make_loader(LoaderConfig(automatic_loader(device)), index, plan, device, options.workers)
+    augment = apply_to_batch
+    if device.type == "cuda":
+        _refuse(choice.find_randaugment_fault(device, options.size))
+        augment = augment_by_triton
+    loader = make_loader(LoaderConfig(automatic_loader(device)), index, plan, device, options.workers, augment)
     feed = Feed(index, plan, loader, transform, Placement(device, torch.channels_last))
     for epoch in itertools.count():
         yield from feed.epoch(epoch)

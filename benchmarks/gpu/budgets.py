@@ -18,11 +18,12 @@ SETTINGS = (Setting(batch=1024), Setting(batch=128), Setting("poolformerv2_s12",
 Figures = dict[str, dict[str, float]]  # all of them are better if they are lower
 
 
-def figures_of(steps: Mapping[Setting, list[Launch]]) -> Figures:
-    """Return the figures of the steps and of their Triton kernels, by name."""
+def figures_of(steps: Mapping[Setting, list[Launch]], augmentation: list[Launch]) -> Figures:
+    """Return the figures of the steps, of RandAugment on the first setting's batch, and of all Triton kernels."""
     figures: Figures = {f"step {setting}": _of_step(launches, setting) for setting, launches in steps.items()}
+    figures["RandAugment"] = _of_step(augmentation, SETTINGS[0])
     kernels: dict[str, list[KernelFacts]] = {}
-    for launch in (launch for launches in steps.values() for launch in launches):
+    for launch in (launch for launches in [*steps.values(), augmentation] for launch in launches):
         if launch.facts is not None:
             kernels.setdefault(launch.name, []).append(launch.facts)
     return figures | {f"kernel {name}": _of_kernel(kernels[name]) for name in sorted(kernels)}

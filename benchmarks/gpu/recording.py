@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
@@ -22,6 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.gpu.compiling import KernelFacts, KernelLaunch, compiling, extent
 from benchmarks.learner import CLASSES, make_learner
 from metaformer.data.device import triton_kernel
+from metaformer.data.device.choice import augment_by_triton
+from metaformer.data.plan.augmentation import RandAugmentConfig
+from metaformer.data.plan.randaugment import DRAWS_PER_OPERATION, draw_operations
 from metaformer.interfaces import Batch
 from metaformer.models import create_model
 from metaformer.models.fused import fuse
@@ -73,6 +77,17 @@ def record_step(setting: Setting, arch: int) -> list[Launch]:
         for _ in range(2):  # the first step creates the optimizer's state
             launches.clear()
             train_step(learner, iter([Batch(transform(), targets)]))
+    return launches
+
+
+def record_randaugment(setting: Setting, arch: int) -> list[Launch]:
+    """Return the launches of RandAugment on a batch with the recipe's draws, without copies to the device."""
+    side, config = setting.image_size, RandAugmentConfig()
+    uniform = np.random.default_rng(0).random((setting.batch, config.num_ops, DRAWS_PER_OPERATION))
+    with as_on_a_gpu(arch) as (launches, _):
+        shape, layout = (setting.batch, 3, side, side), torch.channels_last
+        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
+        augment_by_triton(pixels, draw_operations(config, uniform))
     return launches
 
 

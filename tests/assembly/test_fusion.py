@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from metaformer.assembly import fusion
-from metaformer.assembly.fusion import choose_transform, fuse_blocks
+from metaformer.assembly.fusion import choose_randaugment, choose_transform, fuse_blocks
 from metaformer.composing import compose_training
 from metaformer.data.device import choice
-from metaformer.data.device.choice import transform_by_triton
+from metaformer.data.device.choice import augment_by_triton, transform_by_triton
+from metaformer.data.device.randaugment import apply_to_batch
 from metaformer.data.device.transform import transform_plainly
+from metaformer.data.load.config import LoaderName
 from metaformer.models import create_model, create_timm_model, fused
 from metaformer.models.config import Preprocessing, ResizeFilter
 from metaformer.models.metaformer import MetaFormer, Stage, run_plain
@@ -65,6 +67,24 @@ def test_choice_of_transform(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_transform(contiguous, IMAGES, ON_GPU) == (transform_plainly, "off (channels_last=false)")
     monkeypatch.setattr(choice, "find_fault", lambda device, size: FAULT)
     assert choose_transform(config, IMAGES, ON_GPU) == (transform_plainly, f"off ({FAULT})")
+
+
+def test_choice_of_randaugment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is chosen for DALI's images on a GPU if its check passes, and a failed check is reported."""
+    config = compose_training(["data.root=."])
+    sizes = []
+    monkeypatch.setattr(choice, "find_randaugment_fault", lambda device, size: sizes.append(size))
+    on_triton = (augment_by_triton, ["RandAugment on (Triton)"])
+    assert choose_randaugment(config, IMAGES, ON_GPU, LoaderName.dali) == on_triton
+    assert sizes == [32]
+    assert choose_randaugment(config, IMAGES, ON_GPU, LoaderName.torch) == (apply_to_batch, [])
+    assert choose_randaugment(config, IMAGES, ALONE, LoaderName.dali) == (apply_to_batch, [])
+    without = compose_training(["data.root=.", "augmentation.randaugment.num_ops=0"])
+    assert choose_randaugment(without, IMAGES, ON_GPU, LoaderName.dali) == (apply_to_batch, [])
+    assert sizes == [32], "what is not used is not checked"
+    monkeypatch.setattr(choice, "find_randaugment_fault", lambda device, size: FAULT)
+    plain = (apply_to_batch, [f"RandAugment in plain torch ({FAULT})"])
+    assert choose_randaugment(config, IMAGES, ON_GPU, LoaderName.dali) == plain
 
 
 def choose_where_rank_1_fails(runtime: Runtime) -> tuple[str, bool, str, bool]:

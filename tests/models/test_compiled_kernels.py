@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="torch's CPU builds do not include triton")
 
 from benchmarks.gpu.compiling import MAX_SHARED_BYTES, KernelLaunch, compiling
-from metaformer.data.device import triton_kernel
+from metaformer.data.device import triton_kernel, triton_randaugment
 from metaformer.models.kernels.backend import triton_kernels
 
 EPS = 1e-5
@@ -62,6 +62,13 @@ def launch_transform(side: int) -> None:
             triton_kernel.transform(pixels, colours, colours, mixing, erasing)
 
 
+def launch_randaugment(side: int) -> None:
+    """Launch RandAugment's kernels on 128 images."""
+    pixels = new(128, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    kinds, numbers = new(1, 128, dtype=torch.int32), new(1, 128, triton_randaugment.NUMBERS, dtype=torch.float64)
+    triton_randaugment.augment(pixels, kinds, numbers, (124, 116, 104))
+
+
 @pytest.fixture
 def launches(request: pytest.FixtureRequest) -> Iterator[list[KernelLaunch]]:
     """The launches that a test makes, compiled for the architecture that is the fixture's parameter, and checked."""
@@ -76,10 +83,11 @@ def launches(request: pytest.FixtureRequest) -> Iterator[list[KernelLaunch]]:
 
 @pytest.mark.parametrize("launches", [90], indirect=True)
 def test_kernels_of_training(launches: list[KernelLaunch]) -> None:
-    """Kernels of S12's first stage and the transform compile without spills, and load in wide vectors."""
+    """Kernels of S12's first stage, the transform and RandAugment compile without spills, and load in wide vectors."""
     launch_mixer(56, 64, 3, True)
     launch_mlp(56, 64, False, torch.bfloat16)
     launch_transform(224)
+    launch_randaugment(224)
     for facts in (launch.facts for launch in launches):
         if facts.name.partition(".")[0] in ("mixer", "norm", "elementwise") and "finish" not in facts.name:
             assert max(facts.loads) == 128, facts.name
@@ -98,6 +106,7 @@ def test_all_kernels(launches: list[KernelLaunch], shapes: tuple[tuple[int, int]
         launch_mixer(side, channels, 3, True, torch.bfloat16)
     for size in (224, 37):
         launch_transform(size)
+        launch_randaugment(size)
 
 
 @pytest.mark.slow

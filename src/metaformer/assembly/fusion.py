@@ -6,9 +6,11 @@ The selection is reported as a short text, such as "on (Triton)" or "off (rank 3
 import torch
 from torch import nn
 
-from metaformer.config import CommonConfig
+from metaformer.config import CommonConfig, TrainConfig
 from metaformer.data.device import choice
+from metaformer.data.device.randaugment import BatchAugmentation, apply_to_batch
 from metaformer.data.device.transform import ImageTransform, transform_plainly
+from metaformer.data.load.config import LoaderName
 from metaformer.models import fused
 from metaformer.models.config import Preprocessing
 from metaformer.models.metaformer import MetaFormer
@@ -55,3 +57,16 @@ def choose_transform(config: CommonConfig, images: Preprocessing, runtime: Runti
         return transform_plainly, "off (channels_last=false)"
     fault = runtime.first_fault(choice.find_fault(runtime.device, images.image_size))
     return (transform_plainly, f"off ({fault})") if fault else (choice.transform_by_triton, "on (Triton)")
+
+
+def choose_randaugment(
+    config: TrainConfig, images: Preprocessing, runtime: Runtime, loader: LoaderName
+) -> tuple[BatchAugmentation, list[str]]:
+    """Return the function that applies RandAugment to DALI's images, and a status text if they are on a GPU."""
+    on_gpu = runtime.device.type == "cuda" and loader is LoaderName.dali
+    if not on_gpu or not config.augmentation.randaugment.num_ops:
+        return apply_to_batch, []
+    fault = runtime.first_fault(choice.find_randaugment_fault(runtime.device, images.image_size))
+    if fault:
+        return apply_to_batch, [f"RandAugment in plain torch ({fault})"]
+    return choice.augment_by_triton, ["RandAugment on (Triton)"]

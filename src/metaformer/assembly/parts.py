@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metaformer.assembly.fusion import fuse_blocks
 from metaformer.config import CommonConfig
+from metaformer.data.device.randaugment import BatchAugmentation, apply_to_batch
 from metaformer.data.device.transform import ColourStatistics, EvaluationTransform
 from metaformer.data.feed import Feed, Placement, Transform
 from metaformer.data.index.config import Source
@@ -130,10 +131,17 @@ def prepare_workers(config: CommonConfig, runtime: Runtime) -> None:
         start_worker_server()
 
 
-def make_feed(config: CommonConfig, runtime: Runtime, index: ImageIndex, plan: Plan, transform: Transform) -> Feed:
-    """Build a feed of a plan's batches, read by the configured loader."""
+def make_feed(
+    config: CommonConfig,
+    runtime: Runtime,
+    index: ImageIndex,
+    plan: Plan,
+    transform: Transform,
+    augment: BatchAugmentation = apply_to_batch,
+) -> Feed:
+    """Build a feed of a plan's batches, read by the configured loader; DALI's images are augmented with `augment`."""
     settings = dataclasses.replace(config.loader, name=loader_name(config, runtime))
-    loader = make_loader(settings, index, plan, runtime.device, worker_count(config, runtime))
+    loader = make_loader(settings, index, plan, runtime.device, worker_count(config, runtime), augment)
     return Feed(index, plan, loader, transform, Placement(runtime.device, memory_format(config)))
 
 
@@ -142,10 +150,17 @@ def worker_count(config: CommonConfig, runtime: Runtime) -> int:
     return runtime.cpus_per_rank() if config.workers is None else config.workers
 
 
-def make_loader(config: LoaderConfig, index: ImageIndex, plan: Plan, device: torch.device, workers: int) -> Loader:
+def make_loader(
+    config: LoaderConfig,
+    index: ImageIndex,
+    plan: Plan,
+    device: torch.device,
+    workers: int,
+    augment: BatchAugmentation = apply_to_batch,
+) -> Loader:
     """Build the loader that `config.name` selects (not `auto`), with `workers` processes or threads."""
     if config.name is LoaderName.dali:
-        loader = DaliLoader(index, plan, config, device, max(1, workers))
+        loader = DaliLoader(index, plan, config, device, max(1, workers), augment)
         if device.type == "cuda" and config.check_decoding:
             loader.check_decoding()
         return loader

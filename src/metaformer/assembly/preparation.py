@@ -8,13 +8,14 @@ from torch import nn
 
 from metaformer.assembly.adoption import adopt_weights
 from metaformer.assembly.distillation import Distillation, make_distillation
-from metaformer.assembly.fusion import choose_transform
+from metaformer.assembly.fusion import choose_randaugment, choose_transform
 from metaformer.assembly.identity import run_identity
 from metaformer.assembly.initial_weights import load_initial_weights
 from metaformer.assembly.parts import (
     check_data_folder,
     colour_statistics,
     example_images,
+    loader_name,
     make_feed,
     make_model,
     prepare_workers,
@@ -23,6 +24,7 @@ from metaformer.assembly.plan import training_plan
 from metaformer.assembly.preprocessing import resolve_config
 from metaformer.assembly.splits import Splits, open_splits
 from metaformer.config import TrainConfig, fingerprint
+from metaformer.data.device.randaugment import BatchAugmentation
 from metaformer.data.device.transform import TrainingTransform
 from metaformer.data.feed import Feed
 from metaformer.data.plan.plan import TrainingPlan
@@ -62,6 +64,7 @@ class Preparation:
     plan: TrainingPlan
     state: TrainState
     transform: TrainingTransform
+    augment: BatchAugmentation
     distillation: Distillation
     frozen_norms: list[nn.Module]
     fused: str
@@ -80,7 +83,7 @@ class Preparation:
 
     def feed(self) -> Feed:
         """Return this rank's training batches."""
-        return make_feed(self.config, self.runtime, self.splits.train, self.plan, self.transform)
+        return make_feed(self.config, self.runtime, self.splits.train, self.plan, self.transform, self.augment)
 
     def learner(self, network: nn.Module, stopwatch: Stopwatch) -> Learner:
         """Return a learner that takes optimizer steps with a network: the state's own or the distributed one."""
@@ -117,6 +120,7 @@ def prepare_training(config: TrainConfig, runtime: Runtime) -> Preparation:
     model, fused_blocks = make_model(config, images, splits.num_classes, runtime, precision.dtype)
     _check_batch_norm(config, images, runtime, model)
     transform_images, fused_transform = choose_transform(config, images, runtime)
+    augment, augmentation_status = choose_randaugment(config, images, runtime, loader_name(config, runtime))
     notes = [] if initial is None else list(load_initial_weights(initial, model, splits.train.classes, runtime))
     frozen_norms = [] if config.model.freeze is None else freeze(model, config.model.freeze)
     distillation = make_distillation(config, images, splits.train.classes, splits.num_classes, runtime, precision)
@@ -132,9 +136,10 @@ def prepare_training(config: TrainConfig, runtime: Runtime) -> Preparation:
         transform=TrainingTransform(
             splits.num_classes, config.augmentation.label_smoothing, colour_statistics(images), transform_images
         ),
+        augment=augment,
         distillation=distillation,
         frozen_norms=list(frozen_norms),
-        fused=f"blocks {fused_blocks}; transform {fused_transform}",
+        fused="; ".join([f"blocks {fused_blocks}", f"transform {fused_transform}", *augmentation_status]),
         notes=notes,
     )
 

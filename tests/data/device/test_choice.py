@@ -1,4 +1,4 @@
-"""Tests of the Triton transform and its check, with the Triton interpreter in a separate process."""
+"""Tests of the Triton transform and RandAugment and their checks, with Triton's interpreter in a separate process."""
 
 import math
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from metaformer.data.device import choice
-from metaformer.data.device.choice import find_fault
+from metaformer.data.device.choice import find_fault, find_randaugment_fault
+from metaformer.data.device.randaugment import apply_to_batch
 from metaformer.data.device.transform import ColourStatistics, transform_plainly
 from metaformer.data.plan.plan import BatchPlan
+from metaformer.data.plan.randaugment import RandAugmentDraws
 from tests.triton_interpreter import needs_triton, run_interpreted
 
 CPU = torch.device("cpu")
@@ -19,6 +21,12 @@ CPU = torch.device("cpu")
 def test_interpreted_transform_is_the_plain_one() -> None:
     """All tests of triton_kernel_cases.py pass in the interpreter."""
     run_interpreted("tests/data/device/triton_kernel_cases.py")
+
+
+@needs_triton
+def test_interpreted_randaugment_is_the_tensor_version() -> None:
+    """All tests of triton_randaugment_cases.py pass in the interpreter."""
+    run_interpreted("tests/data/device/triton_randaugment_cases.py")
 
 
 @pytest.mark.parametrize(
@@ -46,3 +54,19 @@ def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(choice, "transform_by_triton", fail)
     assert find_fault(CPU, 37) == "they cannot run on this device (OverflowError: no such instruction)"
+
+
+def test_a_wrong_value_of_randaugment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that is off by one is found, and the fault names the image's operations."""
+
+    def augment_with_error(images: Tensor, draws: RandAugmentDraws) -> Tensor:
+        result = apply_to_batch(images, draws)
+        result[-1, -1, -1, -1] ^= 1
+        return result
+
+    monkeypatch.setattr(choice, "augment_by_triton", apply_to_batch)
+    assert find_randaugment_fault(CPU, 9) is None
+    monkeypatch.setattr(choice, "augment_by_triton", augment_with_error)
+    assert find_randaugment_fault(CPU, 9) == (
+        "it differs from the plain RandAugment in 1 of 60 images at 9 px, such as TranslateYRel and TranslateYRel"
+    )

@@ -1,4 +1,4 @@
-"""Tests of the compiled Triton transform on a GPU."""
+"""Tests of the compiled Triton transform and RandAugment on a GPU."""
 
 import pytest
 import torch
@@ -7,3 +7,4 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from tests.data.device.triton_kernel_cases import *  # noqa: F403
+from tests.data.device.triton_randaugment_cases import *  # noqa: F403

@@ -2,7 +2,8 @@
 
 Images with the same kind of operation are processed together. The operations come from the plan, so nothing here
 synchronizes with the device. The formulas are those of Pillow 12 (ImageOps, ImageEnhance and the filters of its C
-library), including rounding.
+library), including rounding. All products and sums are rounded one by one, not by fused multiply-adds, so that all
+devices, and the Triton kernels of `triton_randaugment`, give the same values.
 """
 
 import math
@@ -16,6 +17,7 @@ from metaformer.data.plan.randaugment import Operation, RandAugmentDraws
 
 # Takes images uint8 [K, 3, H, W] and the operation of each; returns the augmented images.
 BatchFunction = Callable[[Tensor, list[Operation]], Tensor]
+BatchAugmentation = Callable[[Tensor, RandAugmentDraws], Tensor]  # as `apply_to_batch`
 ROUNDING = 1e-3  # added before truncation, because warps sum in single precision and PIL in double
 
 
@@ -159,7 +161,7 @@ def _smooth(images: Tensor) -> Tensor:
 def _warp(images: Tensor, operations: list[Operation]) -> Tensor:
     """Warp each image by its matrix with bilinear or bicubic sampling; pixels outside the image get the fill."""
     height, width = images.shape[-2:]
-    matrices = torch.tensor([_matrix(operation, width, height) for operation in operations], dtype=torch.float64)
+    matrices = torch.tensor([matrix_of(operation, width, height) for operation in operations], dtype=torch.float64)
     a, b, c, d, e, f = to_device(matrices, images.device).view(-1, 6, 1, 1).unbind(1)
     bicubic = to_device(torch.tensor([operation.bicubic for operation in operations]), images.device).view(-1, 1, 1)
     y = torch.arange(height, dtype=torch.float64, device=images.device)[:, None] + 0.5
@@ -171,11 +173,13 @@ def _warp(images: Tensor, operations: list[Operation]) -> Tensor:
 
     flat = images.flatten(2)
     total = torch.zeros(images.shape, device=images.device)
+    product = torch.empty_like(total)
     for i, weight_y in enumerate(weights_y):
         line = (top + i).clamp(0, height - 1) * width
         for j, weight_x in enumerate(weights_x):
             position = (line + (left + j).clamp(0, width - 1)).flatten(1)[:, None].expand(-1, 3, -1)
-            total.addcmul_(flat.gather(2, position).view(images.shape), (weight_y * weight_x)[:, None])
+            pixels = flat.gather(2, position).view(images.shape)
+            total += torch.mul(pixels, (weight_y * weight_x)[:, None], out=product)
     warped = (total + ROUNDING).clamp(0, 255).to(torch.uint8)
     fill = to_device(torch.tensor([o.fill for o in operations], dtype=torch.uint8), images.device).view(-1, 3, 1, 1)
     return torch.where(inside[:, None], warped, fill)
@@ -193,7 +197,7 @@ def _taps(position: Tensor, bicubic: Tensor) -> tuple[Tensor, tuple[Tensor, ...]
     return floor.long() - 1, tuple(torch.where(bicubic, *pair) for pair in zip(cubic, linear, strict=True))
 
 
-def _matrix(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
+def matrix_of(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
     """Return (a, b, c, d, e, f), which map output position (x, y) to input (ax + by + c, dx + ey + f), in pixels."""
     (amount,) = operation.arguments
     match operation.name:

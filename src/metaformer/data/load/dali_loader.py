@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from metaformer.data.device.randaugment import apply_to_batch
+from metaformer.data.device.randaugment import BatchAugmentation, apply_to_batch
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.bad_file import BAD_FILE, describe_bad_file
 from metaformer.data.load.config import LoaderConfig
@@ -55,10 +55,19 @@ class DaliLoader:
 
     Args:
         threads: number of CPU threads of the pipeline.
+        augment: applies RandAugment to channels_last images on the device.
     """
 
-    def __init__(self, index: ImageIndex, plan: Plan, config: LoaderConfig, device: torch.device, threads: int) -> None:
-        self._index, self._plan, self._stored = index, plan, ImageBytes(index)
+    def __init__(
+        self,
+        index: ImageIndex,
+        plan: Plan,
+        config: LoaderConfig,
+        device: torch.device,
+        threads: int,
+        augment: BatchAugmentation = apply_to_batch,
+    ) -> None:
+        self._index, self._plan, self._stored, self._augment = index, plan, ImageBytes(index), augment
         self._max_pixels = config.max_pixels
         self._decoded = index.shards is not None and index.shards.pixels is not None
         self._unreadable: dict[int, str] = {}  # messages by sample, for images that are stored decoded
@@ -110,7 +119,7 @@ class DaliLoader:
         done = self._in_pipeline.pop(0)
         self._check_readable(done)
         if done.randaugment is not None:
-            pixels = apply_to_batch(pixels, done.randaugment)
+            pixels = self._augment(pixels, done.randaugment)
         self.waited = Waiting(self._fed, max(0.0, decoded - started - self._fed), time.perf_counter() - decoded)
         return pixels
 
