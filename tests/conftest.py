@@ -42,6 +42,9 @@ QUICK = (
     "optimizer.lr=1e-3",
 )
 
+# A network of two blocks, where a test is about something else.
+SMALL_NETWORK = ("model=metaformer", "model.depths=[1,1]", "model.dims=[8,16]")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run whole programs."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, VAL_IMAGES, Finished, launch, rows
+from tests.conftest import QUICK, SMALL_NETWORK, VAL_IMAGES, Finished, launch, rows
 from tests.end_to_end.test_training import assert_same_checkpoint
 
 Run = Callable[..., dict[str, Any]]
@@ -31,7 +31,7 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_resumes_on(packed: Path, images: Path, tmp_path: Path, run_program: Run, loader: str) -> None:
     """Check that a run resumed on the packed images of a folder ends like a run on the folder alone."""
-    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, f"loader={loader}")
+    common = ("epochs=1", "checkpoint.every_steps=3", *QUICK, *SMALL_NETWORK, f"loader={loader}")
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run_program("train", *common, f"data.root={images}", f"run_dir={whole}")
     run_program("train", *common, f"data.root={images}", f"run_dir={moved}", "max_steps=4")
@@ -79,7 +79,6 @@ def test_from_a_broken_image_to_a_list(images: Path, tmp_path: Path, run_program
     assert scans[0].splitlines()[1:] == scans[1].splitlines()[1:]
     assert listed.read_text().splitlines() == ["train/class_1/005.JPEG"]
     assert "train/class_1/005.JPEG," in (tmp_path / "m.csv").read_text()
-    result = run_program(
-        "train", f"data.root={shards}", f"data.quarantine={listed}", "epochs=1", *QUICK, f"run_dir={tmp_path / 'run'}"
-    )
+    data = (f"data.root={shards}", f"data.quarantine={listed}")
+    result = run_program("train", *data, "epochs=1", *QUICK, *SMALL_NETWORK, f"run_dir={tmp_path / 'run'}")
     assert result["quarantined"] == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, launch, rows
+from tests.conftest import QUICK, REPOSITORY, SMALL_NETWORK, TRAIN_IMAGES, launch, rows
 
 Run = Callable[..., dict[str, Any]]
 STEPS_PER_EPOCH = TRAIN_IMAGES // 8
@@ -34,7 +34,7 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
 
 def test_two_ranks_repeat_and_resume_bit_for_bit(images: Path, tmp_path: Path) -> None:
     """On two processes a repeated run has the same losses, and a resume after epoch 2 of 4 changes nothing."""
-    common = (f"data.root={images}", "epochs=4", "ema=enabled", "ema.decay=0.9", *QUICK)
+    common = (f"data.root={images}", "epochs=4", "ema=enabled", "ema.decay=0.9", *QUICK, *SMALL_NETWORK)
     whole, again, stopped = (tmp_path / name for name in ("whole", "again", "stopped"))
     first = launch("train", *common, f"run_dir={whole}", ranks=2)
     assert first.code == 0, first.stderr
@@ -62,7 +62,7 @@ def test_two_ranks_repeat_and_resume_bit_for_bit(images: Path, tmp_path: Path) -
 )
 def test_resumes_in_the_middle_of_an_epoch(images: Path, tmp_path: Path, run_program: Run, options: tuple[str]) -> None:
     """With every loader, a run resumed in the middle of an epoch ends like an uninterrupted one."""
-    common = (f"data.root={images}", "epochs=2", "checkpoint.every_steps=3", *QUICK, *options)
+    common = (f"data.root={images}", "epochs=2", "checkpoint.every_steps=3", *QUICK, *SMALL_NETWORK, *options)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_program("train", *common, f"run_dir={whole}")
     run_program("train", *common, f"run_dir={stopped}", f"max_steps={STEPS_PER_EPOCH + 2}")
@@ -73,9 +73,8 @@ def test_resumes_in_the_middle_of_an_epoch(images: Path, tmp_path: Path, run_pro
 
 def test_ranks_and_accumulation_do_not_change_training(images: Path, tmp_path: Path, run_program: Run) -> None:
     """Two processes, and one with two accumulation steps, have the losses of a single process."""
-    common = (
-        f"data.root={images}", "epochs=2", "model.drop_path_rate=0", "augmentation.mix_group_size=4", *QUICK,
-    )  # fmt: skip
+    same = ("model.drop_path_rate=0", "augmentation.mix_group_size=4")
+    common = (f"data.root={images}", "epochs=2", *QUICK, *SMALL_NETWORK, *same)
     one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     run_program("train", *common, f"run_dir={one}")
     run_program("train", *common, f"run_dir={parts}", "accumulation_steps=2")
@@ -107,7 +106,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(images: Path, tmp_path: Pat
 
 def test_complete_run_is_not_trained_again(images: Path, tmp_path: Path, run_program: Run) -> None:
     """Repeating the command of a complete run trains nothing and prints the same result."""
-    command = (f"data.root={images}", "epochs=1", *QUICK, f"run_dir={tmp_path / 'run'}")
+    command = (f"data.root={images}", "epochs=1", *QUICK, *SMALL_NETWORK, f"run_dir={tmp_path / 'run'}")
     first = run_program("train", *command)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert run_program("train", *command) == first
