@@ -86,7 +86,7 @@ def measure(index: ImageIndex, rate: int) -> dict[str, float]:
 
 def measure_loader(index: ImageIndex) -> float:
     """Return the images per second of the torch loader, with nothing in the page cache."""
-    plan = training_plan(index, LOADER_BATCH, RandAugmentConfig(num_ops=0))
+    plan = training_plan(index, min(LOADER_BATCH, max(1, len(index) // 4)), RandAugmentConfig(num_ops=0))
     _drop_from_page_cache(index)
     loader = WorkerLoader(TorchReader(), index, plan, os.cpu_count() or 1, prefetch_batches=2, pin_memory=False)
     with closing(loader):

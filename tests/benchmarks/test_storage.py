@@ -1,9 +1,11 @@
 """The benchmark of what is read from the disk."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,30 @@ def test_data_in_memory_is_refused(images: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(sys, "argv", ["storage.py", f"{folder}/train"])
         with pytest.raises(UserError, match=r"/train: nothing was read from a disk; it is in memory, or "):
             main()
+
+
+@pytest.mark.whole
+def test_a_throttled_disk(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within the limit, 3 MB take more than two seconds at 1 MB/s; the loader's speed is shown, and no cgroup stays."""
+    file, folder = tmp_path / "file", tmp_path / "train"
+    file.write_bytes(bytes(3_000_000))
+    shutil.copytree(images / "train", folder)
+    try:
+        with storage._limited_disks([tmp_path], 1), file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.monotonic()
+            opened.read()
+            assert time.monotonic() - started > 2
+        monkeypatch.setattr(sys, "argv", ["storage.py", str(folder), "--throttle", f"--json={tmp_path / 'found.json'}"])
+        main()
+    except (UserError, OSError) as error:
+        pytest.skip(str(error))  # no such cgroup, or no disk
+    (row,) = json.loads((tmp_path / "found.json").read_text())["cases"].values()
+    assert f"{row['loader_images_per_second']:.0f}" in capsys.readouterr().out
+    assert not list(storage.BLKIO.glob(f"metaformer-storage-{os.getpid()}"))
 
 
 def test_a_machine_without_the_cgroup_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Tests of the three loaders on decoded pixels: the folder's batches, only the crop is read, and errors."""
 
+import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -64,6 +66,30 @@ def test_only_the_rows_of_a_crop_are_read(tmp_path: Path) -> None:
     assert int(view.sum()) > 0
     assert resident_kib(index.byte_range(0)[0]) > 20_000
     stored.close()
+
+
+def test_a_crop_reads_no_more_than_its_rows_from_the_disk(tmp_path: Path) -> None:
+    """Of an image in the middle of a large file, the kernel fetches the crop's 40 rows, not what is around them."""
+    height, width, row = 400, 500, 1500
+    file = tmp_path / "pixels"
+    file.write_bytes(bytes(20 * height * row))
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    image = np.ndarray((height, width, 3), np.uint8, mapped, 10 * height * row)
+    before = bytes_read()
+    cut_out(image, Box(100, 200, 300, 40))
+    read = bytes_read() - before
+    if not read:
+        pytest.skip("the temporary folder is in memory")
+    assert read < 40 * row + 4 * mmap.PAGESIZE
+
+
+def bytes_read() -> int:
+    """Return the bytes that the kernel has fetched from disks for this process."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 def resident_kib(file: Path) -> int:
