@@ -19,7 +19,7 @@ def test_a_run_with_a_best_epoch() -> None:
         "result       top-1 77.2 %, top-5 93.5 %, EMA top-1 77.4 % on 50,000 images",
         "best         top-1 77.5 % after epoch 301 (EMA)",
         "trained      310 of 310 epochs, 387,500 steps, in 1d03h, 4,322 images/s",
-        "files        'runs/a b': checkpoints/best, report.html, metrics.jsonl",
+        "files        'runs/a b': checkpoints/best, report.html",
     ]
 
 
@@ -39,5 +39,5 @@ def test_a_start_that_trained_nothing() -> None:
     lines = list(summarize(config, Progress(step=60), ROW, 0.0, TimeSpent(1, {"starting": 75.0})))
     assert lines[1:] == [
         "trained      0 of 310 epochs, 60 steps, in 1m15s",
-        "files        runs/a: checkpoints/last, metrics.jsonl",
+        "files        runs/a: checkpoints/last",
     ]

@@ -62,4 +62,4 @@ def test_a_slow_network(images: Path, tmp_path: Path, run_program: Run) -> None:
     run_program("train", *QUICK, f"data.root={images}", f"run_dir={tmp_path}", *slow)
     (line,) = verdicts(tmp_path)
     assert " compute-bound: " in line
-    assert line.endswith("; the network sets the pace")
+    assert line.endswith(" waiting for data")

@@ -31,4 +31,4 @@ def summarize(config: TrainConfig, progress: Progress, result: Row, speed: float
         f"in {duration(sum(spent.seconds.values()))}{f', {speed:,.0f} images/s' if speed else ''}"
     )
     names = [f"checkpoints/{BEST if has_best else LAST}", *(["report.html"] if config.report.enabled else [])]
-    yield f"files        {shlex.quote(str(config.resolved_run_dir))}: {', '.join(names)}, metrics.jsonl"
+    yield f"files        {shlex.quote(str(config.resolved_run_dir))}: {', '.join(names)}"

@@ -35,7 +35,7 @@ class Bottleneck:
         self._waited, self._elapsed = Waiting(), 0.0
         time_waited = f"{100 * share:.0f} % of its time went to waiting for data"
         if share < INPUT_BOUND:
-            return f"epoch {epoch} compute-bound: {time_waited}; the network sets the pace"
+            return f"epoch {epoch} compute-bound: {time_waited}"
         by_stage = sorted(zip(STAGES, waited, strict=True), key=lambda pair: -pair[1])
         slowest = by_stage[0][0]
         parts = ", ".join(f"{NAMES[stage]} {100 * seconds / total:.0f} %" for stage, seconds in by_stage)
