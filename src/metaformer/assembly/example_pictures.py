@@ -110,12 +110,13 @@ def _read(
 def _heat_maps(
     model: nn.Module, pixels: Tensor, config: CommonConfig, images: Preprocessing, runtime: Runtime
 ) -> Tensor | None:
-    """Return Grad-CAM's maps on the CPU; None for networks whose last stage is not known or has no positions."""
+    """Return Grad-CAM's maps on the CPU; None if the last stage is not known, or has at most one position."""
     batch = normalize(to_device(pixels, runtime.device), colour_statistics(images))
     batch = batch.contiguous(memory_format=memory_format(config))
     try:
         layer = find_layer(model.eval(), None, "report")
         with Precision(config.precision, runtime.device).autocast():
-            return grad_cam(model, layer, batch)[1].cpu()
+            maps = grad_cam(model, layer, batch)[1]
+        return maps.cpu() if maps.shape[-1] > 1 else None
     except (UserError, ValueError):
         return None
