@@ -74,8 +74,6 @@ def timm_config(network: Exportable) -> dict[str, Any]:
         return config | {"library": record.library.value, "pretrained_cfg": settings}
     known = find_timm_cfg(name)
     settings |= {"fixed_input_size": known.fixed_input_size, "first_conv": known.first_conv}
-    if known.fixed_input_size and known.input_size[-1] != side:
-        config["model_args"] = {"img_size": side}
     return config | {
         "num_features": network.model.num_features,
         "pretrained_cfg": settings | {"classifier": known.classifier},
