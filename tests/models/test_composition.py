@@ -97,14 +97,16 @@ def test_each_part_changes_the_function() -> None:
 
 
 def test_linear_layers_are_convolutions() -> None:
-    """The channel MLPs `conv` and `linear` compute the same function of the same values."""
+    """The channel MLPs `conv` and `linear` compute the same function of the same values, in both memory formats."""
     conv, linear = (create_model(replace(SMALL, channel_mlps=(name,)), 3).eval() for name in ("conv", "linear"))
     randomise(conv)
     linear.load_state_dict(
         {key: value.view(linear.state_dict()[key].shape) for key, value in conv.state_dict().items()}
     )
     images = torch.randn(2, 3, 40, 56)
-    torch.testing.assert_close(linear(images), conv(images), rtol=1e-4, atol=1e-4)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        found = conv(images.contiguous(memory_format=memory_format))
+        torch.testing.assert_close(found, linear(images), rtol=1e-4, atol=1e-4)
     assert linear.state_dict()["stages.0.blocks.0.mlp.fc1.weight"].shape == (128, 32)
 
 

@@ -1,5 +1,6 @@
 """Fused blocks compared with the plain path, the choice of stages, and the check on the device."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -130,11 +131,12 @@ def test_compiles_as_one_graph(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_have_the_strides_of_weights(kind: str) -> None:
+@pytest.mark.parametrize("switch", [fuse, lambda _: None], ids=["fused", "plain"])
+def test_gradients_have_the_strides_of_weights(kind: str, switch: Callable[[MetaFormer], object]) -> None:
     """A channels_last weight and its gradient have equal strides; otherwise distributed training warns and copies."""
     model = network(parts=KINDS[kind]).to(memory_format=torch.channels_last)
-    fuse(model)
-    outcome(model, torch.randn(2, 3, 32, 32))
+    switch(model)
+    outcome(model, torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.stride() == parameter.stride(), name
