@@ -91,6 +91,7 @@ PARTS = {
     "convolution": "convolutions",
     "convolution_backward": "convolutions",
     "_to_copy": "casts",
+    "to": "casts",
     "_fused_adamw_": "optimizer",
 }
 

@@ -144,16 +144,18 @@ class _Recorder(TorchDispatchMode):
                 return self._fused[func](*args, **kwargs)
         # Fake tensors have no implementation of it, and its results are not used.
         result = None if func is torch.ops.aten._fused_adamw_.default else func(*args, **kwargs)
-        if not _only_allocates_or_views(func):
+        if not _only_allocates_or_views(func, _tensors((args, kwargs)), _tensors(result)):
             for launch in _launches_of(func, args, kwargs, result):
                 self._note(launch)
         return result
 
 
-def _only_allocates_or_views(func: Any) -> bool:
-    """Return whether an operator launches nothing."""
+def _only_allocates_or_views(func: Any, inputs: list[Tensor], results: list[Tensor]) -> bool:
+    """Return whether a call launches nothing. An operator such as `to` returns a view of its input, or a copy."""
     aliases = [returned.alias_info for returned in func._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    may_be_view = any(alias is not None and not alias.is_write for alias in aliases)
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    is_view = may_be_view and all(tensor.untyped_storage()._cdata in storages for tensor in results)
     name = func._schema.name
     return is_view or not name.startswith("aten::") or "empty" in name
 

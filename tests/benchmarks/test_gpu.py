@@ -19,7 +19,14 @@ from benchmarks.gpu import budgets
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.compiling import KernelFacts
 from benchmarks.gpu.model import GPUS, SHORTEST_LAUNCH, predict, step_seconds
-from benchmarks.gpu.recording import Launch, Setting, as_on_a_gpu, record_randaugment, record_step
+from benchmarks.gpu.recording import (
+    Launch,
+    Setting,
+    _only_allocates_or_views,
+    as_on_a_gpu,
+    record_randaugment,
+    record_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,15 @@ def test_what_a_step_records(step: list[Launch]) -> None:
     assert len(by_name["_fused_adamw_"]) >= 2
     parameters = sum(p.numel() for p in model.parameters())
     assert sum(launch.bytes for launch in by_name["_fused_adamw_"]) == pytest.approx(7 * 4 * parameters, rel=1e-3)
+
+
+def test_a_cast_is_a_launch() -> None:
+    """Operators that may return a view count where they return a copy."""
+    tensor, to = torch.empty(4, 4), torch.ops.aten.to.dtype
+    assert not _only_allocates_or_views(to, [tensor], [tensor.to(torch.bfloat16)])
+    assert _only_allocates_or_views(to, [tensor], [tensor.to(torch.float32)])
+    assert _only_allocates_or_views(torch.ops.aten.t.default, [tensor], [tensor.t()])
+    assert not _only_allocates_or_views(torch.ops.aten.mul_.Tensor, [tensor], [tensor])
 
 
 def test_start_check_runs_the_binaries_of_training(step: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:

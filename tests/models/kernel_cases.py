@@ -80,81 +80,145 @@ def test_statistics(kernels: Kernels, draw: Draw, shape: tuple[int, ...], mean: 
 
 
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
-def test_norm_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The norm's output and gradient have the products' type, the stream is float32, and one weight is zero."""
-    x, grad, residual_grad = draw(*shape, mean=1.0), draw(*shape, dtype=dtype), draw(*shape)
-    weight, bias = draw(shape[3]), draw(shape[3])
-    weight[0] = 0
-    stats = reference.statistics(x, EPS)
-    arguments = (x, stats, weight, bias, dtype)
+def test_norm(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The norm's output has the products' type, and the stream is float32."""
+    x = draw(*shape, mean=1.0)
+    arguments = (x, reference.statistics(x, EPS), dtype)
     assert_near(kernels.normalize(*arguments), reference.normalize(*exact(*arguments)), dtype)
-    backward = (grad, x, stats, weight, residual_grad)
-    expected = reference.normalize_backward(*exact(*backward))
-    assert_near(kernels.normalize_backward(*backward), expected, *[torch.float32] * 3)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size", "dropped"),
-    [
-        *((shape, 3, bool(n % 2)) for n, shape in enumerate(SHAPES)),
-        *((shape, s, True) for shape in ((2, 3, 6, 8), STRIPS) for s in (5, 7, 9)),
-        (STRIPS, 3, False),
-    ],
-)
+def mixer_arguments(draw: Draw, shape: tuple[int, ...], dropped: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """Return x, its statistics, scale (one of them zero) and drop path's factors."""
+    x, scale = draw(*shape, mean=1.0, dtype=dtype), draw(shape[3])
+    scale[0] = 0
+    return x, reference.statistics(x, EPS), scale, keep_factors(shape[0]) if dropped else None
+
+
+MIXERS = [
+    *((shape, 3, bool(n % 2)) for n, shape in enumerate(SHAPES)),
+    *((shape, s, True) for shape in ((2, 3, 6, 8), STRIPS) for s in (5, 7, 9)),
+    (STRIPS, 3, False),
+]
+
+
+@pytest.mark.parametrize(("shape", "size", "dropped"), MIXERS)
 def test_mixer_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], size: int, dropped: bool) -> None:
     """All windows, including ones larger than the image, with one scale of zero, and with and without drop path."""
-    x, grad, scale = draw(*shape, mean=1.0), draw(*shape), draw(shape[3])
-    scale[0] = 0
-    arguments = (x, reference.statistics(x, EPS), scale, keep_factors(shape[0]) if dropped else None, size)
-    found, stats = kernels.mix(*arguments, EPS)
-    expected, expected_stats = reference.mix(*exact(*arguments, EPS))
-    assert_near((found, stats), (expected, expected_stats), torch.float32, torch.float32)
-    expected_backward = reference.mix_backward(*exact(grad, *arguments))
-    grad_x, grad_scale = kernels.mix_backward(grad, *arguments)
-    assert_near(grad_x, expected_backward[0], torch.float32)
+    arguments = mixer_arguments(draw, shape, dropped)
+    found, expected = (
+        kernels.mix(*arguments, size, EPS, torch.float32),
+        reference.mix(*exact(*arguments, size, EPS, torch.float32)),
+    )
+    assert_near(found, expected, torch.float32, torch.float32)
+    backward = (draw(*shape), *arguments, draw(shape[0]), size)
+    assert_near(kernels.mix_backward(*backward), reference.mix_backward(*exact(*backward)), torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "size", "dropped"), MIXERS)
+def test_gradient_of_the_norm(kernels: Kernels, draw: Draw, shape: tuple[int, ...], size: int, dropped: bool) -> None:
+    """The gradient of the norm's input, its products with the mixer's, and their sums with those of the MLP."""
+    x, stats, scale, keep = mixer_arguments(draw, shape, dropped)
+    norm_sums = draw(shape[0], 5, 2) * x[0].numel()
+    backward = (draw(*shape), draw(*shape), stats, norm_sums, draw(*shape), x, size, torch.float32)
+    found, products = kernels.normalize_backward(*backward)
+    expected, expected_products = reference.normalize_backward(*exact(*backward))
+    assert_near(found, expected, torch.float32)
     # The sums over positions nearly cancel, so their float32 error is bounded relative to the terms.
-    bound = 1e-5 * grad.norm() * (x - x.mean()).norm() * arguments[1][:, 1].max()
-    assert (grad_scale.double() - expected_backward[1]).norm() <= bound
+    bound = 1e-5 * found.norm() * (x - x.mean()).norm()
+    assert (products.sum(1) - expected_products.sum(1)).norm() <= bound
+    parts = [draw(shape[0], count, n * shape[3]) for count, n in ((3, 1), (17, 1), (35, 4))]
+    arguments = (*parts, stats, scale, keep, x[0].numel())
+    summed = kernels.finish_sums(*arguments)
+    assert_near(summed, reference.finish_sums(*exact(*arguments)), torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixer_of_a_stream_in_half_precision(kernels: Kernels, draw: Draw, dtype: torch.dtype) -> None:
-    """The stream may have the products' type; sums are still float32."""
-    x, grad, scale = draw(2, 5, 7, 64, dtype=dtype), draw(2, 5, 7, 64, dtype=dtype), draw(64)
-    arguments = (x, reference.statistics(x, EPS), scale, keep_factors(2), 3)
-    assert_near(kernels.mix(*arguments, EPS)[0], reference.mix(*exact(*arguments, EPS))[0], dtype)
-    found, expected = kernels.mix_backward(grad, *arguments), reference.mix_backward(*exact(grad, *arguments))
-    assert_near(found[0], expected[0], dtype)
+@pytest.mark.parametrize("stream", [torch.float32, None])
+def test_mixer_in_half_precision(kernels: Kernels, draw: Draw, dtype: torch.dtype, stream: torch.dtype | None) -> None:
+    """Its input may have the products' type, and its output the same or float32; sums are still float32."""
+    shape, stream = (2, 5, 7, 64), stream or dtype
+    arguments = mixer_arguments(draw, shape, True, dtype)
+    mixed = kernels.mix(*arguments, 3, EPS, stream)[0]
+    assert_near(mixed, reference.mix(*exact(*arguments, 3, EPS, stream))[0], stream)
+    grad, normed, residual_grad = (draw(*shape, dtype=dtype) for _ in range(3))
+    backward = (grad, normed, arguments[1], draw(2, 3, 2), residual_grad, arguments[0], 3, stream)
+    found, products = kernels.normalize_backward(*backward)
+    expected, expected_products = reference.normalize_backward(*exact(*backward))
+    assert_near(found, expected, stream)
+    assert (products.sum(1) - expected_products.sum(1)).norm() <= 2 * TOLERANCES[stream] * expected_products.norm()
+    backward = (draw(*shape, dtype=stream), *arguments, draw(2), 3)
+    assert_near(kernels.mix_backward(*backward), reference.mix_backward(*exact(*backward)), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_weights_and_their_gradients(kernels: Kernels, draw: Draw, dtype: torch.dtype) -> None:
+    """Norm and layer scale are folded into the layers, and sums over positions give the gradients of parameters."""
+    channels = 40  # several tiles of rows and of columns, which are not full
+    fc1, bias1 = draw(4 * channels, channels), draw(4 * channels)
+    fc2, bias2, scale = draw(channels, 4 * channels), draw(channels), draw(channels) * 1e-6
+    norm = [draw(channels), draw(channels)]
+    norm[0][0] = scale[1] = 0
+    mixer = [draw(channels), draw(channels)]
+    folded = (fc1, bias1, *norm, *mixer, dtype)
+    matrix, bias, row_sums, mixer_product = kernels.fold_norms(*folded)
+    expected = reference.fold_norms(*exact(*folded))
+    assert_near((matrix, bias, mixer_product), (*expected[:2], expected[3]), dtype, dtype, torch.float32)
+    assert_near(row_sums, matrix.double().sum(1), torch.float32)  # of rounded values, as the products are
+    scaled = (fc2, bias2, scale, dtype)
+    assert_near(kernels.scale_rows(*scaled), reference.scale_rows(*exact(*scaled)), dtype, dtype, torch.float32)
+    sums, correlation = draw(6 * channels), draw(channels, 4 * channels)
+    backward = (correlation, fc2, bias2, scale, sums)
+    assert_near(kernels.fc2_gradients(*backward), reference.fc2_gradients(*exact(*backward)), *[torch.float32] * 3)
+    others = (correlation.t().contiguous(), fc1, *norm, *mixer, sums)
+    assert_near(kernels.fc1_gradients(*others), reference.fc1_gradients(*exact(*others)), *[torch.float32] * 7)
+
+
+def test_layer_scale_of_zero(kernels: Kernels, draw: Draw) -> None:
+    """Layer scale that is all zeros gives zeros, not NaN."""
+    matrix, bias, magnitude = kernels.scale_rows(draw(8, 32), draw(8), torch.zeros(8, device=DEVICE), torch.float32)
+    assert not matrix.any()
+    assert not bias.any()
+    assert 0 < magnitude < 1e-37
 
 
 def test_a_constant_image_passes_the_mixer_unchanged(kernels: Kernels) -> None:
     """Padding does not count, so a window's average is the constant even at the borders."""
     x = torch.full((1, 5, 6, 8), 3.0, device=DEVICE)
-    mixed, _ = kernels.mix(x, reference.statistics(x, EPS), torch.ones(8, device=DEVICE), None, 3, EPS)
+    mixed, _ = kernels.mix(x, reference.statistics(x, EPS), torch.ones(8, device=DEVICE), None, 3, EPS, x.dtype)
     torch.testing.assert_close(mixed, x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 7, 130), (1, 17, 17, 8)])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 130), (1, 17, 17, 8)])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("factor", [None, 1e-6])
-def test_gelu_and_its_gradient(
-    kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, factor: float | None
+@pytest.mark.parametrize("name", ["gelu", "squared_relu"])
+def test_activation_and_its_gradient(
+    kernels: Kernels, draw: Draw, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """GELU of small and large numbers, its gradient with a factor, the gradient's sum over rows, GELU recomputed."""
-    hidden, grad = draw(*shape, dtype=dtype) * 3, draw(*shape, dtype=dtype)
-    if factor is not None:
-        grad = grad / (factor * 100)  # larger by design: 1e-6 underflows in float16, so the factor is applied later
-    level = None if factor is None else torch.tensor(factor, device=DEVICE)
-    assert_near(kernels.gelu(hidden), reference.gelu(hidden.double()), dtype)
-    expected = reference.gelu_backward(*exact(grad.clone(), hidden, level))
-    assert_near(kernels.gelu_backward(grad.clone(), hidden, level), expected, dtype, dtype, torch.float32)
+    """The activation of small and large numbers, its gradient with a factor, the gradient's sums, and the value again.
+
+    The factor underflows in float16.
+    """
+    forward, backward = (getattr(kernels, each) for each in (name, f"{name}_backward"))
+    hidden, grad, factor = draw(*shape, dtype=dtype) * 3, draw(*shape, dtype=dtype) * 1e4, draw(1).abs() * 1e-6
+    assert_near(forward(hidden), getattr(reference, name)(hidden.double()), dtype)
+    others = (hidden, factor, draw(shape[3], dtype=dtype), draw(shape[3]))
+    expected = getattr(reference, f"{name}_backward")(*exact(grad.clone(), *others))
+    *found, sums, norm_sums = backward(grad.clone(), *others)
+    assert_near((*found, sums.sum(1)), (*expected[:2], expected[2].sum(1)), dtype, dtype, torch.float32)
+    terms = expected[0].norm() * max(others[3].norm(), (hidden - others[2]).norm())
+    assert (norm_sums.sum(1) - expected[3].sum(1)).norm() <= 1e-6 * terms
+    leaf = hidden.double().requires_grad_()
+    activation = torch.nn.functional.gelu(leaf) if name == "gelu" else leaf.relu().square()
+    (own,) = torch.autograd.grad(activation, leaf, grad.double() * factor)
+    torch.testing.assert_close(expected[0], own)
 
 
 def test_error_of_gelu(kernels: Kernels) -> None:
     """GELU and its derivative are within 5e-7 of their float64 values, and correct for large numbers and NaN."""
     hidden = torch.linspace(-8, 8, 256 * 128, device=DEVICE).view(1, 1, 256, 128)
-    expected = reference.gelu_backward(torch.ones_like(hidden, dtype=torch.float64), hidden.double(), None)
-    derivative, activated, _ = kernels.gelu_backward(torch.ones_like(hidden), hidden, None)
+    others = (hidden, torch.ones(1, device=DEVICE), *torch.zeros(2, 128, device=DEVICE))
+    expected = reference.gelu_backward(torch.ones_like(hidden, dtype=torch.float64), *exact(*others))
+    derivative, activated, *_ = kernels.gelu_backward(torch.ones_like(hidden), *others)
     assert (derivative.double() - expected[0]).abs().max() < 5e-7
     for found in (activated, kernels.gelu(hidden)):
         assert (found.double() - expected[1]).abs().max() < 5e-7
@@ -163,42 +227,27 @@ def test_error_of_gelu(kernels: Kernels) -> None:
     torch.testing.assert_close(kernels.gelu(large).flatten(), wanted, rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 7, 130), (1, 17, 17, 8)])
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("factor", [None, 1e-6])
-def test_squared_relu_and_its_gradient(
-    kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, factor: float | None
-) -> None:
-    """relu(x)^2, its gradient with a factor, the gradient's sum over rows, and the value again."""
-    hidden, grad = draw(*shape, dtype=dtype) * 3, draw(*shape, dtype=dtype)
-    level = None if factor is None else torch.tensor(factor, device=DEVICE)
-    if factor is not None:
-        grad = grad / (factor * 100)
-    assert_near(kernels.squared_relu(hidden), reference.squared_relu(hidden.double()), dtype)
-    expected = reference.squared_relu_backward(*exact(grad.clone(), hidden, level))
-    assert_near(kernels.squared_relu_backward(grad.clone(), hidden, level), expected, dtype, dtype, torch.float32)
-    leaf = hidden.double().requires_grad_()
-    (own,) = torch.autograd.grad(leaf.relu().square(), leaf, grad.double() * (1 if factor is None else factor))
-    torch.testing.assert_close(expected[0], own)
-
-
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Layer scale (one of them zero) and drop path on a branch in the products' type, with statistics of the sum."""
-    x, branch, scale = draw(*shape), draw(*shape, dtype=dtype), draw(shape[3])
-    scale[0] = 0
+    """A factor and drop path on a branch in the products' type; the sum is float32 or of that type."""
+    x, branch, factor = draw(*shape), draw(*shape, dtype=dtype), draw(1)
     keep = keep_factors(shape[0]) if shape[0] > 1 else None
-    found = kernels.residual(x, branch, scale, keep, EPS)
-    assert_near(found, reference.residual(*exact(x, branch, scale, keep, EPS)), torch.float32, torch.float32)
-    backward = kernels.residual_backward(x, keep, dtype)
-    assert_near(backward, reference.residual_backward(*exact(x, keep, dtype)), dtype, torch.float32)
+    for out in {torch.float32, dtype}:
+        found = kernels.residual(x, branch, factor, keep, EPS, out)
+        expected = reference.residual(*exact(x, branch, factor, keep, EPS, out))
+        assert_near(found[0], expected[0], out)
+        assert_near(found[1], reference.statistics(found[0].double(), EPS), torch.float32)
+        grad, sums = kernels.residual_backward(x.to(out), keep, dtype)
+        expected = reference.residual_backward(*exact(x.to(out), keep, dtype))
+        assert_near((grad, sums.sum(1)), (expected[0], expected[1].sum(1)), dtype, torch.float32)
 
 
 def test_the_same_input_gives_the_same_bits(kernels: Kernels, draw: Draw) -> None:
     """Sums are added in a fixed order, so repeated calls are bit-identical."""
-    x, grad, scale = draw(2, 13, 11, 33), draw(2, 13, 11, 33), draw(33)
-    arguments = (x, reference.statistics(x, EPS), scale, None, 3)
-    first, second = (kernels.mix_backward(grad, *arguments) for _ in range(2))
+    shape = (2, 13, 11, 33)
+    x, grad = draw(*shape), draw(*shape)
+    arguments = (grad, x, reference.statistics(x, EPS), draw(2, 3, 2), grad, x, 3, torch.float32)
+    first, second = (kernels.normalize_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -230,15 +279,26 @@ def test_offsets_beyond_two_billion(kernels: Kernels, draw: Draw) -> None:
     xs, grads, all_stats, all_keep = many(x), many(grad), many(stats), many(keep[:, None])[:, 0]
     assert xs.numel() > 2**31
     assert_near(kernels.statistics(xs, EPS)[-1:], reference.statistics(x.double(), EPS), torch.float32)
-    mixed, mixed_stats = kernels.mix(xs, all_stats, scale, all_keep, 3, EPS)
-    expected = reference.mix(*exact(x, stats, scale, keep, 3, EPS))
+    mixed, mixed_stats = kernels.mix(xs, all_stats, scale, all_keep, 3, EPS, half)
+    expected = reference.mix(*exact(x, stats, scale, keep, 3, EPS, half))
     assert_near((mixed[-1:], mixed_stats[-1:]), expected, half, torch.float32)
-    normed = kernels.normalize(xs, all_stats, scale, scale, half)[-1:]
-    assert_near(normed, reference.normalize(*exact(x, stats, scale, scale, half)), half)
-    summed, _ = kernels.residual(xs, grads, scale, all_keep, EPS)
-    assert_near(summed[-1:], reference.residual(*exact(x, grad, scale, keep, EPS))[0], half)
-    kept, _ = kernels.residual_backward(grads, all_keep, half)
-    assert_near(kept[-1:], reference.residual_backward(*exact(grad, keep, half))[0], half)
+    assert_near(kernels.normalize(xs, all_stats, half)[-1:], reference.normalize(*exact(x, stats, half)), half)
+    summed, _ = kernels.residual(xs, grads, keep, all_keep, EPS, half)
+    assert_near(summed[-1:], reference.residual(*exact(x, grad, keep, keep, EPS, half))[0], half)
+    kept, branch_sums = kernels.residual_backward(grads, all_keep, half)
+    expected = reference.residual_backward(*exact(grad, keep, half))
+    assert_near((kept[-1:], branch_sums[-1:].sum(1)), (expected[0], expected[1][:, 0]), half, torch.float32)
     assert_near(kernels.gelu(xs)[-1:], reference.gelu(x.double()), half)
-    found = kernels.gelu_backward(grads, xs, None)[0][-1:, -1, -1]
-    assert_near(found, reference.gelu_backward(*exact(grad, x, None))[0][:, -1, -1], half)
+    norm_sums = draw(1, 2, 2)
+    found, products = kernels.normalize_backward(grads, xs, all_stats, many(norm_sums), xs, xs, 3, half)
+    expected = reference.normalize_backward(*exact(grad, x, stats, norm_sums, x, x, 3, half))
+    assert_near(found[-1:], expected[0], half)
+    arguments = (products, branch_sums, torch.zeros(MANY, 1, 256), all_stats, scale, all_keep, x[0].numel())
+    slopes, sums = kernels.finish_sums(*arguments)
+    expected = reference.finish_sums(*exact(*(a[-1:] for a in arguments[:4]), scale, keep, x[0].numel()))
+    assert_near((slopes[-1:], sums[-1:]), expected, torch.float32, torch.float32)
+    backward = kernels.mix_backward(grads, xs, all_stats, scale, all_keep, slopes, 3)
+    assert_near(backward[-1:], reference.mix_backward(*exact(grad, x, stats, scale, keep, slopes[-1:], 3)), half)
+    others = (draw(64), draw(64))
+    found = kernels.gelu_backward(grads, xs, keep, *others)[0][-1:, -1, -1]
+    assert_near(found, reference.gelu_backward(*exact(grad, x, keep, *others))[0][:, -1, -1], half)

@@ -53,29 +53,45 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def calls(
     device: torch.device, shape: tuple[int, ...], stream: torch.dtype, product: torch.dtype, channels_last: bool
 ) -> Iterator[Call]:
-    """Yield calls of all five operators.
+    """Yield calls of all operators.
 
     `stream` is the type of images and parameters, and `product` that of the matrix products.
     """
     torch.manual_seed(0)
-    batch, channels, height, width = shape
+    batch, channels = shape[:2]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def normal(*size: int, dtype: torch.dtype = stream) -> Tensor:
         return torch.randn(size, device=device).to(dtype)
 
     x, grad = (normal(*shape).contiguous(memory_format=memory_format) for _ in range(2))
-    norm, scale = [normal(channels), normal(channels)], normal(channels)
-    mlp = [normal(4 * channels, channels), normal(4 * channels), normal(channels, 4 * channels), normal(channels)]
-    saved = [normal(batch, height, width, n, dtype=product) for n in (channels, 4 * channels)]
+    hidden = 4 * channels
+    sizes = [(channels,)] * 5 + [(hidden, channels), (hidden,), (channels, hidden), (channels,), (channels,)]
+    parameters = list(operators.Parameters(*(normal(*size) for size in sizes)))
     stats = REFERENCE.statistics(x, EPS)
     yield Call(operators.statistics, (x, EPS))
-    for keep in (None, torch.tensor([0.0, 2.0, 2.0][:batch], device=device)):
-        yield Call(operators.pool_branch, (x, stats, scale, keep, 3, EPS))
-        yield Call(operators.pool_branch_backward, (grad, x, stats, scale, keep, 3))
+    for keep in (None, torch.tensor([[0.0, 2.0, 2.0][:batch], [2.0, 0.0, 2.0][:batch]], device=device)):
         activation = "gelu" if keep is None else "squared_relu"
-        yield Call(operators.mlp_branch, (x, stats, norm, mlp, scale, keep, EPS, product, activation))
-        yield Call(operators.mlp_branch_backward, (grad, x, stats, norm[0], mlp, scale, keep, saved, activation))
+        out = stream if keep is None else product
+        arguments = (
+            x,
+            stats,
+            parameters,
+            keep,
+            3,
+            activation,
+            EPS,
+            EPS,
+            product,
+            torch.promote_types(stream, out),
+            out,
+        )
+        yield Call(operators.block, arguments)
+        saved = [tensor.clone() for tensor in operators.block(*arguments)[2:]]
+        yield Call(
+            operators.block_backward,
+            (grad.to(out), x, stats, parameters, keep, saved, 3, activation, torch.promote_types(stream, out)),
+        )
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -117,10 +133,10 @@ def test_operators_pass_opcheck(device: torch.device, stream: torch.dtype, produ
     """The operators pass torch's checks of schemas, mutation, aliasing, symbolic sizes and compiled gradients."""
     tolerance = 1e-5 if stream == product == torch.float32 else 0.1
     for operator, arguments in calls(device, (3, 4, 3, 2), stream, product, True):
-        if operator in (operators.pool_branch, operators.mlp_branch):  # the others have no gradient
+        if operator is operators.block:  # the others have no gradient
             arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)
-            arguments = (arguments[0], arguments[1].detach(), *arguments[2:])
-            arguments = tuple(a.detach() if isinstance(a, Tensor) and a.shape == (3,) else a for a in arguments)  # keep
+            keep = None if arguments[3] is None else arguments[3].detach()
+            arguments = (arguments[0], arguments[1].detach(), arguments[2], keep, *arguments[4:])
         torch.library.opcheck(operator, arguments, rtol=tolerance, atol=tolerance)
 
 
@@ -210,15 +226,18 @@ def test_backward_under_autocast(device: torch.device) -> None:
 
 def test_float16_weight_gradient_does_not_overflow(device: torch.device) -> None:
     """fc2's float16 gradient may exceed 65504 before layer scale is applied; the result is finite and correct."""
-    channels, scale = 8, torch.full((8,), 1e-3, device=device)
+    channels = 8
     x = torch.randn(2, channels, 16, 16, device=device)
-    mlp = [torch.randn(32, channels), torch.randn(32), torch.randn(channels, 32), torch.randn(channels)]
-    mlp = [tensor.to(device) for tensor in mlp]
-    saved = [torch.ones(2, 16, 16, n, device=device, dtype=torch.float16) for n in (channels, 32)]
+    ones, zeros = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+    matrices = [torch.zeros(32, channels, device=device), torch.randn(channels, 32, device=device)]
+    parameters = [ones, zeros, ones, ones, zeros, matrices[0], torch.ones(32, device=device), matrices[1], zeros]
+    parameters.append(torch.full_like(ones, 1e-3))
     stats, grad = REFERENCE.statistics(x, EPS), torch.full_like(x, 1000.0)
-    grads = operators.mlp_branch_backward(grad, x, stats, torch.ones_like(scale), mlp, scale, None, saved, "gelu")
+    types = (torch.float16, torch.float32, torch.float32)
+    saved = list(operators.block(x, stats, parameters, None, 3, "gelu", EPS, EPS, *types)[2:])
+    grads = operators.block_backward(grad, x, stats, parameters, None, saved, 3, "gelu", torch.float32)
     expected = 1000.0 * 2 * 16 * 16 * 0.8413447 * 1e-3  # gelu(1)
-    torch.testing.assert_close(grads[5], torch.full_like(grads[5], expected), rtol=1e-3, atol=0)
+    torch.testing.assert_close(grads[8], torch.full_like(grads[8], expected), rtol=1e-3, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of the interpreter, which uses numpy
@@ -333,8 +352,8 @@ def test_no_gradient_is_filled_with_zeros(device: torch.device) -> None:
 
 def test_saved_outputs_are_not_differentiable(device: torch.device) -> None:
     """Outputs saved for the backward pass are not differentiable, since a gradient through them would be wrong."""
-    for operator, arguments in itertools.islice(calls(device, (2, 8, 3, 3), torch.float32, torch.float32, True), 5):
-        if operator in (operators.pool_branch, operators.mlp_branch):
+    for operator, arguments in itertools.islice(calls(device, (2, 8, 3, 3), torch.float32, torch.float32, True), 3):
+        if operator is operators.block:
             images = arguments[0].requires_grad_()
             first, *others = operator(images, *arguments[1:])
             assert first.requires_grad

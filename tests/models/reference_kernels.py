@@ -23,50 +23,116 @@ def statistics(x: Tensor, eps: float) -> Tensor:
     return torch.stack([mean, (variance + eps).rsqrt()], 1)
 
 
-def normalize(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (x - mean) * rstd * weight + bias, in `dtype`."""
-    factor = stats[:, 1:] * weight  # [B, C]
-    return torch.addcmul(_broadcast(bias - stats[:, :1] * factor), x, _broadcast(factor)).to(dtype)
+def normalize(x: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (x - mean) * rstd in `dtype`."""
+    return ((x - _per_image(stats[:, 0])) * _per_image(stats[:, 1])).to(dtype)
 
 
-def normalize_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual_grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `normalize` for x, weight and bias; `residual_grad` is added to that for x."""
-    mean, rstd = stats[:, :1], stats[:, 1:]
-    acc = stats.dtype
-    grad_sum = grad.sum((1, 2), dtype=acc)  # [B, C]
-    product_sum = (_dot(grad, x, acc) - mean * grad_sum) * rstd  # sum of grad * (x - mean) * rstd
-    count = x[0].numel()
-    shift = (grad_sum * weight).sum(1, keepdim=True) / count
-    slope = (product_sum * weight).sum(1, keepdim=True) / count
-    constant = rstd * (slope * rstd * mean - shift)
-    grad_x = torch.addcmul(_broadcast(constant), x, _broadcast(-slope * rstd**2))
-    grad_x = torch.addcmul(grad_x, grad, _broadcast(rstd * weight)).add_(residual_grad)
-    return grad_x.to(x.dtype), product_sum.sum(0), grad_sum.sum(0)
-
-
-def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * scale * rstd * (pool(x) - x), and the statistics of y."""
+def mix(
+    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return y = x + keep * scale * rstd * (pool(x) - x) in `dtype`, and the statistics of y."""
     difference = _pool(x, size).sub_(x)
-    y = torch.addcmul(x, difference, _broadcast(_branch_factor(stats, scale, keep))).to(x.dtype)
+    y = torch.addcmul(x, difference, _broadcast(_branch_factor(stats, scale, keep))).to(dtype)
     return y, statistics(y, eps)
 
 
-def mix_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
+def normalize_backward(
+    grad: Tensor,
+    normed: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    residual_grad: Tensor,
+    x: Tensor,
+    size: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `mix` for x, including the part through the statistics, and for scale."""
-    acc = stats.dtype
-    mean, rstd = stats[:, :1], stats[:, 1:]
+    """Return the gradient of y, and parts of the sums S of the mixer that computed y."""
+    shift, slope = (sums.sum(1) / x[0].numel()).unbind(1)
+    grad_y = (grad - _per_image(shift) - normed * _per_image(slope)) * _per_image(stats[:, 1]) + residual_grad
+    grad_y = grad_y.to(dtype)
+    return grad_y, (grad_y * _pool(x, size).sub_(x)).sum((1, 2))[:, None]
+
+
+def finish_sums(
+    products: Tensor,
+    branch_sums: Tensor,
+    hidden_sums: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    keep: Tensor | None,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Sum the parts of each image."""
+    rstd = stats[:, 1]
+    grad_scale = products.sum(1) * (rstd if keep is None else rstd * keep)[:, None]
+    slopes = -(grad_scale @ scale) * rstd**2 / count
+    return slopes, torch.cat([grad_scale, branch_sums.sum(1), hidden_sums.sum(1)], 1)
+
+
+def mix_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, slopes: Tensor, size: int
+) -> Tensor:
+    """Return the gradient of `mix` for x, including the part through the statistics."""
     transposed = _pool_transposed(grad, size).sub_(grad)
-    products = _dot(transposed, x, acc)  # [B, C]
-    if keep is not None:
-        products = products * keep[:, None]
-    slope = -(products * scale).sum(1, keepdim=True) * rstd**3 / x[0].numel()
     grad_x = torch.addcmul(grad, transposed, _broadcast(_branch_factor(stats, scale, keep)))
-    grad_x = torch.addcmul(grad_x, x, _broadcast(slope)).sub_(_broadcast(slope * mean))
-    return grad_x.to(x.dtype), (products * rstd).sum(0)
+    return (grad_x + (x - _per_image(stats[:, 0])) * _per_image(slopes)).to(x.dtype)
+
+
+def fold_norms(
+    fc1: Tensor,
+    bias1: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mixer_weight: Tensor,
+    mixer_scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the MLP's first layer in `dtype` with norm2 folded in, and the mixer's `scale`."""
+    acc = accumulation_type(fc1)
+    fc1, folded = fc1.to(acc), (fc1.to(acc) * weight).to(dtype)
+    bias1 = (bias1 + fc1 @ bias.to(acc)).to(dtype)
+    return folded, bias1, folded.sum(1, dtype=acc), mixer_weight.to(acc) * mixer_scale
+
+
+def scale_rows(fc2: Tensor, bias2: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the MLP's second layer in `dtype`, with its layer scale folded in but for its size, and that size."""
+    scale = scale.to(accumulation_type(scale))
+    magnitude = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    relative = scale / magnitude
+    return (relative[:, None] * fc2).to(dtype), (relative * bias2).to(dtype), magnitude[None]
+
+
+def fc1_gradients(
+    correlation: Tensor,
+    fc1: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mixer_weight: Tensor,
+    mixer_scale: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of norm1, the mixer's layer scale, norm2 and the MLP's first layer."""
+    channels = len(weight)
+    grad_scale, grad_bias1 = sums[:channels], sums[2 * channels :]
+    grad_fc1 = correlation * weight + grad_bias1[:, None] * bias
+    grad_weight, grad_bias = (fc1 * correlation).sum(0), grad_bias1 @ fc1.to(sums.dtype)
+    grads = [grad_scale * mixer_scale, torch.zeros_like(weight), grad_scale * mixer_weight, grad_weight, grad_bias]
+    parameters = [mixer_weight, mixer_weight, mixer_scale, weight, bias, fc1, fc1]
+    return tuple(
+        value.to(p.dtype, copy=True) for p, value in zip(parameters, [*grads, grad_fc1, grad_bias1], strict=True)
+    )
+
+
+def fc2_gradients(
+    correlation: Tensor, fc2: Tensor, bias2: Tensor, scale: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the MLP's second layer and its layer scale."""
+    branch_sum = sums[len(scale) : 2 * len(scale)]
+    grad_scale = (correlation * fc2).sum(1) + bias2 * branch_sum
+    grads = (correlation * scale[:, None], scale * branch_sum, grad_scale)
+    grad_fc2, grad_bias2, grad_scale = (value.to(fc2.dtype).contiguous() for value in grads)
+    return grad_fc2, grad_bias2, grad_scale
 
 
 def gelu(hidden: Tensor) -> Tensor:
@@ -74,16 +140,13 @@ def gelu(hidden: Tensor) -> Tensor:
     return functional.gelu(hidden)
 
 
-def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient for `hidden` times `factor` (a scalar), gelu(hidden), and the gradient's sum [4C].
-
-    `grad` is overwritten.
-    """
+def gelu_backward(
+    grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient for `hidden`, gelu(hidden), and parts of the sums of the gradient that others need."""
     torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-    if factor is not None:
-        grad.mul_(factor)
-    total = grad.sum((0, 1, 2), dtype=accumulation_type(grad))
-    return grad, gelu(hidden), total
+    grad.mul_(factor)
+    return grad, gelu(hidden), *_sums_of_gradient(grad, hidden, bias, row_sums)
 
 
 def squared_relu(hidden: Tensor) -> Tensor:
@@ -91,28 +154,33 @@ def squared_relu(hidden: Tensor) -> Tensor:
     return functional.relu(hidden).square_()
 
 
-def squared_relu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient for `hidden` times `factor` (a scalar), relu(hidden)^2, and the gradient's sum [4C].
-
-    `grad` is overwritten.
-    """
+def squared_relu_backward(
+    grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `gelu_backward` returns, for relu(hidden)^2."""
     positive = functional.relu(hidden)
-    grad.mul_(positive).mul_(2 if factor is None else 2 * factor)
-    total = grad.sum((0, 1, 2), dtype=accumulation_type(grad))
-    return grad, positive.square_(), total
+    grad.mul_(positive).mul_(2 * factor)
+    return grad, positive.square_(), *_sums_of_gradient(grad, hidden, bias, row_sums)
 
 
-def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * scale * branch in the type of x, and the statistics of y."""
-    factor = scale[None] if keep is None else keep[:, None] * scale
-    y = torch.addcmul(x, branch, _broadcast(factor)).to(x.dtype)
+def _sums_of_gradient(grad: Tensor, hidden: Tensor, bias: Tensor, row_sums: Tensor) -> tuple[Tensor, Tensor]:
+    total = grad.sum((1, 2), dtype=accumulation_type(grad))
+    products = _dot(grad, hidden.to(total.dtype) - bias, total.dtype).sum(1)
+    return total[:, None], torch.stack([total @ row_sums, products], 1)[:, None]
+
+
+def residual(
+    x: Tensor, branch: Tensor, factor: Tensor, keep: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return y = x + keep * factor * branch in `dtype`, and the statistics of y; `factor` is [1]."""
+    y = torch.addcmul(x, branch, _per_image(factor if keep is None else keep * factor)).to(dtype)
     return y, statistics(y, eps)
 
 
 def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return keep * grad in `dtype`, and its sum over images and positions, [C]."""
-    branch_grad = (grad if keep is None else grad * keep[:, None, None, None]).to(dtype)
-    return branch_grad, branch_grad.sum((0, 1, 2), dtype=accumulation_type(grad))
+    """Return keep * grad in `dtype`, and parts of its sums over each image's positions, [B, parts, C]."""
+    branch_grad = (grad if keep is None else grad * _per_image(keep)).to(dtype)
+    return branch_grad, branch_grad.sum((1, 2), dtype=accumulation_type(grad))[:, None]
 
 
 def _branch_factor(stats: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
@@ -126,6 +194,11 @@ def _broadcast(factor: Tensor) -> Tensor:
     return factor[:, None, None, :]
 
 
+def _per_image(factor: Tensor) -> Tensor:
+    """Broadcast [B] over positions and channels."""
+    return factor[:, None, None, None]
+
+
 def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return sums of products over positions, [B, C]."""
     return (a.to(dtype) * b).sum((1, 2))
@@ -137,10 +210,7 @@ def _pool(x: Tensor, size: int) -> Tensor:
 
 
 def _pool_transposed(grad: Tensor, size: int) -> Tensor:
-    """Apply the transpose of `_pool`, which spreads each position's value evenly over its window.
-
-    It does not use torch's own backward, which is wrong for this memory format on some GPUs (pytorch issue 188344).
-    """
+    """Apply the transpose of `_pool`, which spreads each position's value evenly over its window."""
     ones = grad.new_ones((1, *grad.shape[1:3], 1), dtype=accumulation_type(grad))
     inside = _average_windows(ones, size, include_padding=True)  # fraction of each window that is in the image
     return _average_windows(grad / inside, size, include_padding=True)
@@ -152,16 +222,4 @@ def _average_windows(x: Tensor, size: int, include_padding: bool) -> Tensor:
     return pooled.permute(0, 2, 3, 1).contiguous()
 
 
-REFERENCE = Kernels(
-    statistics,
-    normalize,
-    normalize_backward,
-    mix,
-    mix_backward,
-    gelu,
-    gelu_backward,
-    squared_relu,
-    squared_relu_backward,
-    residual,
-    residual_backward,
-)
+REFERENCE = Kernels(**{name: globals()[name] for name in Kernels._fields})

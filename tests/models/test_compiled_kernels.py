@@ -16,6 +16,8 @@ from metaformer.data.device import triton_kernel, triton_randaugment
 from metaformer.models.kernels.backend import triton_kernels
 
 EPS = 1e-5
+FLOAT32 = torch.float32
+Types = tuple[torch.dtype, torch.dtype, torch.dtype]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Side and channels. The paper's networks at 224 px; and sizes that specialise otherwise: 1, or not divisible by 16.
 S12 = ((56, 64), (28, 128), (14, 320), (7, 512))
@@ -28,12 +30,19 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_mixer(side: int, channels: int, window: int, dropped: bool, stream: torch.dtype = torch.float32) -> None:
-    """Launch the kernels of the token mixer branch on 128 images."""
-    x, stats, scale = new(128, side, side, channels, dtype=stream), new(128, 2), new(channels)
-    keep = new(128) if dropped else None
-    triton_kernels().mix(x, stats, scale, keep, window, EPS)
-    triton_kernels().mix_backward(x, x, stats, scale, keep, window)
+def launch_mixer(side: int, channels: int, window: int, dropped: bool, types: Types = (FLOAT32,) * 3) -> None:
+    """Launch the kernels of the token mixer branch on 128 images.
+
+    `types` are those of its input, its output and the matrix products.
+    """
+    kernels, shape = triton_kernels(), (128, side, side, channels)
+    x, y, half = (new(*shape, dtype=dtype) for dtype in types)
+    stats, scale, keep = new(128, 2), new(channels), new(128) if dropped else None
+    kernels.mix(x, stats, scale, keep, window, EPS, y.dtype)
+    parts = new(128, 7, channels)
+    _, products = kernels.normalize_backward(half, half, stats, new(128, 16, 2), y, x, window, y.dtype)
+    slopes, _ = kernels.finish_sums(products, parts, new(128, 4, 4 * channels), stats, scale, keep, x[0].numel())
+    kernels.mix_backward(y, x, stats, scale, keep, slopes, window)
 
 
 def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> None:
@@ -41,16 +50,20 @@ def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> N
     kernels, shape = triton_kernels(), (128, side, side, channels)
     x, stats, vector = new(*shape), new(128, 2), new(channels)
     branch, hidden = new(*shape, dtype=dtype), new(*shape[:3], 4 * channels, dtype=dtype)
-    keep, factor = (new(128), new(1)) if dropped else (None, None)
+    fc1, fc2, bias1 = new(4 * channels, channels), new(channels, 4 * channels), new(4 * channels)
+    keep, factor = new(128) if dropped else None, new(1)
     kernels.statistics(x, EPS)
-    kernels.normalize(x, stats, vector, vector, dtype)
-    kernels.normalize_backward(branch, x, stats, vector, x)
+    kernels.normalize(x, stats, dtype)
+    kernels.fold_norms(fc1, bias1, *[vector] * 4, dtype)
+    kernels.scale_rows(fc2, vector, vector, dtype)
     kernels.gelu(hidden)
-    kernels.gelu_backward(hidden, hidden, factor)
+    kernels.gelu_backward(hidden, hidden, factor, new(4 * channels, dtype=dtype), bias1)
     kernels.squared_relu(hidden)
-    kernels.squared_relu_backward(hidden, hidden, factor)
-    kernels.residual(x, branch, vector, keep, EPS)
+    kernels.squared_relu_backward(hidden, hidden, factor, new(4 * channels, dtype=dtype), bias1)
+    kernels.residual(x, branch, factor, keep, EPS, x.dtype)
     kernels.residual_backward(x, keep, dtype)
+    kernels.fc1_gradients(fc1, fc1, *[vector] * 4, new(6 * channels))
+    kernels.fc2_gradients(fc2, fc2, vector, vector, new(6 * channels))
 
 
 def launch_transform(side: int) -> None:
@@ -84,7 +97,7 @@ def launches(request: pytest.FixtureRequest) -> Iterator[list[KernelLaunch]]:
 @pytest.mark.parametrize("launches", [90], indirect=True)
 def test_kernels_of_training(launches: list[KernelLaunch]) -> None:
     """Kernels of S12's first stage, the transform and RandAugment compile without spills, and load in wide vectors."""
-    launch_mixer(56, 64, 3, True)
+    launch_mixer(56, 64, 3, True, (FLOAT32, FLOAT32, torch.bfloat16))
     launch_mlp(56, 64, False, torch.bfloat16)
     launch_transform(224)
     launch_randaugment(224)
@@ -103,7 +116,7 @@ def test_all_kernels(launches: list[KernelLaunch], shapes: tuple[tuple[int, int]
             launch_mixer(side, channels, 3, dropped)
             for dtype in TYPES:
                 launch_mlp(side, channels, dropped, dtype)
-        launch_mixer(side, channels, 3, True, torch.bfloat16)
+        launch_mixer(side, channels, 3, True, (torch.bfloat16,) * 3)
     for size in (224, 37):
         launch_transform(size)
         launch_randaugment(size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -118,6 +119,26 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert run_fused(blocks, x.to(dtype)).dtype == torch.float32  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stages_before_a_convolution_return_its_type(dtype: torch.dtype) -> None:
+    """They save a pass over memory, and no bit of logits and gradients changes. PoolFormerV2 has a norm in between."""
+    model, images = network(), torch.randn(4, 3, 48, 80)
+    fuse(model)
+    with torch.autocast("cpu", dtype):
+        found = outcome(model, images)
+        sizes = [x.dtype for x in accumulate(model.stages, lambda x, stage: stage(x), initial=model.stem(images))]
+    assert sizes == [*[dtype] * 4, torch.float32]
+    for stage in fused.fusable_stages(model):
+        stage.run_blocks = run_fused
+    with torch.autocast("cpu", dtype):
+        expected = outcome(model, images)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    second = MetaFormer(replace(VARIANTS["poolformerv2_s12"], depths=(1,) * 4, dims=(8,) * 4), num_classes=2)
+    fuse(second)
+    with torch.autocast("cpu", dtype):
+        assert second.stages[0](second.stem(images)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_as_one_graph(kind: str) -> None:
     """torch.compile traces the network without a graph break, and the compiled gradients equal the plain ones."""
@@ -222,10 +243,15 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dty
 
     faults: dict[str, Any] = {
         "normalize": lambda *a: kernels.normalize(*a) * 1.1,
-        "mix_backward": lambda *a: (kernels.mix_backward(*a)[0], kernels.mix_backward(*a)[1] * 1.2),
+        "mix_backward": lambda *a: kernels.mix_backward(*a) * 1.2,
+        "finish_sums": lambda *a: (kernels.finish_sums(*a)[0], kernels.finish_sums(*a)[1] * 1.2),
     }
     if kind == "PoolFormer":
-        faults["gelu_backward"] = lambda *a: (*kernels.gelu_backward(*a)[:2], torch.zeros(a[0].shape[3]))
+        faults["gelu_backward"] = lambda *a: (
+            *kernels.gelu_backward(*a)[:2],
+            torch.zeros(len(a[0]), 1, a[0].shape[3]),
+            torch.zeros(len(a[0]), 1, 2),
+        )
         faults["gelu"] = fail
     else:
         faults["squared_relu_backward"] = lambda *a: tuple(1.2 * r for r in kernels.squared_relu_backward(*a))

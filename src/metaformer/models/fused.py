@@ -1,5 +1,7 @@
 """Fused execution of the paper's blocks: the choice of stages, the computation, and a check on the device."""
 
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -8,11 +10,12 @@ from torch import Tensor, nn
 
 from metaformer.kernel_check import try_kernels
 from metaformer.models.activations import StarReLU
-from metaformer.models.channel_mlps import Mlp, PointwiseConv
+from metaformer.models.channel_mlps import PointwiseConv
 from metaformer.models.kernels import operators
 from metaformer.models.metaformer import (
     BlockParts,
     ChannelScale,
+    Downsampling,
     MetaFormer,
     MetaFormerBlock,
     Stage,
@@ -42,9 +45,16 @@ def fuse(model: MetaFormer) -> int:
     `find_fault` first.
     """
     stages = fusable_stages(model)
+    following = dict(pairwise(model.stages))
     for stage in stages:
-        stage.run_blocks = run_fused
+        stage.run_blocks = partial(run_fused, rounded=_starts_with_convolution(following.get(stage)))
     return len(stages)
+
+
+def _starts_with_convolution(stage: nn.Module | None) -> bool:
+    """Return whether a stage rounds its input to the type of the matrix products before anything else."""
+    downsample = stage.downsample if isinstance(stage, Stage) else None
+    return isinstance(downsample, Downsampling) and isinstance(downsample.norm, nn.Identity)
 
 
 def fusable_stages(model: MetaFormer) -> list[Stage]:
@@ -77,13 +87,22 @@ def _is_image_norm(norm: nn.Module) -> bool:
     return norm.num_groups == 1 and norm.affine
 
 
-def run_fused(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """Compute `blocks(x)` with fused operators; every block must be fusable, and the result is channels_last."""
+def run_fused(blocks: nn.Sequential, x: Tensor, rounded: bool = False) -> Tensor:
+    """Compute `blocks(x)` with fused operators.
+
+    Args:
+        blocks: all of them must be fusable.
+        x: images.
+        rounded: return the type of the matrix products, for a consumer that would round the result to it anyway.
+
+    Returns:
+        Images, channels_last.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
-    dtype = x.dtype
+    dtype = stream = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.float()  # as under autocast after block 1: LayerScale starts at 1e-5, which bfloat16 (4e-3) would lose
+        stream = torch.float32  # as in plain blocks: LayerScale starts at 1e-5, which bfloat16 (4e-3) would lose
     modules = [cast(MetaFormerBlock, block) for block in blocks]
     with torch.autocast(x.device.type, enabled=False):
         weight = cast(nn.GroupNorm, modules[0].norm1).weight
@@ -92,12 +111,17 @@ def run_fused(blocks: nn.Sequential, x: Tensor) -> Tensor:
             absent = _Absent(weight.new_zeros(4 * len(weight)), weight.new_ones(len(weight)))
         stats = operators.statistics(x.detach(), cast(nn.GroupNorm, modules[0].norm1).eps)
         for block, following in zip(modules, [*modules[1:], modules[0]], strict=True):  # the last statistics are unused
-            x, stats = _run_block(block, cast(nn.GroupNorm, following.norm1).eps, x, stats, dtype, absent)
+            parameters, activation = _parameters_of(block, absent)
+            window = cast(int, cast(Pooling, block.token_mixer).pool.kernel_size)
+            eps = [cast(nn.GroupNorm, norm).eps for norm in (block.norm2, following.norm1)]
+            keep = _drop_path_factors(block, x, stream)
+            types = (dtype, stream, dtype if rounded and block is modules[-1] else stream)
+            x, stats, *_ = operators.block(x, stats, parameters, keep, window, activation, *eps, *types)
     return x
 
 
 def _has_all_parameters(block: MetaFormerBlock) -> bool:
-    biases = (block.norm2.bias, block.mlp.fc1.bias, block.mlp.fc2.bias)
+    biases = (block.norm1.bias, block.norm2.bias, block.mlp.fc1.bias, block.mlp.fc2.bias)
     scales = (block.layer_scale1, block.layer_scale2)
     return all(bias is not None for bias in biases) and all(isinstance(scale, ChannelScale) for scale in scales)
 
@@ -115,34 +139,29 @@ class _Absent(NamedTuple):
         return found.scale if isinstance(found, ChannelScale) else self.scale
 
 
-def _run_block(
-    block: MetaFormerBlock, following_eps: float, x: Tensor, stats: Tensor, dtype: torch.dtype, absent: _Absent
-) -> tuple[Tensor, Tensor]:
-    norm1, norm2 = cast(nn.GroupNorm, block.norm1), cast(nn.GroupNorm, block.norm2)
-    window = cast(int, cast(Pooling, block.token_mixer).pool.kernel_size)
-    scale = norm1.weight * absent.layer_scale(block.layer_scale1)
-    if norm1.bias is not None:
-        # It cancels out. Its gradient must be zero, not None, which distributed training refuses.
-        scale = scale + 0 * norm1.bias
-    x, stats = operators.pool_branch(x, stats, scale, _drop_path_factors(block.drop_path1, x), window, norm2.eps)
-    mlp, activation = _mlp_parameters(block.mlp, absent)
-    x, stats, *_ = operators.mlp_branch(
-        x, stats, [norm2.weight, absent.bias(norm2.bias, x.shape[1])], mlp, absent.layer_scale(block.layer_scale2),
-        _drop_path_factors(block.drop_path2, x), following_eps, dtype, activation,
-    )  # fmt: skip
-    return x, stats
-
-
-def _mlp_parameters(mlp: Mlp, absent: _Absent) -> tuple[list[Tensor], str]:
-    """Return weights and biases of both layers, and the activation between them, as `operators.mlp_branch` takes them.
+def _parameters_of(block: MetaFormerBlock, absent: _Absent) -> tuple[list[Tensor], str]:
+    """Return the parameters of `operators.Parameters`, and the activation.
 
     StarReLU's parameters go into the second layer W: W (s relu(x)^2 + b) = (s W) relu(x)^2 + b (W's sums over rows).
     """
-    fc1, fc2 = _matrix(mlp.fc1.weight), _matrix(mlp.fc2.weight)
-    bias1, bias2 = absent.bias(mlp.fc1.bias, len(fc1)), absent.bias(mlp.fc2.bias, len(fc2))
-    if not isinstance(mlp.act, StarReLU):
-        return [fc1, bias1, fc2, bias2], "gelu"
-    return [fc1, bias1, mlp.act.scale * fc2, bias2 + mlp.act.bias * fc2.sum(1)], "squared_relu"
+    norm1, norm2, mlp = cast(nn.GroupNorm, block.norm1), cast(nn.GroupNorm, block.norm2), block.mlp
+    channels = norm1.num_channels
+    fc2, bias2, activation = _matrix(mlp.fc2.weight), absent.bias(mlp.fc2.bias, channels), "gelu"
+    if isinstance(mlp.act, StarReLU):
+        fc2, bias2, activation = mlp.act.scale * fc2, bias2 + mlp.act.bias * fc2.sum(1), "squared_relu"
+    parameters = operators.Parameters(
+        norm1.weight,
+        absent.bias(norm1.bias, channels),
+        absent.layer_scale(block.layer_scale1),
+        norm2.weight,
+        absent.bias(norm2.bias, channels),
+        _matrix(mlp.fc1.weight),
+        absent.bias(mlp.fc1.bias, 4 * channels),
+        fc2,
+        bias2,
+        absent.layer_scale(block.layer_scale2),
+    )
+    return list(parameters), activation
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -154,12 +173,16 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _drop_path_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """Draw the factor of each image as `DropPath` does; return None where nothing is dropped."""
+def _drop_path_factors(block: MetaFormerBlock, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Draw the factors of each image in both branches as `DropPath` does, [2, B]; return None if nothing is dropped."""
+    drop_path = block.drop_path1
     if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
         return None
     keep_prob = 1 - drop_path.drop_prob
-    return x.new_empty((len(x), 1, 1, 1)).bernoulli_(keep_prob).div_(keep_prob).flatten()
+    factors = x.new_empty((2, len(x)), dtype=dtype)
+    for branch in factors:
+        branch.bernoulli_(keep_prob)
+    return factors.div_(keep_prob)
 
 
 def find_fault(model: MetaFormer, image_size: int, device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -209,9 +232,10 @@ def _parts_of(block: MetaFormerBlock) -> BlockParts:
 
 
 def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
-    """Return the largest relative difference, by norm, of the output and the gradients of two blocks.
+    """Return the largest relative difference, by norm, of the output and the gradients of three blocks.
 
-    One block has drop path, the other does not.
+    One block has no drop path. Under autocast, the blocks' input has the type of the matrix products, as it has after a
+    convolution, and so has the fused blocks' output.
     """
 
     def mixer(dim: int, side: int) -> Pooling:
@@ -220,15 +244,15 @@ def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with device:
-            blocks = [MetaFormerBlock(shape.channels, shape.side, mixer, rate, shape.parts) for rate in (0.0, 0.4)]
+            blocks = [MetaFormerBlock(shape.channels, shape.side, mixer, rate, shape.parts) for rate in (0.0, 0.4, 0.4)]
         network = nn.Sequential(*blocks)
         for parameter in network.parameters():
             nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
         images = torch.randn(shape.images, shape.channels, shape.side, shape.side, device=device)
         results = []
-        for run in (run_plain, run_fused):
+        for run in (run_plain, partial(run_fused, rounded=True)):
             torch.manual_seed(1)
-            leaf = images.clone().requires_grad_()
+            leaf = images.to(dtype or images.dtype, copy=True).requires_grad_()
             with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
                 out = run(network, leaf)
                 loss = (out * images.flip(0)).sum()

@@ -20,15 +20,26 @@ Its gradients, with D = A - 1, e the gradient of y, n = C H W:
 Since b cancels out, the true gradient of norm1's bias is zero. The fused operators return exactly zero, while the plain
 path returns the rounding errors of the cancelling terms.
 
-Channel MLP branch. z = y + k l o with o = W2 gelu(W1 norm(y) + b1) + b2 and l the layer scale. With e the gradient of z
-and a the activation, the backward pass needs neither l * o nor o:
+Channel MLP branch. z = y + k l o with o = W2 a + b2, a the activation of h = W1 (g u + b) + b1, u the normalised pixels
+(y - m) r, and l the layer scale. The operators fold g and b into the first layer, h = (W1 g) u + (b1 + W1 b), and l
+into the second one. With e the gradient of z, the backward pass needs neither l o nor o:
 
     G = (k e)^T a                           [C, 4C], a matrix product
     gradient of W2 = l G (per row);  of l = rowsum(G * W2) + b2 * colsum(k e);  of b2 = l * colsum(k e)
 
+With d the gradient of h, and v = (W1 g)^T d that of u:
+
+    M = d^T u                               [4C, C], a matrix product
+    gradient of b1 = colsum(d);  of W1 = M g (per column) + outer(gradient of b1, b)
+    gradient of g = colsum(W1 * M);  of b = W1^T (gradient of b1)
+    gradient of y = e + r (v - mean(v) - u mean(v * u)), with means over each image
+
+The image's sum of v is that of d . rowsum(W1 g), and its sum of v * u that of d . (h - b1 - W1 b). The activation's
+backward pass computes both, so no pass reads v only to sum it. The pass that writes the gradient of y also computes S.
+
 PoolFormerV2's blocks without residual scale are this with l = 1, without b, b1 and with StarReLU, s relu(x)^2 + t, as
 activation. Its scalars go into the second layer: the operators compute (s W2) relu(x)^2 + t (W2's sums over rows).
 
-The passes that write y and z also compute their statistics. The statistics are not differentiated: each consumer
-returns the full gradient of its input, including the part through the statistics.
+The passes that write y and z also compute their statistics. The statistics are not differentiated: the gradient of a
+block's input includes the part through them.
 """

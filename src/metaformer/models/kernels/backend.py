@@ -10,38 +10,48 @@ from torch import Tensor
 class Kernels(NamedTuple):
     """The kernels of the operators.
 
-    All tensors are contiguous [B, H, W, C]. Statistics, factors and sums are float32. `keep` is drop path's factor per
-    image, or None where nothing is dropped.
+    All tensors are contiguous, and images are [B, H, W, C]. Statistics, factors and sums are float32. `keep` is drop
+    path's factor per image, or None where nothing is dropped.
     """
 
     statistics: Callable[..., Tensor]
-    normalize: Callable[..., Tensor]
-    normalize_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mix: Callable[..., tuple[Tensor, Tensor]]
-    mix_backward: Callable[..., tuple[Tensor, Tensor]]
+    normalize: Callable[..., Tensor]
+    fold_norms: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    scale_rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gelu: Callable[..., Tensor]
-    gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     squared_relu: Callable[..., Tensor]
-    squared_relu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     residual: Callable[..., tuple[Tensor, Tensor]]
     residual_backward: Callable[..., tuple[Tensor, Tensor]]
+    gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    squared_relu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    normalize_backward: Callable[..., tuple[Tensor, Tensor]]
+    finish_sums: Callable[..., tuple[Tensor, Tensor]]
+    mix_backward: Callable[..., Tensor]
+    fc1_gradients: Callable[..., tuple[Tensor, ...]]
+    fc2_gradients: Callable[..., tuple[Tensor, ...]]
 
 
 @cache
 def triton_kernels() -> Kernels:
     """Import and return the Triton kernels; torch's CPU builds do not include triton."""
-    from metaformer.models.kernels import triton_elementwise, triton_mixer, triton_norm
+    from metaformer.models.kernels import triton_elementwise, triton_mixer, triton_norm, triton_weights
 
     return Kernels(
         triton_norm.statistics,
-        triton_norm.normalize,
-        triton_norm.normalize_backward,
         triton_mixer.mix,
-        triton_mixer.mix_backward,
+        triton_norm.normalize,
+        triton_weights.fold_norms,
+        triton_weights.scale_rows,
         triton_elementwise.gelu,
-        triton_elementwise.gelu_backward,
         triton_elementwise.squared_relu,
-        triton_elementwise.squared_relu_backward,
         triton_elementwise.residual,
         triton_elementwise.residual_backward,
+        triton_elementwise.gelu_backward,
+        triton_elementwise.squared_relu_backward,
+        triton_mixer.normalize_backward,
+        triton_mixer.finish_sums,
+        triton_mixer.mix_backward,
+        triton_weights.fc1_gradients,
+        triton_weights.fc2_gradients,
     )

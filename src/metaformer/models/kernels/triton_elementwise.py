@@ -1,8 +1,8 @@
 """Triton kernels between matrix products: GELU or squared ReLU, and the residual with layer scale and drop path.
 
 Bytes moved per element, where e is the element size of the stream and h that of the matrix products: `gelu` and
-`squared_relu` 2 h, their backward passes 4 h (also a sum over rows and the recomputed activation), `residual` 2 e + h
-(also the next norm's statistics), `residual_backward` e + h (also a sum over rows). Each of them is one pass.
+`squared_relu` 2 h, their backward passes 4 h (also sums, and the recomputed activation), `residual` 2 e + h (also the
+next norm's statistics), `residual_backward` e + h (also a sum over rows). Each of them is one pass.
 
 The normal distribution's tail is 2 to the power of a polynomial that was fitted to its logarithm. That takes less than
 half the instructions of erf, with an absolute error below 5e-7 in GELU and its derivative for numbers up to 8.
@@ -23,7 +23,7 @@ from metaformer.models.kernels.triton_tiles import (
 )
 
 ROWS, COLUMNS = 16, 128  # tile size of the hidden layer
-TILES_PER_PROGRAM = 16  # adjacent tiles along the rows, summed by one program
+MAX_LOOPS = 16  # adjacent tiles of an image along the rows, summed by one program
 
 
 @triton.jit
@@ -64,16 +64,18 @@ def _activation(hidden, out, count, SQUARED_RELU: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _activation_backward(
-    grad, hidden, factor, activated, sums, rows, columns, SQUARED_RELU: tl.constexpr,
-    HAS_FACTOR: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, hidden, factor, bias, row_sums, activated, sums, norm_sums, positions, columns, SQUARED_RELU: tl.constexpr,
+    LOOPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    grad_factor = tl.load(factor) if HAS_FACTOR else 1.0
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    start = tl.program_id(2).to(tl.int64) * positions * columns
+    grad_factor, offset = tl.load(factor), tl.load(bias + column, column < columns, 0.0).to(tl.float32)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
     for loop in range(LOOPS):
-        row = (tl.program_id(0) * LOOPS + loop) * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = (row < rows) & (column < columns)
-        offsets = row.to(tl.int64) * columns + column
+        position = (tl.program_id(1) * LOOPS + loop) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (position < positions) & (column < columns)
+        offsets = start + position * columns + column
         x = tl.load(hidden + offsets, mask, 0.0).to(tl.float32)
         grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * grad_factor
         value, slope = _value_and_slope(x, SQUARED_RELU)
@@ -81,8 +83,13 @@ def _activation_backward(
         tl.store(grad + offsets, result, mask)
         tl.store(activated + offsets, value, mask)
         total += result
-    pointer = sums + tl.program_id(0).to(tl.int64) * columns + column
-    tl.store(pointer, tl.sum(total, 0)[None, :], column < columns)
+        products += result * (x - offset)
+    part = tile_number()
+    total_of_columns = tl.sum(total, 0)[None, :]
+    tl.store(sums + part * columns + column, total_of_columns, column < columns)
+    pointer = norm_sums + 2 * (part * tl.num_programs(0) + tl.program_id(0))
+    tl.store(pointer, tl.sum(total_of_columns * tl.load(row_sums + column, column < columns, 0.0)))
+    tl.store(pointer + 1, tl.sum(products))
 
 
 @triton.jit
@@ -91,7 +98,7 @@ def _residual(
     HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image, p, c, offsets, mask = tile_offsets(positions, channels, BLOCK_P, BLOCK_C)
-    factor = tl.load(scale + c, c < channels, 0.0)
+    factor = tl.load(scale)
     if HAS_KEEP:
         factor = factor * tl.load(keep + image)
     scaled = tl.load(branch + offsets, mask, 0.0).to(tl.float32) * factor
@@ -118,12 +125,21 @@ def gelu(hidden: Tensor) -> Tensor:
     return _activate(hidden, squared_relu=False)
 
 
-def gelu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient for `hidden` times `factor` (a scalar), gelu(hidden), and the gradient's sum [4C].
+def gelu_backward(
+    grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient for `hidden`, gelu(hidden), and parts of the sums of the gradient that others need.
 
-    `grad` is overwritten.
+    Args:
+        grad: gradient of gelu(hidden) before it is multiplied by `factor`; it is overwritten.
+        hidden: the hidden layer, W u + `bias` with `row_sums` the sums over W's rows.
+        factor: a factor of the result, [1].
+
+    Returns:
+        The gradient g, gelu(hidden), parts of each image's sums of g, [B, parts, 4C], and parts of each image's sums of
+        u's gradient W^T g and of its product with u, [B, parts, 2].
     """
-    return _activate_backward(grad, hidden, factor, squared_relu=False)
+    return _activate_backward(grad, hidden, factor, bias, row_sums, squared_relu=False)
 
 
 def squared_relu(hidden: Tensor) -> Tensor:
@@ -131,12 +147,11 @@ def squared_relu(hidden: Tensor) -> Tensor:
     return _activate(hidden, squared_relu=True)
 
 
-def squared_relu_backward(grad: Tensor, hidden: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient for `hidden` times `factor` (a scalar), squared_relu(hidden), and the gradient's sum [4C].
-
-    `grad` is overwritten.
-    """
-    return _activate_backward(grad, hidden, factor, squared_relu=True)
+def squared_relu_backward(
+    grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `gelu_backward` returns, for relu(hidden)^2."""
+    return _activate_backward(grad, hidden, factor, bias, row_sums, squared_relu=True)
 
 
 def _activate(hidden: Tensor, squared_relu: bool) -> Tensor:
@@ -147,34 +162,36 @@ def _activate(hidden: Tensor, squared_relu: bool) -> Tensor:
 
 
 def _activate_backward(
-    grad: Tensor, hidden: Tensor, factor: Tensor | None, squared_relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = hidden.shape[3]
-    rows = hidden.numel() // columns
-    programs = cdiv(rows, ROWS * TILES_PER_PROGRAM)
+    grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor, squared_relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, height, width, columns = hidden.shape
+    positions, column_tiles = height * width, cdiv(columns, COLUMNS)
+    parts = cdiv(positions, ROWS * MAX_LOOPS)
     activated = torch.empty_like(hidden)
-    sums = hidden.new_empty((programs, columns), dtype=torch.float32)
-    _activation_backward[programs, cdiv(columns, COLUMNS)](
-        grad, hidden, hidden if factor is None else factor, activated, sums, rows, columns,
-        SQUARED_RELU=squared_relu, HAS_FACTOR=factor is not None, LOOPS=TILES_PER_PROGRAM, ROWS=ROWS, COLUMNS=COLUMNS,
-        num_warps=8,
+    sums = hidden.new_empty((images, parts, columns), dtype=torch.float32)
+    norm_sums = hidden.new_empty((images, parts * column_tiles, 2), dtype=torch.float32)
+    _activation_backward[column_tiles, parts, images](
+        grad, hidden, factor, bias, row_sums, activated, sums, norm_sums, positions, columns,
+        SQUARED_RELU=squared_relu, LOOPS=cdiv(positions, ROWS * parts), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
     )  # fmt: skip
-    return grad, activated, sums.sum(0)
+    return grad, activated, sums, norm_sums
 
 
-def residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * scale * branch in the type of x, and the statistics of y."""
+def residual(
+    x: Tensor, branch: Tensor, factor: Tensor, keep: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return y = x + keep * factor * branch in `dtype`, and the statistics of y; `factor` is [1]."""
     tiles = tiling(*x.shape)
-    out, moments = torch.empty_like(x), tiles.new_moments(x)
+    out, moments = torch.empty_like(x, dtype=dtype), tiles.new_moments(x)
     _residual[tiles.grid](
-        x, branch, scale, scale if keep is None else keep, out, moments, *tiles.sizes,
+        x, branch, factor, factor if keep is None else keep, out, moments, *tiles.sizes,
         HAS_KEEP=keep is not None, **tiles.blocks,
     )  # fmt: skip
     return out, combine_moments(moments, eps)
 
 
 def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return keep * grad in `dtype`, and its sum over images and positions, [C]."""
+    """Return keep * grad in `dtype`, and parts of its sums over each image's positions, [B, parts, C]."""
     tiles = tiling(*grad.shape)
     out = torch.empty_like(grad, dtype=dtype)
     sums = tiles.new_sums(grad, grad.shape[3])
@@ -182,4 +199,4 @@ def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> 
         grad, grad if keep is None else keep, out, sums, *tiles.sizes,
         HAS_KEEP=keep is not None, **tiles.blocks,
     )  # fmt: skip
-    return out, sums.sum((0, 1))
+    return out, sums

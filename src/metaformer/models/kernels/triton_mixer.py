@@ -1,7 +1,8 @@
 """Triton kernels of the token mixer branch and its gradient.
 
-Bytes moved per element of x, where e is its size: `mix` 2 e, `mix_backward` 2 e + 3 e in two passes. Neighbours in a
-row are read again by the same or a neighbouring program at nearly the same time, so they come from a cache.
+Bytes moved per element of x, where e is the element size of the stream and h that of the matrix products: `mix` 2 e,
+`normalize_backward`, which also sums the mixer's products, 3 e + 2 h, and `mix_backward` 3 e. Neighbours in a row are
+read again by the same or a neighbouring program at nearly the same time, so they come from a cache.
 
 A window's average is separable. With n(i) the number of rows (or columns) of the window around i that are in the image,
 
@@ -153,11 +154,16 @@ def _mix(
 
 
 @triton.jit
-def _sum_products(
-    grad, x, sums, height, width, channels,
-    RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def _normalize_backward(
+    grad, normed, stats, norm_sums, residual_grad, x, out, sums, parts, height, width, channels,
+    RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     image, first, column, c = _strip(width, BLOCK_W, BLOCK_C, LOOPS)
+    part, pointer = tl.arange(0, PARTS), norm_sums + image.to(tl.int64) * parts * 2
+    count = height * width * channels
+    shift = tl.sum(tl.load(pointer + 2 * part, part < parts, 0.0)) / count
+    slope = tl.sum(tl.load(pointer + 2 * part + 1, part < parts, 0.0)) / count
+    rstd = tl.load(stats + 2 * image + 1)
     start = image.to(tl.int64) * height * width * channels
     pixels, share = x + start, _share(column, width, RADIUS)
     rows = _first_rows(pixels, first, column, c, height, width, channels, share, RADIUS, False)
@@ -167,32 +173,49 @@ def _sum_products(
         rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, share, RADIUS, False)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         difference = total * _share(row, height, RADIUS) - tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
-        products += difference * tl.load(grad + start + offsets, mask, 0.0).to(tl.float32)
+        through_slope = tl.load(normed + start + offsets, mask, 0.0).to(tl.float32) * slope
+        through_norm = (tl.load(grad + start + offsets, mask, 0.0).to(tl.float32) - shift - through_slope) * rstd
+        result = through_norm + tl.load(residual_grad + start + offsets, mask, 0.0).to(tl.float32)
+        result = result.to(out.dtype.element_ty)
+        tl.store(out + start + offsets, result, mask)
+        products += tl.where(mask, difference * result.to(tl.float32), 0.0)
     tile = image.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(sums + tile * channels + c, tl.sum(products, 0)[None, :], c < channels)
 
 
 @triton.jit
-def _finish_products(
-    sums, stats, scale, keep, grad_scale, slopes, size, channels, tiles,
-    HAS_KEEP: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sum an image's tiles. Write its gradient of scale, k r S, and the factor of x - m in the gradient of x."""
-    image, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C)
-    products = tl.zeros([BLOCK_C], tl.float32)
-    for tile in range(tiles):
-        products += tl.load(sums + (image * tiles + tile) * channels + c, c < channels, 0.0)
-    rstd = tl.load(stats + 2 * image + 1)
-    products *= rstd
-    if HAS_KEEP:
-        products *= tl.load(keep + image)
-    tl.store(grad_scale + image * channels + c, products, c < channels)
-    slope = tl.sum(products * tl.load(scale + c, c < channels, 0.0)) * rstd * rstd / size
-    tl.store(slopes + image, -slope)
+def _sum_parts(sums, image, parts, columns, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the rows of an image in [images, parts, columns]."""
+    column = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        total += tl.load(sums + (image * parts + part) * columns + column, (part < parts) & (column < columns), 0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def _apply_gradient(
+def _finish_sums(
+    products, branch_sums, hidden_sums, stats, scale, keep, slopes, out, size, channels,
+    product_parts, branch_parts, hidden_parts,
+    HAS_KEEP: tl.constexpr, PARTS: tl.constexpr, HIDDEN_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    image, c, hidden = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_C)
+    out += image * 6 * channels
+    rstd = tl.load(stats + 2 * image + 1)
+    grad_scale = _sum_parts(products, image, product_parts, channels, PARTS, BLOCK_C) * rstd
+    if HAS_KEEP:
+        grad_scale *= tl.load(keep + image)
+    tl.store(out + c, grad_scale, c < channels)
+    slope = tl.sum(grad_scale * tl.load(scale + c, c < channels, 0.0)) * rstd * rstd / size
+    tl.store(slopes + image, -slope)
+    tl.store(out + channels + c, _sum_parts(branch_sums, image, branch_parts, channels, PARTS, BLOCK_C), c < channels)
+    total = _sum_parts(hidden_sums, image, hidden_parts, 4 * channels, HIDDEN_PARTS, 4 * BLOCK_C)
+    tl.store(out + 2 * channels + hidden, total, hidden < 4 * channels)
+
+
+@triton.jit
+def _mix_backward(
     grad, x, stats, scale, keep, slopes, out, height, width, channels,
     HAS_KEEP: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -212,10 +235,12 @@ def _apply_gradient(
         tl.store(out + start + offsets, grad_out + factor * (total - grad_out) + slope * centred, mask)
 
 
-def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * scale * rstd * (pool(x) - x), and the statistics of y."""
+def mix(
+    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return y = x + keep * scale * rstd * (pool(x) - x) in `dtype`, and the statistics of y."""
     tiles, blocks = strips(*x.shape[1:], size)
-    out, moments = torch.empty_like(x), stats.new_empty((len(x), tiles[0] * tiles[1], 3))
+    out, moments = torch.empty_like(x, dtype=dtype), stats.new_empty((len(x), tiles[0] * tiles[1], 3))
     _mix[(*tiles, len(x))](
         x, stats, scale, scale if keep is None else keep, out, moments, *x.shape[1:],
         HAS_KEEP=keep is not None, **blocks,
@@ -223,19 +248,81 @@ def mix(x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int,
     return out, combine_moments(moments, eps)
 
 
-def mix_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int
+def normalize_backward(
+    grad: Tensor,
+    normed: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    residual_grad: Tensor,
+    x: Tensor,
+    size: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `mix` for x, including the part through the statistics, and for scale."""
-    images, height, width, channels = x.shape
+    """Return the gradient of y, and parts of the sums S of the mixer that computed y.
+
+    Args:
+        grad: gradient of `normed`.
+        normed: y as `normalize` returned it.
+        stats: the statistics of y.
+        sums: parts of each image's sums of `grad` and of `grad` times `normed`, [B, parts, 2].
+        residual_grad: added to the gradient of y.
+        x: the mixer's input.
+        size: the mixer's window.
+        dtype: type of the gradient of y.
+
+    Returns:
+        The gradient of y, and parts of its products with pool(x) - x, [B, parts, C].
+    """
     tiles, blocks = strips(*x.shape[1:], size)
-    grid, has_keep, factors = (*tiles, images), keep is not None, (stats, scale, scale if keep is None else keep)
-    sums, grad_scale = stats.new_empty((images, tiles[1], channels)), stats.new_empty((images, channels))
-    slopes, out = stats.new_empty(images), torch.empty_like(x)
-    _sum_products[grid](grad, x, sums, *x.shape[1:], **blocks)
-    _finish_products[(images,)](
-        sums, *factors, grad_scale, slopes, height * width * channels, channels, tiles[1],
-        HAS_KEEP=has_keep, BLOCK_C=next_power_of_2(channels),
+    out, products = torch.empty_like(x, dtype=dtype), stats.new_empty((len(x), tiles[1], x.shape[3]))
+    _normalize_backward[(*tiles, len(x))](
+        grad, normed, stats, sums, residual_grad, x, out, products, sums.shape[1], *x.shape[1:],
+        PARTS=next_power_of_2(sums.shape[1]), **blocks,
     )  # fmt: skip
-    _apply_gradient[grid](grad, x, *factors, slopes, out, *x.shape[1:], HAS_KEEP=has_keep, **blocks)
-    return out, grad_scale.sum(0)
+    return out, products
+
+
+def finish_sums(
+    products: Tensor,
+    branch_sums: Tensor,
+    hidden_sums: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    keep: Tensor | None,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Sum the parts of each image.
+
+    Args:
+        products: parts of S, [B, parts, C].
+        branch_sums: parts of the MLP branch's gradient, [B, parts, C].
+        hidden_sums: parts of the hidden layer's gradient, [B, parts, 4C].
+        stats, scale, keep: arguments of `mix`.
+        count: values in an image.
+
+    Returns:
+        The factor of x - mean in the gradient of x, [B], and sums of each image: the gradient of `scale`, `branch_sums`
+        and `hidden_sums`, [B, 6C].
+    """
+    images, channels = len(stats), len(scale)
+    parts = [sums.shape[1] for sums in (products, branch_sums, hidden_sums)]
+    slopes, out = stats.new_empty(images), stats.new_empty((images, 6 * channels))
+    _finish_sums[(images,)](
+        products, branch_sums, hidden_sums, stats, scale, scale if keep is None else keep, slopes, out,
+        count, channels, *parts, HAS_KEEP=keep is not None, PARTS=min(16, next_power_of_2(max(parts[:2]))),
+        HIDDEN_PARTS=min(16, next_power_of_2(parts[2])), BLOCK_C=next_power_of_2(channels), num_warps=8,
+    )  # fmt: skip
+    return slopes, out
+
+
+def mix_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, slopes: Tensor, size: int
+) -> Tensor:
+    """Return the gradient of `mix` for x, including the part through the statistics."""
+    tiles, blocks = strips(*x.shape[1:], size)
+    out = torch.empty_like(x)
+    _mix_backward[(*tiles, len(x))](
+        grad, x, stats, scale, scale if keep is None else keep, slopes, out, *x.shape[1:],
+        HAS_KEEP=keep is not None, **blocks,
+    )  # fmt: skip
+    return out
