@@ -257,8 +257,8 @@ def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape:
                 out = run(network, leaf)
                 loss = (out * images.flip(0)).sum()
             named = {name: p for name, p in network.named_parameters() if not name.endswith("norm1.bias")}
-            gradients = torch.autograd.grad(loss, [leaf, *named.values()])
-            scalars = torch.cat([leaf.new_zeros(1), *(grad for grad in gradients if grad.numel() == 1)])
+            gradients = [grad.float() for grad in torch.autograd.grad(loss, [leaf, *named.values()])]
+            scalars = torch.cat([images.new_zeros(1), *(grad for grad in gradients if grad.numel() == 1)])
             results.append([out.detach(), *(grad for grad in gradients if grad.numel() > 1), scalars])
     # The scalars of activations are compared together: one of them alone may happen to be nearly zero.
     errors = [(a - b).norm() / a.norm().clamp_min(1e-30) for a, b in zip(*results, strict=True)]
