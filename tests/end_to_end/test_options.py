@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor import config as inductor
 
 from metaformer.data.load.dali_loader import dali_is_installed
-from metaformer.models.variants import VARIANTS
-from tests.conftest import rows
-from tests.faults.program import SMALL
+from tests.conftest import SMALL_NETWORK, rows
 
 OPTIONS = {
     "compile": ("true", "false"),
@@ -60,16 +59,15 @@ def gain(name: str, value: str, chosen: dict[str, str], missing: set[frozenset[t
 @pytest.mark.timeout(900)  # compiling takes minutes on two busy cores
 @pytest.mark.parametrize("options", combinations(), ids=lambda options: "-".join(options.values()))
 def test_options_work_together(
-    options: dict[str, str], images: Path, tmp_path: Path, run_program: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    options: dict[str, str], images: Path, tmp_path: Path, run_program: Callable[..., Any]
+) -> None:
     """Losses are finite, all images are validated, and the EMA too if it is enabled."""
     if options["loader"] == "dali" and not dali_is_installed():
         pytest.skip("needs nvidia-dali")
-    monkeypatch.setitem(VARIANTS, "poolformer_s12", SMALL)
-    overrides = [f"{name}={value}" for name, value in options.items()]
+    overrides = [*SMALL_NETWORK, *(f"{name}={value}" for name, value in options.items())]
     size = ["image_size=32", "global_batch_size=8", "eval_batch_size=31", "log_every_steps=1", "max_steps=2"]
-    result = run_program("train", f"data.root={images}", f"run_dir={tmp_path / 'run'}", *size, *overrides)
+    with inductor.patch({"cpp.vec_isa_ok": False}):  # vector code, as in test_compile.py, takes longer
+        result = run_program("train", f"data.root={images}", f"run_dir={tmp_path / 'run'}", *size, *overrides)
     assert result["images"] == 403
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert len(losses) == 2
