@@ -14,7 +14,8 @@ from benchmarks.harness import REPOSITORY
 
 FILE = REPOSITORY / "src/metaformer/models/kernels/budgets.json"
 ARCH = 90  # the architecture whose figures are kept
-SETTINGS = (Setting(batch=1024), Setting(batch=128), Setting("poolformerv2_s12", batch=1024))
+NETWORKS = ("poolformerv2_s12", "identityformer_s12", "caformer_s18")
+SETTINGS = (Setting(batch=1024), Setting(batch=128), *(Setting(name, batch=1024) for name in NETWORKS))
 Figures = dict[str, dict[str, float]]  # all of them are better if they are lower
 
 

@@ -46,8 +46,10 @@ def test_status_of_the_blocks() -> None:
     """The status says by what the blocks are fused, or why they are not; on a CPU they never are."""
     assert status_of("poolformer_s12", runtime=ALONE) == "off (CPU)"
     assert status_of("poolformer_s12") == "on (Triton)"
-    assert status_of("metaformer_s12_ppff") == "on (Triton, 2 of 4 stages)"
-    assert status_of("metaformer_s12_identity") == "off (no stage has the paper's blocks)"
+    assert status_of("poolformerv2_s12") == "on (Triton)"
+    assert status_of("metaformer_s12_ppff") == "on (Triton, MLPs in 4 of 4 stages, token mixers in 2)"
+    assert status_of("caformer_s18") == "on (Triton, MLPs in 4 of 4 stages, token mixers in 0)"
+    assert status_of("metaformer_s12_batch_norm") == "off (no stage has the papers' MLPs)"
     assert status_of("poolformer_s12", "model.fused=false") == "off (model.fused=false)"
     assert status_of("poolformer_s12", "channels_last=false") == "off (channels_last=false)"
     config = compose_training(["data.root=.", "model=timm", "model.name=resnet18"])

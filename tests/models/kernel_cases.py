@@ -132,6 +132,73 @@ def test_gradient_of_the_norm(kernels: Kernels, draw: Draw, shape: tuple[int, ..
     assert_near(summed, reference.finish_sums(*exact(*arguments)), torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES[:4], STRIPS])
+def test_residual_scale(kernels: Kernels, draw: Draw, shape: tuple[int, ...]) -> None:
+    """A factor per channel on the input of both branches, one of them zero, and its gradient."""
+    x, stats, scale, keep = mixer_arguments(draw, shape, shape[0] > 1)
+    factor, grad = draw(shape[3]), draw(*shape)
+    factor[0] = 0
+    norm_sums, slopes = draw(shape[0], 5, 2) * x[0].numel(), draw(shape[0])
+    calls = {
+        "mix": (x, stats, scale, keep, 3, EPS, torch.float32, factor),
+        "residual": (x, grad, draw(1), keep, EPS, torch.float32, factor),
+        "mix_backward": (grad, x, stats, scale, keep, slopes, 3, factor),
+        "normalize_backward": (x, draw(*shape), stats, norm_sums, grad, x, 3, torch.float32, factor),
+    }
+    for name, arguments in calls.items():
+        found, expected = getattr(kernels, name)(*arguments), getattr(reference, name)(*exact(*arguments))
+        if name == "normalize_backward":  # test_gradient_of_the_norm compares the products
+            found, expected = (found[0], found[2]), (expected[0], expected[2])
+        assert_near(found, expected, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("norm", ["image", "channels"])
+def test_norm_of_a_branch(
+    kernels: Kernels, draw: Draw, norm: str, shape: tuple[int, ...], dtype: torch.dtype, scaled: bool
+) -> None:
+    """The norm over the channels of each position, and the gradient of both norms with that of the residual."""
+    x, factor = draw(*shape, mean=1.0), draw(shape[3]) if scaled else None
+    normed, stats = kernels.normalize_channels(x, EPS, dtype)
+    expected, expected_stats = reference.normalize_channels(*exact(x, EPS, dtype))
+    assert_near(normed, expected, dtype)
+    torch.testing.assert_close(stats.double(), expected_stats, rtol=1e-5, atol=1e-6)
+    if norm == "image":
+        stats = reference.statistics(x, EPS)
+    norm_sums = draw(shape[0], 5, 2) * x[0].numel()
+    backward = (draw(*shape, dtype=dtype), draw(*shape, dtype=dtype), stats, norm_sums, draw(*shape), factor)
+    found, wanted = kernels.norm_backward(*backward), reference.norm_backward(*exact(*backward))
+    assert_near(found, wanted, *[torch.float32] * (1 + scaled))
+
+
+def test_norm_over_channels_sums_many_rows(kernels: Kernels, draw: Draw) -> None:
+    """Several programs, each with several tiles, sum all rows; the gradient is that of torch's layer norm."""
+    x, grad, factor = draw(1, 40, 30, 64), draw(1, 40, 30, 64), draw(64)
+    normed, stats = kernels.normalize_channels(x, EPS, torch.float32)
+    found = kernels.norm_backward(grad, normed, stats, stats, x, factor)
+    leaf = x.double().requires_grad_()
+    (own,) = torch.autograd.grad(torch.nn.functional.layer_norm(leaf, [64], eps=EPS), leaf, grad.double())
+    assert_near(found, (own + x * factor, x.double().square().sum((0, 1, 2))), torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_added_norm_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], scaled: bool) -> None:
+    """The norm as a branch, with and without a residual scale and drop path; the gradient is that of autograd."""
+    x, stats, weight, keep = mixer_arguments(draw, shape, shape[0] > 1)
+    bias, factor, grad = draw(shape[3]), draw(shape[3]) if scaled else None, draw(*shape)
+    arguments = (x, stats, weight, bias, keep, factor, EPS)
+    assert_near(kernels.add_norm(*arguments), reference.add_norm(*exact(*arguments)), torch.float32, torch.float32)
+    backward = (grad, x, stats, weight, keep, factor)
+    expected = reference.add_norm_backward(*exact(*backward))
+    assert_near(kernels.add_norm_backward(*backward), expected, *[torch.float32] * (3 + scaled))
+    leaf, *others = exact(x, weight, bias, keep, factor, EPS)
+    leaf.requires_grad_()
+    y, _ = reference.add_norm(leaf, reference.statistics(leaf, EPS), *others)
+    torch.testing.assert_close(expected[0], torch.autograd.grad(y, leaf, grad.double())[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stream", [torch.float32, None])
 def test_mixer_in_half_precision(kernels: Kernels, draw: Draw, dtype: torch.dtype, stream: torch.dtype | None) -> None:
@@ -291,13 +358,13 @@ def test_offsets_beyond_two_billion(kernels: Kernels, draw: Draw) -> None:
     assert_near(kernels.gelu(xs)[-1:], reference.gelu(x.double()), half)
     norm_sums = draw(1, 2, 2)
     found, products = kernels.normalize_backward(grads, xs, all_stats, many(norm_sums), xs, xs, 3, half)
-    expected = reference.normalize_backward(*exact(grad, x, stats, norm_sums, x, x, 3, half))
-    assert_near(found[-1:], expected[0], half)
+    wanted = reference.normalize_backward(*exact(grad, x, stats, norm_sums, x, x, 3, half))
+    assert_near(found[-1:], wanted[0], half)
     arguments = (products, branch_sums, torch.zeros(MANY, 1, 256), all_stats, scale, all_keep, x[0].numel())
     slopes, sums = kernels.finish_sums(*arguments)
     expected = reference.finish_sums(*exact(*(a[-1:] for a in arguments[:4]), scale, keep, x[0].numel()))
     assert_near((slopes[-1:], sums[-1:]), expected, torch.float32, torch.float32)
-    backward = kernels.mix_backward(grads, xs, all_stats, scale, all_keep, slopes, 3)
+    (backward,) = kernels.mix_backward(grads, xs, all_stats, scale, all_keep, slopes, 3)
     assert_near(backward[-1:], reference.mix_backward(*exact(grad, x, stats, scale, keep, slopes[-1:], 3)), half)
     others = (draw(64), draw(64))
     found = kernels.gelu_backward(grads, xs, keep, *others)[0][-1:, -1, -1]

@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,20 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaformer.models.activations import StarReLU
+from metaformer.models.channel_mlps import LinearLayer
 from metaformer.models.fused import fuse, run_fused
 from metaformer.models.kernels import operators
-from metaformer.models.metaformer import Architecture, BlockParts, MetaFormer, MetaFormerBlock, Stage, run_plain
-from metaformer.models.norms import GroupNormWithoutBias
-from metaformer.models.token_mixers import Pooling
+from metaformer.models.metaformer import (
+    Architecture,
+    BlockParts,
+    MetaFormer,
+    MetaFormerBlock,
+    Stage,
+    TokenMixer,
+    run_plain,
+)
+from metaformer.models.norms import ChannelLayerNorm, GroupNormWithoutBias
+from metaformer.models.token_mixers import Identity, Pooling, SeparableConv
 from tests.models.reference_kernels import REFERENCE
 
 EPS = 1e-5
@@ -33,6 +43,9 @@ KERNEL_SETS = ["interpreted"] if INTERPRETED else ["reference", *(["gpu"] if tor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # [B, C, H, W]: odd sides and widths; one position, where strides are ambiguous; one image; more than one tile.
 SHAPES = [(3, 40, 7, 5), (2, 16, 1, 1), (1, 3, 1, 9), (1, 34, 11, 13)]
+
+
+BRANCHES = (operators.block, operators.identity_branch, operators.mlp_branch)  # the operators that have a gradient
 
 
 class Call(NamedTuple):
@@ -72,26 +85,23 @@ def calls(
     yield Call(operators.statistics, (x, EPS))
     for keep in (None, torch.tensor([[0.0, 2.0, 2.0][:batch], [2.0, 0.0, 2.0][:batch]], device=device)):
         activation = "gelu" if keep is None else "squared_relu"
-        out = stream if keep is None else product
-        arguments = (
-            x,
-            stats,
-            parameters,
-            keep,
-            3,
-            activation,
-            EPS,
-            EPS,
-            product,
-            torch.promote_types(stream, out),
-            out,
-        )
-        yield Call(operators.block, arguments)
-        saved = [tensor.clone() for tensor in operators.block(*arguments)[2:]]
-        yield Call(
-            operators.block_backward,
-            (grad.to(out), x, stats, parameters, keep, saved, 3, activation, torch.promote_types(stream, out)),
-        )
+        out, scales = (stream, []) if keep is None else (product, [normal(channels), normal(channels)])
+        between = torch.promote_types(stream, out)
+        types = (product, between, out)
+        block = Call(operators.block, (x, stats, parameters, keep, scales, 3, activation, EPS, EPS, *types))
+        yield block
+        saved = [tensor.clone() for tensor in operators.block(*block.arguments)[2:]]
+        given = (parameters, keep, scales, saved, 3, activation, between)
+        yield Call(operators.block_backward, (grad.to(out), x, stats, *given))
+        keep1, scale, mlp = None if keep is None else keep[0].clone(), scales[:1], parameters[3:]
+        yield Call(operators.identity_branch, (x, stats, parameters[:2], keep1, scale, EPS))
+        yield Call(operators.identity_branch_backward, (grad, x, stats, parameters[0], keep1, scale))
+        for norm_stats in (stats, None):
+            branch = Call(operators.mlp_branch, (x, norm_stats, mlp, keep1, scale, activation, EPS, EPS, product))
+            yield branch
+            found, *saved = (tensor.clone() for tensor in operators.mlp_branch(*branch.arguments)[2:])
+            used = found if norm_stats is None else stats
+            yield Call(operators.mlp_branch_backward, (grad, used, mlp, keep1, scale, saved, activation))
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -133,10 +143,10 @@ def test_operators_pass_opcheck(device: torch.device, stream: torch.dtype, produ
     """The operators pass torch's checks of schemas, mutation, aliasing, symbolic sizes and compiled gradients."""
     tolerance = 1e-5 if stream == product == torch.float32 else 0.1
     for operator, arguments in calls(device, (3, 4, 3, 2), stream, product, True):
-        if operator is operators.block:  # the others have no gradient
+        if operator in BRANCHES:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)
-            keep = None if arguments[3] is None else arguments[3].detach()
-            arguments = (arguments[0], arguments[1].detach(), arguments[2], keep, *arguments[4:])
+            stats, keep = (None if arguments[i] is None else arguments[i].detach() for i in (1, 3))
+            arguments = (arguments[0], stats, arguments[2], keep, *arguments[4:])
         torch.library.opcheck(operator, arguments, rtol=tolerance, atol=tolerance)
 
 
@@ -148,6 +158,10 @@ def blocks_of(dim: int, window: int, layer_scale: float | None, device: torch.de
 
     torch.manual_seed(0)
     parts = BASELINE_PARTS if layer_scale is None else BlockParts(layer_scale_init=layer_scale)
+    return random_blocks(dim, mixer, parts, device)
+
+
+def random_blocks(dim: int, mixer: TokenMixer, parts: BlockParts, device: torch.device) -> nn.Sequential:
     blocks = nn.Sequential(*(MetaFormerBlock(dim, 7, mixer, 0.4, parts) for _ in range(2)))
     for name, parameter in blocks.named_parameters():
         if "layer_scale" not in name:
@@ -196,6 +210,32 @@ def test_blocks(
     }
     if INTERPRETED and (dtype is not None or shape == SHAPES[-1]):  # slow, and the kernels always get one layout
         gradients = {"strided": gradients["strided"]}
+    assert_as_near_as_plain(blocks, images, gradients, dtype, layer_scale or 1)
+
+
+SCALED_PARTS = replace(BASELINE_PARTS, residual_scale=True)
+SECOND_PAPER: dict[str, tuple[TokenMixer, BlockParts]] = {
+    "PoolFormerV2": (Pooling, SCALED_PARTS),
+    "IdentityFormer": (Identity, SCALED_PARTS),
+    "IdentityFormer's first stages": (Identity, BASELINE_PARTS),
+    "CAFormer": (SeparableConv, replace(SCALED_PARTS, norm=ChannelLayerNorm, mlp_layer=LinearLayer)),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", SECOND_PAPER)
+def test_blocks_of_the_second_paper(device: torch.device, dtype: torch.dtype | None, kind: str) -> None:
+    """Scaled residuals, no mixer or a plain one, and norms over channels, as in `test_blocks`."""
+    torch.manual_seed(0)
+    blocks = random_blocks(SHAPES[0][1], *SECOND_PAPER[kind], device).train()
+    images = torch.randn(SHAPES[0], device=device)
+    assert_as_near_as_plain(blocks, images, {"contiguous": images.flip(0).contiguous()}, dtype, 1)
+
+
+def assert_as_near_as_plain(
+    blocks: nn.Sequential, images: Tensor, gradients: dict[str, Tensor], dtype: torch.dtype | None, layer_scale: float
+) -> None:
+    """Assert that errors of output and gradients are similar to the plain blocks', for gradients of the output."""
     for name, weight in gradients.items():
         exact = outcome(run_plain, blocks.double(), images.double(), weight, None)
         blocks.float()
@@ -206,7 +246,8 @@ def test_blocks(
             if not key.endswith("norm1.bias"):  # exactly zero in fused blocks, rounding errors in plain ones
                 error, plain_error = ((other[key].double() - value).norm() for other in (found, plain))
                 relative = 3e-5 if dtype is None else torch.finfo(dtype).eps
-                absolute = 1e-6 * weight.norm() * (1 if key.endswith("scale") else layer_scale or 1)
+                absolute = 1e-6 * weight.norm() * (1 if key.endswith("scale") else layer_scale)
+                relative *= 4 if value.numel() == 1 else 1  # one error, not the norm of many
                 bound = 6 * plain_error + relative * value.norm() + absolute
                 assert error <= bound, (name, key)
 
@@ -234,8 +275,8 @@ def test_float16_weight_gradient_does_not_overflow(device: torch.device) -> None
     parameters.append(torch.full_like(ones, 1e-3))
     stats, grad = REFERENCE.statistics(x, EPS), torch.full_like(x, 1000.0)
     types = (torch.float16, torch.float32, torch.float32)
-    saved = list(operators.block(x, stats, parameters, None, 3, "gelu", EPS, EPS, *types)[2:])
-    grads = operators.block_backward(grad, x, stats, parameters, None, saved, 3, "gelu", torch.float32)
+    saved = list(operators.block(x, stats, parameters, None, [], 3, "gelu", EPS, EPS, *types)[2:])
+    grads = operators.block_backward(grad, x, stats, parameters, None, [], saved, 3, "gelu", torch.float32)
     expected = 1000.0 * 2 * 16 * 16 * 0.8413447 * 1e-3  # gelu(1)
     torch.testing.assert_close(grads[8], torch.full_like(grads[8], expected), rtol=1e-3, atol=0)
 
@@ -352,8 +393,8 @@ def test_no_gradient_is_filled_with_zeros(device: torch.device) -> None:
 
 def test_saved_outputs_are_not_differentiable(device: torch.device) -> None:
     """Outputs saved for the backward pass are not differentiable, since a gradient through them would be wrong."""
-    for operator, arguments in itertools.islice(calls(device, (2, 8, 3, 3), torch.float32, torch.float32, True), 3):
-        if operator is operators.block:
+    for operator, arguments in itertools.islice(calls(device, (2, 8, 3, 3), torch.float32, torch.float32, True), 9):
+        if operator in BRANCHES:
             images = arguments[0].requires_grad_()
             first, *others = operator(images, *arguments[1:])
             assert first.requires_grad

@@ -29,11 +29,13 @@ def normalize(x: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mix(
-    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * scale * rstd * (pool(x) - x) in `dtype`, and the statistics of y."""
+    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float, dtype: torch.dtype,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y = residual_scale * x + keep * scale * rstd * (pool(x) - x) in `dtype`, and the statistics of y."""
     difference = _pool(x, size).sub_(x)
-    y = torch.addcmul(x, difference, _broadcast(_branch_factor(stats, scale, keep))).to(dtype)
+    identity = x if residual_scale is None else x * residual_scale
+    y = torch.addcmul(identity, difference, _broadcast(_branch_factor(stats, scale, keep))).to(dtype)
     return y, statistics(y, eps)
 
 
@@ -46,12 +48,18 @@ def normalize_backward(
     x: Tensor,
     size: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of y, and parts of the sums S of the mixer that computed y."""
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the gradient of y, parts of the mixer's sums S, and the gradient of residual_scale if there is one."""
     shift, slope = (sums.sum(1) / x[0].numel()).unbind(1)
-    grad_y = (grad - _per_image(shift) - normed * _per_image(slope)) * _per_image(stats[:, 1]) + residual_grad
+    residual = residual_grad if residual_scale is None else residual_grad * residual_scale
+    grad_y = (grad - _per_image(shift) - normed * _per_image(slope)) * _per_image(stats[:, 1]) + residual
     grad_y = grad_y.to(dtype)
-    return grad_y, (grad_y * _pool(x, size).sub_(x)).sum((1, 2))[:, None]
+    products = (grad_y * _pool(x, size).sub_(x)).sum((1, 2))[:, None]
+    if residual_scale is None:
+        return grad_y, products
+    y = normed / _per_image(stats[:, 1]) + _per_image(stats[:, 0])
+    return grad_y, products, (residual_grad * y).sum((0, 1, 2))
 
 
 def finish_sums(
@@ -71,12 +79,15 @@ def finish_sums(
 
 
 def mix_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, slopes: Tensor, size: int
-) -> Tensor:
-    """Return the gradient of `mix` for x, including the part through the statistics."""
+    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, slopes: Tensor, size: int,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradient of `mix` for x, including the part through the statistics, and for residual_scale if any."""
     transposed = _pool_transposed(grad, size).sub_(grad)
-    grad_x = torch.addcmul(grad, transposed, _broadcast(_branch_factor(stats, scale, keep)))
-    return (grad_x + (x - _per_image(stats[:, 0])) * _per_image(slopes)).to(x.dtype)
+    residual = grad if residual_scale is None else grad * residual_scale
+    grad_x = torch.addcmul(residual, transposed, _broadcast(_branch_factor(stats, scale, keep)))
+    grad_x = (grad_x + (x - _per_image(stats[:, 0])) * _per_image(slopes)).to(x.dtype)
+    return (grad_x,) if residual_scale is None else (grad_x, (grad * x).to(stats.dtype).sum((0, 1, 2)))
 
 
 def fold_norms(
@@ -170,10 +181,12 @@ def _sums_of_gradient(grad: Tensor, hidden: Tensor, bias: Tensor, row_sums: Tens
 
 
 def residual(
-    x: Tensor, branch: Tensor, factor: Tensor, keep: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * factor * branch in `dtype`, and the statistics of y; `factor` is [1]."""
-    y = torch.addcmul(x, branch, _per_image(factor if keep is None else keep * factor)).to(dtype)
+    x: Tensor, branch: Tensor, factor: Tensor, keep: Tensor | None, eps: float, dtype: torch.dtype,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y = residual_scale * x + keep * factor * branch in `dtype`, and the statistics of y; `factor` is [1]."""
+    identity = x if residual_scale is None else x * residual_scale
+    y = torch.addcmul(identity, branch, _per_image(factor if keep is None else keep * factor)).to(dtype)
     return y, statistics(y, eps)
 
 
@@ -181,6 +194,57 @@ def residual_backward(grad: Tensor, keep: Tensor | None, dtype: torch.dtype) -> 
     """Return keep * grad in `dtype`, and parts of its sums over each image's positions, [B, parts, C]."""
     branch_grad = (grad if keep is None else grad * _per_image(keep)).to(dtype)
     return branch_grad, branch_grad.sum((1, 2), dtype=accumulation_type(grad))[:, None]
+
+
+def normalize_channels(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (x - mean) * rstd in `dtype` with the statistics of each position's channels, and these, [B, H, W, 2]."""
+    values = x.to(accumulation_type(x))
+    variance, mean = torch.var_mean(values, 3, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    return ((values - mean) * rstd).to(dtype), torch.cat([mean, rstd], 3)
+
+
+def norm_backward(
+    grad: Tensor, normed: Tensor, stats: Tensor, sums: Tensor, residual_grad: Tensor, residual_scale: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return the gradient of a norm's input, and that of the residual scale if there is one."""
+    if stats.ndim == 2:
+        mean, rstd = (_per_image(each) for each in stats.unbind(1))
+        shift, slope = (_per_image(each) for each in (sums.sum(1) / normed[0].numel()).unbind(1))
+    else:
+        mean, rstd = stats.split(1, 3)
+        shift, slope = grad.mean(3, True, dtype=stats.dtype), (grad.to(stats.dtype) * normed).mean(3, True)
+    through_norm = (grad - shift - normed * slope) * rstd
+    if residual_scale is None:
+        return ((through_norm + residual_grad).to(residual_grad.dtype),)
+    grad_x = (through_norm + residual_grad * residual_scale).to(residual_grad.dtype)
+    return grad_x, (residual_grad * (normed / rstd + mean)).sum((0, 1, 2))
+
+
+def add_norm(
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, residual_scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y = residual_scale * x + keep * (weight * (x - mean) * rstd + bias), and the statistics of y."""
+    branch = normalize(x, stats, accumulation_type(x)) * weight + bias
+    identity = x if residual_scale is None else x * residual_scale
+    y = (identity + (branch if keep is None else branch * _per_image(keep))).to(x.dtype)
+    return y, statistics(y, eps)
+
+
+def add_norm_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, keep: Tensor | None, residual_scale: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `add_norm` for x, weight, bias, and residual_scale if there is one."""
+    normed, rstd = normalize(x, stats, stats.dtype), _per_image(stats[:, 1])
+    kept = (grad if keep is None else grad * _per_image(keep)).to(stats.dtype)
+    scaled = kept * weight
+    shift, slope = (_per_image(each.flatten(1).mean(1)) for each in (scaled, scaled * normed))
+    through_norm = (scaled - shift - normed * slope) * rstd
+    grads = (kept * normed).sum((0, 1, 2)), kept.sum((0, 1, 2))
+    if residual_scale is None:
+        return (through_norm + grad).to(x.dtype), *grads
+    return (through_norm + grad * residual_scale).to(x.dtype), *grads, (grad * x).to(stats.dtype).sum((0, 1, 2))
 
 
 def _branch_factor(stats: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:

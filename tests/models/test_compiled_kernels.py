@@ -38,11 +38,12 @@ def launch_mixer(side: int, channels: int, window: int, dropped: bool, types: Ty
     kernels, shape = triton_kernels(), (128, side, side, channels)
     x, y, half = (new(*shape, dtype=dtype) for dtype in types)
     stats, scale, keep = new(128, 2), new(channels), new(128) if dropped else None
-    kernels.mix(x, stats, scale, keep, window, EPS, y.dtype)
+    factors = () if dropped or window > 3 else (scale,)
+    kernels.mix(x, stats, scale, keep, window, EPS, y.dtype, *factors)
     parts = new(128, 7, channels)
-    _, products = kernels.normalize_backward(half, half, stats, new(128, 16, 2), y, x, window, y.dtype)
+    _, products, *_ = kernels.normalize_backward(half, half, stats, new(128, 16, 2), y, x, window, y.dtype, *factors)
     slopes, _ = kernels.finish_sums(products, parts, new(128, 4, 4 * channels), stats, scale, keep, x[0].numel())
-    kernels.mix_backward(y, x, stats, scale, keep, slopes, window)
+    kernels.mix_backward(y, x, stats, scale, keep, slopes, window, *factors)
 
 
 def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> None:
@@ -60,7 +61,13 @@ def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> N
     kernels.gelu_backward(hidden, hidden, factor, new(4 * channels, dtype=dtype), bias1)
     kernels.squared_relu(hidden)
     kernels.squared_relu_backward(hidden, hidden, factor, new(4 * channels, dtype=dtype), bias1)
-    kernels.residual(x, branch, factor, keep, EPS, x.dtype)
+    _, positions = kernels.normalize_channels(x, EPS, dtype)
+    for scale in (None, vector):
+        kernels.residual(x, branch, factor, keep, EPS, x.dtype, scale)
+        kernels.add_norm(x, stats, vector, vector, keep, scale, EPS)
+        kernels.add_norm_backward(x, x, stats, vector, keep, scale)
+        for each in (stats, positions):
+            kernels.norm_backward(branch, branch, each, new(128, 16, 2), x, scale)
     kernels.residual_backward(x, keep, dtype)
     kernels.fc1_gradients(fc1, fc1, *[vector] * 4, new(6 * channels))
     kernels.fc2_gradients(fc2, fc2, vector, vector, new(6 * channels))
@@ -102,7 +109,7 @@ def test_kernels_of_training(launches: list[KernelLaunch]) -> None:
     launch_transform(224)
     launch_randaugment(224)
     for facts in (launch.facts for launch in launches):
-        if facts.name.partition(".")[0] in ("mixer", "norm", "elementwise") and "finish" not in facts.name:
+        if facts.name.partition(".")[0] in ("branches", "mixer", "norm", "elementwise") and "finish" not in facts.name:
             assert max(facts.loads) == 128, facts.name
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metaformer.models import MetaFormer, fused
+from metaformer.models import MetaFormer, create_model, fused
 from metaformer.models.activations import StarReLU
+from metaformer.models.channel_mlps import LinearLayer
+from metaformer.models.families import COMPOSITIONS
 from metaformer.models.fused import BlockShape, find_fault, fuse, run_fused
 from metaformer.models.kernels import operators
-from metaformer.models.metaformer import POOLFORMER_PARTS, Architecture, BlockParts, Stage
-from metaformer.models.norms import GroupNormWithoutBias, group_norm
+from metaformer.models.metaformer import POOLFORMER_PARTS, Architecture, BlockParts
+from metaformer.models.norms import ChannelLayerNorm, GroupNormWithoutBias, group_norm
 from metaformer.models.token_mixers import Pooling
 from metaformer.models.variants import VARIANTS
 from tests.models.reference_kernels import REFERENCE
@@ -29,6 +31,12 @@ KINDS = {
     "PoolFormerV2": BASELINE_PARTS,
     "mixed": BlockParts(group_norm, StarReLU, layer_scale_init=0.5, mlp_bias=True),
 }
+SCALED_PARTS = replace(BASELINE_PARTS, residual_scale=True)
+# With all mixers and norms whose MLPs are fused; the number of stages whose token mixers are fused, too.
+WHOLE_STAGES = {
+    "metaformer_s12_identity": 4, "metaformer_s12_layer_norm": 0, "metaformer_s12_pppf": 3, "poolformerv2_s12": 4,
+    "identityformer_s12": 4, "randformer_s12": 2, "convformer_s18": 0, "caformer_s18": 0,
+}  # fmt: skip
 
 
 def network(size: int = 3, parts: BlockParts = POOLFORMER_PARTS) -> MetaFormer:
@@ -39,6 +47,14 @@ def network(size: int = 3, parts: BlockParts = POOLFORMER_PARTS) -> MetaFormer:
 
     architecture = Architecture((2, 1, 2, 1), (8, 16, 24, 32), [pooling] * 4, drop_path_rate=0.3, parts=parts)
     model = MetaFormer(architecture, num_classes=5)
+    randomise(model)
+    return model
+
+
+def small(name: str) -> MetaFormer:
+    """Return a named network with few blocks and channels, whose parameters all affect the output."""
+    sizes = replace(COMPOSITIONS[name], depths=(1, 1, 2, 1), dims=(32, 32, 64, 32), drop_path_rate=0.3)
+    model = create_model(sizes, 5, image_size=64)
     randomise(model)
     return model
 
@@ -64,18 +80,35 @@ def test_fused_network_is_the_plain_one(size: int, kind: str, training: bool) ->
 
     norm1's bias cancels out. Its gradient is exactly zero, while the plain path returns rounding errors.
     """
-    model = network(size, KINDS[kind]).double().train(training)
     images = torch.randn(6, 3, 52, 70, dtype=torch.float64)
+    found = assert_fused_is_plain(network(size, KINDS[kind]).double().train(training), images)
+    assert not any(value.any() for name, value in found.items() if name.endswith("norm1.bias"))
+
+
+@pytest.mark.parametrize("name", WHOLE_STAGES)
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_networks_of_both_papers_are_the_plain_ones(name: str, training: bool) -> None:
+    """The same holds for other mixers, which are plain or none, for norms over channels, and for scaled residuals."""
+    model = small(name).double().train(training)
+    assert len(fused.whole_stages(model)) == WHOLE_STAGES[name]
+    assert_fused_is_plain(model, torch.randn(6, 3, 64, 64, dtype=torch.float64))
+
+
+def assert_fused_is_plain(model: MetaFormer, images: Tensor) -> dict[str, Tensor]:
+    """Fuse four stages, assert that logits and all gradients stay the same, and return them.
+
+    Poolings cancel norm1's bias, so that its gradient consists of rounding errors.
+    """
     expected = outcome(model, images)
     assert fuse(model) == 4
     found = outcome(model, images)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name.endswith("norm1.bias"):
-            assert not found[name].any()
-            assert value.abs().max() < 1e-10
+        if name.endswith("norm1.bias") and value.abs().max() < 1e-10:
+            assert found[name].abs().max() < 1e-10
         else:
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12 * float(value.abs().max()))
+    return found
 
 
 def test_drop_path_and_layer_scale_of_zero() -> None:
@@ -151,37 +184,51 @@ def test_compiles_as_one_graph(kind: str) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_with_plain_mixers_under_autocast() -> None:
+    """Plain mixers between fused branches keep autocast's type in the compiled graph, as in the eager network."""
+    blocks: Any = small("caformer_s18").eval().get_submodule("stages.3.blocks")
+    results = []
+    for run in (run_fused, torch.compile(run_fused, backend="aot_eager", fullgraph=True)):
+        images = torch.ones(2, 32, 2, 2, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(blocks, images)
+        out.sum().backward()
+        results.append((out.detach(), images.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=0.02 * float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "identityformer_s12", "caformer_s18"])
 @pytest.mark.parametrize("switch", [fuse, lambda _: None], ids=["fused", "plain"])
 def test_gradients_have_the_strides_of_weights(kind: str, switch: Callable[[MetaFormer], object]) -> None:
     """A channels_last weight and its gradient have equal strides; otherwise distributed training warns and copies."""
-    model = network(parts=KINDS[kind]).to(memory_format=torch.channels_last)
+    model = network(parts=KINDS[kind]) if kind in KINDS else small(kind)
+    model = model.to(memory_format=torch.channels_last)
     switch(model)
-    outcome(model, torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    outcome(model, torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.stride() == parameter.stride(), name
 
 
 def test_fusable_networks() -> None:
-    """PoolFormers and pooling ablations are fusable in all stages, hybrids in pooling stages, others in none.
+    """MLPs with GELU or StarReLU, a residual and one of both papers' norms are fusable, in all stages or in none.
 
-    PoolFormerV2 is fusable in the first two stages, which do not scale the residual.
+    The token mixers that are fused, too, are poolings and identities after a norm over the image.
     """
-    fused_stages = {}
+    found = {}
     for name in VARIANTS:
-        small = replace(VARIANTS[name], depths=(1, 1, 1, 1), dims=(32, 32, 32, 32))
-        model = MetaFormer(small, num_classes=2, image_size=32)
-        stages = [stage for stage in model.stages if isinstance(stage, Stage)]
-        fused_stages[name] = sum(all(fused.is_fusable(block) for block in stage.blocks) for stage in stages)
-    whole = [name for name in VARIANTS if name.startswith("poolformer_") or "_pool" in name]
-    second = [name for name in VARIANTS if name.startswith("poolformerv2_")]
-    assert {name for name, count in fused_stages.items() if count} == {
-        *whole, *second, "metaformer_s12_pppf", "metaformer_s12_ppff",
-    }  # fmt: skip
-    assert [fused_stages[name] for name in second] == [2] * 5
-    assert all(fused_stages[name] == 4 for name in whole)
-    assert (fused_stages["metaformer_s12_pppf"], fused_stages["metaformer_s12_ppff"]) == (3, 2)
+        model = MetaFormer(replace(VARIANTS[name], depths=(1, 1, 1, 1), dims=(32,) * 4), num_classes=2, image_size=32)
+        found[name] = len(fused.fusable_stages(model)), len(fused.whole_stages(model))
+    plain = {name for name, (fusable, _) in found.items() if not fusable}
+    others = ("batch_norm", "no_norm", "relu", "silu", "no_residual", "no_channel_mlp")
+    assert plain == {f"metaformer_s12_{part}" for part in others}
+    assert {fusable for fusable, _ in found.values()} == {0, 4}
+    whole = {name for name, (_, count) in found.items() if count == 4}
+    families = ("poolformer_", "poolformerv2_", "identityformer_")
+    ablations = {f"metaformer_s12_{part}" for part in ("identity", "pool5", "pool7", "pool9")}
+    assert whole == {name for name in VARIANTS if name.startswith(families)} | ablations
+    assert {name: found[name][1] for name in WHOLE_STAGES} == WHOLE_STAGES
 
 
 def test_state_dict_stays_the_same() -> None:
@@ -192,39 +239,42 @@ def test_state_dict_stays_the_same() -> None:
     plain.load_state_dict(changed.state_dict(), strict=True)
 
 
-def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int) -> list[tuple[int, ...]]:
+def shapes_checked(monkeypatch: pytest.MonkeyPatch, name: str, image_size: int) -> list[BlockShape]:
     """Return the shapes that a successful check runs."""
     shapes: list[BlockShape] = []
 
     def record(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
         shapes.append(shape)
-        assert shape.parts == expected_parts
         return 0.0
 
     monkeypatch.setattr(fused, "_relative_difference", record)
-    second = name.startswith("poolformerv2")
-    expected_parts = BASELINE_PARTS if second else BlockParts(layer_scale_init=0.5)
     small = replace(VARIANTS[name], depths=(1, 1, 1, 1))
     model = MetaFormer(small, num_classes=2, image_size=image_size)
     assert find_fault(model, image_size, torch.device("cuda"), torch.bfloat16) is None
-    return [shape[:4] for shape in shapes]  # without the parts
+    return shapes
 
 
 def test_checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check uses each fused stage's width, side and window in training."""
+    """The check uses each fused stage's width, side, window in training, or no mixer, and its other parts."""
+    parts, widths = BlockParts(layer_scale_init=0.5), (64, 128, 320, 512)
     for side, image_size in ((56, 224), (8, 32)):
         sides = (side, side // 2, side // 4, side // 8)
-        for name, widths in (("poolformer_s12", (64, 128, 320, 512)), ("poolformer_m36", (96, 192, 384, 768))):
-            expected = [(width, side, 3, 16) for width, side in zip(widths, sides, strict=True)]
+        for name, dims in (("poolformer_s12", widths), ("poolformer_m36", (96, 192, 384, 768))):
+            expected = [BlockShape(dim, s, 3, 16, parts) for dim, s in zip(dims, sides, strict=True)]
             assert shapes_checked(monkeypatch, name, image_size) == expected
-    assert shapes_checked(monkeypatch, "metaformer_s12_pppf", 224) == [
-        (64, 56, 3, 16),
-        (128, 28, 3, 16),
-        (320, 14, 3, 16),
-    ]
-    assert shapes_checked(monkeypatch, "metaformer_s12_pool7", 224)[3] == (512, 7, 7, 16)
-    assert shapes_checked(monkeypatch, "poolformerv2_s12", 224) == [(64, 56, 3, 16), (128, 28, 3, 16)]
-    assert shapes_checked(monkeypatch, "metaformer_s12_identity", 224) == []
+    assert shapes_checked(monkeypatch, "metaformer_s12_pool7", 224)[3] == BlockShape(512, 7, 7, 16, parts)
+    assert [shape.window for shape in shapes_checked(monkeypatch, "metaformer_s12_ppff", 224)] == [3, 3, 0, 0]
+    conv = replace(BASELINE_PARTS, norm=ChannelLayerNorm)
+    kinds = {
+        "poolformerv2_s12": (3, BASELINE_PARTS, SCALED_PARTS),
+        "identityformer_s12": (0, BASELINE_PARTS, SCALED_PARTS),
+        "caformer_s18": (0, conv, replace(conv, residual_scale=True, mlp_layer=LinearLayer)),
+    }
+    for name, (window, *both) in kinds.items():
+        pairs = zip(widths, (56, 28, 14, 7), [both[0], both[0], both[1], both[1]], strict=True)
+        expected = [BlockShape(dim, side, window, 16, each) for dim, side, each in pairs]
+        assert shapes_checked(monkeypatch, name, 224) == expected
+    assert shapes_checked(monkeypatch, "metaformer_s12_batch_norm", 224) == []
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -243,7 +293,7 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dty
 
     faults: dict[str, Any] = {
         "normalize": lambda *a: kernels.normalize(*a) * 1.1,
-        "mix_backward": lambda *a: kernels.mix_backward(*a) * 1.2,
+        "mix_backward": lambda *a: (1.2 * kernels.mix_backward(*a)[0],),
         "finish_sums": lambda *a: (kernels.finish_sums(*a)[0], kernels.finish_sums(*a)[1] * 1.2),
     }
     if kind == "PoolFormer":
@@ -263,3 +313,29 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dty
         assert fault is not None, name
         assert fault.startswith("they ")
         assert "\n" not in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("poolformerv2_s12", "mix"), ("poolformerv2_s12", "mix_backward"), ("poolformerv2_s12", "normalize_backward"),
+        ("identityformer_s12", "add_norm"), ("caformer_s18", "residual"), ("caformer_s18", "normalize_channels"),
+        ("caformer_s18", "norm_backward"), ("identityformer_s12", "norm_backward"),
+        ("identityformer_s12", "add_norm_backward"),
+    ],
+)  # fmt: skip
+def test_a_wrong_result_of_any_kernel_is_found(monkeypatch: pytest.MonkeyPatch, name: str, kernel: str) -> None:
+    """The check notices a tenth more in the last result that is no statistics, such as a residual scale's gradient."""
+    model, right = small(name), getattr(REFERENCE, kernel)
+
+    def wrong(*arguments: Any) -> Any:
+        results = right(*arguments)
+        if isinstance(results, Tensor):
+            return results * 1.1
+        changed = 0 if kernel in ("mix", "residual", "add_norm", "normalize_channels") else len(results) - 1
+        return tuple(1.1 * result if i == changed else result for i, result in enumerate(results))
+
+    assert find_fault(model, 64, CPU, None) is None
+    broken = REFERENCE._replace(**{kernel: wrong})
+    monkeypatch.setattr(operators, "triton_kernels", lambda: broken)
+    assert (find_fault(model, 64, CPU, None) or "").startswith("they differ")

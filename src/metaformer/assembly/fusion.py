@@ -35,16 +35,17 @@ def fuse_blocks(
         return "off (not a network of this project)"
     if not config.channels_last:
         return "off (channels_last=false)"
-    stages, status = fused.fusable_stages(model), "off (no stage has the paper's blocks)"
-    count = 0
+    stages, status = fused.fusable_stages(model), "off (no stage has the papers' MLPs)"
+    whole = 0  # stages whose token mixers are fused, too
     if not config.model.fused:
         status = "off (model.fused=false)"
     elif stages:
         fault = runtime.first_fault(fused.find_fault(model, images.image_size, runtime.device, dtype))
         count = 0 if fault else fused.fuse(model)
-        partial = "" if count == len(model.stages) else f", {count} of {len(model.stages)} stages"
+        whole, total = 0 if fault else len(fused.whole_stages(model)), len(model.stages)
+        partial = "" if whole == total else f", MLPs in {count} of {total} stages, token mixers in {whole}"
         status = f"off ({fault})" if fault else f"on (Triton{partial})"
-    if count < len(model.stages):
+    if whole < len(model.stages):
         check_pooling(runtime.device)
     return status
 

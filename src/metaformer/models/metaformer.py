@@ -97,12 +97,12 @@ class MetaFormerBlock(nn.Module):
     Shapes: [B, dim, H, W] -> [B, dim, H, W].
 
     Attributes:
-        residual: whether branches are added to their unscaled input. Fused operators compute such blocks only.
+        residual: whether branches are added to their input. Fused operators compute such blocks only.
     """
 
     def __init__(self, dim: int, side: int, token_mixer: TokenMixer, drop_path_rate: float, parts: BlockParts) -> None:
         super().__init__()
-        self._adds_input = parts.residual
+        self.residual = parts.residual
         self.norm1 = parts.norm(dim)
         self.token_mixer = token_mixer(dim, side)
         self.drop_path1 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -115,15 +115,19 @@ class MetaFormerBlock(nn.Module):
             self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
             self.layer_scale2 = _scale(dim, parts.layer_scale_init)
             self.res_scale2 = _scale(dim, 1.0 if parts.residual_scale else None)
-        self.residual = parts.residual and not parts.residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.drop_path1(self.layer_scale1(self.token_mixer(self.norm1(x))))
-        x = self.res_scale1(x) + branch if self._adds_input else branch
+        x = self.mix_tokens(x)
         if self.channel_mlp:
             branch = self.drop_path2(self.layer_scale2(self.mlp(self.norm2(x))))
-            x = self.res_scale2(x) + branch if self._adds_input else branch
+            x = self.res_scale2(x) + branch if self.residual else branch
         return x
+
+    def mix_tokens(self, x: Tensor) -> Tensor:
+        """Compute the first branch and add it to its input."""
+        branch = self.drop_path1(self.layer_scale1(self.token_mixer(self.norm1(x))))
+        out: Tensor = self.res_scale1(x) + branch if self.residual else branch
+        return out
 
 
 def _scale(dim: int, initial_value: float | None) -> Any:

@@ -1,4 +1,4 @@
-"""Kernels that compute the blocks of PoolFormer and PoolFormerV2 in few passes over memory.
+"""Kernels that compute the blocks of both papers' networks, or their MLP branches, in few passes over memory.
 
 The arithmetic of a block is small compared with its memory traffic, so what counts is how often a tensor is read or
 written. Tensors are [B, H, W, C] here, the memory layout of a channels_last image batch. `stats` is float32 [B, 2]: the
@@ -37,8 +37,13 @@ With d the gradient of h, and v = (W1 g)^T d that of u:
 The image's sum of v is that of d . rowsum(W1 g), and its sum of v * u that of d . (h - b1 - W1 b). The activation's
 backward pass computes both, so no pass reads v only to sum it. The pass that writes the gradient of y also computes S.
 
-PoolFormerV2's blocks without residual scale are this with l = 1, without b, b1 and with StarReLU, s relu(x)^2 + t, as
-activation. Its scalars go into the second layer: the operators compute (s W2) relu(x)^2 + t (W2's sums over rows).
+The second paper's blocks are this with l = 1, without b, b1 and with StarReLU, s relu(x)^2 + t, as activation. Its
+scalars go into the second layer: the operators compute (s W2) relu(x)^2 + t (W2's sums over rows). ConvFormer's and
+CAFormer's norms are over the channels of each position.
+
+With a residual scale q per channel, q x takes the place of x in y, q e that of e in the gradient of x, and the gradient
+of q is the sum of e * x over images and positions; the second branch likewise. Without a token mixer, the first branch
+is the norm alone: y = q x + k l norm(x).
 
 The passes that write y and z also compute their statistics. The statistics are not differentiated: the gradient of a
 block's input includes the part through them.

@@ -25,17 +25,27 @@ class Kernels(NamedTuple):
     residual_backward: Callable[..., tuple[Tensor, Tensor]]
     gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     squared_relu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    normalize_backward: Callable[..., tuple[Tensor, Tensor]]
+    normalize_backward: Callable[..., tuple[Tensor, ...]]
     finish_sums: Callable[..., tuple[Tensor, Tensor]]
-    mix_backward: Callable[..., Tensor]
+    mix_backward: Callable[..., tuple[Tensor, ...]]
     fc1_gradients: Callable[..., tuple[Tensor, ...]]
     fc2_gradients: Callable[..., tuple[Tensor, ...]]
+    normalize_channels: Callable[..., tuple[Tensor, Tensor]]
+    norm_backward: Callable[..., tuple[Tensor, ...]]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_norm_backward: Callable[..., tuple[Tensor, ...]]
 
 
 @cache
 def triton_kernels() -> Kernels:
     """Import and return the Triton kernels; torch's CPU builds do not include triton."""
-    from metaformer.models.kernels import triton_elementwise, triton_mixer, triton_norm, triton_weights
+    from metaformer.models.kernels import (
+        triton_branches,
+        triton_elementwise,
+        triton_mixer,
+        triton_norm,
+        triton_weights,
+    )
 
     return Kernels(
         triton_norm.statistics,
@@ -54,4 +64,8 @@ def triton_kernels() -> Kernels:
         triton_mixer.mix_backward,
         triton_weights.fc1_gradients,
         triton_weights.fc2_gradients,
+        triton_branches.normalize_channels,
+        triton_branches.norm_backward,
+        triton_branches.add_norm,
+        triton_branches.add_norm_backward,
     )

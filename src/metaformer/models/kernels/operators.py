@@ -1,4 +1,4 @@
-"""A block as a differentiable torch operator, for eager and compiled networks.
+"""A block, or its branches, as differentiable torch operators, for eager and compiled networks.
 
 Images are [B, C, H, W], and returned images are channels_last. They are float32 or of the matrix products' type. The
 formulas are in the package's docstring.
@@ -17,7 +17,10 @@ from metaformer.models.kernels.backend import Kernels, triton_kernels
 
 
 class Parameters(NamedTuple):
-    """The parameters of a block: matrices [4C, C] and [C, 4C], bias1 [4C], and all others [C]."""
+    """The parameters of a block: matrices [4C, C] and [C, 4C], bias1 [4C], and all others [C].
+
+    Those from norm2_weight on are of the MLP branch.
+    """
 
     norm1_weight: Tensor
     norm1_bias: Tensor
@@ -29,6 +32,9 @@ class Parameters(NamedTuple):
     fc2: Tensor
     bias2: Tensor
     scale2: Tensor
+
+
+MIXER_PARAMETERS, MLP_PARAMETERS = 3, 7
 
 
 @torch.library.custom_op("metaformer::statistics", mutates_args=())
@@ -48,6 +54,7 @@ def block(
     stats: Tensor,
     parameters: list[Tensor],
     keep: Tensor | None,
+    residual_scales: list[Tensor],
     size: int,
     activation: str,
     eps2: float,
@@ -63,6 +70,7 @@ def block(
         stats: the `statistics` of x.
         parameters: those of `Parameters`.
         keep: drop path's factors per image in both branches, [2, B], or None.
+        residual_scales: factors of the input in the sums of both branches, [C] each, or none.
         size: side of the pooling window, odd.
         activation: "gelu" or "squared_relu".
         eps2: epsilon of norm2.
@@ -82,11 +90,11 @@ def block(
         p.fc1, p.bias1, p.norm2_weight, p.norm2_bias, p.norm1_weight, p.scale1, dtype
     )
     fc2, bias2, magnitude = kernels.scale_rows(p.fc2, p.bias2, p.scale2, dtype)
-    y, y_stats = kernels.mix(_pixels(x), stats, scale, keep1, size, eps2, stream)
+    y, y_stats = kernels.mix(_pixels(x), stats, scale, keep1, size, eps2, stream, *residual_scales[:1])
     normed = kernels.normalize(y, y_stats, dtype)
     hidden = _linear(normed, fc1, bias1)
     branch = _linear(_activation(kernels, activation)[0](hidden), fc2, bias2)
-    z, z_stats = kernels.residual(y, branch, magnitude, keep2, following_eps, out)
+    z, z_stats = kernels.residual(y, branch, magnitude, keep2, following_eps, out, *residual_scales[1:])
     return _image(z), z_stats, y_stats, normed, hidden, scale, fc1, bias1, row_sums, fc2, magnitude
 
 
@@ -96,6 +104,7 @@ def _(
     stats: Tensor,
     parameters: list[Tensor],
     keep: Tensor | None,
+    residual_scales: list[Tensor],
     size: int,
     activation: str,
     eps2: float,
@@ -125,12 +134,13 @@ def block_backward(
     stats: Tensor,
     parameters: list[Tensor],
     keep: Tensor | None,
+    residual_scales: list[Tensor],
     saved: list[Tensor],
     size: int,
     activation: str,
     stream: torch.dtype,
 ) -> list[Tensor]:
-    """Return the gradients of `block` for x and the parameters."""
+    """Return the gradients of `block` for x, the parameters and the residual scales."""
     kernels, p = triton_kernels(), Parameters(*(parameter.contiguous() for parameter in parameters))
     y_stats, normed, hidden, scale, fc1, bias1, row_sums, fc2, magnitude = saved
     keep1, keep2 = (None, None) if keep is None else keep
@@ -141,15 +151,16 @@ def block_backward(
     )
     correlation2 = _correlation(branch_grad, activated)
     correlation1 = _correlation(grad_hidden, normed)
-    grad_y, products = kernels.normalize_backward(
-        _product(grad_hidden, fc1), normed, y_stats, norm_sums, grad, pixels, size, stream
+    grad_y, products, *grad_scale2 = kernels.normalize_backward(
+        _product(grad_hidden, fc1), normed, y_stats, norm_sums, grad, pixels, size, stream, *residual_scales[1:]
     )
     slopes, sums = kernels.finish_sums(products, branch_sums, hidden_sums, stats, scale, keep1, pixels[0].numel())
-    grad_x = kernels.mix_backward(grad_y, pixels, stats, scale, keep1, slopes, size)
+    mixer = stats, scale, keep1, slopes, size
+    grad_x, *grad_scale1 = kernels.mix_backward(grad_y, pixels, *mixer, *residual_scales[:1])
     sums = sums.sum(0)
     grads2 = kernels.fc2_gradients(correlation2, p.fc2, p.bias2, p.scale2, sums)
     grads1 = kernels.fc1_gradients(correlation1, p.fc1, p.norm2_weight, p.norm2_bias, p.norm1_weight, p.scale1, sums)
-    return [_image(grad_x), *grads1, *grads2]
+    return [_image(grad_x), *grads1, *grads2, *_in_types_of(residual_scales, [*grad_scale1, *grad_scale2])]
 
 
 @block_backward.register_fake
@@ -159,35 +170,247 @@ def _(
     stats: Tensor,
     parameters: list[Tensor],
     keep: Tensor | None,
+    residual_scales: list[Tensor],
     saved: list[Tensor],
     size: int,
     activation: str,
     stream: torch.dtype,
 ) -> list[Tensor]:
-    return [_empty_image(x, x.dtype), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
+    return _empty_gradients(x, [*parameters, *residual_scales])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, stats, parameters, keep, ctx.size, ctx.activation, *_, ctx.stream, _ = inputs
-    ctx.save_for_backward(x, stats, keep, *parameters, *output[2:])
-    # The other outputs have no gradient; autograd would allocate zeros of their size.
+    x, stats, parameters, keep, residual_scales, ctx.size, ctx.activation, *_, ctx.stream, _ = inputs
+    ctx.save_for_backward(x, stats, keep, *parameters, *output[2:], *residual_scales)
+    _only_first_has_gradient(ctx, output)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    count, saved = len(Parameters._fields), 9
+    x, stats, keep, *others = ctx.saved_tensors
+    parameters, saved_tensors, scales = others[:count], others[count : count + saved], others[count + saved :]
+    if grad is None:
+        return None, None, [None] * count, None, [None] * len(scales), *[None] * 7
+    with torch.autocast(grad.device.type, enabled=False):  # the user may call backward under autocast
+        grad_x, *grads = block_backward(
+            grad, x, stats, parameters, keep, scales, saved_tensors, ctx.size, ctx.activation, ctx.stream
+        )
+    return grad_x, None, grads[:count], None, grads[count:], *[None] * 7
+
+
+block.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("metaformer::identity_branch", mutates_args=())
+def identity_branch(
+    x: Tensor, stats: Tensor, norm: list[Tensor], keep: Tensor | None, residual_scale: list[Tensor], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the token mixer branch without a mixer, which is the norm alone, and add it to its input.
+
+    Args:
+        x: images.
+        stats: the `statistics` of x.
+        norm: weight and bias of the norm, times the layer scale, [C] each.
+        keep: drop path's factor per image, [B], or None.
+        residual_scale: factor of the input in the sum, [C], or none.
+        eps: epsilon of the next norm.
+
+    Returns:
+        Images with the shape and type of x, and their statistics.
+    """
+    y, y_stats = triton_kernels().add_norm(_pixels(x), stats, *norm, keep, _only(residual_scale), eps)
+    return _image(y), y_stats
+
+
+@identity_branch.register_fake
+def _(
+    x: Tensor, stats: Tensor, norm: list[Tensor], keep: Tensor | None, residual_scale: list[Tensor], eps: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_image(x, x.dtype), _empty_statistics(x)
+
+
+@torch.library.custom_op("metaformer::identity_branch_backward", mutates_args=())
+def identity_branch_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, keep: Tensor | None, residual_scale: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of `identity_branch` for x, weight and bias, and the residual scale."""
+    grad_x, *grads = triton_kernels().add_norm_backward(
+        _pixels(grad), _pixels(x), stats, weight, keep, _only(residual_scale)
+    )
+    return [_image(grad_x), *_in_types_of([weight, weight, *residual_scale], grads)]
+
+
+@identity_branch_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, keep: Tensor | None, residual_scale: list[Tensor]
+) -> list[Tensor]:
+    return _empty_gradients(x, [weight, weight, *residual_scale])
+
+
+def _save_for_identity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, stats, norm, keep, residual_scale, _ = inputs
+    ctx.save_for_backward(x, stats, norm[0], keep, *residual_scale)
+    _only_first_has_gradient(ctx, output)
+
+
+def _identity_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    x, stats, weight, keep, *residual_scale = ctx.saved_tensors
+    if grad is None:
+        return None, None, [None] * 2, None, [None] * len(residual_scale), None
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_x, *grads = identity_branch_backward(grad, x, stats, weight, keep, residual_scale)
+    return grad_x, None, grads[:2], None, grads[2:], None
+
+
+identity_branch.register_autograd(_identity_gradients, setup_context=_save_for_identity)
+
+
+@torch.library.custom_op("metaformer::mlp_branch", mutates_args=())
+def mlp_branch(
+    x: Tensor,
+    stats: Tensor | None,
+    parameters: list[Tensor],
+    keep: Tensor | None,
+    residual_scale: list[Tensor],
+    activation: str,
+    norm_eps: float,
+    following_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the channel MLP branch and add it to its input.
+
+    Args:
+        x: images.
+        stats: the `statistics` of x, or None for a norm over the channels of each position.
+        parameters: those of `Parameters` from norm2_weight on.
+        keep: drop path's factor per image, [B], or None.
+        residual_scale: factor of the input in the sum, [C], or none.
+        activation: "gelu" or "squared_relu".
+        norm_eps: epsilon of a norm over channels.
+        following_eps: epsilon of the norm after the block.
+        dtype: type of the matrix products.
+
+    Returns:
+        Images with the shape and type of x, their statistics, and eight tensors for the backward pass: the statistics
+        of each position for a norm over channels, and those of `block`.
+    """
+    kernels, pixels = triton_kernels(), _pixels(x)
+    weight, bias, fc1, bias1, fc2, bias2, scale = (parameter.contiguous() for parameter in parameters)
+    fc1, bias1, row_sums, _ = kernels.fold_norms(fc1, bias1, weight, bias, weight, scale, dtype)
+    fc2, bias2, magnitude = kernels.scale_rows(fc2, bias2, scale, dtype)
+    if stats is None:
+        normed, norm_stats = kernels.normalize_channels(pixels, norm_eps, dtype)
+    else:
+        normed, norm_stats = kernels.normalize(pixels, stats, dtype), stats.new_empty(0)
+    hidden = _linear(normed, fc1, bias1)
+    branch = _linear(_activation(kernels, activation)[0](hidden), fc2, bias2)
+    z, z_stats = kernels.residual(pixels, branch, magnitude, keep, following_eps, x.dtype, *residual_scale)
+    return _image(z), z_stats, norm_stats, normed, hidden, fc1, bias1, row_sums, fc2, magnitude
+
+
+@mlp_branch.register_fake
+def _(
+    x: Tensor,
+    stats: Tensor | None,
+    parameters: list[Tensor],
+    keep: Tensor | None,
+    residual_scale: list[Tensor],
+    activation: str,
+    norm_eps: float,
+    following_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    batch, channels, height, width = x.shape
+    hidden, z_stats = len(parameters[2]), _empty_statistics(x)
+    norm_stats = z_stats.new_empty((batch, height, width, 2) if stats is None else 0)
+    shapes = ((batch, height, width, channels), (batch, height, width, hidden), (hidden, channels), (hidden,))
+    saved = [x.new_empty(shape, dtype=dtype) for shape in shapes]
+    fc2, row_sums = x.new_empty((channels, hidden), dtype=dtype), z_stats.new_empty(hidden)
+    return _empty_image(x, x.dtype), z_stats, norm_stats, *saved, row_sums, fc2, z_stats.new_empty(1)
+
+
+@torch.library.custom_op("metaformer::mlp_branch_backward", mutates_args=())
+def mlp_branch_backward(
+    grad: Tensor,
+    stats: Tensor,
+    parameters: list[Tensor],
+    keep: Tensor | None,
+    residual_scale: list[Tensor],
+    saved: list[Tensor],
+    activation: str,
+) -> list[Tensor]:
+    """Return the gradients of `mlp_branch` for x, the parameters and the residual scale.
+
+    `stats` are the statistics of each image, or those of each position.
+    """
+    kernels, pixels = triton_kernels(), _pixels(grad)
+    weight, bias, fc1, _, fc2, bias2, scale = (parameter.contiguous() for parameter in parameters)
+    normed, hidden, folded, folded_bias, row_sums, scaled, magnitude = saved
+    branch_grad, branch_sums = kernels.residual_backward(pixels, keep, hidden.dtype)
+    grad_hidden, activated, hidden_sums, norm_sums = _activation(kernels, activation)[1](
+        _product(branch_grad, scaled), hidden, magnitude, folded_bias, row_sums
+    )
+    grad_normed = _product(grad_hidden, folded)
+    grad_x, *grad_scale = kernels.norm_backward(grad_normed, normed, stats, norm_sums, pixels, _only(residual_scale))
+    parts = torch.zeros_like(scale, dtype=branch_sums.dtype), branch_sums.sum((0, 1)), hidden_sums.sum((0, 1))
+    sums = torch.cat(parts)  # as `finish_sums` makes them, without a mixer's
+    grads2 = kernels.fc2_gradients(_correlation(branch_grad, activated), fc2, bias2, scale, sums)
+    norms = weight, bias, weight, scale
+    grads1 = kernels.fc1_gradients(_correlation(grad_hidden, normed), fc1, *norms, sums)[MIXER_PARAMETERS:]
+    return [_image(grad_x), *grads1, *grads2, *_in_types_of(residual_scale, grad_scale)]
+
+
+@mlp_branch_backward.register_fake
+def _(
+    grad: Tensor,
+    stats: Tensor,
+    parameters: list[Tensor],
+    keep: Tensor | None,
+    residual_scale: list[Tensor],
+    saved: list[Tensor],
+    activation: str,
+) -> list[Tensor]:
+    return _empty_gradients(grad, [*parameters, *residual_scale])
+
+
+def _save_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, parameters, keep, residual_scale, ctx.activation, *_ = inputs
+    norm_stats, *saved = output[2:]
+    ctx.save_for_backward(norm_stats if stats is None else stats, keep, *parameters, *saved, *residual_scale)
+    _only_first_has_gradient(ctx, output)
+
+
+def _mlp_gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    count = MLP_PARAMETERS
+    stats, keep, *others = ctx.saved_tensors
+    parameters, saved, residual_scale = others[:count], others[count : 2 * count], others[2 * count :]
+    if grad is None:
+        return None, None, [None] * count, None, [None] * len(residual_scale), *[None] * 4
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_x, *grads = mlp_branch_backward(grad, stats, parameters, keep, residual_scale, saved, ctx.activation)
+    return grad_x, None, grads[:count], None, grads[count:], *[None] * 4
+
+
+mlp_branch.register_autograd(_mlp_gradients, setup_context=_save_for_mlp)
+
+
+def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """Give the other outputs no gradient, for which autograd would otherwise allocate zeros of their size."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    count = len(Parameters._fields)
-    if grad is None:
-        return None, None, [None] * count, *[None] * 8
-    x, stats, keep, *others = ctx.saved_tensors
-    with torch.autocast(grad.device.type, enabled=False):  # the user may call backward under autocast
-        grad_x, *grads = block_backward(
-            grad, x, stats, others[:count], keep, others[count:], ctx.size, ctx.activation, ctx.stream
-        )
-    return grad_x, None, grads, *[None] * 8
+def _only(tensors: list[Tensor]) -> Tensor | None:
+    """Return the only tensor of a list, or None if it is empty: an argument of an operator that has a gradient."""
+    return tensors[0] if tensors else None
 
 
-block.register_autograd(_gradients, setup_context=_save)
+def _in_types_of(parameters: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    return [grad.to(parameter.dtype) for parameter, grad in zip(parameters, grads, strict=True)]
+
+
+def _empty_gradients(x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    return [_empty_image(x, x.dtype), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
 
 
 def _activation(kernels: Kernels, name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:

@@ -94,15 +94,18 @@ def _activation_backward(
 
 @triton.jit
 def _residual(
-    x, branch, scale, keep, out, moments, positions, channels,
-    HAS_KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, branch, scale, keep, residual_scale, out, moments, positions, channels,
+    HAS_KEEP: tl.constexpr, SCALED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image, p, c, offsets, mask = tile_offsets(positions, channels, BLOCK_P, BLOCK_C)
     factor = tl.load(scale)
     if HAS_KEEP:
         factor = factor * tl.load(keep + image)
     scaled = tl.load(branch + offsets, mask, 0.0).to(tl.float32) * factor
-    result = (tl.load(x + offsets, mask, 0.0).to(tl.float32) + scaled).to(out.dtype.element_ty)
+    identity = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+    if SCALED:
+        identity = identity * tl.load(residual_scale + c, c < channels, 0.0)
+    result = (identity + scaled).to(out.dtype.element_ty)
     tl.store(out + offsets, result, mask)
     store_moments(result.to(tl.float32), mask, moments)
 
@@ -178,14 +181,15 @@ def _activate_backward(
 
 
 def residual(
-    x: Tensor, branch: Tensor, factor: Tensor, keep: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * factor * branch in `dtype`, and the statistics of y; `factor` is [1]."""
+    x: Tensor, branch: Tensor, factor: Tensor, keep: Tensor | None, eps: float, dtype: torch.dtype,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y = residual_scale * x + keep * factor * branch in `dtype`, and the statistics of y; `factor` is [1]."""
     tiles = tiling(*x.shape)
     out, moments = torch.empty_like(x, dtype=dtype), tiles.new_moments(x)
     _residual[tiles.grid](
-        x, branch, factor, factor if keep is None else keep, out, moments, *tiles.sizes,
-        HAS_KEEP=keep is not None, **tiles.blocks,
+        x, branch, factor, factor if keep is None else keep, factor if residual_scale is None else residual_scale,
+        out, moments, *tiles.sizes, HAS_KEEP=keep is not None, SCALED=residual_scale is not None, **tiles.blocks,
     )  # fmt: skip
     return out, combine_moments(moments, eps)
 

@@ -118,8 +118,9 @@ def _next_window(
 
 @triton.jit
 def _mix(
-    x, stats, scale, keep, out, moments, height, width, channels,
-    HAS_KEEP: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, stats, scale, keep, residual_scale, out, moments, height, width, channels,
+    HAS_KEEP: tl.constexpr, SCALED: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image, first, column, c = _strip(width, BLOCK_W, BLOCK_C, LOOPS)
     start = image.to(tl.int64) * height * width * channels
@@ -136,9 +137,12 @@ def _mix(
         rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, share, RADIUS, False)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         values = tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
-        mixed = (values + factor * (total * _share(row, height, RADIUS) - values)).to(out.dtype.element_ty)
+        branch = factor * (total * _share(row, height, RADIUS) - values)
+        if SCALED:
+            values = values * tl.load(residual_scale + c, c < channels, 0.0)
+        mixed = (values + branch).to(out.dtype.element_ty)
         tl.store(out + start + offsets, mixed, mask)
-        # x and y have nearly the same mean, so the squares around it lose no digits.
+        # x and y have nearly the same mean, so the squares around it lose no digits (few with a residual scale).
         deviation = tl.where(mask, mixed.to(tl.float32) - mean, 0.0)
         sums += deviation
         squares += deviation * deviation
@@ -155,8 +159,9 @@ def _mix(
 
 @triton.jit
 def _normalize_backward(
-    grad, normed, stats, norm_sums, residual_grad, x, out, sums, parts, height, width, channels,
-    RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+    grad, normed, stats, norm_sums, residual_grad, residual_scale, x, out, sums, scale_sums, parts, height, width,
+    channels, SCALED: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     image, first, column, c = _strip(width, BLOCK_W, BLOCK_C, LOOPS)
     part, pointer = tl.arange(0, PARTS), norm_sums + image.to(tl.int64) * parts * 2
@@ -168,19 +173,25 @@ def _normalize_backward(
     pixels, share = x + start, _share(column, width, RADIUS)
     rows = _first_rows(pixels, first, column, c, height, width, channels, share, RADIUS, False)
     products = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+    scale_products = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     for loop in range(LOOPS):
         row = first + loop
         rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, share, RADIUS, False)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         difference = total * _share(row, height, RADIUS) - tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
-        through_slope = tl.load(normed + start + offsets, mask, 0.0).to(tl.float32) * slope
-        through_norm = (tl.load(grad + start + offsets, mask, 0.0).to(tl.float32) - shift - through_slope) * rstd
-        result = through_norm + tl.load(residual_grad + start + offsets, mask, 0.0).to(tl.float32)
-        result = result.to(out.dtype.element_ty)
+        values = tl.load(normed + start + offsets, mask, 0.0).to(tl.float32)
+        through_norm = (tl.load(grad + start + offsets, mask, 0.0).to(tl.float32) - shift - values * slope) * rstd
+        residual = tl.load(residual_grad + start + offsets, mask, 0.0).to(tl.float32)
+        if SCALED:
+            scale_products += residual * (values * (1 / rstd) + tl.load(stats + 2 * image))
+            residual = residual * tl.load(residual_scale + c, c < channels, 0.0)
+        result = (through_norm + residual).to(out.dtype.element_ty)
         tl.store(out + start + offsets, result, mask)
         products += tl.where(mask, difference * result.to(tl.float32), 0.0)
     tile = image.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(sums + tile * channels + c, tl.sum(products, 0)[None, :], c < channels)
+    if SCALED:
+        tl.store(scale_sums + tile * channels + c, tl.sum(scale_products, 0)[None, :], c < channels)
 
 
 @triton.jit
@@ -216,8 +227,9 @@ def _finish_sums(
 
 @triton.jit
 def _mix_backward(
-    grad, x, stats, scale, keep, slopes, out, height, width, channels,
-    HAS_KEEP: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad, x, stats, scale, keep, slopes, residual_scale, out, sums, height, width, channels,
+    HAS_KEEP: tl.constexpr, SCALED: tl.constexpr, RADIUS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image, first, column, c = _strip(width, BLOCK_W, BLOCK_C, LOOPS)
     start = image.to(tl.int64) * height * width * channels
@@ -226,24 +238,33 @@ def _mix_backward(
     if HAS_KEEP:
         factor = factor * tl.load(keep + image)
     rows = _first_rows(pixels, first, column, c, height, width, channels, 1.0, RADIUS, True)
+    products = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     for loop in range(LOOPS):
         row = first + loop
         rows, total = _next_window(rows, pixels, row, column, c, height, width, channels, 1.0, RADIUS, True)
         offsets, mask = (row * width + column) * channels + c, (row < height) & (column < width) & (c < channels)
         grad_out = tl.load(pixels + offsets, mask, 0.0).to(tl.float32)
-        centred = tl.load(x + start + offsets, mask, 0.0).to(tl.float32) - mean
-        tl.store(out + start + offsets, grad_out + factor * (total - grad_out) + slope * centred, mask)
+        values = tl.load(x + start + offsets, mask, 0.0).to(tl.float32)
+        result = factor * (total - grad_out) + slope * (values - mean)
+        if SCALED:
+            products += grad_out * values
+            grad_out = grad_out * tl.load(residual_scale + c, c < channels, 0.0)
+        tl.store(out + start + offsets, grad_out + result, mask)
+    if SCALED:
+        tile = image.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sums + tile * channels + c, tl.sum(products, 0)[None, :], c < channels)
 
 
 def mix(
-    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return y = x + keep * scale * rstd * (pool(x) - x) in `dtype`, and the statistics of y."""
+    x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, size: int, eps: float, dtype: torch.dtype,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y = residual_scale * x + keep * scale * rstd * (pool(x) - x) in `dtype`, and the statistics of y."""
     tiles, blocks = strips(*x.shape[1:], size)
     out, moments = torch.empty_like(x, dtype=dtype), stats.new_empty((len(x), tiles[0] * tiles[1], 3))
     _mix[(*tiles, len(x))](
-        x, stats, scale, scale if keep is None else keep, out, moments, *x.shape[1:],
-        HAS_KEEP=keep is not None, **blocks,
+        x, stats, scale, scale if keep is None else keep, scale if residual_scale is None else residual_scale,
+        out, moments, *x.shape[1:], HAS_KEEP=keep is not None, SCALED=residual_scale is not None, **blocks,
     )  # fmt: skip
     return out, combine_moments(moments, eps)
 
@@ -257,7 +278,8 @@ def normalize_backward(
     x: Tensor,
     size: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Return the gradient of y, and parts of the sums S of the mixer that computed y.
 
     Args:
@@ -265,21 +287,25 @@ def normalize_backward(
         normed: y as `normalize` returned it.
         stats: the statistics of y.
         sums: parts of each image's sums of `grad` and of `grad` times `normed`, [B, parts, 2].
-        residual_grad: added to the gradient of y.
+        residual_grad: added to the gradient of y, times `residual_scale`.
         x: the mixer's input.
         size: the mixer's window.
         dtype: type of the gradient of y.
 
     Returns:
-        The gradient of y, and parts of its products with pool(x) - x, [B, parts, C].
+        The gradient of y, parts of its products with pool(x) - x, [B, parts, C], and the gradient of `residual_scale`
+        if there is one.
     """
     tiles, blocks = strips(*x.shape[1:], size)
     out, products = torch.empty_like(x, dtype=dtype), stats.new_empty((len(x), tiles[1], x.shape[3]))
+    scaled = residual_scale is not None
+    scale_products = torch.empty_like(products) if scaled else products
     _normalize_backward[(*tiles, len(x))](
-        grad, normed, stats, sums, residual_grad, x, out, products, sums.shape[1], *x.shape[1:],
-        PARTS=next_power_of_2(sums.shape[1]), **blocks,
+        grad, normed, stats, sums, residual_grad, stats if residual_scale is None else residual_scale, x,
+        out, products, scale_products, sums.shape[1], *x.shape[1:],
+        SCALED=scaled, PARTS=next_power_of_2(sums.shape[1]), **blocks,
     )  # fmt: skip
-    return out, products
+    return (out, products, scale_products.sum((0, 1))) if scaled else (out, products)
 
 
 def finish_sums(
@@ -316,13 +342,16 @@ def finish_sums(
 
 
 def mix_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, slopes: Tensor, size: int
-) -> Tensor:
-    """Return the gradient of `mix` for x, including the part through the statistics."""
+    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, keep: Tensor | None, slopes: Tensor, size: int,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradient of `mix` for x, including the part through the statistics, and for residual_scale if any."""
     tiles, blocks = strips(*x.shape[1:], size)
-    out = torch.empty_like(x)
+    out, scaled = torch.empty_like(x), residual_scale is not None
+    products = stats.new_empty((len(x), tiles[1], x.shape[3])) if scaled else stats
     _mix_backward[(*tiles, len(x))](
-        grad, x, stats, scale, scale if keep is None else keep, slopes, out, *x.shape[1:],
-        HAS_KEEP=keep is not None, **blocks,
+        grad, x, stats, scale, scale if keep is None else keep, slopes,
+        scale if residual_scale is None else residual_scale, out, products, *x.shape[1:],
+        HAS_KEEP=keep is not None, SCALED=scaled, **blocks,
     )  # fmt: skip
-    return out
+    return (out, products.sum((0, 1))) if scaled else (out,)
