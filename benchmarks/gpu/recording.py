@@ -151,13 +151,16 @@ class _Recorder(TorchDispatchMode):
 
 
 def _only_allocates_or_views(func: Any, inputs: list[Tensor], results: list[Tensor]) -> bool:
-    """Return whether a call launches nothing. An operator such as `to` returns a view of its input, or a copy."""
+    """Return whether a call launches nothing. An operator such as `to` returns a view of its input, or a copy.
+
+    `lift_fresh` makes a fake tensor of one on the host.
+    """
     aliases = [returned.alias_info for returned in func._schema.returns]
     may_be_view = any(alias is not None and not alias.is_write for alias in aliases)
     storages = {tensor.untyped_storage()._cdata for tensor in inputs}
     is_view = may_be_view and all(tensor.untyped_storage()._cdata in storages for tensor in results)
     name = func._schema.name
-    return is_view or not name.startswith("aten::") or "empty" in name
+    return is_view or not name.startswith("aten::") or "empty" in name or name == "aten::lift_fresh"
 
 
 def _launches_of(func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[Launch]:

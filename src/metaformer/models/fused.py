@@ -295,11 +295,13 @@ def _parts_of(block: MetaFormerBlock) -> BlockParts:
 
 
 def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape: BlockShape) -> float:
-    """Return the largest relative difference, by norm, of the output and the gradients of three blocks.
+    """Return the largest relative difference, by norm, of the output and the gradients of two stages.
 
-    One block has no drop path. Under autocast, the blocks' input has the type of the matrix products, as it has after a
-    convolution, and so has the fused blocks' output.
+    Under autocast, each stage reads and returns the type of the matrix products, as between convolutions. One block has
+    no drop path; the other blocks at the start, in the middle and at the end of a stage have it.
     """
+
+    channels, side = shape.channels, shape.side
 
     def mixer(dim: int, side: int) -> nn.Module:
         return Pooling(dim, side, shape.window) if shape.window else Identity(dim, side)
@@ -307,17 +309,22 @@ def _relative_difference(device: torch.device, dtype: torch.dtype | None, shape:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with device:
-            blocks = [MetaFormerBlock(shape.channels, shape.side, mixer, rate, shape.parts) for rate in (0.0, 0.4, 0.4)]
-        network = nn.Sequential(*blocks)
+            stages = [
+                nn.Sequential(*(MetaFormerBlock(channels, side, mixer, rate, shape.parts) for rate in rates))
+                for rates in ((0.0, 0.4, 0.4), (0.4,))
+            ]
+        network = nn.Sequential(*stages)
         for parameter in network.parameters():
             nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
-        images = torch.randn(shape.images, shape.channels, shape.side, shape.side, device=device)
+        images = torch.randn(shape.images, channels, side, side, device=device)
         results = []
         for run in (run_plain, partial(run_fused, rounded=True)):
             torch.manual_seed(1)
             leaf = images.to(dtype or images.dtype, copy=True).requires_grad_()
             with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-                out = run(network, leaf)
+                out = leaf
+                for stage in stages:
+                    out = run(stage, out).to(leaf.dtype)
                 loss = (out * images.flip(0)).sum()
             # Pooling cancels norm1's bias, whose gradient consists of rounding errors in the plain path.
             cancelled = "norm1.bias" if shape.window else "none"
