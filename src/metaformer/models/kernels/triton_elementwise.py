@@ -175,7 +175,7 @@ def _activate_backward(
     norm_sums = hidden.new_empty((images, parts * column_tiles, 2), dtype=torch.float32)
     _activation_backward[column_tiles, parts, images](
         grad, hidden, factor, bias, row_sums, activated, sums, norm_sums, positions, columns,
-        SQUARED_RELU=squared_relu, LOOPS=cdiv(positions, ROWS * parts), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+        SQUARED_RELU=squared_relu, LOOPS=cdiv(positions, ROWS * parts), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return grad, activated, sums, norm_sums
 
