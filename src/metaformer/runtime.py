@@ -121,20 +121,20 @@ class Runtime:
                 dist.broadcast(buffer, src=0)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0 only and return its result on every rank; a UserError is raised on every rank too."""
-        with self.pause_watchdog():
-            return self._from_main(make)
+        """Run `make` on rank 0 only and return its result on every rank; a UserError is raised on every rank too.
 
-    def _from_main(self, make: Callable[[], T]) -> T:
-        if self.world_size == 1:
-            return make()
+        While rank 0 works, no rank has a time limit. When its result is there, late ranks have the watchdog's.
+        """
         outcome: list[T | UserError | None] = [None]
         if self.is_main:
-            try:
-                outcome[0] = make()
-            except UserError as error:
-                outcome[0] = error
-        dist.broadcast_object_list(outcome, src=0)
+            with self.pause_watchdog():
+                try:
+                    outcome[0] = make()
+                except UserError as error:
+                    outcome[0] = error
+        if self.world_size > 1:
+            with nullcontext() if self.is_main else self.pause_watchdog():
+                dist.broadcast_object_list(outcome, src=0)
         result = outcome[0]
         if isinstance(result, UserError):
             raise result
@@ -154,10 +154,11 @@ class Runtime:
     def main_first(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0, then on the other ranks, which can use the files that rank 0 wrote."""
         result = self.main_only(make, otherwise=None)
-        if result is not None:
-            return result
         with self.pause_watchdog():
-            return make()
+            if result is None:
+                result = make()
+            self.gather_objects(None)  # rank 0 waits here for the others' work, without a time limit
+        return result
 
     def print_result(self, result: dict[str, Any]) -> None:
         """Print a result as one line of JSON on stdout, on rank 0 only; numbers that are not finite become null."""
