@@ -65,7 +65,7 @@ def test_a_wrong_option_is_refused_without_torch() -> None:
 
 @pytest.mark.whole
 def test_training_imports_what_it_uses() -> None:
-    """What is imported to build a training: no plots, reports, exports, or loaders and trackers that are not chosen.
+    """Building a training imports no plots, reports, exports, or loaders and trackers that are not chosen.
 
     Timm imports torch's compiler, as each optimizer of torch does, and wandb where it is installed.
     """
@@ -101,7 +101,7 @@ print([name for name in ("timm", "torchvision", "torch._dynamo", "wandb", "nvidi
 
 
 def test_workers_import_neither_networks_nor_the_compiler(images: Path) -> None:
-    """What a worker's server imports, and reading with RandAugment, need torch, PIL and a decoder.
+    """A worker's server, and reading with RandAugment, need torch, PIL and a decoder.
 
     Timm brings torch's compiler and wandb with it: 140 MB for each rank, and seconds before its first batch.
     """

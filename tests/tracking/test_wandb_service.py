@@ -21,7 +21,7 @@ from tests.tracking.wandb_server import WandbServer, serve_wandb
 
 pytestmark = pytest.mark.whole
 
-EPOCHS = 50  # long enough for the server to have the first rows while training goes on
+EPOCHS = 50  # long enough for the server to have the first rows while training continues
 STEPS = EPOCHS * STEPS_PER_EPOCH
 OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"
 

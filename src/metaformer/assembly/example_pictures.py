@@ -30,6 +30,9 @@ from metaformer.runtime import Runtime
 from metaformer.training.manifest import read_manifest
 from metaformer.training.precision import Precision
 
+# Errors that keep pictures from being added, for which no program should fail.
+PICTURE_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError)
+
 
 def add_pictures(
     file: Path, model: nn.Module, config: CommonConfig, images: Preprocessing, index: ImageIndex, runtime: Runtime
@@ -41,7 +44,7 @@ def add_pictures(
         model: the network with the weights of that validation, on the runtime's device.
 
     Raises:
-        OSError, ValueError, RuntimeError, UserError: the list cannot be read or written, or the network cannot be run.
+        PICTURE_ERRORS: the list cannot be read or written, or the network cannot be run.
     """
     listed = json.loads(file.read_text())
     entries: list[dict[str, Any]] = [*listed["worst"], *listed["best"]]

@@ -14,7 +14,7 @@ from metaformer.assembly.accumulation import prepare
 from metaformer.assembly.adoption import make_record
 from metaformer.assembly.description import describe
 from metaformer.assembly.dry_run import dry_run
-from metaformer.assembly.example_pictures import add_pictures
+from metaformer.assembly.example_pictures import PICTURE_ERRORS, add_pictures
 from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import colour_statistics, evaluation_feed
 from metaformer.assembly.preparation import Preparation
@@ -24,7 +24,7 @@ from metaformer.assembly.summary import summarize
 from metaformer.assembly.validations import Validation
 from metaformer.config import TrainConfig, redacted
 from metaformer.data.device.transform import denormalize
-from metaformer.errors import UserError, one_line
+from metaformer.errors import one_line
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Row, Tracker
 from metaformer.models import load_weights, save_state
@@ -195,7 +195,7 @@ def _add_pictures(prepared: Preparation, validation: Row, tracker: Tracker) -> N
     if file.is_file():
         try:
             add_pictures(file, model, prepared.config, prepared.images, prepared.splits.val, prepared.runtime)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:  # not worth failing
+        except PICTURE_ERRORS as error:
             tracker.message(f"warning      {file}: pictures cannot be added ({one_line(error)})")
 
 

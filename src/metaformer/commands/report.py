@@ -46,6 +46,6 @@ def _with_pictures(record: RunRecord) -> RunRecord:
     try:
         with runtime.start() as ranks:
             assembly.add_pictures_of_run(record.folder, record.folder / record.examples_file, config, ranks)
-    except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except assembly.PICTURE_ERRORS as error:
         warn(f"the worst and best images are listed without pictures: {one_line(error)}")
     return read_record(record.folder)

@@ -82,7 +82,6 @@ def create_model(
         raise UserError(f"model={named}: cannot be made ({one_line(error)})") from error
 
 
-@torch.no_grad()
 def _try(model: MetaFormer, image_size: int) -> None:
     """Compute logits of two images, and check that token mixers keep the shape of their input.
 
@@ -98,9 +97,8 @@ def _try(model: MetaFormer, image_size: int) -> None:
     blocks = [module for module in model.modules() if isinstance(module, MetaFormerBlock)]
     hooks = [block.token_mixer.register_forward_hook(check) for block in blocks]
     try:
-        logits = model.eval()(torch.zeros(2, 3, image_size, image_size))
+        logits = _run_once(model, image_size)
     finally:
-        model.train()
         for hook in hooks:
             hook.remove()
     if logits.shape != (2, model.num_classes):
@@ -139,7 +137,8 @@ def create_timm_model(
 
 
 @torch.no_grad()
-def _run_once(model: nn.Module, image_size: int) -> None:
-    """Compute logits of an image, and leave the model as it was."""
-    model.eval()(torch.zeros(1, 3, image_size, image_size))
+def _run_once(model: nn.Module, image_size: int) -> Tensor:
+    """Return logits of two black images; the model is in training mode afterwards."""
+    logits: Tensor = model.eval()(torch.zeros(2, 3, image_size, image_size))
     model.train()
+    return logits

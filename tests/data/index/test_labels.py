@@ -133,7 +133,7 @@ def test_real_labels_are_timms(tmp_path: Path, file_names: list[str], real_label
 
 
 def test_real_counts_are_the_published(file_names: list[str], real_labels: dict[str, list[int]]) -> None:
-    """Of all 50,000 images, 46,837 have labels, from 1000 classes."""
+    """46,837 of the 50,000 images have labels, from 1000 classes."""
     whole = relabel(listed(["val"], [f"val/{name}" for name in file_names]), REAL)
     assert len(whole) == 46_837
     assert whole.num_labelled_classes == 1000

@@ -69,7 +69,7 @@ def test_only_the_rows_of_a_crop_are_read(tmp_path: Path) -> None:
 
 
 def test_a_crop_reads_no_more_than_its_rows_from_the_disk(tmp_path: Path) -> None:
-    """Of an image in the middle of a large file, the kernel fetches the crop's 40 rows, not what is around them."""
+    """The kernel fetches the 40 rows of a crop in the middle of a large file, not what is around them."""
     height, width, row = 400, 500, 1500
     file = tmp_path / "pixels"
     file.write_bytes(bytes(20 * height * row))
