@@ -12,6 +12,7 @@ from metaformer.config import TrainConfig, fingerprint
 from metaformer.errors import UserError
 from scripts import submit
 from tests.conftest import QUICK
+from tests.warm import python
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -68,14 +69,29 @@ def test_a_secret_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "${oc.env:PLACE}" in text
 
 
-def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A dry run prints the jobs, and the sbatch options of the script and the user."""
+def test_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run prints the jobs, and the sbatch options of the script and the user; it neither submits nor writes."""
+    monkeypatch.setattr(submit, "_make_submit", lambda *_: pytest.fail("it has been submitted"))
+    monkeypatch.setattr(submit, "REPOSITORY", tmp_path)
     run(monkeypatch, "--dry-run", "--nodes=2", "--gpus-per-node=8", "--time=1-0", "--sbatch=account=x", "seed=0,1")
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/poolformer_s12-default-seed=0 (seed=0): ")
     assert second.startswith("runs/poolformer_s12-default-seed=1 (seed=1): ")
     for option in ("--nodes=2", "--gpus-per-node=8", "--time=1-0", "--account=x", "--signal=B:USR1@180", "--requeue"):
         assert option in last.split()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("options", [["--local", "--dry-run"], ["--local", "--nodes=2"], ["--keep-going"]])
+def test_options_that_exclude_each_other(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options of jobs are refused for trainings on this machine, and the other way round, before any training."""
+    monkeypatch.setattr(submit, "run_here", lambda *_: pytest.fail("it has been trained"))
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *options, "seed=0")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"submit.py: error: {options[0]} ")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +119,7 @@ def test_a_sweep_on_this_machine(
 ) -> None:
     """Trainings run one after the other; a failure ends the sweep, or is passed over; the table has their top-1."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", python())
     small = ["model=metaformer", "model.depths=[1]", "model.dims=[32]", "epochs=1", "workers=0"]
     options = ["--local", *(["--keep-going"] if keep_going else []), *QUICK, *small, "schedule.warmup_epochs=0"]
     roots = f"data.root={tmp_path / 'nowhere'},{images}" if keep_going else f"data.root={images},{tmp_path},{images}/."
