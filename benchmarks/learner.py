@@ -15,7 +15,6 @@ from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision
 from metaformer.training.state import TrainState
 from metaformer.training.step import Learner
-from metaformer.training.stragglers import Stopwatch
 
 CLASSES = 1000
 
@@ -37,7 +36,7 @@ def make_learner(
         identity={},
     )
     network = model if network is None else network
-    return Learner(state, network, formats, runtime, Stopwatch(runtime.device), make_loss(LossConfig()))
+    return Learner(state, network, formats, runtime, make_loss(LossConfig()))
 
 
 def random_batches(size: int, image_size: int, device: torch.device) -> Iterator[Batch]:

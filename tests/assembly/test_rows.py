@@ -167,8 +167,9 @@ def check(run_dir: Path, settings: dict[str, Any]) -> None:
         {"epochs": 2, "steps_per_epoch": 1},
         {"epochs": 1, "steps_per_epoch": 2, "checkpoint": CheckpointConfig(every_steps=1)},
         {"epochs": 1, "steps_per_epoch": 2, "max_steps": 1},
+        {"epochs": 2, "steps_per_epoch": 2, "max_steps": 2},
     ],
-    ids=["epochs", "checkpoints within an epoch", "max_steps"],
+    ids=["epochs", "checkpoints within an epoch", "max_steps", "max_steps at an epoch's end"],
 )
 def test_each_row_once(config: TrainConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
     """All sequences of kills before rows, saves and validations, and of SIGTERM in steps and validations, are tried.

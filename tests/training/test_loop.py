@@ -86,17 +86,16 @@ def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int
     defaults: dict[str, Any] = {"epochs": 3, "global_batch_size": 8, "log_every_steps": 1, "schedule": constant}
     config = LoopConfig(**(defaults | settings))
     goodput = Goodput()
-    meter = Meter(state, CPU, ["here"], goodput, Bottleneck(dict.fromkeys(Waiting._fields, "raise workers")))
     learner = Learner(
         state=state,
         network=state.model,
         precision=Precision(PrecisionConfig(PrecisionName.fp32), CPU.device),
         runtime=CPU,
-        stopwatch=meter.stopwatch,
         loss=make_loss(LossConfig()),
         accumulation_steps=config.accumulation,
         clip_grad_norm=config.clip_grad_norm,
     )
+    bottleneck = Bottleneck(dict.fromkeys(Waiting._fields, "raise workers"))
     return Trainer(
         learner=learner,
         data=data,
@@ -107,7 +106,7 @@ def trainer(state: TrainState, folder: Path, data: Numbers, steps_per_epoch: int
         tracker=Rows(),
         watchdog=Watchdog(0, 60),
         goodput=goodput,
-        meter=meter,
+        meter=Meter(learner, ["here"], goodput, bottleneck),
         config=config,
         inspect=lambda batch: None,
     )

@@ -11,7 +11,6 @@ from metaformer.training.losses import make_loss
 from metaformer.training.memory import fits, largest_that_fits
 from metaformer.training.precision import Precision
 from metaformer.training.step import Learner
-from metaformer.training.stragglers import Stopwatch
 from tests.training.conftest import tiny_state
 
 CPU = torch.device("cpu")
@@ -52,7 +51,6 @@ def test_a_step_that_runs_out_of_memory() -> None:
         network=network,
         precision=Precision(PrecisionConfig(PrecisionName.fp32), CPU),
         runtime=Runtime(0, 1, 0, 1, CPU),
-        stopwatch=Stopwatch(CPU),
         loss=make_loss(LossConfig()),
         accumulation_steps=2,
     )

@@ -22,7 +22,6 @@ from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision, Scaler
 from metaformer.training.state import TrainState
 from metaformer.training.step import Learner, train_step
-from metaformer.training.stragglers import Stopwatch
 
 STEPS, WARMUP_STEPS, BATCH_SIZE, CLASSES = 300, 60, 16, 10
 PEAK_LR = OptimizerConfig(name="lamb", base_lr=2e-3).learning_rate(4096)  # experiment=baselines/caformer_s18
@@ -69,7 +68,7 @@ def test_caformer_trains_with_lamb_in_16_bits(precision: str) -> None:
     optimizer = make_optimizer(OptimizerConfig(name="lamb"), model, PEAK_LR)
     state = TrainState(model=model, ema=None, optimizer=optimizer, scaler=formats.scaler, identity={})
     with start() as runtime:
-        learner = Learner(state, model, formats, runtime, Stopwatch(runtime.device), make_loss(LossConfig()))
+        learner = Learner(state, model, formats, runtime, make_loss(LossConfig()))
         losses = []
         for step in range(STEPS):
             for group in optimizer.param_groups:

@@ -14,19 +14,15 @@ from metaformer.runtime import Runtime
 from metaformer.tracking.run_folder import parse_config
 from metaformer.training.config import AUTO
 from metaformer.training.memory import fits
-from metaformer.training.stragglers import Stopwatch
 
-Fits = Callable[
-    [Preparation, int], bool
-]  # returns whether training with this number of steps fits in this rank's memory
+# Returns whether training with a number of accumulation steps fits in this rank's memory.
+Fits = Callable[[Preparation, int], bool]
 
 
 def step_fits(prepared: Preparation, accumulation_steps: int) -> bool:
     """Take an optimizer step, which changes the state, and return whether it fits in this rank's memory."""
     config, runtime = prepared.config, prepared.runtime
-    learner = prepared.learner(
-        prepared.state.model, Stopwatch(runtime.device)
-    )  # without DDP, each rank works independently
+    learner = prepared.learner(prepared.state.model)  # without DDP, each rank works independently
     learner.accumulation_steps = min(accumulation_steps, 2)  # further batches need no more memory
     learner.train_mode()
     images = example_images(config, prepared.images, runtime)

@@ -19,7 +19,6 @@ from metaformer.interfaces import Batch
 from metaformer.tracking.console import duration
 from metaformer.training.memory import fits, largest_that_fits
 from metaformer.training.step import train_step
-from metaformer.training.stragglers import Stopwatch
 
 STEPS = 3  # the first step warms up and is not measured
 
@@ -42,12 +41,11 @@ def dry_run(prepared: Preparation, searches: bool | None = None) -> dict[str, An
     runtime = prepared.runtime
     searches = runtime.device.type == "cuda" if searches is None else searches
     network = prepared.distribute()
-    stopwatch = Stopwatch(runtime.device)
     with closing(prepared.feed()) as feed:
         batches = itertools.chain.from_iterable(feed.epoch(epoch) for epoch in itertools.count())
         first = next(batches)
         largest = _largest(prepared, first) if searches else None
-        measured = _measure(prepared, network, itertools.chain([first], batches), stopwatch)
+        measured = _measure(prepared, network, itertools.chain([first], batches))
     result = _result(prepared, measured, largest)
     if runtime.is_main:
         print(*_lines(prepared, measured, result), sep="\n", flush=True)
@@ -57,7 +55,7 @@ def dry_run(prepared: Preparation, searches: bool | None = None) -> dict[str, An
 def _largest(prepared: Preparation, batch: Batch) -> int:
     """Return the most images in a forward pass that fit on every rank; raise an error if the configured ones do not."""
     config, runtime = prepared.config, prepared.runtime
-    learner = prepared.learner(prepared.state.model, Stopwatch(runtime.device))  # without DDP: each rank for itself
+    learner = prepared.learner(prepared.state.model)  # without DDP: each rank for itself
     learner.train_mode()
     size = config.rank_batch_size(runtime.world_size)
     limit = len(prepared.splits.train) // runtime.world_size
@@ -74,9 +72,9 @@ def _largest(prepared: Preparation, batch: Batch) -> int:
     return largest
 
 
-def _measure(prepared: Preparation, network: nn.Module, batches: Iterator[Batch], stopwatch: Stopwatch) -> _Measured:
+def _measure(prepared: Preparation, network: nn.Module, batches: Iterator[Batch]) -> _Measured:
     runtime, state = prepared.runtime, prepared.state
-    learner = prepared.learner(network, stopwatch)
+    learner = prepared.learner(network)
     learner.train_mode()
     began, waited = 0.0, [0.0]
 
@@ -88,7 +86,7 @@ def _measure(prepared: Preparation, network: nn.Module, batches: Iterator[Batch]
     source = counted()
     for step in range(STEPS):
         if step == 1:
-            stopwatch.read()  # waits for the device
+            learner.stopwatch.read()  # waits for the device
             began, waited[0] = time.perf_counter(), 0.0
         train_step(learner, source, measure_norm=True)
         state.progress.count_step(prepared.config.global_batch_size)

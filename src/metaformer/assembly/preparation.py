@@ -40,7 +40,6 @@ from metaformer.training.optimizer import make_optimizer
 from metaformer.training.precision import Precision
 from metaformer.training.state import TrainState
 from metaformer.training.step import Learner
-from metaformer.training.stragglers import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,13 @@ class Preparation:
         """Return this rank's training batches."""
         return make_feed(self.config, self.runtime, self.splits.train, self.plan, self.transform, self.augment)
 
-    def learner(self, network: nn.Module, stopwatch: Stopwatch) -> Learner:
+    def learner(self, network: nn.Module) -> Learner:
         """Return a learner that takes optimizer steps with a network: the state's own or the distributed one."""
         return Learner(
             state=self.state,
             network=network,
             precision=self.precision,
             runtime=self.runtime,
-            stopwatch=stopwatch,
             loss=self.distillation.loss,
             seed=self.config.seed,
             accumulation_steps=self.config.accumulation,

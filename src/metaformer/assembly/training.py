@@ -83,9 +83,9 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         stack.enter_context(closing(saver))
         processes = runtime.processes()
         bottleneck = Bottleneck(loading_advice(config, runtime, splits.train))
-        meter = Meter(state, runtime, [process.host for process in processes], goodput, bottleneck)
+        learner = prepared.learner(network)
         trainer = Trainer(
-            learner=prepared.learner(network, meter.stopwatch),
+            learner=learner,
             data=train_feed,
             steps_per_epoch=steps_per_epoch,
             schedule=Schedule(config.schedule, state.optimizer, config.epochs, steps_per_epoch),
@@ -94,12 +94,12 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
             tracker=tracker,
             watchdog=watchdog,
             goodput=goodput,
-            meter=meter,
+            meter=Meter(learner, [process.host for process in processes], goodput, bottleneck),
             config=config,
             inspect=partial(_save_image_grid, config, images, runtime, tracker),
         )
         peers = [process.pid for process in processes if process.node == runtime.node]
-        watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.is_asked_to_stop)
+        watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.interruption.pending)
         startup.close()
         yield partial(_train, prepared, trainer)
 

@@ -48,13 +48,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.state, self.runtime = self.learner.state, self.learner.runtime
-        self._interruption = Interruption(self.runtime)
+        self.interruption = Interruption(self.runtime)
+        self._last_step = self.config.last_step(self.steps_per_epoch)
         self._saved_step = self.state.progress.step
-
-    @property
-    def is_asked_to_stop(self) -> bool:
-        """Whether this rank has been asked to stop and the ranks have not agreed to do so yet."""
-        return self._interruption.pending
+        self._most_skipped = min(self.config.guards.max_skipped_steps, self.steps_per_epoch)
 
     def run(self) -> Row:
         """Train, and return the row of the last validation.
@@ -63,43 +60,32 @@ class Trainer:
             Interrupted: a signal asked training to stop; the state is saved.
             Diverged: the loss or the weights are not finite, or ranks differ.
         """
-        with self._interruption.listening():
+        progress = self.state.progress
+        with self.interruption.listening():
             try:
-                return self._run()
+                self.goodput.enter(TRAINING)
+                while progress.step < self._last_step or progress.steps_in_epoch == self.steps_per_epoch:
+                    self._train_epoch()
+                    if progress.steps_in_epoch == self.steps_per_epoch:
+                        self._complete_epoch()
+                if not progress.validated:  # stopped in the middle of an epoch
+                    progress.last_validation = self._validate("final")
+                    self._save(f"step-{progress.step:08d}")
+                self._finish()
             finally:
                 self.watchdog.training_ends()
-
-    def _run(self) -> Row:
-        progress = self.state.progress
-        self.goodput.enter(TRAINING)
-        while progress.epochs_completed < self.config.total_epochs and not self._reached_max_steps():
-            self._train_epoch()
-            if progress.steps_in_epoch == self.steps_per_epoch:
-                self._complete_epoch()
-        if not progress.validated:  # stopped in the middle of an epoch
-            progress.last_validation = self._validate("final")
-            self._save(f"step-{progress.step:08d}")
-        self._finish_saving()
-        self._interruption.finish_vote()
-        for folder, aliases in self.saver.folder.aliases().items():
-            self.tracker.checkpoint(folder, aliases)
-        # This row comes last: a run without it is not complete, and repeats all of the above when it resumes.
-        self.tracker.metrics(progress.last_validation | {"kind": "final"})
         return progress.last_validation
 
-    def _reached_max_steps(self) -> bool:
-        return self.config.max_steps is not None and self.state.progress.step >= self.config.max_steps
-
     def _train_epoch(self) -> None:
+        """Take the remaining steps of the epoch, or those up to `max_steps`."""
         progress, config = self.state.progress, self.config
         self.learner.train_mode()
         batches = self._batches()
-        last_step = config.last_step(self.steps_per_epoch)
-        self.tracker.progress(TRAINING, progress.step, last_step)
+        self.tracker.progress(TRAINING, progress.step, self._last_step)
         self.meter.start()
-        while progress.steps_in_epoch < self.steps_per_epoch and not self._reached_max_steps():
+        while progress.steps_in_epoch < self.steps_per_epoch and progress.step < self._last_step:
             lr = self.schedule.set(progress.step)
-            is_last = progress.steps_in_epoch + 1 == self.steps_per_epoch or progress.step + 1 == config.max_steps
+            is_last = progress.steps_in_epoch + 1 == self.steps_per_epoch or progress.step + 1 == self._last_step
             logs = is_last or (progress.step + 1) % config.log_every_steps == 0
             try:
                 grad_norm = train_step(self.learner, batches, measure_norm=logs)
@@ -107,8 +93,7 @@ class Trainer:
                 discard_step(self.learner)
                 self._interrupt()
             progress.count_step(config.global_batch_size)
-            self.meter.step()
-            self.tracker.progress(TRAINING, progress.step, last_step)
+            self.tracker.progress(TRAINING, progress.step, self._last_step)
             if grad_norm is not None:
                 self._log(lr, grad_norm)
             self._end_step(is_last)
@@ -119,7 +104,7 @@ class Trainer:
         first = progress.steps_in_epoch * self.config.accumulation
         loaded = self.data.epoch(progress.epochs_completed, first)
         for number in itertools.count():
-            with self._interruption.waiting():
+            with self.interruption.waiting():
                 batch = next(loaded)
             self.meter.waited(batch.waited, is_first=number == 0)
             if progress.step == 0 and number == 0:
@@ -128,15 +113,11 @@ class Trainer:
 
     def _log(self, lr: float, grad_norm: Tensor) -> None:
         """Log the steps since the last row. The host waits for the device only here and in saves."""
-        reading = self.meter.read(lr, grad_norm, self.config.global_batch_size)
+        reading = self.meter.read(lr, grad_norm)
         self.tracker.metrics(reading.row)
         if reading.straggler is not None:
             self.tracker.message(reading.straggler)
-        self._check_loss(reading.loss_sum, reading.skipped_in_a_row)
-
-    def _check_loss(self, loss: float, skipped_in_a_row: int) -> None:
-        limit = min(self.config.guards.max_skipped_steps, self.steps_per_epoch)
-        check_loss(self.state.progress.row("train"), loss, skipped_in_a_row, limit)
+        check_loss(reading.row, reading.loss_sum, reading.skipped_in_a_row, self._most_skipped)
 
     def _end_step(self, is_last: bool) -> None:
         """Compare the ranks, save or stop if it is time to; all ranks do so after the same step."""
@@ -148,7 +129,7 @@ class Trainer:
         # After a skipped step the weights may be unusable, so the save waits for the next step.
         if every and step >= self._saved_step + every and not is_last and not self.state.skipped_in_a_row:
             self._save(f"step-{step:08d}")
-        if self._interruption.agreed():
+        if self.interruption.agreed():
             self._interrupt()
 
     def _complete_epoch(self) -> None:
@@ -160,7 +141,7 @@ class Trainer:
         is_best = progress.complete_epoch(row)
         self.tracker.message(self.meter.bottleneck.verdict(row["epoch"]))
         self.tracker.metrics(row)
-        is_last = progress.epochs_completed == config.total_epochs or self._reached_max_steps()
+        is_last = progress.step >= self._last_step
         if is_best or is_last or progress.epochs_completed % config.checkpoint.every_epochs == 0:
             self._save(f"epoch-{progress.epochs_completed:03d}", is_best)
 
@@ -181,7 +162,7 @@ class Trainer:
 
     def _stops_validation(self) -> bool:
         self.watchdog.beat()
-        return self._interruption.agreed()
+        return self.interruption.agreed()
 
     def _interrupt(self) -> NoReturn:
         """Save the state and end training."""
@@ -189,13 +170,13 @@ class Trainer:
         if self._saved_step != step:
             self._save(f"step-{step:08d}")
         self._finish_saving()
-        raise Interrupted(f"{self._interruption.reason}: step {step} is saved; the same command resumes there")
+        raise Interrupted(f"{self.interruption.reason}: step {step} is saved; the same command resumes there")
 
     def _save(self, name: str, is_best: bool = False) -> None:
         state = self.state
         # The mean over the ranks, so that training can resume on another number of ranks.
         state.loss_sum.copy_(self.runtime.sum(state.loss_sum) / self.runtime.world_size)
-        self._check_loss(float(state.loss_sum), int(state.skipped_in_a_row))
+        check_loss(state.progress.row("train"), float(state.loss_sum), int(state.skipped_in_a_row), self._most_skipped)
         with self.goodput.phase(SAVING):
             self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
         self.goodput.record_save()
@@ -206,3 +187,12 @@ class Trainer:
         with self.goodput.phase(SAVING):
             self.runtime.main_only(lambda: self.saver.wait(must_succeed=True), None)
         self.watchdog.beat()
+
+    def _finish(self) -> None:
+        """End training: nothing is left to save or to agree on, and the trackers get the result."""
+        self._finish_saving()
+        self.interruption.finish_vote()
+        for folder, aliases in self.saver.folder.aliases().items():
+            self.tracker.checkpoint(folder, aliases)
+        # This row comes last: a run without it is not complete, and repeats all of the above when it resumes.
+        self.tracker.metrics(self.state.progress.last_validation | {"kind": "final"})

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Row, Waiting
-from metaformer.runtime import Runtime
 from metaformer.training.bottleneck import Bottleneck, add_waits
-from metaformer.training.state import TrainState
-from metaformer.training.stragglers import Stopwatch, describe_straggler
+from metaformer.training.step import Learner
+from metaformer.training.stragglers import describe_straggler
 
 
 @dataclass
 class _Window:
-    """Measurements of this rank between two log rows of an epoch. All times are in seconds."""
+    """Measurements of this rank between two log rows of an epoch. All times are in seconds.
 
+    Attributes:
+        samples: number of images trained on before.
+    """
+
+    samples: int
     started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
     waited: Waiting = field(default_factory=Waiting)  # without the epoch's first batch
     waited_for_first: float = 0.0  # while workers start
 
@@ -47,23 +50,20 @@ class Meter:
     """Measures throughput, waiting and each rank's own work, and updates the state's progress.
 
     Args:
-        state: the training state, whose sums on the device are read and reset at each log row.
+        learner: its state's sums on the device are read and reset at each log row.
         hosts: the name of each rank's node, for messages.
         goodput: counts the time spent waiting for data.
         bottleneck: reports on the waiting of an epoch.
     """
 
-    def __init__(
-        self, state: TrainState, runtime: Runtime, hosts: Sequence[str], goodput: Goodput, bottleneck: Bottleneck
-    ) -> None:
-        self.stopwatch = Stopwatch(runtime.device)
+    def __init__(self, learner: Learner, hosts: Sequence[str], goodput: Goodput, bottleneck: Bottleneck) -> None:
         self.bottleneck = bottleneck
-        self._state, self._runtime, self._hosts, self._goodput = state, runtime, list(hosts), goodput
-        self._window = _Window()
+        self._learner, self._hosts, self._goodput = learner, list(hosts), goodput
+        self.start()
 
     def start(self) -> None:
-        """Start a measurement. Call it at the beginning of an epoch."""
-        self._window = _Window()
+        """Start a measurement, at the beginning of an epoch and after each row."""
+        self._window = _Window(self._learner.state.progress.samples)
 
     def waited(self, waited: Waiting, is_first: bool) -> None:
         """Add a wait for a batch; the first one of an epoch includes the start of the workers."""
@@ -72,17 +72,14 @@ class Meter:
         else:
             self._window.waited = add_waits(self._window.waited, waited)
 
-    def step(self) -> None:
-        """Count a step."""
-        self._window.steps += 1
-
-    def read(self, lr: float, grad_norm: Tensor, global_batch_size: int) -> Reading:
+    def read(self, lr: float, grad_norm: Tensor) -> Reading:
         """Return the measurements since the last row, and start the next ones. Waits for the device."""
-        state, progress, window = self._state, self._state.progress, self._window
+        learner, window = self._learner, self._window
+        state, progress, runtime = learner.state, learner.state.progress, learner.runtime
         skipped, skipped_in_a_row = (int(count) for count in state.skips.tolist())
         taken = progress.steps_since_log - skipped
-        own = [float(state.loss_sum), self.stopwatch.read(), window.waited_for_first, *window.waited]
-        ranks = torch.stack(self._runtime.gather(torch.tensor(own, dtype=torch.float64)))
+        own = [float(state.loss_sum), learner.stopwatch.read(), window.waited_for_first, *window.waited]
+        ranks = torch.stack(runtime.gather(torch.tensor(own, dtype=torch.float64)))
         loss_sum, _, waited_for_first, *stages = ranks.mean(dim=0).tolist()
         waited = Waiting(*stages)
         _, forward_passes, _, *waits_by_stage = ranks.unbind(dim=1)
@@ -94,16 +91,16 @@ class Meter:
             "loss": loss_sum / taken if taken else math.nan,
             "lr": lr,
             "grad_norm": float(grad_norm),
-            "images_per_second": window.steps * global_batch_size / elapsed,
+            "images_per_second": (progress.samples - window.samples) / elapsed,
             "data_wait": (waited.total + waited_for_first) / elapsed,
             "skipped_steps": progress.skipped_steps,
-            "memory_gib": self._runtime.peak_memory_gib(),
+            "memory_gib": runtime.peak_memory_gib(),
         }
         progress.epoch_loss_sum += loss_sum
         progress.epoch_loss_count += taken
         progress.steps_since_log = 0
         state.reset_sums()
-        self._window = _Window()
+        self.start()
         busy = (torch.stack(waits_by_stage).sum(dim=0) + forward_passes).tolist()
         straggler = describe_straggler(busy, self._hosts, elapsed - waited_for_first) if len(busy) > 1 else None
         return Reading(row, loss_sum, skipped_in_a_row, straggler)

@@ -23,26 +23,27 @@ class Learner:
     Attributes:
         network: the state's model in the form to call: compiled or wrapped by DDP.
         loss: the loss of a batch's logits.
-        stopwatch: measures the forward passes, the work of this rank that does not wait for other ranks.
         seed: seed of drop path.
         accumulation_steps: number of batches in a step.
         clip_grad_norm: maximum norm of the gradients; None disables clipping.
         frozen_norms: BatchNorms that keep their running statistics.
+        stopwatch: measures the forward passes, the work of this rank that does not wait for other ranks.
     """
 
     state: TrainState
     network: nn.Module
     precision: Precision
     runtime: Runtime
-    stopwatch: Stopwatch
     loss: Loss
     seed: int = 0
     accumulation_steps: int = 1
     clip_grad_norm: float | None = None
     frozen_norms: Sequence[nn.Module] = ()
+    stopwatch: Stopwatch = field(init=False)
     running_statistics: RunningStatistics = field(init=False)
 
     def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.runtime.device)
         self.running_statistics = RunningStatistics(self.state.model)
 
     def train_mode(self) -> None:
