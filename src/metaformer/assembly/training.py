@@ -21,7 +21,7 @@ from metaformer.assembly.preparation import Preparation
 from metaformer.assembly.run import Run, open_tracker
 from metaformer.assembly.splits import Splits
 from metaformer.assembly.summary import summarize
-from metaformer.assembly.validations import Validation
+from metaformer.assembly.training_validation import Validation
 from metaformer.config import TrainConfig, redacted
 from metaformer.data.device.transform import denormalize
 from metaformer.errors import one_line
