@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from metaformer.errors import UserError
+from metaformer.errors import UserError, one_line
 from metaformer.files import to_json
 from metaformer.program import LAUNCHER_ADVICE, keep_freed_memory, launcher_variable
 
@@ -267,7 +267,7 @@ def _join(device: torch.device, timeout: timedelta, single_node: bool) -> None:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     except ValueError as error:  # rank 0's address is missing or invalid
         raise UserError(
-            f"WORLD_SIZE={launcher_variable('WORLD_SIZE', 1)}: {' '.join(str(error).split())}; {LAUNCHER_ADVICE}"
+            f"WORLD_SIZE={launcher_variable('WORLD_SIZE', 1)}: {one_line(error)}; {LAUNCHER_ADVICE}"
         ) from error
     if single_node:
         # All restarts by torchrun share one store, so restarted ranks would find the addresses of dead ranks without a

@@ -60,10 +60,11 @@ def build_exportable(config: ValidateConfig, runtime: Runtime, data_given: bool)
     runtime = replace(runtime, device=torch.device("cpu"))
     config = replace(config, channels_last=False, workers=0)
     config, images, model, outputs, found, weights, notes = load_trained_network(config, runtime, None)
-    names = find_class_names(found.classes if found else None, outputs)
+    recorded = found.classes if found is not None else None
+    names = find_class_names(recorded, outputs)
     notes.append(f"classes      {names.origin}")
-    classes = found.classes if found and found.classes else names.names if names.descriptions is not None else None
-    record = make_record(config, images, outputs, classes)
+    of_imagenet = names.names if names.descriptions is not None else None  # otherwise the names are only numbers
+    record = make_record(config, images, outputs, recorded or of_imagenet)
     run = find_run_folder(checkpoint)
     pixels, origin = _find_images(config, images, runtime, run, data_given)
     resize = evaluation_resize(images.image_size, images.crop_pct)

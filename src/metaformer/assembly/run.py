@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from metaformer.config import TrainConfig, redacted
-from metaformer.errors import Interrupted, UserError
+from metaformer.errors import Interrupted, UserError, one_line
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Tracker
 from metaformer.program import status_file_of_launcher
@@ -130,4 +130,4 @@ def _record_end(
     elif isinstance(error, Interrupted):
         status.end(INTERRUPTED, step, str(error))
     else:
-        status.end(FAILED, step, " ".join(f"{type(error).__name__}: {error}".split()))
+        status.end(FAILED, step, f"{type(error).__name__}: {one_line(error)}")

@@ -71,8 +71,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     outputs = config.num_classes or (record.num_classes if record and by_name else None) or len(index.classes)
     model, fused = make_model(config, images, outputs, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
-    notes += [f"images       {images}", f"weights      {weights.name}{ema_hint(weights)}"]
-    runtime.main_only(lambda: print(*notes, sep="\n", file=sys.stderr, flush=True), None)
+    _note(runtime, *notes, f"images       {images}", f"weights      {weights.name}{ema_hint(weights)}")
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield Evaluation(
             config=config, images=images, runtime=runtime, precision=precision, index=index, outputs=outputs,
@@ -191,6 +190,12 @@ def ema_hint(weights: LocatedWeights) -> str:
     return f"; use_ema=true evaluates the averaged weights in {EMA_FILE}" if has_ema else ""
 
 
+def _note(runtime: Runtime, *lines: str) -> None:
+    """Print lines on rank 0's stderr, because stdout has only the result."""
+    text = "".join(f"{line}\n" for line in lines)
+    runtime.main_only(lambda: print(text, end="", file=sys.stderr, flush=True), None)
+
+
 def _evaluation_index(config: ValidateConfig, runtime: Runtime, record: Record | None) -> ImageIndex:
     """Open the images to evaluate on, with the labels of the weights. The training split may be missing."""
     index = open_index(config, runtime, config.data.val_split)
@@ -198,16 +203,12 @@ def _evaluation_index(config: ValidateConfig, runtime: Runtime, record: Record |
         folders = len(index.classes)
         index = match_by_name(index, record.classes, str(config.checkpoint))
         if folders != len(index.classes):
-            note = f"classes      {folders} of the {len(index.classes)} that the weights know have images"
-            runtime.main_only(lambda: print(note, file=sys.stderr, flush=True), None)
+            _note(runtime, f"classes      {folders} of the {len(index.classes)} that the weights know have images")
     elif config.num_classes is not None and config.num_classes != len(index.classes):
         _check_num_classes(config.num_classes, config, runtime, index)
     if config.data.quarantine is not None:
-        note = f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images excluded"
-        runtime.main_only(lambda: print(note, file=sys.stderr, flush=True), None)
-    runtime.main_only(
-        lambda: print("".join(f"data         {note}\n" for note in index.notes), end="", file=sys.stderr), None
-    )
+        _note(runtime, f"data.quarantine={config.data.quarantine}: {index.quarantined:,} images excluded")
+    _note(runtime, *(f"data         {note}" for note in index.notes))
     warning = incompleteness(index, config.data)
     if warning is not None:
         runtime.main_only(lambda: warn(warning), None)

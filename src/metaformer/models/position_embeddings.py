@@ -27,10 +27,12 @@ class PositionResampling:
     def __call__(self, state: StateDict) -> StateDict:
         """Return the state dict with embeddings of the network's shapes; what cannot be resampled stays as it is."""
         own = self._model.state_dict()
-        pattern = OWN_KEY if isinstance(self._model, MetaFormer) else TIMM_KEY
+        is_own = isinstance(self._model, MetaFormer)
+        pattern = OWN_KEY if is_own else TIMM_KEY
         other = [key for key in own if pattern.search(key) and key in state and state[key].shape != own[key].shape]
-        resample = _resample_own if isinstance(self._model, MetaFormer) else _resample_with_timm
-        found = resample(state, self._model, other) if other else {}
+        if not other:
+            return state
+        found = _resample_own(state, own, other) if is_own else _resample_with_timm(state, self._model, other)
         fitting = {key: tensor for key, tensor in found.items() if tensor.shape == own[key].shape}
         if fitting:
             first = next(iter(fitting))
@@ -39,8 +41,7 @@ class PositionResampling:
         return state | fitting
 
 
-def _resample_own(state: StateDict, model: nn.Module, keys: list[str]) -> StateDict:
-    own = model.state_dict()
+def _resample_own(state: StateDict, own: StateDict, keys: list[str]) -> StateDict:
     return {
         key: interpolate(state[key].float(), own[key].shape[-2:], mode="bicubic", antialias=True)
         for key in keys

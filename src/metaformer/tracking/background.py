@@ -227,9 +227,8 @@ class BackgroundTracker:
         self._print(f"warning: {self._name}: {text}")
 
     def _print(self, text: str) -> None:
-        print(
-            f"{text}\n", end="", file=sys.stderr, flush=True
-        )  # a single write, so that lines from different threads do not mix
+        # A single write, so that lines from different threads do not mix.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def _describe_exit(code: int) -> str:

@@ -30,9 +30,7 @@ class TrackingConfig:
     artifacts: bool = True  # upload the best and the last checkpoint
     tensorboard: bool = False  # also write event files, with or without wandb
     target: str | None = None  # package.module:Class of a tracker of your own, called with run_dir and options
-    options: dict[str, Any] = field(
-        default_factory=dict
-    )  # further arguments of target, as in tracking.options.file=a.csv
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of target: tracking.options.file=a.csv
     # Time after which a tracker that has not opened is reported, and not awaited when training ends.
     open_seconds: float = 60.0
     close_seconds: float = 300.0  # after training, give up uploads that make no progress for this long

@@ -111,7 +111,7 @@ def _all_changes(run_dir: Path, contents: dict[str, str]) -> Iterator[tuple[str,
         try:
             before = json.loads(path.read_bytes()).get("derived") or now
         except (ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); move it away") from error
+            raise UserError(f"{path}: damaged ({one_line(error)}); move it away") from error
         yield from _changes(before, now)
 
 

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from metaformer.errors import one_line
 from metaformer.interfaces import Tracker
 from metaformer.signals import STOP_SIGNALS
 
@@ -123,7 +124,7 @@ class Server:
     def _fail(self, error: BaseException) -> None:
         error = self._cause() or error
         try:
-            self._report(Failed(" ".join(f"{error}".split()) or type(error).__name__))
+            self._report(Failed(one_line(error) or type(error).__name__))
         finally:
             os._exit(1)
 
