@@ -140,6 +140,15 @@ def test_figures(run: Path) -> None:
     assert "GPU memory" not in found
 
 
+def test_best_is_after_a_whole_epoch(tmp_path: Path) -> None:
+    """As for checkpoints/best, a better result within an epoch is not the best, unless there is no other."""
+    within = validation_row(2, 70.0, kind="final", step=15)
+    found = text(write_run(tmp_path / "run", [validation_row(1, 62.0), within]))
+    assert "Best top-1 62.00 % epoch 1" in found
+    assert "Last top-5 90.00 % epoch 2" in found
+    assert "Best top-1 70.00 % epoch 2" in text(write_run(tmp_path / "short", [within]))
+
+
 def test_figures_of_gpus(tmp_path: Path) -> None:
     """Memory makes process hours GPU hours; skipped steps are shown where there were any."""
     rows = [train_row(5, memory_gib=20.0), train_row(10, memory_gib=30.5, skipped_steps=3)]

@@ -164,10 +164,12 @@ def _summary(record: RunRecord, price: float | None) -> Iterator[tuple[str, str]
 
 
 def _best(record: RunRecord) -> tuple[dict[str, Any], str] | None:
-    """Return the validation with the highest top-1 of weights or EMA, and the name of that figure."""
-    found = [
-        (row, figure) for row in record.validations for figure in ("top1", "ema_top1") if is_number(row.get(figure))
-    ]
+    """Return the validation with the highest top-1 of weights or EMA, and the name of that figure.
+
+    As for `checkpoints/best`, only those after whole epochs count, where there are any.
+    """
+    rows = [row for row in record.validations if row["kind"] == "validation"] or record.validations
+    found = [(row, figure) for row in rows for figure in ("top1", "ema_top1") if is_number(row.get(figure))]
     return max(found, key=lambda pair: float(pair[0][pair[1]]), default=None)
 
 
