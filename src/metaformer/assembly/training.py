@@ -19,7 +19,6 @@ from metaformer.assembly.loading_advice import loading_advice
 from metaformer.assembly.parts import colour_statistics, evaluation_feed
 from metaformer.assembly.preparation import Preparation
 from metaformer.assembly.run import Run, open_tracker
-from metaformer.assembly.splits import Splits
 from metaformer.assembly.summary import summarize
 from metaformer.assembly.training_validation import Validation
 from metaformer.config import TrainConfig, redacted
@@ -28,7 +27,6 @@ from metaformer.errors import one_line
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Row, Tracker
 from metaformer.models import load_weights, save_state
-from metaformer.models.config import Preprocessing
 from metaformer.runtime import Runtime
 from metaformer.tracking.lock import lock_run_folder
 from metaformer.tracking.run_folder import check_empty, check_shared
@@ -41,7 +39,6 @@ from metaformer.training.meter import Meter
 from metaformer.training.pointers import follow
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
-from metaformer.training.state import Best, TrainState
 from metaformer.training.watchdog import Watchdog
 
 GRID_IMAGES = 16
@@ -60,18 +57,18 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
     if config.dry_run:
         yield partial(dry_run, prepared)
         return
-    config, images, runtime, splits = prepared.config, prepared.images, prepared.runtime, prepared.splits
+    config, runtime, splits = prepared.config, prepared.runtime, prepared.splits
     state, steps_per_epoch = prepared.state, prepared.plan.steps_per_epoch
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)
-        checkpoints = _checkpoints(config, images, runtime, splits)
-        resume_point = _resume(config, runtime, checkpoints, state)
+        checkpoints = _checkpoints(prepared)
+        resume_point = _resume(prepared, checkpoints)
         if state.progress.epochs_completed < config.total_epochs:
             runtime.main_only(lambda: checkpoints.probe(state.size()), None)
         network = prepared.distribute()
         train_feed = stack.enter_context(closing(prepared.feed()))
-        val_feed = stack.enter_context(closing(evaluation_feed(config, images, runtime, splits.val)))
+        val_feed = stack.enter_context(closing(evaluation_feed(config, prepared.images, runtime, splits.val)))
         startup = stack.enter_context(ExitStack())  # closed when training handles signals itself
         startup.enter_context(interruptible_start())
         goodput = Goodput()
@@ -96,7 +93,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
             goodput=goodput,
             meter=Meter(learner, [process.host for process in processes], goodput, bottleneck),
             config=config,
-            inspect=partial(_save_image_grid, config, images, runtime, tracker),
+            inspect=partial(_save_image_grid, prepared, tracker),
         )
         peers = [process.pid for process in processes if process.node == runtime.node]
         watchdog.training_begins(config.resolved_run_dir / "stacks", peers, lambda: trainer.interruption.pending)
@@ -130,12 +127,8 @@ def _train(prepared: Preparation, trainer: Trainer) -> dict[str, Any]:
     speed = trained / (spent.step_seconds - before) if trained else 0.0
     for line in summarize(config, state.progress, validation, speed, spent):
         trainer.tracker.message(line)
-    return _result(config, validation, state.progress.best) | {"fused": prepared.fused}
-
-
-def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict[str, Any]:
-    """Return the last validation's figures, the best result, and the run folder."""
     figures = {name: value for name, value in validation.items() if name not in ("kind", "samples")}
+    best = state.progress.best
     return {
         "model": config.model.name,
         **figures,
@@ -143,46 +136,46 @@ def _result(config: TrainConfig, validation: dict[str, Any], best: Best) -> dict
         "best_epoch": best.epoch,
         "best_weights": best.weights,
         "run_dir": str(config.resolved_run_dir),
+        "fused": prepared.fused,
     }
 
 
-def _checkpoints(config: TrainConfig, images: Preprocessing, runtime: Runtime, splits: Splits) -> CheckpointFolder:
+def _checkpoints(prepared: Preparation) -> CheckpointFolder:
+    config, splits = prepared.config, prepared.splits
     config_yaml = OmegaConf.to_yaml(redacted(config)).encode()
     facts = {
         "model": config.model.name,
-        "world_size": runtime.world_size,
+        "world_size": prepared.runtime.world_size,
         "config_sha256": hashlib.sha256(config_yaml).hexdigest(),
     }
-    weight_files = WeightFiles(
-        partial(save_state, network=make_record(config, images, splits.num_classes, splits.train.classes)), load_weights
-    )
+    record = make_record(config, prepared.images, splits.num_classes, splits.train.classes)
+    weight_files = WeightFiles(partial(save_state, network=record), load_weights)
     return CheckpointFolder(config.resolved_run_dir / "checkpoints", config.checkpoint, facts, weight_files)
 
 
-def _resume(config: TrainConfig, runtime: Runtime, checkpoints: CheckpointFolder, state: TrainState) -> ResumePoint:
+def _resume(prepared: Preparation, checkpoints: CheckpointFolder) -> ResumePoint:
     """Load the checkpoint to resume from, if there is one.
 
     `resume=FOLDER` goes back to that checkpoint if it belongs to this run. Any other checkpoint is the start of a new
     run, which the same command resumes from the run's own checkpoints once it has one.
     """
-    run_dir = config.resolved_run_dir
+    resume, run_dir = prepared.config.resume, prepared.config.resolved_run_dir
 
     def find() -> ResumePoint:
-        if config.resume == "never":
+        if resume == "never":
             check_empty(run_dir)
             return ResumePoint(None)
-        chosen = None if config.resume == "auto" else follow(Path(config.resume)).resolve()
-        found = (
-            ResumePoint(None) if chosen and chosen.parent == (run_dir / "checkpoints").resolve() else checkpoints.find()
-        )
-        if chosen is not None and found.folder is None:
-            verify(chosen)
-            found = ResumePoint(chosen)
-        return found
+        chosen = None if resume == "auto" else follow(Path(resume)).resolve()
+        is_own = chosen is not None and chosen.parent == (run_dir / "checkpoints").resolve()
+        found = ResumePoint(None) if is_own else checkpoints.find()
+        if chosen is None or found.folder is not None:
+            return found
+        verify(chosen)
+        return ResumePoint(chosen)
 
-    found = runtime.from_main(find)
+    found = prepared.runtime.from_main(find)
     if found.folder is not None:
-        checkpoints.load(state, found.folder)
+        checkpoints.load(prepared.state, found.folder)
     return found
 
 
@@ -199,14 +192,13 @@ def _add_pictures(prepared: Preparation, validation: Row, tracker: Tracker) -> N
             tracker.message(f"warning      {file}: pictures cannot be added ({one_line(error)})")
 
 
-def _save_image_grid(
-    config: TrainConfig, images: Preprocessing, runtime: Runtime, tracker: Tracker, batch: Batch
-) -> None:
+def _save_image_grid(prepared: Preparation, tracker: Tracker, batch: Batch) -> None:
     """Save a grid of the first training images as the network receives them."""
-    if runtime.is_main:
-        file = config.resolved_run_dir / "mixed_images.png"
+    if prepared.runtime.is_main:
+        file = prepared.config.resolved_run_dir / "mixed_images.png"
+        pixels = denormalize(batch.images[:GRID_IMAGES], colour_statistics(prepared.images))
         try:
-            save_image(denormalize(batch.images[:GRID_IMAGES], colour_statistics(images)), file, nrow=4)
+            save_image(pixels, file, nrow=4)
         except OSError as error:  # not worth ending the training
             tracker.message(f"warning      {file}: cannot be written ({error.strerror or error})")
         else:

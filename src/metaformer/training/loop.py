@@ -121,13 +121,13 @@ class Trainer:
 
     def _end_step(self, is_last: bool) -> None:
         """Compare the ranks, save or stop if it is time to; all ranks do so after the same step."""
-        step, every = self.state.progress.step, self.config.guards.compare_ranks_every_steps
+        state, step = self.state, self.state.progress.step
+        compare_every, save_every = self.config.guards.compare_ranks_every_steps, self.config.checkpoint.every_steps
         self.watchdog.beat()
-        if every and step % every == 0 and self.runtime.world_size > 1:
-            check_replicas(self.state.model, self.runtime, step)
-        every = self.config.checkpoint.every_steps
+        if compare_every and step % compare_every == 0 and self.runtime.world_size > 1:
+            check_replicas(state.model, self.runtime, step)
         # After a skipped step the weights may be unusable, so the save waits for the next step.
-        if every and step >= self._saved_step + every and not is_last and not self.state.skipped_in_a_row:
+        if save_every and step >= self._saved_step + save_every and not is_last and not state.skipped_in_a_row:
             self._save(f"step-{step:08d}")
         if self.interruption.agreed():
             self._interrupt()
