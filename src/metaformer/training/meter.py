@@ -47,10 +47,10 @@ class Reading:
 
 
 class Meter:
-    """Measures throughput, waiting and each rank's own work, and updates the state's progress.
+    """Measures throughput, waiting and each rank's own work.
 
     Args:
-        learner: its state's sums on the device are read and reset at each log row.
+        learner: its state's sums on the device are read at each log row, and added to those of the epoch.
         hosts: the name of each rank's node, for messages.
         goodput: counts the time spent waiting for data.
         bottleneck: reports on the waiting of an epoch.
@@ -77,7 +77,6 @@ class Meter:
         learner, window = self._learner, self._window
         state, progress, runtime = learner.state, learner.state.progress, learner.runtime
         skipped, skipped_in_a_row = (int(count) for count in state.skips.tolist())
-        taken = progress.steps_since_log - skipped
         own = [float(state.loss_sum), learner.stopwatch.read(), window.waited_for_first, *window.waited]
         ranks = torch.stack(runtime.gather(torch.tensor(own, dtype=torch.float64)))
         loss_sum, _, waited_for_first, *stages = ranks.mean(dim=0).tolist()
@@ -86,7 +85,7 @@ class Meter:
         elapsed = time.perf_counter() - window.started
         self._goodput.record_wait(window.waited.total + window.waited_for_first)
         self.bottleneck.add(waited, elapsed - waited_for_first)
-        progress.skipped_steps += skipped
+        taken = state.add_to_epoch(loss_sum, skipped)
         row = progress.row("train") | {
             "loss": loss_sum / taken if taken else math.nan,
             "lr": lr,
@@ -96,10 +95,6 @@ class Meter:
             "skipped_steps": progress.skipped_steps,
             "memory_gib": runtime.peak_memory_gib(),
         }
-        progress.epoch_loss_sum += loss_sum
-        progress.epoch_loss_count += taken
-        progress.steps_since_log = 0
-        state.reset_sums()
         self.start()
         busy = (torch.stack(waits_by_stage).sum(dim=0) + forward_passes).tolist()
         straggler = describe_straggler(busy, self._hosts, elapsed - waited_for_first) if len(busy) > 1 else None

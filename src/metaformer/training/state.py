@@ -141,10 +141,21 @@ class TrainState:
         self.skips += skipped
         self.skipped_in_a_row.mul_(skipped)
 
-    def reset_sums(self) -> None:
-        """Reset the sums. Call it after a log row."""
+    def add_to_epoch(self, loss_sum: float, skipped: int) -> int:
+        """Move the steps since the last log row, whose sums have been read, to the sums of the epoch.
+
+        Returns:
+            The number of these steps that were not skipped.
+        """
+        progress = self.progress
+        taken = progress.steps_since_log - skipped
+        progress.skipped_steps += skipped
+        progress.epoch_loss_sum += loss_sum
+        progress.epoch_loss_count += taken
+        progress.steps_since_log = 0
         self.loss_sum.zero_()
         self.skipped_since_log.zero_()
+        return taken
 
     def trainer_state_dict(self) -> dict[str, Any]:
         """Return everything except the weights, in types that torch.load(weights_only=True) accepts."""
