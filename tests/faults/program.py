@@ -76,6 +76,9 @@ def _inject_in_steps(planned: dict[int, str]) -> None:
                 time.sleep(1000)
             case "slow":
                 time.sleep(0.1)
+            case "wait":  # until the test lets the run go on
+                while not Path(os.environ["GO"]).exists():
+                    time.sleep(0.02)
             case "slow-forward":
                 handle = state.model.get_submodule("stem").register_forward_hook(_delay)
             case "nan":

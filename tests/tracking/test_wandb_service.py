@@ -21,19 +21,35 @@ from tests.tracking.wandb_server import WandbServer, serve_wandb
 
 pytestmark = pytest.mark.whole
 
-EPOCHS = 50  # long enough for the server to have the first rows while training continues
+EPOCHS = 30
 STEPS = EPOCHS * STEPS_PER_EPOCH
+HELD_AT = STEPS * 2 // 3  # enough rows for wandb-core to write the first ones to its file
+PROGRAM = REPOSITORY / "tests" / "faults" / "program.py"
 OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"
+
+
+@pytest.fixture(scope="module", name="images")
+def fewer_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training images and 20 validation images, since a run validates many times."""
+    folder = tmp_path_factory.mktemp("fewer")
+    (folder / "train").symlink_to(images / "train")
+    for label in (images / "val").iterdir():
+        (folder / "val" / label.name).mkdir(parents=True)
+        for file in sorted(label.iterdir())[:5]:
+            (folder / "val" / label.name / file.name).symlink_to(file)
+    return folder
 
 
 @contextmanager
 def training(
     images: Path, run_dir: Path, *options: str, server: WandbServer | None = None
 ) -> Iterator["subprocess.Popen[str]"]:
-    """Run train.py as a user does, offline or with a server."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), f"data.root={images}", *SMALL, f"epochs={EPOCHS}"]
+    """Run train.py as a user does, offline or with a server; after two thirds of its steps it waits for `let_go`."""
+    command = [sys.executable, str(PROGRAM), f"data.root={images}", *SMALL, f"epochs={EPOCHS}"]
     command += [f"run_dir={run_dir}", "tracking=offline" if server is None else "tracking=wandb", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment |= {"FAULTS": f"0:{HELD_AT + 1}:wait", "GO": str(run_dir.parent / "go")}
     if server is not None:
         command += ["tracking.artifacts=false"]  # the test server does not support them
         environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}
@@ -47,8 +63,14 @@ def training(
         program.communicate()
 
 
+def let_go(run_dir: Path) -> None:
+    """Let training continue to its end."""
+    (run_dir.parent / "go").touch()
+
+
 def finish(program: "subprocess.Popen[str]", run_dir: Path) -> list[str]:
-    """Wait until training has ended successfully, and return its output lines about wandb."""
+    """Let training end, check that it succeeds, and return its output lines about wandb."""
+    let_go(run_dir)
     stdout, _ = program.communicate(timeout=180)
     stderr = (run_dir.parent / "stderr").read_text()
     assert program.returncode == 0, stderr
@@ -100,6 +122,7 @@ def test_a_killed_service_is_restarted(images: Path, tmp_path: Path, when: str) 
         (service,) = services(program)
         if when == "ending":
             os.kill(service, signal.SIGSTOP)
+            let_go(run_dir)
             wait_for(lambda: status(run_dir)["state"] == "done")
         os.kill(service, signal.SIGKILL)
         first, *other_lines = finish(program, run_dir)
