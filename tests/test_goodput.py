@@ -32,8 +32,10 @@ def test_phases_of_one_start(clock: list[float]) -> None:
     spent = counter.spent()
     assert spent.seconds == {STARTING: 15, TRAINING: 20, VALIDATING: 4, SAVING: 1, WAITING: 5}
     assert spent.goodput == pytest.approx(100 * 20 / 45)
-    assert "training 44.4 %, waiting for data 11.1 %, validation 8.9 %" in str(spent)
-    assert str(spent).endswith("of 45 s in 1 start")
+    assert spent.lines == (
+        "45 s in 1 start: training 44.4 %, waiting for data 11.1 %,",
+        "validation 8.9 %, saving 2.2 %, starting 33.3 %, lost 0.0 %",
+    )
 
 
 def test_unsaved_training_is_lost(clock: list[float]) -> None:

@@ -38,10 +38,13 @@ class TimeSpent:
         """Seconds of training steps, with their waits for data."""
         return self.seconds.get(TRAINING, 0.0) + self.seconds.get(WAITING, 0.0)
 
-    def __str__(self) -> str:
+    @property
+    def lines(self) -> tuple[str, str]:
+        """Return the total and the share of each phase, as lines for a terminal of 80 columns."""
         total = sum(self.seconds.values()) or 1.0
-        shares = (f"{name} {100 * self.seconds.get(name, 0.0) / total:.1f} %" for name in PHASES)
-        return f"{', '.join(shares)} of {total:.0f} s in {self.starts} start{'s' * (self.starts != 1)}"
+        shares = [f"{name} {100 * self.seconds.get(name, 0.0) / total:.1f} %" for name in PHASES]
+        starts = f"{total:.0f} s in {self.starts} start{'s' * (self.starts != 1)}"
+        return f"{starts}: {', '.join(shares[:2])},", ", ".join(shares[2:])
 
 
 class Goodput:

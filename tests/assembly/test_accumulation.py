@@ -65,7 +65,9 @@ def test_a_resume_keeps_the_number(images: Path, tmp_path: Path, run_program: Ru
     data = f"data.root={images}"
     run_program("train", data, *SMALL, AUTO, "max_steps=1", f"run_dir={tmp_path / 'new'}")
     assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["accumulation_steps"] == 1
-    assert "accumulation 1, the smallest that fits" in (tmp_path / "new" / "log.txt").read_text()
+    assert (
+        "accumulation 1, the smallest; nothing is tried on a CPU (auto)" in (tmp_path / "new" / "log.txt").read_text()
+    )
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_program("train", data, *SMALL, "accumulation_steps=2", "max_steps=4", f"run_dir={whole}")

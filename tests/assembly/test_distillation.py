@@ -38,8 +38,10 @@ def test_resumes_bit_for_bit(
     assert rows(cut) == rows(whole)
     run_program("train", *command[:-1], f"run_dir={plain}")
     assert rows(plain)[0]["loss"] != rows(whole)[0]["loss"]
-    (line,) = (line for line in (whole / "log.txt").read_text().splitlines() if "teacher      " in line)
-    assert ("metaformer" if network is OURS else "test_resnet") in line
+    log = (whole / "log.txt").read_text()
+    name = "metaformer" if network is OURS else "test_resnet"
+    assert f" teacher      {name}, fused blocks off (CPU)\n" in log
+    assert " teacher      weight 0.5, temperature 2\n" in log
     with pytest.raises(UserError, match=r"distill\.teacher=.*, this run has None"):
         run_program("train", *command[:-1], f"run_dir={cut}")
 

@@ -29,7 +29,7 @@ def test_a_run_that_ends_within_an_epoch() -> None:
     lines = list(summarize(compose_training([]), progress, ROW | {"kind": "final"}, 0.0, TimeSpent(1, {})))
     assert lines[:2] == [
         "result       top-1 77.2 %, top-5 93.5 % on 50,000 images",
-        "best         top-1 76.0 % after epoch 1, without the result above, within an epoch",
+        "best         top-1 76.0 % after epoch 1, among whole epochs",
     ]
 
 

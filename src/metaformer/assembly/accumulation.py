@@ -44,7 +44,8 @@ def prepare(config: TrainConfig, runtime: Runtime, tries: Fits | None = None) ->
         number, reason = recorded, "as the run began"
     else:
         tries = step_fits if tries is None and runtime.device.type == "cuda" else tries
-        number, reason = _smallest(config, runtime, tries), "the smallest that fits in memory"
+        number = _smallest(config, runtime, tries)
+        reason = "the smallest; nothing is tried on a CPU" if tries is None else "the smallest that fits in memory"
     prepared = prepare_training(replace(config, accumulation_steps=number), runtime)
     return replace(prepared, choices=[f"accumulation {number}, {reason} (auto)"])
 

@@ -38,12 +38,14 @@ def describe(
     if config.model.composition is not None:
         yield f"parts        {_describe_parts(config.model.composition)}"
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
-    note = f"; {splits.train.quarantined:,} and {splits.val.quarantined:,} are excluded by {config.data.quarantine}"
-    yield f"data         {root}: {train:,} training, {val:,} validation images{note if config.data.quarantine else ''}"
+    yield f"data         {root}: {train:,} training, {val:,} validation images"
+    if config.data.quarantine is not None:
+        excluded = f"{splits.train.quarantined:,} and {splits.val.quarantined:,} more"
+        yield f"data         {excluded} are excluded by {config.data.quarantine}"
     yield from (f"data         {note}" for note in (*splits.train.notes, *splits.val.notes))
     loader = loader_name(config, runtime).value
     yield f"loader       {loader}, augmentation {config.augmentation.name}"
-    yield f"images       {images}"
+    yield from images.lines
     yield f"device       {runtime.world_size} x {device}, {config.precision.name.value}"
     if runtime.bound_cpus:
         yield f"affinity     each rank near its GPU, rank 0 on CPUs {describe_cpus(runtime.bound_cpus)}"
@@ -53,18 +55,16 @@ def describe(
     )
     if config.model.freeze is not None:
         frozen = sum(p.numel() for p in state.model.parameters() if not p.requires_grad)
-        yield f"frozen       {config.model.freeze}: {frozen:,} parameters besides these; BatchNorms in evaluation mode"
+        yield f"frozen       {config.model.freeze}: {frozen:,} parameters besides these"
+        yield "frozen       BatchNorms are in evaluation mode"
     optimizer, schedule = config.optimizer, config.schedule
-    decay = "" if optimizer.layer_decay is None else f", times {optimizer.layer_decay:g} per layer from the head"
-    yield (
-        f"optimizer    {optimizer.name}, lr {config.learning_rate:.3g}{decay}, weight decay {optimizer.weight_decay:g}"
-    )
+    yield f"optimizer    {optimizer.name}, lr {config.learning_rate:.3g}, weight decay {optimizer.weight_decay:g}"
+    if optimizer.layer_decay is not None:
+        yield f"optimizer    lr times {optimizer.layer_decay:g} per layer from the head"
     steps = schedule.warmup_steps
     warmup = schedule.warmup_epochs if steps is None else f"{steps} steps"
-    yield (
-        f"schedule     {config.total_epochs} epochs x {steps_per_epoch} steps: {warmup} warm-up, "
-        f"cosine over {config.epochs}, {schedule.cooldown_epochs} cool-down, per {schedule.unit.value}"
-    )
+    yield f"schedule     {config.total_epochs} epochs x {steps_per_epoch} steps, lr set per {schedule.unit.value}"
+    yield f"schedule     {warmup} warm-up, cosine over {config.epochs}, {schedule.cooldown_epochs} cool-down"
     yield f"run folder   {shlex.quote(str(config.resolved_run_dir))}"
     if (schedule.warmup_epochs * steps_per_epoch if steps is None else steps) >= config.epochs * steps_per_epoch:
         yield f"warning      the warm-up is as long as epochs={config.epochs}: the peak lr is never reached"

@@ -76,13 +76,13 @@ def make_distillation(
     teacher = Teacher(model.eval().requires_grad_(False), own_images.image_size, precision.inference_autocast)
     size = own_images.image_size
     resized = f", images resized to {size} px" if size != images.image_size else ""
-    digest = f"sha256 {source.sha256[:12]}"
-    line = (
-        f"teacher      {of_teacher.model.name}, weights {source.weights.name} ({digest}){resized}; "
-        f"weight {config.distill.weight:g}, temperature {config.distill.temperature:g}; fused blocks {fused}"
+    lines = (
+        f"teacher      {of_teacher.model.name}, fused blocks {fused}",
+        f"teacher      {source.weights.name}, sha256 {source.sha256[:12]}",
+        f"teacher      weight {config.distill.weight:g}, temperature {config.distill.temperature:g}{resized}",
     )
     identity = f"{of_teacher.model.name} {source.sha256}"
-    return Distillation(DistillationLoss(config.distill, teacher, loss), identity, (line,))
+    return Distillation(DistillationLoss(config.distill, teacher, loss), identity, lines)
 
 
 def _find(config: DistillConfig, name: str) -> _Source:

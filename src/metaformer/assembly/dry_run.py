@@ -126,14 +126,14 @@ def _lines(prepared: Preparation, measured: _Measured, result: dict[str, Any]) -
     yield from describe(config, prepared.images, runtime, prepared.splits, prepared.state, plan.steps_per_epoch)
     yield from [*prepared.lines, *prepared.notes]
     on_gpu, largest = runtime.device.type == "cuda", result["largest_batch_per_rank"]
-    memory = f", with at most {measured.memory_gib:.1f} GiB on a GPU" if on_gpu else ""
-    yield f"dry run      {STEPS} steps were taken{memory}; nothing is written"
+    memory = f", at most {measured.memory_gib:.1f} GiB on a GPU" if on_gpu else ""
+    yield f"dry run      {STEPS} steps taken{memory}; nothing is written"
     if largest is not None:
         batch = largest * runtime.world_size * config.accumulation
         yield f"memory       {largest:,} images per rank and forward pass fit: global_batch_size={batch}"
     yield (
         f"speed        {measured.images_per_second:,.0f} images/s, {100 * measured.waiting:.0f} % waiting for data, "
-        f"in {STEPS - 1} steps after a first one"
+        f"in the last {STEPS - 1} steps"
     )
     kind = "GPU" if on_gpu else "process"
     yield (

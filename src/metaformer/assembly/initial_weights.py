@@ -39,7 +39,8 @@ def load_initial_weights(
         if new is not None:
             before = "the weights have none" if new.before is None else f"{new.before} -> {new.now} classes"
             others = head is InitHead.auto and new.before == new.now
-            reason = "; the weights' classes have other names, init_head=same keeps their head" if others else ""
-            yield f"head         {before}, new{reason}"
+            yield f"head         {before}, new"
+            if others:
+                yield "head         the weights' classes have other names; init_head=same keeps them"
     if positions.note:
         yield f"positions    {positions.note}"

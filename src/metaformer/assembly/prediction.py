@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaformer.assembly.parts import colour_statistics, evaluation_plan, make_reader, memory_format, worker_count
 from metaformer.assembly.trained_network import load_trained_network
-from metaformer.assembly.validation import ema_hint, why_not_finite
+from metaformer.assembly.validation import weights_lines, why_not_finite
 from metaformer.config import ValidateConfig
 from metaformer.data.device.transfer import to_device
 from metaformer.data.device.transform import normalize
@@ -111,8 +111,8 @@ def build_predictor(config: ValidateConfig, runtime: Runtime, heat_maps: bool, l
     classes = find_class_names(record.classes if record else None, outputs)
     notes += [
         f"model        {config.model.name}",
-        f"images       {images}",
-        f"weights      {weights.name}{ema_hint(weights)}",
+        *images.lines,
+        *weights_lines(weights),
         f"classes      {classes.origin}",
     ]
     target = (find_layer(model, layer, "--cam-layer"), layer or "the last stage") if heat_maps else None

@@ -113,8 +113,13 @@ def _open_trackers(run: Run, status: StatusFile, stack: ExitStack) -> Tracker:
     if report is not None:  # written while the trackers are closed
         stack.push(lambda kind, error, trace: report.start_last(failed=kind is not None))
     stack.push(partial(_record_end, status, run.state))  # runs before the tracker is closed, which may take long
-    stack.callback(lambda: console.message(f"time         {run.goodput.spent()}"))
+    stack.callback(_log_time, run.goodput, console)
     return tracker if report is None else FanOut([tracker, report])
+
+
+def _log_time(goodput: Goodput, console: ConsoleTracker) -> None:
+    for line in goodput.spent().lines:
+        console.message(f"time         {line}")
 
 
 def _record_end(

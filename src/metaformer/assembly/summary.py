@@ -24,7 +24,7 @@ def summarize(config: TrainConfig, progress: Progress, result: Row, speed: float
     yield f"result       top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %{ema} on {result['images']:,} images"
     if has_best:
         average = " (EMA)" if best.weights == "ema" else ""
-        among = ", without the result above, within an epoch" if result["kind"] == "final" else ""
+        among = ", among whole epochs" if result["kind"] == "final" else ""
         yield f"best         top-1 {best.top1:.1f} % after epoch {best.epoch}{average}{among}"
     yield (
         f"trained      {progress.epochs_completed} of {config.total_epochs} epochs, {progress.step:,} steps, "

@@ -71,7 +71,7 @@ def build_validation(config: ValidateConfig, runtime: Runtime) -> Iterator[Calla
     outputs = config.num_classes or (record.num_classes if record and by_name else None) or len(index.classes)
     model, fused = make_model(config, images, outputs, runtime, precision.dtype)
     load_weights(model, weights.path, weights.use_ema)
-    _note(runtime, *notes, f"images       {images}", f"weights      {weights.name}{ema_hint(weights)}")
+    _note(runtime, *notes, *images.lines, *weights_lines(weights))
     with closing(evaluation_feed(config, images, runtime, index)) as feed:
         yield Evaluation(
             config=config, images=images, runtime=runtime, precision=precision, index=index, outputs=outputs,
@@ -184,10 +184,11 @@ def why_not_finite(model: nn.Module, precision: Precision) -> str:
     return f"the weights are finite, but the computation overflows; {fix}"
 
 
-def ema_hint(weights: LocatedWeights) -> str:
-    """Return a hint that the checkpoint also has averaged weights if those are not the ones in use."""
-    has_ema = weights.path.name == MODEL_FILE and (weights.path.parent / EMA_FILE).is_file()
-    return f"; use_ema=true evaluates the averaged weights in {EMA_FILE}" if has_ema else ""
+def weights_lines(weights: LocatedWeights) -> Iterator[str]:
+    """Yield the name of the weights, and a hint if their checkpoint also has averaged ones."""
+    yield f"weights      {weights.name}"
+    if weights.path.name == MODEL_FILE and (weights.path.parent / EMA_FILE).is_file():
+        yield f"weights      use_ema=true takes the averaged ones in {EMA_FILE}"
 
 
 def _note(runtime: Runtime, *lines: str) -> None:

@@ -56,8 +56,9 @@ def main() -> None:
     with runtime.start() as ranks:
         built = build_exportable(config, ranks, data_given)
     network = built.network
-    print(*built.notes, f"network      {network.record.name}", f"images       {network.record.images}",
-          f"weights      {network.weights}", sep="\n", file=sys.stderr, flush=True)  # fmt: skip
+    assert network.record.images is not None  # of every network that is exported
+    lines = [f"network      {network.record.name}", *network.record.images.lines, f"weights      {network.weights}"]
+    print(*built.notes, *lines, sep="\n", file=sys.stderr, flush=True)
     if arguments.format == "hub":
         _export_to_hub(arguments, built)
     else:

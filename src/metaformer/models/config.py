@@ -73,11 +73,13 @@ class Preprocessing:
         red, green, blue = (min(255, round(255 * value)) for value in self.mean)
         return red, green, blue
 
-    def __str__(self) -> str:
+    @property
+    def lines(self) -> tuple[str, str]:
+        """The values as lines of a log."""
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
-            f"{self.image_size} px, evaluated with crop {self.crop_pct:g} ({self.interpolation.value}), "
-            f"mean {mean}, std {std}"
+            f"images       {self.image_size} px, evaluated with crop {self.crop_pct:g} ({self.interpolation.value})",
+            f"images       mean {mean}, std {std}",
         )
 
 

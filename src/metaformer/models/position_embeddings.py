@@ -37,7 +37,7 @@ class PositionResampling:
         if fitting:
             first = next(iter(fitting))
             before, now, more = list(state[first].shape), list(own[first].shape), len(fitting) - 1
-            self.note = f"{first} {before} -> {now}{f' and {more} more' if more else ''}, resampled for the image size"
+            self.note = f"{first} {before} -> {now}{f' and {more} more' if more else ''}, resampled"
         return state | fitting
 
 
