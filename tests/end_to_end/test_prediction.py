@@ -81,7 +81,8 @@ def test_everything_at_once(images: Path, trained: Path, tmp_path: Path) -> None
     names = [str(images / "val" / f"class_{label}" / f"00{label}.JPEG") for label in range(4)]
     (tmp_path / "bad.jpg").write_text("no image")
     given = "\n".join([names[0], "", str(tmp_path / "bad.jpg"), *names[1:]])
-    options = (f"checkpoint={trained}", "--csv", "p.csv", "--grid", "g.png", "--cam", "maps/here", "--top-k", "2")
+    files = ("--csv", "p.csv", "--grid", "g.png", "--cam", "maps/here", "--cam-layer", "stages.2")
+    options = (f"checkpoint={trained}", *files, "--top-k", "2")
     done = subprocess.run(
         [python(), str(REPOSITORY / "scripts" / "predict.py"), "-", *options, "eval_batch_size=2"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, input=given,
@@ -146,6 +147,11 @@ def test_outputs_that_are_not_finite(images: Path, trained: Path, tmp_path: Path
         (("IMAGE", "RUN", "--cam-layer", "x"), r"^--cam-layer x: requires --cam FOLDER"),
         (("IMAGE", "RUN", "--cam", "maps", "--cam-layer", "x"), r"^--cam-layer=x: no such part of the network"),
         (("IMAGE", "RUN", "--cam", "maps", "--cam-layer", "head.fc"), r"^--cam-layer=head\.fc: its output is not"),
+        (
+            ("IMAGE", "RUN", "--cam", "maps"),
+            r"^--cam: the last stage: its output has a single position, of which a map shows nothing; name another "
+            r"part of the network with --cam-layer, such as stages\.2$",
+        ),
         (("IMAGE", "RUN", "--cam", "maps", "compile=true"), r"^compile=true: not possible with --cam"),
         (
             ("IMAGE", "RUN", "--csv", "no/p.csv"),

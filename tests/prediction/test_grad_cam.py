@@ -94,5 +94,7 @@ def test_wrong_layers() -> None:
         find_layer(model, "stage.3", "--cam-layer")
     with pytest.raises(ValueError, match="not a tensor of features or tokens"):
         grad_cam(model, model.head, torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="its output has a single position"):
+        grad_cam(model, model.stages[3], torch.rand(1, 3, 32, 32))
     with pytest.raises(UserError, match="the last stage of Linear is not known"):
         find_layer(nn.Linear(1, 1), None, "--cam-layer")

@@ -119,7 +119,6 @@ def _heat_maps(
     try:
         layer = find_layer(model.eval(), None, "report")
         with Precision(config.precision, runtime.device).autocast():
-            maps = grad_cam(model, layer, batch)[1]
-        return maps.cpu() if maps.shape[-1] > 1 else None
+            return grad_cam(model, layer, batch)[1].cpu()
     except (UserError, ValueError):
         return None

@@ -17,7 +17,7 @@ from metaformer.data.load.config import LoaderName
 from metaformer.data.load.listed_images import ListedImage, ReadImages, read_listed
 from metaformer.errors import Diverged, UserError
 from metaformer.models.config import Preprocessing
-from metaformer.models.last_stage import find_layer
+from metaformer.models.last_stage import find_layer, other_layer
 from metaformer.prediction.class_names import ClassNames, find_class_names
 from metaformer.prediction.grad_cam import grad_cam
 from metaformer.runtime import Runtime
@@ -44,7 +44,7 @@ class Predictor:
 
     Attributes:
         notes: messages about the network, images, weights and classes.
-        layer: the part of the network to make heat maps of, and its name; None for no heat maps.
+        layer: the part of the network to make heat maps of, and its name for errors; None for no heat maps.
     """
 
     config: ValidateConfig
@@ -89,7 +89,7 @@ class Predictor:
                 with self.precision.autocast():
                     logits, maps = grad_cam(self.model, layer, images)
             except ValueError as error:
-                raise UserError(f"--cam-layer={name}: {error}; name another part of the network") from error
+                raise UserError(f"{name}: {error}; {other_layer(self.model)}") from error
             return logits.cpu(), maps.cpu()
 
 
@@ -115,5 +115,8 @@ def build_predictor(config: ValidateConfig, runtime: Runtime, heat_maps: bool, l
         *weights_lines(weights),
         f"classes      {classes.origin}",
     ]
-    target = (find_layer(model, layer, "--cam-layer"), layer or "the last stage") if heat_maps else None
+    target = None
+    if heat_maps:
+        name = "--cam: the last stage" if layer is None else f"--cam-layer={layer}"
+        target = (find_layer(model, layer, "--cam-layer"), name)
     return Predictor(config, runtime, model, precision, images, classes, notes, target)

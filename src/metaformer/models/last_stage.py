@@ -17,10 +17,22 @@ def find_layer(model: nn.Module, name: str | None, option: str) -> nn.Module:
         except AttributeError as error:
             known = ", ".join(child for child, _ in model.named_children())
             raise UserError(f"{option}={name}: no such part of the network, which consists of {known}") from error
-    infos: list[dict[str, str]] = getattr(model, "feature_info", [])
-    if not infos:
+    stages = _stages(model)
+    if not stages:
         raise UserError(f"{option}: the last stage of {type(model).__name__} is not known; name it with this option")
-    last = model.get_submodule(infos[-1]["module"])
+    last = model.get_submodule(stages[-1])
     # Behind a transformer's last block only the class token is used; its first norm is the last place before.
     parts = dict(last.named_children())
     return parts["norm1"] if {"attn", "norm1"} <= parts.keys() else last
+
+
+def other_layer(model: nn.Module) -> str:
+    """Return the advice to name another part of a network, with the stage before the last as an example."""
+    *earlier, _ = _stages(model) or [""]
+    return "name another part of the network with --cam-layer" + (f", such as {earlier[-1]}" if earlier else "")
+
+
+def _stages(model: nn.Module) -> list[str]:
+    """Return the names of a network's stages, or of its blocks where it has no stages; [] if they are not known."""
+    infos: list[dict[str, str]] = getattr(model, "feature_info", [])
+    return [info["module"] for info in infos]

@@ -21,7 +21,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor
         for the class.
 
     Raises:
-        ValueError: the layer's output is something else, or the logits do not depend on it.
+        ValueError: the layer's output is something else, or has a single position; or the logits do not depend on it.
     """
     kept: list[Tensor] = []
 
@@ -43,6 +43,8 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), kept[-1])
     gradients, features = (_channels_first(each.float()) for each in (gradient, kept[-1].detach()))
+    if features.shape[2:].numel() == 1:
+        raise ValueError("its output has a single position, of which a map shows nothing")
     heat = (gradients.mean((2, 3), keepdim=True) * features).sum(1).relu()
     peak = heat.amax((1, 2), keepdim=True)
     return logits.detach(), heat / peak.where(peak > 0, 1.0)
