@@ -54,6 +54,37 @@ def test_networks_of_timm(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "side"), [("cait_xxs24_224", 288, 18), ("pit_ti_224", 288, 35), ("volo_d1_224", 288, 18)]
+)
+def test_networks_that_timm_leaves_at_one_size(tmp_path: Path, name: str, size: int, side: int) -> None:
+    """timm makes these networks for other sizes but refuses their weights: their grids are resampled like others."""
+    trained = randomize(timm.create_model(name, num_classes=2))
+    save_weights(trained, tmp_path / "w", name)
+    model = create_timm_model(name, 2, image_size=size)
+    load_weights(model, tmp_path / "w", convert=PositionResampling(model))
+    before, now = trained.get_parameter("pos_embed"), model.get_parameter("pos_embed")
+    if name == "pit_ti_224":
+        expected = resample_abs_pos_embed_nhwc(before.permute(0, 2, 3, 1), [side, side]).permute(0, 3, 1, 2)
+    else:
+        expected = resample_abs_pos_embed_nhwc(before.reshape(1, 14, 14, -1), [side, side]).reshape(now.shape)
+    assert torch.allclose(now, expected, atol=1e-6)
+    assert torch.equal(model.get_parameter("head.weight"), trained.get_parameter("head.weight"))
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, size, size)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "nest_tiny"])
+def test_networks_without_a_grid(tmp_path: Path, name: str) -> None:
+    """Tables of offsets and embeddings of blocks are not resampled: one line names the setting."""
+    save_weights(timm.create_model(name, num_classes=2), tmp_path / "w", name)
+    model = create_timm_model(name, 2, image_size=288)
+    with pytest.raises(
+        UserError, match=r"w: is for images of another size \(.* and \d+ more\); set image_size to that"
+    ):
+        load_weights(model, tmp_path / "w", convert=PositionResampling(model))
+
+
 def test_the_same_size(tmp_path: Path) -> None:
     """Nothing is resampled or said."""
     save_weights(timm.create_model("test_vit"), tmp_path / "w", "test_vit")

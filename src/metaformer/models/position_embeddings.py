@@ -1,17 +1,19 @@
 """Position embeddings of weights that were trained on images of another size."""
 
+import math
 import re
 import sys
 from collections.abc import Callable
 
-from torch import nn
+from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+from torch import Size, Tensor, nn
 from torch.nn.functional import interpolate
 
 from metaformer.models.metaformer import MetaFormer
 from metaformer.models.weight_formats import StateDict
 
 OWN_KEY = re.compile(r"stages\.\d+\.position_embedding")
-TIMM_KEY = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
+TIMM_KEY = re.compile(r"pos_embed|patch_pos|rel_pos|relative_position|attention_bias")
 
 
 class PositionResampling:
@@ -50,14 +52,42 @@ def _resample_own(state: StateDict, own: StateDict, keys: list[str]) -> StateDic
 
 
 def _resample_with_timm(state: StateDict, model: nn.Module, keys: list[str]) -> StateDict:
-    """Return these tensors as timm's own function for the network's pretrained weights makes them."""
+    """Return these tensors as timm's function for the network's pretrained weights makes them.
+
+    For some networks it leaves the tensors as they are: there, timm's functions for grids of embeddings are used.
+    """
     convert: Callable[[StateDict, nn.Module], StateDict] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
-    if convert is None:
-        return {}
-    try:
-        converted = convert(dict(state), model)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # loading reports what does not fit
-        return {}
-    return {key: converted[key] for key in keys if key in converted}
+    own, found = model.state_dict(), state
+    if convert is not None:
+        try:
+            found = convert(dict(state), model)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # loading reports what does not fit
+            return {}
+    return {
+        key: found[key] if found[key].shape == own[key].shape else _resample_grid(found[key], own[key].shape)
+        for key in keys
+        if key in found
+    }
+
+
+def _resample_grid(embedding: Tensor, shape: Size) -> Tensor:
+    """Return an embedding of a square grid of positions for another grid; any other tensor stays as it is.
+
+    Args:
+        embedding: tokens [1, N, C] in rows of positions after up to two class tokens, or [1, H, H, C] or [1, C, H, H].
+        shape: the shape of the embedding to return.
+    """
+    before, resampled = embedding.shape, embedding
+    if len(before) == len(shape) == 3 and before[2] == shape[2]:
+        for classes in range(3):
+            old, new = math.isqrt(before[1] - classes), math.isqrt(shape[1] - classes)
+            if (old**2 + classes, new**2 + classes) == (before[1], shape[1]):
+                resampled = resample_abs_pos_embed(embedding, [new, new], num_prefix_tokens=classes)
+                break
+    elif len(before) == len(shape) == 4 and before[1] == before[2] and before[3] == shape[3]:
+        resampled = resample_abs_pos_embed_nhwc(embedding, list(shape[1:3]))
+    elif len(before) == len(shape) == 4 and before[2] == before[3] and before[1] == shape[1]:
+        resampled = resample_abs_pos_embed_nhwc(embedding.permute(0, 2, 3, 1), list(shape[2:])).permute(0, 3, 1, 2)
+    return resampled

@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 from metaformer.errors import UserError, printable
 from metaformer.models.download import download_weights, is_weights_name
 from metaformer.models.metaformer import MetaFormer
+from metaformer.models.position_embeddings import TIMM_KEY
 from metaformer.models.record import ENTRY, NAME_ENTRY, Record
 from metaformer.models.weight_formats import StateDict, is_official, official_to_metaformer
 from metaformer.models.weight_reader import read_weights
@@ -120,6 +121,9 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def _describe_setting(shapes: dict[str, tuple[Size, Size]]) -> str:
     """Name the setting to change where only the number of classes or the image size differ; otherwise return ""."""
+    if shapes and all(TIMM_KEY.search(key) for key in shapes):
+        differing = _summarize([f"{key} is {list(file)}, not {list(model)}" for key, (file, model) in shapes.items()])
+        return f"is for images of another size ({differing}); set image_size to that of the weights"
     sizes = {key: (file, model) for key, (file, model) in shapes.items() if len(file) == len(model)}
     classes = [key for key, (file, model) in sizes.items() if file[1:] == model[1:]]
     positions = [key for key in sizes if key not in classes and POSITION_KEY.fullmatch(key)]
