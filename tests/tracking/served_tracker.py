@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +27,7 @@ class FileTracker(NullTracker):
         number = len(list(folder.glob("start-*"))) + 1
         self._folder, self._file = folder, folder / f"start-{number}"
         self._file.touch()
+        tempfile.mkdtemp()  # which nobody here removes
         self._fault = "" if fault.endswith("-once") and number > 1 else fault.removesuffix("-once")
         self._record("first position", first_position)
         match self._fault:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_a_tracker_that_never_opened_is_not_waited_for(tmp_path: Path, capfd: py
     late, given_up = capfd.readouterr().err.splitlines()
     assert "not open after 0.3 s" in late
     assert given_up == (
-        "warning: service: has not opened; still missing: 2 rows and 1 file to deliver; the run folder has all rows"
+        "warning: service: has not opened; still missing: 2 rows and 1 file; the run folder has all rows"
     )
     wait_for(lambda: tracker._process.poll() is not None)
 
@@ -187,10 +188,10 @@ def test_a_stuck_tracker_is_given_up(
     tracker.close(failed)
     assert (0.1 if failed else 1) <= time.monotonic() - began < 10
     *waiting, warning = capfd.readouterr().err.splitlines()
-    assert waiting == ([] if failed else ["waiting      service: 4 rows and 0 files to deliver, up to 1 s"])
+    assert waiting == ([] if failed else ["waiting      until service has 4 rows, or for 1 s without progress"])
     why = "had no time to finish" if failed else "no progress in 1 s"
     assert warning == (
-        f"warning: service: {why}; still missing: 4 rows and 0 files to deliver; `upload start-1` uploads what it has; "
+        f"warning: service: {why}; still missing: 4 rows; `upload start-1` uploads what it has; "
         "the run folder has all rows"
     )
 
@@ -210,7 +211,20 @@ def test_progress_extends_the_final_wait(tmp_path: Path, capfd: pytest.CaptureFi
     tracker.close(failed=False)
     assert time.monotonic() >= release
     assert calls(tmp_path) == [["close", False]]
-    assert capfd.readouterr().err == "waiting      service: the end of its upload, up to 3 s\n"
+    assert capfd.readouterr().err == "waiting      until service has the end of the run, or for 3 s without progress\n"
+
+
+@pytest.mark.parametrize("fault", ["", "row-kills", "row-raises", "row-waits"])
+def test_temporary_files(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None are left behind, whether the tracker is closed, dies, fails or is given up."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    tracker = tracker_of(tmp_path, fault, close_seconds=1 if fault == "row-waits" else 60)
+    wait_for(lambda: len(list(place.glob("tracker-*/*"))) == 1)
+    log(tracker, *range(4))
+    tracker.close(failed=False)
+    assert list(place.iterdir()) == []
 
 
 def test_child_processes_of_the_tracker_end_with_it(tmp_path: Path) -> None:
@@ -234,16 +248,21 @@ def test_a_tracker_that_cannot_be_started(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_a_stuck_tracker_does_not_outlive_training(tmp_path: Path) -> None:
-    """After SIGKILL to the training process during a stuck call, the tracker's process ends by itself."""
+    """After SIGKILL to training during a stuck call, the tracker's process ends by itself, without temporary files."""
+    place = tmp_path / "tmp"
+    place.mkdir()
     program = (
         "import sys, time; from pathlib import Path; from tests.tracking.test_background import log, tracker_of;"
         "tracker = tracker_of(Path(sys.argv[1]), 'row-waits'); log(tracker, 0);"
         "print(tracker._process.pid, flush=True); time.sleep(1000)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as training:
+    environment = os.environ | {"TMPDIR": str(place)}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as training:
         assert training.stdout is not None
         stuck = int(training.stdout.readline())
         wait_for(lambda: (tmp_path / "start-1").exists() and (tmp_path / "start-1").read_text())
+        assert len(list(place.iterdir())) == 1
         training.kill()
     wait_for(lambda: not Path(f"/proc/{stuck}").exists() or ") Z " in Path(f"/proc/{stuck}/stat").read_text())
+    assert list(place.iterdir()) == []

@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaformer.interfaces import Row
-from metaformer.tracking.service import Delivered, Failed, Opened, Report, child_processes
+from metaformer.tracking.service import TEMPORARY_PREFIX, Delivered, Failed, Opened, Report, child_processes
 
 # Seconds for closing after a failure or interruption: less than the other ranks wait for rank 0 to report the reason.
 FAILED_CLOSE_SECONDS = 4.0
@@ -93,13 +95,15 @@ class BackgroundTracker:
             self._closing, self._progress_at = True, began
             while not self._ended and (now := time.monotonic()) < (end := self._close_deadline(began, failed)):
                 if not announced and now >= began + SILENT_SECONDS:
-                    self._print(f"waiting      {self._name}: {self._undelivered()}, up to {end - now:.0f} s")
+                    limit = f"or for {end - now:.0f} s without progress"
+                    self._print(f"waiting      until {self._name} has {self._undelivered()}, {limit}")
                     announced = True
                 self._changed.wait((end if announced else min(end, began + SILENT_SECONDS)) - now)
             if not self._ended:
                 self._given_up = True
                 self._warn(f"{self._close_failure(failed)}; still missing: {self._undelivered()}; {self._advice()}")
                 self._kill()
+                shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _close_deadline(self, began: float, failed: bool) -> float:
         if failed:
@@ -114,9 +118,8 @@ class BackgroundTracker:
 
     def _undelivered(self) -> str:
         kinds = Counter(call.kind for call in self._calls[self._delivered :])
-        if not kinds["row"] + kinds["file"]:
-            return "the end of its upload"
-        return f"{_count(kinds['row'], 'row')} and {_count(kinds['file'], 'file')} to deliver"
+        missing = [_count(kinds[kind], kind) for kind in ("row", "file") if kinds[kind]]
+        return " and ".join(missing) or "the end of the run"
 
     def _advice(self) -> str:
         command = self._last_opened.upload_command if self._last_opened else ""
@@ -129,6 +132,8 @@ class BackgroundTracker:
                 os.eventfd_write(self._new_calls, 1)
 
     def _start(self) -> None:
+        # wandb leaves temporary folders behind if it is killed, or ends without Python's clean-up as here.
+        temporary = tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)
         own_end, child_end = Pipe()
         with child_end:
             process = subprocess.Popen(
@@ -137,9 +142,10 @@ class BackgroundTracker:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stderr, because stdout is for results
                 start_new_session=True,  # so that Ctrl-C reaches only training
+                env=os.environ | {"TMPDIR": temporary},
             )
         with self._changed:
-            self._process, self._connection = process, own_end
+            self._process, self._connection, self._temporary = process, own_end, temporary
             self._started_at = self._progress_at = time.monotonic()
             self._opened, self._delivered = False, 0
             if self._given_up:
@@ -176,6 +182,7 @@ class BackgroundTracker:
             except (EOFError, OSError):
                 reason = f"its process ended ({_describe_exit(self._process.wait())})"
         self._process.wait()
+        shutil.rmtree(self._temporary, ignore_errors=True)
         return reason
 
     def _forward_calls(self, connection: Connection) -> str:

@@ -1,19 +1,22 @@
 """The process that serves a `BackgroundTracker`: its messages and its main loop."""
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from metaformer.errors import one_line
 from metaformer.interfaces import Tracker
 from metaformer.signals import STOP_SIGNALS
 
+TEMPORARY_PREFIX = "tracker-"  # prefix of the temporary folder that each of these processes gets
 WATCH_SECONDS = 0.25  # seconds between two checks of the service
 
 Call = Callable[[Tracker], None]
@@ -102,7 +105,7 @@ class Server:
         try:
             return self._connection.recv()
         except (EOFError, OSError):
-            os._exit(0)  # the training process has closed the connection, or has ended
+            self._leave(0)  # the training process has closed the connection, or has ended
 
     def _watch(self, parent: int) -> None:
         moved = 0
@@ -115,7 +118,14 @@ class Server:
                     self._report(Progressed())
             except Exception as error:
                 self._fail(error)
-        os._exit(1)  # the training process has ended
+        self._leave(1)  # the training process has ended
+
+    def _leave(self, code: int) -> NoReturn:
+        """Exit, and remove the temporary folder, which the training process can no longer do if it was killed."""
+        folder = Path(tempfile.gettempdir())
+        if folder.name.startswith(TEMPORARY_PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(code)
 
     def _report(self, report: Report) -> None:
         with self._sending:
