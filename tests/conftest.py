@@ -22,7 +22,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may be 
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 48, 403
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 48, 155
 
 # Tests below these folders run whole programs: `make test` leaves them out, `make test-all` runs them.
 WHOLE = ("benchmarks", "end_to_end", "faults", "scripts", "slurm")
@@ -75,7 +75,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 training and 403 validation JPEGs in 4 classes, distinguishable by colour and stripes."""
+    """48 training and 155 validation JPEGs in 4 classes, distinguishable by colour and stripes."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):

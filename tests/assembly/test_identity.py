@@ -10,7 +10,7 @@ import pytest
 from metaformer.assembly import preparation
 from metaformer.assembly.identity import run_identity
 from metaformer.errors import UserError
-from tests.conftest import QUICK, rows
+from tests.conftest import QUICK, VAL_IMAGES, rows
 
 Run = Callable[..., dict[str, Any]]
 SMALL = (*QUICK, "workers=0", "model=timm", "model.name=test_resnet", "model.drop_path_rate=null", "epochs=1")
@@ -69,7 +69,7 @@ def test_checkpoints_of_earlier_versions_used_every_image_once(images: Path, tmp
         run_program("train", *command, weights, "model.freeze=stem")
     with pytest.raises(UserError, match=r"trained with distill\.teacher=None, this run has test_resnet "):
         run_program("train", *command, f"distill.teacher={tmp_path / 'run'}")
-    assert run_program("train", *command, "max_steps=3")["images"] == 403
+    assert run_program("train", *command, "max_steps=3")["images"] == VAL_IMAGES
 
 
 def test_validation_refuses_a_balance(run_program: Run) -> None:

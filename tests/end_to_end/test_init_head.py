@@ -15,7 +15,7 @@ from metaformer.models import create_model, create_timm_model, save_weights
 from metaformer.models.composition import Composition
 from metaformer.models.config import Library
 from metaformer.models.record import Record
-from tests.conftest import QUICK
+from tests.conftest import QUICK, VAL_IMAGES
 
 WNIDS = ("n01440764", "n02123045", "n03272010", "n04399382")  # of ImageNet-1K; ImageNet-21K does not have the last one
 NETWORK = ("model=metaformer", "model.depths=[1,1]", "model.dims=[4,8]")
@@ -41,7 +41,7 @@ def test_training_starts_from_21841_classes(
     with pytest.raises(UserError, match="has 21841 classes"):
         run_program(*common, f"init_weights={file}", "init_head=same")
     result = run_program(*common, f"init_weights={file}", "init_head=from_21k")
-    assert result["images"] == 403
+    assert result["images"] == VAL_IMAGES
     assert warnings == [
         "init_head=from_21k: ImageNet-21K has no n04399382; the classifier's rows start at the mean of all"
     ]
@@ -97,6 +97,6 @@ def test_another_image_size(images: Path, tmp_path: Path, run_program: Callable[
     lines = [line[20:] for line in (run_dir / "log.txt").read_text().splitlines()]
     assert "positions    pos_embed [1, 101, 64] -> [1, 17, 64], resampled" in lines
     result = run_program("validate", f"data.root={images}", f"checkpoint={run_dir}", "workers=0", "precision=fp32")
-    assert (result["image_size"], result["images"]) == (64, 403)
+    assert (result["image_size"], result["images"]) == (64, VAL_IMAGES)
     run_program("train", *options, *start[:-1], "max_steps=3")
     assert (run_dir / "log.txt").read_text().count(" positions ") == 1

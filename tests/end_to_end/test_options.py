@@ -11,7 +11,7 @@ import pytest
 from torch._inductor import config as inductor
 
 from metaformer.data.load.dali_loader import dali_is_installed
-from tests.conftest import SMALL_NETWORK, rows
+from tests.conftest import SMALL_NETWORK, VAL_IMAGES, rows
 
 OPTIONS = {
     "compile": ("true", "false"),
@@ -68,7 +68,7 @@ def test_options_work_together(
     size = ["image_size=32", "global_batch_size=8", "eval_batch_size=31", "log_every_steps=1", "max_steps=2"]
     with inductor.patch({"cpp.vec_isa_ok": False}):  # vector code, as in test_compile.py, takes longer
         result = run_program("train", f"data.root={images}", f"run_dir={tmp_path / 'run'}", *size, *overrides)
-    assert result["images"] == 403
+    assert result["images"] == VAL_IMAGES
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, REPOSITORY, SMALL_NETWORK, TRAIN_IMAGES, launch, rows
+from tests.conftest import QUICK, REPOSITORY, SMALL_NETWORK, TRAIN_IMAGES, VAL_IMAGES, launch, rows
 
 Run = Callable[..., dict[str, Any]]
 STEPS_PER_EPOCH = TRAIN_IMAGES // 8
@@ -38,7 +38,7 @@ def test_two_ranks_repeat_and_resume_bit_for_bit(images: Path, tmp_path: Path) -
     whole, again, stopped = (tmp_path / name for name in ("whole", "again", "stopped"))
     first = launch("train", *common, f"run_dir={whole}", ranks=2)
     assert first.code == 0, first.stderr
-    assert first.result["images"] == 403
+    assert first.result["images"] == VAL_IMAGES
     assert launch("train", *common, f"run_dir={again}", ranks=2).code == 0
     assert [row["loss"] for row in rows(again)] == [row["loss"] for row in rows(whole)]
     assert len(rows(whole)) == 4 * STEPS_PER_EPOCH
@@ -120,4 +120,4 @@ def test_learns(images: Path, tmp_path: Path, run_program: Run) -> None:
     assert ours["best_top1"] > 60
     resnet = ("model=timm", "model.name=resnet10t", "model.drop_path_rate=null", "epochs=3")
     timm = run_program("train", *common, *resnet, f"run_dir={tmp_path / 'timm'}")
-    assert timm["images"] == 403
+    assert timm["images"] == VAL_IMAGES

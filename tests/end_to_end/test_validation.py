@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_image_counts_once_at_any_world_size(images: Path, weights: Path) -> None:
-    """1, 2 and 3 processes with batches of 32 count 403 images and give the same accuracy."""
+    """1, 2 and 3 processes with batches of 32 count all images and give the same accuracy."""
     command = (f"checkpoint={weights}", f"data.root={images}", "image_size=32", "eval_batch_size=32", "workers=1")
     results = []
     for ranks in (1, 2, 3):

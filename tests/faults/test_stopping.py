@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import rows
+from tests.conftest import VAL_IMAGES, rows
 from tests.faults.conftest import (
     INTERRUPTED,
     STEPS,
@@ -149,7 +149,7 @@ def test_another_number_of_ranks(start: Start, run: Run, tmp_path: Path, before:
     found, expected = rows(tmp_path / "run"), rows(whole)
     assert len(found) == STEPS
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
-    assert [row["images"] for row in rows(tmp_path / "run", "validation")] == [403] * 3
+    assert [row["images"] for row in rows(tmp_path / "run", "validation")] == [VAL_IMAGES] * 3
     assert f"changed      ranks: {before} -> {after}\n" in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from metaformer.errors import Diverged, UserError
 from scripts import describe_run
-from tests.conftest import QUICK
+from tests.conftest import QUICK, VAL_IMAGES
 
 Run = Callable[..., dict[str, Any]]
 Describe = Callable[[Path], str]
@@ -40,7 +40,7 @@ def test_a_run(images: Path, tmp_path: Path, run_program: Run, describe: Describ
     lines = describe(run_dir).splitlines()
     fields = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
     assert fields["model"] == "test_resnet, 12 steps, 96 images seen"
-    assert f"{result['top1']:.2f} % of 403" in fields["top-1"]
+    assert f"{result['top1']:.2f} % of {VAL_IMAGES}" in fields["top-1"]
     assert fields["best"] == f"{result['best_top1']:.2f} %, after epoch {result['best_epoch']}"
     assert Path(fields["weights"]).is_file()
     assert Path(fields["wandb"].split(";")[0]).is_dir()

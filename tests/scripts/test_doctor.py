@@ -13,7 +13,7 @@ import pytest
 from metaformer.commands import doctor
 from metaformer.diagnosis import machine
 from metaformer.diagnosis.finding import Verdict, fail, ok
-from tests.conftest import BIN, REPOSITORY, launch
+from tests.conftest import BIN, REPOSITORY, TRAIN_IMAGES, VAL_IMAGES, launch
 from tests.faults.conftest import free_port
 from tests.warm import python
 
@@ -42,7 +42,7 @@ def test_a_sound_machine(
     assert checks <= {finding["check"] for finding in found}
     assert not [finding for finding in found if finding["verdict"] == "fail"]
     counts = [finding["message"].split(" in ")[0] for finding in found if finding["check"] == "data"]
-    assert counts == ["train: 48 images of 4 classes", "val: 403 images of 4 classes"]
+    assert counts == ["train: 48 images of 4 classes", f"val: {VAL_IMAGES} images of 4 classes"]
 
 
 def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
@@ -55,10 +55,10 @@ def test_shards_are_read_too(images: Path, tmp_path: Path) -> None:
     assert not [finding for finding in found if finding["verdict"] == "fail"], found
     assert [row["message"].split(" in ")[0] for row in found if row["check"] == "data"] == [
         "train: 48 images of 4 classes",
-        "val: 403 images of 4 classes",
+        f"val: {VAL_IMAGES} images of 4 classes",
     ]
     (reading,) = [row for row in found if row["check"] == "reading"]
-    assert "over 451 images" in reading["message"]
+    assert f"over {TRAIN_IMAGES + VAL_IMAGES} images" in reading["message"]
 
 
 @pytest.mark.usefixtures("offline")

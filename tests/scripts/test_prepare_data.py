@@ -21,6 +21,7 @@ from metaformer.data.load.image_bytes import ImageBytes
 from metaformer.data.prepare import imagenet_archives, imagenette
 from metaformer.errors import UserError
 from scripts import prepare_data
+from tests.conftest import VAL_IMAGES
 from tests.local_server import Reply, serve
 
 Prepare = Callable[..., str]
@@ -284,7 +285,7 @@ def test_folder_to_shards_and_back(images: Path, tmp_path: Path, prepare: Prepar
     shards, back, single = tmp_path / "shards", tmp_path / "back", tmp_path / "single"
     sizes = ("--shard-size", "1", "--workers", "1")
     printed = prepare("folder", "--from", str(images), "--out", str(shards), "--format", "shards", *sizes)
-    assert printed == f"{shards}: 48 training and 403 validation images, 4 classes\n"
+    assert printed == f"{shards}: 48 training and {VAL_IMAGES} validation images, 4 classes\n"
     assert_same_images(images, shards, "val")
     prepare("folder", "--from", str(shards), "--out", str(back), "--workers", "1")
     files = sorted(file.relative_to(images) for file in images.rglob("*.JPEG"))
@@ -292,7 +293,7 @@ def test_folder_to_shards_and_back(images: Path, tmp_path: Path, prepare: Prepar
     assert all((back / file).read_bytes() == (images / file).read_bytes() for file in files)
     shutil.rmtree(back / "train")
     printed = prepare("folder", "--from", str(back), "--out", str(single), "--format", "shards", *sizes)
-    assert printed == f"{single}: 403 validation images, 4 classes\n"
+    assert printed == f"{single}: {VAL_IMAGES} validation images, 4 classes\n"
 
 
 def test_folder_with_smaller_images(images: Path, tmp_path: Path, prepare: Prepare) -> None:

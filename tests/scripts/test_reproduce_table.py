@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metaformer.reporting.paper import ROWS
-from tests.conftest import QUICK, Finished, launch
+from tests.conftest import QUICK, VAL_IMAGES, Finished, launch
 
 
 def reproduce(*arguments: str) -> Finished:
@@ -36,9 +36,9 @@ def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
     row = table(tmp_path)["ablation/relu"]
     assert row["top-1, ours"] == f"{top1:.2f}"
     assert row["difference"] == f"{top1 - 76.4:+.2f}"
-    assert row["images"] == "403"
+    assert row["images"] == str(VAL_IMAGES)
     assert "epochs=2" in row["note"]
-    assert "403 images, not 50,000" in row["note"]
+    assert f"{VAL_IMAGES} images, not 50,000" in row["note"]
     assert Path(row["run folder"]) == tmp_path / "metaformer_s12_relu-ablation"
     others = [other for name, other in table(tmp_path).items() if name != "ablation/relu"]
     assert not any(other["top-1, ours"][0].isdigit() for other in others)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, launch, rows
+from tests.conftest import QUICK, REPOSITORY, TRAIN_IMAGES, VAL_IMAGES, launch, rows
 from tests.tracking.wandb_log import WandbLog, read_wandb_log
 from tests.warm import python
 
@@ -115,7 +115,7 @@ def test_dead_server(images: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "offline" not in done.stderr, "the unreachable server is not tried for half a minute"
-    assert json.loads(done.stdout.splitlines()[-1])["images"] == 403
+    assert json.loads(done.stdout.splitlines()[-1])["images"] == VAL_IMAGES
     (log,) = wandb_logs(run_dir)
     assert log.exit_code == 0
     assert len([row for row in log.history if "train/loss" in row]) == STEPS_PER_EPOCH
@@ -130,7 +130,7 @@ def test_broken_wandb_does_not_stop_training(images: Path, tmp_path: Path, monke
     run_dir = tmp_path / "run"
     done = launch("train", f"data.root={images}", *SMALL, "epochs=1", "tracking=wandb", f"run_dir={run_dir}")
     assert done.code == 0, done.stderr
-    assert done.result["images"] == 403
+    assert done.result["images"] == VAL_IMAGES
     assert len(rows(run_dir)) == STEPS_PER_EPOCH
     first, second = warnings_of(done.stderr)
     assert "restarting it with all rows; training continues" in first
