@@ -30,7 +30,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(images: Path, tmp_path: Path) 
 
 def test_failures_at_random(images: Path, tmp_path: Path) -> None:
     """After two random kills, the runs are equal to the undisturbed one, and the cost is reported."""
-    options = ("--steps=100", "--failures=2", "--mean-seconds=8", f"--folder={tmp_path}", "--", f"data.root={images}")
+    options = ("--steps=100", "--failures=2", "--mean-seconds=4", f"--folder={tmp_path}", "--", f"data.root={images}")
     done = launch("scripts/verify_resume", *options, *TINY, "workers=1", "epochs=9", "ema=enabled", fresh=True)
     assert done.code == 0, done.stdout + done.stderr
     assert re.search(r"^run 1: equal bit for bit; goodput [0-9.]+ %, starts: \d+", done.stdout, re.MULTILINE)
