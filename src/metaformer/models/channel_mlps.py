@@ -1,6 +1,7 @@
 """The channel MLP: the part of a MetaFormer block that processes each position separately."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,43 @@ from metaformer.models.initialization import initialize
 PositionwiseLayer = Callable[[int, int, bool], nn.Conv2d | nn.Linear]
 
 
+def has_slow_matrix_products(processors: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether torch multiplies float32 matrices with MKL on a processor that is not Intel's.
+
+    There, oneDNN's convolutions take half the time (docs/performance.md, "On a CPU").
+
+    Args:
+        processors: Linux's description of the processors.
+    """
+    if not (torch.backends.mkl.is_available() and processors.exists()):
+        return False
+    with processors.open() as lines:
+        vendor = next((line for line in lines if line.startswith("vendor_id")), "GenuineIntel")
+    return "GenuineIntel" not in vendor
+
+
+CONVOLVE_IN_FLOAT32 = has_slow_matrix_products()
+
+
+def multiply_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply the channels of each position by a matrix: [B, C, H, W], channels_last, and [D, C] -> [B, D, H, W].
+
+    It is computed as a matrix product, or as a convolution where that is faster.
+    """
+    in_float32 = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    if CONVOLVE_IN_FLOAT32 and in_float32 and x.device.type == "cpu":
+        return functional.conv2d(x, weight[:, :, None, None], bias)
+    return functional.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, computed as a matrix product where its input is channels_last (docs/performance.md)."""
+    """A 1x1 convolution, computed as a product with each position's channels where its input is channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         # This permutation gives the gradient the strides of a channels_last weight, as distributed training expects.
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+        return multiply_channels(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 def conv_layer(in_dim: int, out_dim: int, bias: bool) -> nn.Conv2d:
@@ -35,7 +64,7 @@ class LinearLayer(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        return multiply_channels(x, self.weight, self.bias)
 
 
 class Mlp(nn.Module):
