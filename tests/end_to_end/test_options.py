@@ -66,6 +66,7 @@ def test_options_work_together(
         pytest.skip("needs nvidia-dali")
     overrides = [*SMALL_NETWORK, *(f"{name}={value}" for name, value in options.items())]
     size = ["image_size=32", "global_batch_size=8", "eval_batch_size=31", "log_every_steps=1", "max_steps=2"]
+    size += ["report.enabled=false"]
     # Vector code and its optimisation, as in test_compile.py, take longer.
     with inductor.patch({"cpp.vec_isa_ok": False, "aot_inductor.debug_compile": True}):
         result = run_program("train", f"data.root={images}", f"run_dir={tmp_path / 'run'}", *size, *overrides)

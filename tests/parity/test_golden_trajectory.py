@@ -43,6 +43,7 @@ COMMAND = (
     f"image_size={SIZE}", f"seed={SEED}", f"global_batch_size={BATCH}", f"optimizer.lr={LR}", f"epochs={EPOCHS}",
     f"schedule.warmup_epochs={WARMUP}", f"schedule.cooldown_epochs={COOLDOWN}", "loader=pil", "precision=fp32",
     "eval_batch_size=10", "workers=1", "tracking=local", "log_every_steps=1",
+    "report.enabled=false",
 )  # fmt: skip
 
 

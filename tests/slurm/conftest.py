@@ -24,6 +24,7 @@ RECIPE = (
     "image_size=32",
     "precision=fp32", "epochs=2", "schedule.warmup_epochs=1", "schedule.cooldown_epochs=0", "global_batch_size=80",
     "eval_batch_size=125", "workers=0", "log_every_steps=1", "tracking=local", "optimizer.lr=1e-3",
+    "report.enabled=false",
 )  # fmt: skip
 TWO_NODES = ("--nodes=2", "--time=10")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}

@@ -41,7 +41,7 @@ def test_two_nodes_equal_one_node(checkout: Checkout) -> None:
 def test_a_time_limit(checkout: Checkout, reference: Weights) -> None:
     """A job warned before its time limit saves and is requeued; it stays one run in wandb."""
     run_dir = "runs/time-limit"
-    options = ("tracking=offline", f"run_dir={run_dir}")
+    options = ("tracking=offline", "report.enabled=true", f"run_dir={run_dir}")
     job = checkout.sbatch(*TWO_NODES, "slurm/train.sbatch", *RECIPE, *options)
     checkout.wait_for_step(job, run_dir, 20)
     checkout.cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # as SLURM does at the time of --signal
