@@ -12,7 +12,8 @@ are the lowest and the highest mean of a repeat. A loaded machine is refused; --
 them. The load is observed for a second before each measurement. Memory: peak of the GPU's allocated memory or, on a
 CPU, of the process's resident memory. TFLOP/s count the convolutions and matrix products of the plain network, three
 times for training. The roofline is the longer of two times: that of these operations at the rate of a large square
-product, and that of moving the bytes of the fused operators (docs/performance.md) at the rate of a large copy."""
+product, computed as a matrix product or as a 1x1 convolution, whichever is faster, and that of moving the bytes of the
+fused operators (docs/performance.md) at the rate of a large copy."""
 
 import argparse
 import importlib.util
@@ -27,6 +28,7 @@ import timm
 import torch
 from rich.table import Table
 from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import (
@@ -146,9 +148,11 @@ def _roofline(work: dict[str, float], arguments: argparse.Namespace) -> dict[str
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
     square = torch.randn(side, side, device=device).to(TYPES[arguments.precision])
+    images, weight = square.view(-1, 8, 8, side).permute(0, 3, 1, 2), square[:, :, None, None]
     source = torch.zeros(count, device=device)
     target = torch.empty_like(source)
-    flops = 2 * side**3 / _fastest(lambda: square @ square)
+    product = min(_fastest(lambda: square @ square), _fastest(lambda: functional.conv2d(images, weight)))
+    flops = 2 * side**3 / product
     bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
     seconds = {"compute": work["flops"] / flops, "memory": work["bytes"] / bandwidth}
     limits = {f"{name}_images_per_second": 1 / value for name, value in seconds.items()}
