@@ -13,7 +13,8 @@ from metaformer.models.channel_mlps import LinearLayer, Mlp, PositionwiseLayer, 
 from metaformer.models.families import COMPOSITIONS
 from metaformer.models.metaformer import MetaFormer
 
-NAMES = ("poolformer_s12", "poolformerv2_s12", "caformer_s18")  # MLPs of convolutions, of linear layers, and both
+# Networks whose MLPs are convolutions, linear layers, and both; and their products, of which attention has two.
+PRODUCTS = {"poolformer_s12": 4 * 2, "poolformerv2_s12": 4 * 2, "caformer_s18": 4 * 2 + 2 * 2}
 
 
 def small(name: str) -> MetaFormer:
@@ -42,9 +43,9 @@ def run(model: MetaFormer, dtype: torch.dtype = torch.float32) -> tuple[dict[str
     return {"logits": logits.detach(), **gradients}, sum(e.name == "aten::convolution" for e in profiler.events())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_convolutions_compute_what_matrix_products_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, both layers of the four MLPs become convolutions; under autocast they stay matrix products."""
+    """In float32, the products of MLPs and attention become convolutions; under autocast they do not."""
     model = small(name)
     monkeypatch.setattr(channel_mlps, "CONVOLVE_IN_FLOAT32", False)
     expected, before = run(model)
@@ -54,7 +55,7 @@ def test_convolutions_compute_what_matrix_products_do(name: str, monkeypatch: py
     largest = max(float(value.abs().max()) for value in expected.values())  # some gradients are zero but for rounding
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-6 * largest)
-    assert after == before + 2 * 4
+    assert after == before + PRODUCTS[name]
     assert run(model, torch.bfloat16)[1] == under_autocast == before
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from metaformer.errors import UserError
 from metaformer.models.activations import StarReLU
+from metaformer.models.channel_mlps import LinearLayer
 from metaformer.models.composition import ATTENTION_HEAD_DIM
 from metaformer.models.initialization import initialize
 
@@ -95,20 +96,19 @@ class Attention(nn.Module):
         super().__init__()
         if dim % self.HEAD_DIM:
             raise ValueError(f"attention needs a multiple of {self.HEAD_DIM} channels, not {dim}")
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.qkv = LinearLayer(dim, 3 * dim, bias=False)
+        self.proj = LinearLayer(dim, dim, bias=bias)
         initialize(self.qkv)
         initialize(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = self.qkv(x).flatten(2).transpose(1, 2)
         # Splitting before transposing gives the gradient of qkv its layout; a permutation would need a copy.
-        query, key, value = (
-            part.transpose(1, 2) for part in self.qkv(tokens).unflatten(2, (3, -1, self.HEAD_DIM)).unbind(2)
-        )
+        query, key, value = (part.transpose(1, 2) for part in tokens.unflatten(2, (3, -1, self.HEAD_DIM)).unbind(2))
         mixed = functional.scaled_dot_product_attention(query, key, value)  # the softmax is always in float32
-        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out.transpose(1, 2).reshape(x.shape)
+        mixed = mixed.transpose(1, 2).flatten(2).transpose(1, 2)  # [B, dim, positions], as views of tokens
+        out: Tensor = self.proj(mixed.unflatten(2, x.shape[2:]))
+        return out
 
 
 class SpatialFC(nn.Module):
