@@ -9,9 +9,10 @@
 
 The archives' hashes are checked. --out appears only when complete; after an interruption, the same command resumes.
 
---format shards writes SPLIT/shard-000000.tar (WebDataset) and .idx (for DALI's readers.webdataset), for shared file
-systems, where a million small files are slow. Training reads shards like folders. --max-side 500 --quality 90 shrinks
-images whose longer side exceeds 500 pixels and prints the change in size and pixels; others are copied byte for byte.
+--format shards writes SPLIT/shard-000000.tar (WebDataset), .idx (for DALI's readers.webdataset) and .sfv (checksums),
+for shared file systems, where a million small files are slow. Training reads shards like folders. --max-side 500
+--quality 90 shrinks images whose longer side exceeds 500 pixels and prints the change in size and pixels; others are
+copied byte for byte.
 
 --format pixels writes SPLIT/pixels-000000.safetensors: decoded images, which training crops without decoding anything.
 --resize 256 reduces images with a longer short side to 256 px, which changes them; --resize none, the default, keeps

@@ -16,6 +16,7 @@ from metaformer.data.index.image_index import ImageIndex, find_images, load_inde
 from metaformer.data.index.labels import relabel
 from metaformer.data.index.quarantine import drop_quarantined, write_quarantine
 from metaformer.data.load.image_bytes import ImageBytes
+from metaformer.data.prepare.scan_images import scan_images
 from metaformer.errors import UserError
 from tests.data.conftest import pack
 
@@ -154,6 +155,23 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tar": (lambda train: (train / "shard-000001.tar").unlink(), "shard-000001.tar: missing; shards.json lists"),
     "last tar gone": (lambda train: max(train.glob("*.tar")).unlink(), ".tar: missing; shards.json lists"),
     "no index": (lambda train: (train / "shard-000001.idx").unlink(), "shard-000001.idx: missing; shards.json lists"),
+    "no checksums": (lambda train: (train / "shard-000001.sfv").unlink(), "shard-000001.sfv: missing; shards.json"),
+    "cut checksums": (
+        lambda train: rewrite(train / "shard-000001.sfv", lambda content: content[:-1]),
+        "shard-000001.sfv: damaged (expected the images of shard-000001.idx)",
+    ),
+    "checksums of other images": (
+        lambda train: rewrite(train / "shard-000000.sfv", lambda content: content.replace(b"a/1.", b"a/9.")),
+        "shard-000000.sfv: damaged (expected the images of shard-000000.idx)",
+    ),
+    "no numbers for checksums": (
+        lambda train: rewrite(train / "shard-000001.sfv", lambda content: content[:-2] + b"-\n"),
+        "shard-000001.sfv: damaged (expected the images of shard-000001.idx)",
+    ),
+    "other checksums": (
+        lambda train: rewrite(train / "shards.json", lambda content: content.replace(b"crc32", b"md5")),
+        "shards.json: damaged",
+    ),
     "no list": (lambda train: (train / "shards.json").unlink(), "shards.json: missing, so shards may be missing too"),
     "damaged list": (lambda train: (train / "shards.json").write_text("[1"), "shards.json: damaged"),
     "deep list": (lambda train: (train / "shards.json").write_text("[" * 10**5), "shards.json: damaged"),
@@ -248,7 +266,7 @@ def test_shards_that_are_not_whole_are_refused(own_shards: Path, kind: str) -> N
     assert message in refusal(own_shards)
 
 
-@pytest.mark.parametrize("name", ["shards.json", "shard-000000.idx", "shard-000001.tar"])
+@pytest.mark.parametrize("name", ["shards.json", "shard-000000.idx", "shard-000000.sfv", "shard-000001.tar"])
 def test_damaged_shards_end_in_one_line(own_shards: Path, name: str) -> None:
     """After any of 100 random changes to a file, the shards are read or rejected in one printable line."""
     file, rng = own_shards / "train" / name, random.Random(0)
@@ -287,6 +305,51 @@ def test_full_check_compares_every_image(own_shards: Path) -> None:
     assert message.startswith(
         f"{tar}: a/1.JPEG is not where {tar.stem}.idx says; copy both again, or rebuild the index"
     )
+
+
+def flip(file: Path, position: int) -> None:
+    """Flip a bit without a trace in the file's size or time."""
+    times = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(position)
+        (value,) = opened.read(1)
+        opened.seek(position)
+        opened.write(bytes([value ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_flipped_bit_is_named(own_shards: Path) -> None:
+    """data.check=files and scan_data.py name the shard and the image of which a bit has changed, and no other."""
+    for sample in (1, 7):
+        index = load_index(own_shards, "train")
+        tar, offset, size = index.byte_range(sample)
+        for position in (offset, offset + size // 2, offset + size - 1):
+            flip(tar, position)
+            load_index(own_shards, "train")
+            assert refusal(own_shards, IndexCheck.files).startswith(
+                f"{tar}: {index.name(sample)}: its bytes have changed (they do not have their CRC-32); copy the shard"
+            )
+            found = list(scan_images(index, "train", 1, lambda *step: None))
+            assert [image.path for image in found if not image.ok] == [f"train/{index.name(sample)}"]
+            assert found[sample].reason.startswith("its bytes have changed")
+            flip(tar, position)
+        assert load_index(own_shards, "train", IndexCheck.files).notes == ()
+
+
+def test_shards_without_checksums(own_root: Path, own_shards: Path) -> None:
+    """Shards that were packed before there were checksums are read, and the full check says what it cannot compare."""
+    for sfv in own_shards.rglob("*.sfv"):
+        sfv.unlink()
+    for manifest in own_shards.rglob("shards.json"):
+        manifest.write_text(json.dumps({"shards": json.loads(manifest.read_text())["shards"]}))
+    assert load_index(own_shards, "train").notes == ()
+    packed = load_index(own_shards, "train", IndexCheck.files)
+    assert packed.notes == (
+        f"{own_shards / 'train'}: its shards have no checksums, so data.check=files compared only names and sizes; "
+        "pack it again",
+    )
+    assert packed.fingerprint == load_index(own_root, "train").fingerprint
+    assert all(image.ok for image in scan_images(packed, "train", 1, lambda *step: None))
 
 
 def test_shards_that_cannot_all_be_open(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_a_full_disk_is_reported(source: Path, small_disk: Path, tmp_path: Path)
     expected = contents(whole)
     tars = {name for name in found if name.endswith("tar")}
     assert tars == {f"{name[:12]}.tar" for name in found if name.endswith("idx")}
-    assert len(found) == 2 * 5 + 1
+    assert len(found) == 3 * 5 + 1
     assert all(found[name] == expected[name] for name in found if name != "plan.sha256")
 
 

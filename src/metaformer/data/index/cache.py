@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from metaformer.data.index.files import SplitScan
 from metaformer.files import cache_folder, write_text_atomically
 
-FORMAT = 5
+FORMAT = 6
 
 
 class ImageSource(Protocol):

@@ -18,7 +18,7 @@ class IndexCheck(Enum):
     """Extent of the comparison with the cached index; any difference triggers a new scan."""
 
     quick = "quick"  # modification times of all folders; sizes and times of a thousand files, or of all shards
-    files = "files"  # sizes and times of all files; in shards, names and sizes of all images; for pixels, checksums
+    files = "files"  # sizes and times of all files; checksums of images in shards, and of pixels
 
 
 class Labels(Enum):

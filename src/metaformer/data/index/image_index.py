@@ -27,7 +27,7 @@ from metaformer.data.index.files import (
     scan_files,
 )
 from metaformer.data.index.pixels import PixelScan, PixelSource, holds_pixels
-from metaformer.data.index.shards import Pixels, Shards, ShardScan, ShardSource, holds_shards
+from metaformer.data.index.shards import NO_CHECKSUM, Pixels, Shards, ShardScan, ShardSource, holds_shards
 from metaformer.errors import UserError, printable
 
 
@@ -113,6 +113,10 @@ def load_index(root: Path, split: str, check: IndexCheck = IndexCheck.quick) -> 
         raise UserError(
             f"data.root: {error.filename} cannot be read ({error.strerror}); make it readable or remove it"
         ) from error
+    if check is IndexCheck.files and isinstance(scan, ShardScan) and (scan.checksums == NO_CHECKSUM).any():
+        notes.append(
+            f"{folder}: its shards have no checksums, so data.check=files compared only names and sizes; pack it again"
+        )
     return _index(folder, scan, notes)
 
 
@@ -156,9 +160,10 @@ def _index(folder: Path, scan: SplitScan, notes: list[str] | None = None) -> Ima
 def _location(scan: SplitScan) -> Shards | None:
     if isinstance(scan, PixelScan):
         states = tuple((size, changed) for _, size, _, _, changed in scan.files.values())
-        pixels = Pixels(scan.shapes, scan.checksums, states)
-        return Shards(tuple(scan.files), scan.numbers, scan.offsets, pixels)
-    return Shards(tuple(scan.tars), scan.numbers, scan.offsets) if isinstance(scan, ShardScan) else None
+        return Shards(tuple(scan.files), scan.numbers, scan.offsets, scan.checksums, Pixels(scan.shapes, states))
+    if isinstance(scan, ShardScan):
+        return Shards(tuple(scan.tars), scan.numbers, scan.offsets, scan.checksums)
+    return None
 
 
 def check_several_classes(index: ImageIndex, config: DataConfig, split: str) -> None:

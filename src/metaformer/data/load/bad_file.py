@@ -9,7 +9,7 @@ BAD_FILE = (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionB
 
 
 class DamagedShard(OSError):
-    """A file of pixels that changed, or does not have its checksum; the message says how to fix it."""
+    """A file of packed images or pixels that changed, or does not have its checksum; the message says how to fix it."""
 
 
 def describe_bad_file(location: str, error: BaseException) -> str:

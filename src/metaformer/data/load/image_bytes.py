@@ -4,12 +4,15 @@ import os
 import resource
 import stat
 import weakref
+import zlib
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from metaformer.data.index.image_index import ImageIndex
+from metaformer.data.index.shards import NO_CHECKSUM
+from metaformer.data.load.bad_file import DamagedShard
 from metaformer.data.load.image_file import Encoded, StoredImage
 from metaformer.data.load.pixel_maps import PixelMaps
 from metaformer.errors import UserError
@@ -60,7 +63,12 @@ class ImageBytes:
         Raises:
             OSError: the image cannot be read, or has changed.
         """
-        return self.read(sample) if self._maps is None else self._maps.check(sample)
+        image, shards = self.read(sample), self._index.shards
+        if shards is not None and int(shards.checksums[sample]) not in (NO_CHECKSUM, zlib.crc32(image.data)):
+            what = "bytes" if shards.pixels is None else "pixels"
+            raise DamagedShard(f"its {what} have changed (they do not have their CRC-32); copy the file again, or "
+                               "prepare the data again")  # fmt: skip
+        return image
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:

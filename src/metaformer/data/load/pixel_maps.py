@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import zlib
 from pathlib import Path
 from threading import Lock
 
@@ -13,7 +12,6 @@ from metaformer.data.load.bad_file import DamagedShard
 from metaformer.data.load.image_file import PixelArray
 
 CHANGED = "the file has changed since it was indexed; start again, and do not modify data during a run"
-COPY_AGAIN = "copy the file again, or prepare the data again"
 
 
 class PixelMaps:
@@ -41,17 +39,6 @@ class PixelMaps:
             raise DamagedShard(CHANGED)
         height, width = self._pixels.shapes[sample].tolist()
         return np.ndarray((height, width, 3), np.uint8, mapped, int(self._shards.offsets[sample]))
-
-    def check(self, sample: int) -> PixelArray:
-        """Return an image as `read` does, after comparing it with its CRC-32.
-
-        Raises:
-            OSError: as `read`, or the image has changed.
-        """
-        image = self.read(sample)
-        if zlib.crc32(image.data) != int(self._pixels.checksums[sample]):
-            raise DamagedShard(f"its pixels have changed (they do not have their CRC-32); {COPY_AGAIN}")
-        return image
 
     def close(self) -> None:
         """Close the files. A map stays while images refer to it."""

@@ -1,13 +1,14 @@
 """Parallel writer of shards, in the layout that `shards` reads.
 
-Each shard is written atomically, then its index, and shards.json when all shards exist; repeating an interrupted call
-writes what is missing. Equal images give byte-identical shards.
+Each shard is written atomically, then its checksums and its index, and shards.json when all shards exist; repeating
+an interrupted call writes what is missing. Equal images give byte-identical shards.
 """
 
 import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from metaformer.data.index.files import sorting_key
-from metaformer.data.index.shards import BLOCK, IDX_VERSION, MANIFEST, is_member_name, shard_name
+from metaformer.data.index.shards import BLOCK, CHECKSUMS, CRC32, IDX_VERSION, MANIFEST, is_member_name, shard_name
 from metaformer.data.prepare.processes import ProgressCallback
 from metaformer.data.prepare.reencoding import reduce_source_image
 from metaformer.data.prepare.source_images import SourceImage, read_source_images
@@ -80,7 +81,7 @@ def write_shards(
 
         written = run_tasks(write_shard, tasks, pool, report_shard)
         counts_and_sizes = [[len(task.sources), size] for task, size in zip(tasks, written, strict=True)]
-        write_text_atomically(folder / MANIFEST, json.dumps({"shards": counts_and_sizes}))
+        write_text_atomically(folder / MANIFEST, json.dumps({"shards": counts_and_sizes, CHECKSUMS: CRC32}))
         finish_plan(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -88,21 +89,23 @@ def write_shards(
 
 
 def write_shard(task: _Task) -> int:
-    """Write a shard and its index, unless both exist; return the size of the shard in bytes."""
-    tar, idx = task.tar, task.tar.with_suffix(".idx")
-    if tar.exists() and idx.exists():
+    """Write a shard, its index and its checksums, unless all exist; return the size of the shard in bytes."""
+    files = [task.tar.with_suffix(suffix) for suffix in (".tar", ".sfv", ".idx")]  # in the order of their renaming
+    tar, sfv, idx = files
+    if all(file.exists() for file in files):
         return tar.stat().st_size
-    temporaries = {file: temporary_beside(file) for file in (tar, idx)}
+    temporaries = {file: temporary_beside(file) for file in files}
     try:
         with temporaries[tar].open("wb") as file:
             lines = list(_write_members(file, task))
             file.write(bytes(2 * BLOCK))  # end of the tar
-        temporaries[idx].write_bytes(b"".join([b"%b %d\n" % (IDX_VERSION, len(lines)), *lines]))
+        temporaries[idx].write_bytes(b"".join([b"%b %d\n" % (IDX_VERSION, len(lines)), *(line for line, _ in lines)]))
+        temporaries[sfv].write_bytes(b"".join(checksum for _, checksum in lines))
         for path, temporary in temporaries.items():
             fsync(temporary)
             temporary.rename(path)
     except OSError as error:
-        if not (tar.exists() and idx.exists()):  # otherwise another process has just written the same shard
+        if not all(file.exists() for file in files):  # otherwise another process has just written the same shard
             raise cannot_write(tar, error) from error
     finally:
         for temporary in temporaries.values():
@@ -112,14 +115,15 @@ def write_shard(task: _Task) -> int:
     return tar.stat().st_size
 
 
-def _write_members(file: BinaryIO, task: _Task) -> Iterator[bytes]:
-    """Append each image and its label; yield the lines of the index."""
+def _write_members(file: BinaryIO, task: _Task) -> Iterator[tuple[bytes, bytes]]:
+    """Append each image and its label; yield its line of the index and of the checksums."""
     packing = task.packing
     for source, content in read_source_images(task.sources):
         if packing.max_side is not None:
             content = reduce_source_image(source, content, packing.max_side, packing.quality)
         label = str(task.labels[source.class_name]).encode()
-        yield _append(file, source.name, content) + b" " + _append(file, _label_name(source.name), label) + b"\n"
+        line = _append(file, source.name, content) + b" " + _append(file, _label_name(source.name), label) + b"\n"
+        yield line, b"%b %08x\n" % (os.fsencode(source.name), zlib.crc32(content))
 
 
 def _append(file: BinaryIO, name: str, content: bytes) -> bytes:
