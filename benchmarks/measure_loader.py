@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from metaformer.assembly import make_loader
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.load.config import LoaderConfig, LoaderName
 from metaformer.data.plan.augmentation import AugmentationConfig, RandAugmentConfig
@@ -53,6 +52,8 @@ class Task:
 
 def read_with_project(name: LoaderName, task: Task) -> Iterator[Any]:
     """Yield batches from one of this project's loaders, on the CPU."""
+    from metaformer.assembly import make_loader  # here, because workers import this module, as they do train.py
+
     count = len(task.index)
     augmentation = AugmentationConfig(randaugment=RandAugmentConfig(num_ops=2 if task.randaugment else 0))
     plan: Plan = EvaluationPlan(
