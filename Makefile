@@ -1,5 +1,5 @@
 # make demo    from a fresh clone to a trained, validated PoolFormer on built-in sample data
-# make test    the tests that one process can prove, in minutes
+# make test    the tests without whole runs, faults, benchmarks and SLURM, in minutes
 # make test-all     all tests: whole runs, faults, benchmarks and SLURM too; make test-slurm: those on SLURM only. Both
 #              install Debian's packages for SLURM, as root
 # make gpu-model   predict a training step on GPUs without one; make gpu-budgets writes the budgets that tests compare

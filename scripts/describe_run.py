@@ -37,7 +37,7 @@ def main() -> None:
     print(f"weights      {weights / (best['weights'] or 'model')}.safetensors")
     if offline:
         print(f"wandb        {offline[-1]}; to upload: wandb sync {offline[-1]}")
-    print("next         python train.py data.root=FOLDER, where FOLDER has your images (README.md)")
+    print("next         docs/first-hour.md trains on images of your own")
 
 
 if __name__ == "__main__":

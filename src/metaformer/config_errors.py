@@ -80,6 +80,8 @@ def check_arguments(arguments: Sequence[str], conf: Path, config_type: type) -> 
         group, _, name = argument.partition("=")
         if not group:
             raise UserError(f"{argument}: options are written NAME=VALUE; give the name too")
+        if argument == f"{group}=":  # an empty path would be the current folder
+            raise UserError(f"{argument}: has no value; give one, or leave the option out")
         group, at, _ = group.partition("@")
         if at:
             raise UserError(

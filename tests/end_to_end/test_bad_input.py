@@ -44,6 +44,8 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["model.mean=[124,116,104]"], ["model.mean=", "[0, 1]"]),
         (["epochs=many"], ["epochs", "many"]),
         (["epochs=0"], ["epochs=0", "at least 1"]),
+        (["data.root="], ["data.root=: has no value"]),
+        (["run_dir="], ["run_dir=: has no value"]),
         (["image_size=16"], ["image_size=16", "32"]),
         (["global_batch_size=9", "accumulation_steps=2"], ["=9", "accumulation_steps=2", "multiple of 2"]),
         (["global_batch_size=9"], ["global_batch_size=9", "mixup", "even", "augmentation=light"]),

@@ -117,4 +117,4 @@ def _expand(names: list[str]) -> Iterator[str]:
 
 def _report(unreadable: Sequence[tuple[str, str]]) -> None:
     for name, reason in unreadable:
-        warn(f"{printable(name)}: {printable(reason)}; passed over")
+        warn(f"{printable(name)}: {printable(reason)}; skipped")

@@ -47,7 +47,7 @@ def limits(processes: int) -> Iterator[Finding]:
 
 def shared_memory(free: int, processes: int) -> Finding:
     """Check that batches fit: 1 GiB per process is ample, and Docker's default of 64 MiB is not enough."""
-    message = f"{free / GIB:.1f} GiB free in /dev/shm for {processes} processes"
+    message = f"{free / GIB:.1f} GiB free in /dev/shm, {free / GIB / processes:.1f} GiB a process"
     fix = "in Docker, start with --ipc=host"
     if free < GIB // 4:
         return fail("shm", message, fix)
