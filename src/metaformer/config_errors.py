@@ -153,4 +153,7 @@ def _explain_omegaconf_error(error: OmegaConfBaseException, config_type: type) -
         return f"{key}: no such field; {advice(key, config_type)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: missing; give {key}=..."
+    number = re.match(r"Value '(.*)' of type '\w+' could not be converted to (Integer|Float)", str(error))
+    if number is not None:
+        return f"{key}={number[1]}: must be {'an integer' if number[2] == 'Integer' else 'a number'}"
     return f"{key}: {str(error).splitlines()[0]}"

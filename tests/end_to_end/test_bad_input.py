@@ -42,7 +42,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["experiment=dmeo"], ["experiment=dmeo", "demo"]),
         (["experiment=ablation/rellu"], ["experiment=ablation/rellu", "ablation/relu"]),
         (["model.mean=[124,116,104]"], ["model.mean=", "[0, 1]"]),
-        (["epochs=many"], ["epochs", "many"]),
+        (["epochs=many"], ["epochs=many", "an integer"]),
         (["epochs=0"], ["epochs=0", "at least 1"]),
         (["data.root="], ["data.root=: has no value"]),
         (["run_dir="], ["run_dir=: has no value"]),
@@ -58,7 +58,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> 
         (["augmentation.flip_probability=2"], ["augmentation.flip_probability=2", "[0, 1]"]),
         (["init_weights=nowhere.safetensors"], ["nowhere.safetensors"]),
         (["init_weights=nowhere.safetensors", "data.root=/nowhere"], ["data.root=/nowhere", "no folder"]),
-        (["resume=nowhere"], ["nowhere"]),
+        (["resume=nowhere"], ["resume=nowhere", "no such folder", "checkpoints/last"]),
         (["run_dir=/proc/nowhere"], ["run_dir=/proc/nowhere"]),
         (["tracking.name=a b\"c"], ["quote"]),
     ],
@@ -155,6 +155,8 @@ def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: py
     for change in ("model=poolformer_s24", "seed=3", "global_batch_size=12", "ema=enabled"):
         assert "cannot resume" in error_of(monkeypatch, "train", *common, change)
     assert "resume=never" in error_of(monkeypatch, "train", *common, "resume=never")
+    message = error_of(monkeypatch, "train", *common, f"run_dir={tmp_path / 'new'}", f"resume={tmp_path / 'run'}")
+    assert "a run folder; give a checkpoint" in message
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "replaced"])

@@ -23,7 +23,7 @@ from metaformer.assembly.summary import summarize
 from metaformer.assembly.training_validation import Validation
 from metaformer.config import TrainConfig, redacted
 from metaformer.data.device.transform import denormalize
-from metaformer.errors import one_line
+from metaformer.errors import UserError, one_line
 from metaformer.goodput import Goodput
 from metaformer.interfaces import Batch, Row, Tracker
 from metaformer.models import load_weights, save_state
@@ -170,6 +170,9 @@ def _resume(prepared: Preparation, checkpoints: CheckpointFolder) -> ResumePoint
         found = ResumePoint(None) if is_own else checkpoints.find()
         if chosen is None or found.folder is not None:
             return found
+        if not chosen.is_dir() or (chosen / "checkpoints").is_dir():
+            kind = "a run folder" if chosen.is_dir() else "no such folder"
+            raise UserError(f"resume={resume}: {kind}; give a checkpoint, such as RUN/checkpoints/last")
         verify(chosen)
         return ResumePoint(chosen)
 
