@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Column, Table
 
 from metaformer.assembly import resolve_config
 from metaformer.composing import compose_recipe, default_run_dir
@@ -152,15 +150,12 @@ def _require_recipes(rows: list[Row]) -> list[Row]:
 
 def _list() -> None:
     longest = max(len(row.name) for row in ROWS)
-    # Names are for copying: they keep their length, and a narrow terminal wraps the rest.
-    table = Table(Column("row", no_wrap=True, min_width=longest), "table", "top-1 (papers)",
-                  Column("released weights", overflow="fold"))  # fmt: skip
+    print(f"{'row':<{longest}} top-1 in the paper, released weights")
     for row in ROWS:
         no_weights = "none in timm" if row.is_comparison else "none"
-        table.add_row(row.name, row.table.value, f"{row.top1:.1f}", row.released_weights or no_weights)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        print(f"{row.name:<{longest}} {row.top1:.1f} {row.released_weights or no_weights}")
     print(
-        "Comparison rows and those from ImageNet-21K have no recipe; evaluate their released weights: --released --run"
+        "Comparison rows and those from ImageNet-21K have no recipe;\nevaluate their released weights: --released --run"
     )
 
 

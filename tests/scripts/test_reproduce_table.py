@@ -19,11 +19,12 @@ def table(runs: Path) -> dict[str, dict[str, str]]:
 
 
 def test_list_names_every_row() -> None:
-    """--list prints every row with its weights, and marks rows that timm does not have."""
+    """--list prints every row with its weights in 80 columns, and marks rows that timm does not have."""
     listed = reproduce("--list")
     assert listed.code == 0
     assert all(row.name in listed.stdout for row in ROWS)
     assert "none in timm" in listed.stdout
+    assert max(map(len, listed.stdout.splitlines())) <= 80
 
 
 def test_a_row_is_trained_and_reported(images: Path, tmp_path: Path) -> None:
