@@ -16,6 +16,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,13 @@ def _require_recipes(rows: list[Row]) -> list[Row]:
 
 
 def _list() -> None:
-    longest = max(len(row.name) for row in ROWS)
-    print(f"{'row':<{longest}} top-1 in the paper, released weights")
-    for row in ROWS:
-        no_weights = "none in timm" if row.is_comparison else "none"
-        print(f"{row.name:<{longest}} {row.top1:.1f} {row.released_weights or no_weights}")
+    print("row, top-1 in the paper, released weights")
+    for _, rows in groupby(ROWS, key=lambda row: row.name.partition("/")[0]):
+        group = list(rows)
+        longest = max(len(row.name) for row in group)
+        for row in group:
+            weights = row.released_weights or ("none in timm" if row.is_comparison else "none")
+            print(f"{row.name:<{longest}} {row.top1:.1f} {weights}")
     print(
         "Comparison rows and those from ImageNet-21K have no recipe;\nevaluate their released weights: --released --run"
     )
