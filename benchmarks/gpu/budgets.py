@@ -26,7 +26,7 @@ def figures_of(steps: Mapping[Setting, list[Launch]], augmentation: list[Launch]
     kernels: dict[str, list[KernelFacts]] = {}
     for launch in (launch for launches in [*steps.values(), augmentation] for launch in launches):
         if launch.facts is not None:
-            kernels.setdefault(launch.name, []).append(launch.facts)
+            kernels.setdefault(" ".join([launch.name, *launch.facts.flags]), []).append(launch.facts)
     return figures | {f"kernel {name}": _of_kernel(kernels[name]) for name in sorted(kernels)}
 
 
@@ -36,7 +36,7 @@ def _of_step(launches: list[Launch], setting: Setting) -> dict[str, float]:
 
 
 def _of_kernel(variants: Iterable[KernelFacts]) -> dict[str, float]:
-    """Return the largest figures of a kernel's specialisations."""
+    """Return the largest figures of the specialisations of a kernel for shapes and types, with the same flags."""
     rows = [
         {
             "instructions_per_element": round(facts.instructions_per_element, 1),

@@ -39,16 +39,19 @@ class KernelFacts:
     """Resources and instructions of a compiled kernel.
 
     Attributes:
+        flags: names of the compile-time constants that are True, such as HAS_KEEP.
         digest: a hash that is the same for equal specialisations of a kernel.
         instructions: number of instructions that each thread executes, without no-ops. Branches around slow paths are
             assumed not to be taken.
         elements: number of values that each thread computes of the largest tile.
         loads: width in bits of each global load instruction in the code.
         products: number of tensor core instructions in the code.
+        fused_multiply_adds: number of fma instructions in the code before ptxas, which fuses none if Triton fuses none.
         reads, writes: names of the arguments that the kernel loads from and stores to.
     """
 
     name: str
+    flags: tuple[str, ...]
     digest: str
     arch: int
     warps: int
@@ -59,6 +62,7 @@ class KernelFacts:
     elements: int
     loads: tuple[int, ...]
     products: int
+    fused_multiply_adds: int
     reads: frozenset[str]
     writes: frozenset[str]
 
@@ -150,6 +154,7 @@ def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) 
     opcodes = [opcode for _, opcode, _ in code]
     return KernelFacts(
         name=name,
+        flags=tuple(key for key, value in options.items() if value is True and key.isupper()),
         digest=compiled.hash,
         arch=arch,
         warps=warps,
@@ -160,6 +165,7 @@ def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) 
         elements=max(1, max(tiles, default=1) // (WARP * warps)) * loops,
         loads=tuple(_width(opcode) for opcode in opcodes if opcode.startswith("LDG")),
         products=sum(opcode.startswith(("HMMA", "HGMMA", "UTC")) for opcode in opcodes),
+        fused_multiply_adds=compiled.asm["ptx"].count("fma."),
         reads=reads,
         writes=writes,
     )

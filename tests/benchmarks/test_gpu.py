@@ -89,7 +89,7 @@ def test_what_a_step_records(step: list[Launch]) -> None:
     assert sum(launch.flops for launch in by_name["mm"]) == 2 * (forward + classifier)
     hidden = 1024 * 4 * 2 * 2 * (56**2 * 64 + 28**2 * 128 + 14**2 * 320 * 3 + 7**2 * 512)  # elements, bf16, 2 blocks
     assert sum(launch.bytes for launch in by_name["elementwise.activation"]) == 2 * hidden
-    sums = sum(launch.bytes for launch in by_name["elementwise.activation_backward"]) / hidden - 4
+    sums = sum(launch.bytes for launch in by_name["elementwise.activation_backward"]) / hidden - 3
     assert 0 < sums < 0.02  # the partial sums of the bias's gradient
     assert len(by_name["_fused_adamw_"]) >= 2
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,7 +123,7 @@ def test_start_check_runs_the_binaries_of_training(step: list[Launch], monkeypat
 def test_the_longest_limit_counts() -> None:
     """A launch takes the time of its bytes, instructions or products, whichever is longest, and a step the host's."""
     gpu = GPUS["H200"]
-    facts = KernelFacts("k", "", 90, 4, 32, 0, 0, 1000, 16, (), 0, frozenset(), frozenset())
+    facts = KernelFacts("k", (), "", 90, 4, 32, 0, 0, 1000, 16, (), 0, 0, frozenset(), frozenset())
     assert predict([Launch("tiny", 1)], gpu).seconds == SHORTEST_LAUNCH
     assert predict([Launch("copy", 4_300_000_000)], gpu).seconds == pytest.approx(1e-3 / 0.92)
     assert predict([Launch("mm", 1, 790_000_000_000)], gpu).seconds == pytest.approx(1e-3 / 0.85)

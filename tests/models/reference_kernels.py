@@ -153,11 +153,11 @@ def gelu(hidden: Tensor) -> Tensor:
 
 def gelu_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradient for `hidden`, gelu(hidden), and parts of the sums of the gradient that others need."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient for `hidden`, and parts of the sums of the gradient that others need."""
     torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
     grad.mul_(factor)
-    return grad, gelu(hidden), *_sums_of_gradient(grad, hidden, bias, row_sums)
+    return grad, *_sums_of_gradient(grad, hidden, bias, row_sums)
 
 
 def squared_relu(hidden: Tensor) -> Tensor:
@@ -167,11 +167,10 @@ def squared_relu(hidden: Tensor) -> Tensor:
 
 def squared_relu_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `gelu_backward` returns, for relu(hidden)^2."""
-    positive = functional.relu(hidden)
-    grad.mul_(positive).mul_(2 * factor)
-    return grad, positive.square_(), *_sums_of_gradient(grad, hidden, bias, row_sums)
+    grad.mul_(functional.relu(hidden)).mul_(2 * factor)
+    return grad, *_sums_of_gradient(grad, hidden, bias, row_sums)
 
 
 def _sums_of_gradient(grad: Tensor, hidden: Tensor, bias: Tensor, row_sums: Tensor) -> tuple[Tensor, Tensor]:

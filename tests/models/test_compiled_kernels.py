@@ -113,6 +113,16 @@ def test_kernels_of_training(launches: list[KernelLaunch]) -> None:
             assert max(facts.loads) == 128, facts.name
 
 
+@pytest.mark.parametrize("launches", [90], indirect=True)
+def test_randaugment_rounds_as_torch_does(launches: list[KernelLaunch]) -> None:
+    """No product and sum of RandAugment are one instruction, which would round once where torch rounds twice."""
+    launch_randaugment(224)
+    assert {launch.facts.name: launch.facts.fused_multiply_adds for launch in launches} == {
+        "randaugment.tabulate": 0,
+        "randaugment.augment": 0,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launches", [80, 89, 90, 100], indirect=True, ids="sm_{}".format)
 @pytest.mark.parametrize("shapes", [S12, M36, ODD], ids=["s12", "m36", "odd"])

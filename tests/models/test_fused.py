@@ -298,7 +298,7 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch, kind: str, dty
     }
     if kind == "PoolFormer":
         faults["gelu_backward"] = lambda *a: (
-            *kernels.gelu_backward(*a)[:2],
+            kernels.gelu_backward(*a)[0],
             torch.zeros(len(a[0]), 1, a[0].shape[3]),
             torch.zeros(len(a[0]), 1, 2),
         )

@@ -24,8 +24,16 @@ def _hash32(x):
 @triton.jit
 def _inside(boxes, number, y, x):
     """Return whether positions are inside box `number` (top, left, bottom, right)."""
-    box = boxes + 4 * number
-    return (y >= tl.load(box)) & (y < tl.load(box + 2)) & (x >= tl.load(box + 1)) & (x < tl.load(box + 3))
+    top, left = tl.load(boxes + 4 * number).to(tl.int32), tl.load(boxes + 4 * number + 1).to(tl.int32)
+    bottom, right = tl.load(boxes + 4 * number + 2).to(tl.int32), tl.load(boxes + 4 * number + 3).to(tl.int32)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+@triton.jit
+def _of_colour(values, colour):
+    """Return for each colour its one of three values; loading it from memory takes more instructions."""
+    red, green, blue = tl.load(values), tl.load(values + 1), tl.load(values + 2)
+    return tl.where(colour == 0, red, tl.where(colour == 1, green, blue))
 
 
 @triton.jit
@@ -46,28 +54,29 @@ def _minus_cosine(square):
 
 @triton.jit
 def _transform(
-    images, out, mean, std, keep, mix_boxes, erase_index, erase_boxes, keys, height, width, group,
-    MIXES: tl.constexpr, ERASES: tl.constexpr, BLOCK: tl.constexpr,
+    images, out, mean, std, keep, mix_boxes, erase_index, erase_boxes, keys, height, group,
+    WIDTH: tl.constexpr, MIXES: tl.constexpr, ERASES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
-    values = 3 * height * width
+    values = 3 * height * WIDTH
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = offset < values
     colour, pixel = offset % 3, offset // 3
-    y, x = pixel // width, pixel % width
-    centre, deviation = tl.load(mean + colour), tl.load(std + colour)
+    y, x = pixel // WIDTH, pixel % WIDTH
+    centre, deviation = _of_colour(mean, colour), _of_colour(std, colour)
     own = image.to(tl.int64) * values + offset
-    result = (tl.load(images + own, exists, 0).to(tl.float32) - centre) / deviation
+    result = tl.load(images + own, exists, 0).to(tl.float32) - centre
     if MIXES:
         number = image // group
         partner = number * group + group - 1 - image % group
         other = tl.load(images + partner.to(tl.int64) * values + offset, exists, 0).to(tl.float32)
         share = tl.where(_inside(mix_boxes, number, y, x), 0.0, tl.load(keep + number))
-        result = result * share + (other - centre) / deviation * (1 - share)
+        result = result * share + (other - centre) * (1 - share)
+    result = result / deviation
     if ERASES:
         index = tl.load(erase_index + image)
         if index >= 0:
-            noise = _normal(tl.load(keys + index), colour * height * width + pixel)
+            noise = _normal(tl.load(keys + index), colour * height * WIDTH + pixel)
             result = tl.where(_inside(erase_boxes, index, y, x), noise, result)
     tl.store(out + own, result, exists)
 
@@ -93,7 +102,8 @@ def transform(
     erase_index, erase_boxes, keys = erasing or (mean, mean, mean)
     launch: Any = _transform[batch, triton.cdiv(3 * height * width, BLOCK)]
     launch(
-        pixels, out, mean, std, keep, mix_boxes, erase_index, erase_boxes, keys, height, width,
-        batch // len(keep) if mixing else 1, MIXES=mixing is not None, ERASES=erasing is not None, BLOCK=BLOCK,
+        pixels, out, mean, std, keep, mix_boxes, erase_index, erase_boxes, keys, height,
+        batch // len(keep) if mixing else 1,
+        WIDTH=width, MIXES=mixing is not None, ERASES=erasing is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)

@@ -37,6 +37,20 @@ class Parameters(NamedTuple):
 MIXER_PARAMETERS, MLP_PARAMETERS = 3, 7
 
 
+class _Layers(NamedTuple):
+    """The layers of an MLP in the products' type, with the norm and the layer scale folded in."""
+
+    fc1: Tensor
+    bias1: Tensor
+    row_sums: Tensor
+    fc2: Tensor
+    bias2: Tensor
+    magnitude: Tensor
+
+
+SAVED_OF_MLP = 3 + len(_Layers._fields)  # the tensors of an MLP branch that its backward pass needs
+
+
 @torch.library.custom_op("metaformer::statistics", mutates_args=())
 def statistics(x: Tensor, eps: float) -> Tensor:
     """Return mean and reciprocal deviation of each image, [B, 2], without a gradient; see the package's docstring."""
@@ -62,7 +76,7 @@ def block(
     dtype: torch.dtype,
     stream: torch.dtype,
     out: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute a block.
 
     Args:
@@ -80,51 +94,25 @@ def block(
         out: type of the returned images.
 
     Returns:
-        Images with the shape of x, their statistics, and nine tensors for the backward pass: statistics between the
-        branches, the pixels that norm2 normalises, the hidden layer before its activation, and small ones. Recomputing
-        the activation is cheaper than storing it.
+        Images with the shape of x, their statistics, and tensors for the backward pass: statistics between the
+        branches, the mixer's scale, the pixels that norm2 normalises, the hidden layer before and after its activation,
+        and the MLP's layers. Keeping the activated layer saves writing it again in the backward pass.
     """
-    kernels, p = triton_kernels(), Parameters(*(parameter.contiguous() for parameter in parameters))
+    kernels, p = triton_kernels(), _contiguous(parameters)
     keep1, keep2 = (None, None) if keep is None else keep
-    fc1, bias1, row_sums, scale = kernels.fold_norms(
-        p.fc1, p.bias1, p.norm2_weight, p.norm2_bias, p.norm1_weight, p.scale1, dtype
-    )
-    fc2, bias2, magnitude = kernels.scale_rows(p.fc2, p.bias2, p.scale2, dtype)
+    scale, layers = _fold(kernels, p, dtype)
     y, y_stats = kernels.mix(_pixels(x), stats, scale, keep1, size, eps2, stream, *residual_scales[:1])
     normed = kernels.normalize(y, y_stats, dtype)
-    hidden = _linear(normed, fc1, bias1)
-    branch = _linear(_activation(kernels, activation)[0](hidden), fc2, bias2)
-    z, z_stats = kernels.residual(y, branch, magnitude, keep2, following_eps, out, *residual_scales[1:])
-    return _image(z), z_stats, y_stats, normed, hidden, scale, fc1, bias1, row_sums, fc2, magnitude
+    hidden, activated, branch = _apply_mlp(kernels, normed, layers, activation)
+    z, z_stats = kernels.residual(y, branch, layers.magnitude, keep2, following_eps, out, *residual_scales[1:])
+    return _image(z), z_stats, y_stats, scale, normed, hidden, activated, *layers
 
 
 @block.register_fake
-def _(
-    x: Tensor,
-    stats: Tensor,
-    parameters: list[Tensor],
-    keep: Tensor | None,
-    residual_scales: list[Tensor],
-    size: int,
-    activation: str,
-    eps2: float,
-    following_eps: float,
-    dtype: torch.dtype,
-    stream: torch.dtype,
-    out: torch.dtype,
-) -> tuple[Tensor, ...]:
-    batch, channels, height, width = x.shape
-    hidden = len(parameters[5])
-
-    def empty(*shape: int, dtype: torch.dtype = stats.dtype) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    return (
-        _empty_image(x, out), _empty_statistics(x), _empty_statistics(x),
-        empty(batch, height, width, channels, dtype=dtype), empty(batch, height, width, hidden, dtype=dtype),
-        empty(channels), empty(hidden, channels, dtype=dtype), empty(hidden, dtype=dtype), empty(hidden),
-        empty(channels, hidden, dtype=dtype), empty(1),
-    )  # fmt: skip
+def _(x: Tensor, stats: Tensor, parameters: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
+    *_, dtype, _, out = others
+    z_stats, y_stats, scale = _empty_statistics(x), _empty_statistics(x), stats.new_empty(x.shape[1])
+    return _empty_image(x, out), z_stats, y_stats, scale, *_empty_mlp(x, len(parameters[5]), dtype)
 
 
 @torch.library.custom_op("metaformer::block_backward", mutates_args=())
@@ -141,40 +129,26 @@ def block_backward(
     stream: torch.dtype,
 ) -> list[Tensor]:
     """Return the gradients of `block` for x, the parameters and the residual scales."""
-    kernels, p = triton_kernels(), Parameters(*(parameter.contiguous() for parameter in parameters))
-    y_stats, normed, hidden, scale, fc1, bias1, row_sums, fc2, magnitude = saved
+    kernels, p = triton_kernels(), _contiguous(parameters)
+    y_stats, scale, *of_mlp = saved
     keep1, keep2 = (None, None) if keep is None else keep
     pixels, grad = _pixels(x), _pixels(grad)
-    branch_grad, branch_sums = kernels.residual_backward(grad, keep2, hidden.dtype)
-    grad_hidden, activated, hidden_sums, norm_sums = _activation(kernels, activation)[1](
-        _product(branch_grad, fc2), hidden, magnitude, bias1, row_sums
-    )
-    correlation2 = _correlation(branch_grad, activated)
-    correlation1 = _correlation(grad_hidden, normed)
+    mlp = _backward_through_mlp(kernels, grad, keep2, of_mlp, activation)
     grad_y, products, *grad_scale2 = kernels.normalize_backward(
-        _product(grad_hidden, fc1), normed, y_stats, norm_sums, grad, pixels, size, stream, *residual_scales[1:]
+        mlp.normed, of_mlp[0], y_stats, mlp.norm_sums, grad, pixels, size, stream, *residual_scales[1:]
     )
-    slopes, sums = kernels.finish_sums(products, branch_sums, hidden_sums, stats, scale, keep1, pixels[0].numel())
+    slopes, sums = kernels.finish_sums(
+        products, mlp.branch_sums, mlp.hidden_sums, stats, scale, keep1, pixels[0].numel()
+    )
     mixer = stats, scale, keep1, slopes, size
     grad_x, *grad_scale1 = kernels.mix_backward(grad_y, pixels, *mixer, *residual_scales[:1])
-    sums = sums.sum(0)
-    grads2 = kernels.fc2_gradients(correlation2, p.fc2, p.bias2, p.scale2, sums)
-    grads1 = kernels.fc1_gradients(correlation1, p.fc1, p.norm2_weight, p.norm2_bias, p.norm1_weight, p.scale1, sums)
-    return [_image(grad_x), *grads1, *grads2, *_in_types_of(residual_scales, [*grad_scale1, *grad_scale2])]
+    grads = _parameter_gradients(kernels, p, mlp, sums.sum(0))
+    return [_image(grad_x), *grads, *_in_types_of(residual_scales, [*grad_scale1, *grad_scale2])]
 
 
 @block_backward.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    parameters: list[Tensor],
-    keep: Tensor | None,
-    residual_scales: list[Tensor],
-    saved: list[Tensor],
-    size: int,
-    activation: str,
-    stream: torch.dtype,
+    grad: Tensor, x: Tensor, stats: Tensor, parameters: list[Tensor], keep: Any, residual_scales: list[Tensor], *_: Any
 ) -> list[Tensor]:
     return _empty_gradients(x, [*parameters, *residual_scales])
 
@@ -186,7 +160,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    count, saved = len(Parameters._fields), 9
+    count, saved = len(Parameters._fields), 2 + SAVED_OF_MLP
     x, stats, keep, *others = ctx.saved_tensors
     parameters, saved_tensors, scales = others[:count], others[count : count + saved], others[count + saved :]
     if grad is None:
@@ -276,7 +250,7 @@ def mlp_branch(
     norm_eps: float,
     following_eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the channel MLP branch and add it to its input.
 
     Args:
@@ -291,42 +265,26 @@ def mlp_branch(
         dtype: type of the matrix products.
 
     Returns:
-        Images with the shape and type of x, their statistics, and eight tensors for the backward pass: the statistics
-        of each position for a norm over channels, and those of `block`.
+        Images with the shape and type of x, their statistics, and tensors for the backward pass: the statistics of each
+        position for a norm over channels, and those of the MLP as of `block`.
     """
     kernels, pixels = triton_kernels(), _pixels(x)
-    weight, bias, fc1, bias1, fc2, bias2, scale = (parameter.contiguous() for parameter in parameters)
-    fc1, bias1, row_sums, _ = kernels.fold_norms(fc1, bias1, weight, bias, weight, scale, dtype)
-    fc2, bias2, magnitude = kernels.scale_rows(fc2, bias2, scale, dtype)
+    _, layers = _fold(kernels, _contiguous(_without_mixer(parameters)), dtype)
     if stats is None:
         normed, norm_stats = kernels.normalize_channels(pixels, norm_eps, dtype)
     else:
         normed, norm_stats = kernels.normalize(pixels, stats, dtype), stats.new_empty(0)
-    hidden = _linear(normed, fc1, bias1)
-    branch = _linear(_activation(kernels, activation)[0](hidden), fc2, bias2)
-    z, z_stats = kernels.residual(pixels, branch, magnitude, keep, following_eps, x.dtype, *residual_scale)
-    return _image(z), z_stats, norm_stats, normed, hidden, fc1, bias1, row_sums, fc2, magnitude
+    hidden, activated, branch = _apply_mlp(kernels, normed, layers, activation)
+    z, z_stats = kernels.residual(pixels, branch, layers.magnitude, keep, following_eps, x.dtype, *residual_scale)
+    return _image(z), z_stats, norm_stats, normed, hidden, activated, *layers
 
 
 @mlp_branch.register_fake
-def _(
-    x: Tensor,
-    stats: Tensor | None,
-    parameters: list[Tensor],
-    keep: Tensor | None,
-    residual_scale: list[Tensor],
-    activation: str,
-    norm_eps: float,
-    following_eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    batch, channels, height, width = x.shape
-    hidden, z_stats = len(parameters[2]), _empty_statistics(x)
+def _(x: Tensor, stats: Tensor | None, parameters: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
+    batch, _, height, width = x.shape
+    z_stats = _empty_statistics(x)
     norm_stats = z_stats.new_empty((batch, height, width, 2) if stats is None else 0)
-    shapes = ((batch, height, width, channels), (batch, height, width, hidden), (hidden, channels), (hidden,))
-    saved = [x.new_empty(shape, dtype=dtype) for shape in shapes]
-    fc2, row_sums = x.new_empty((channels, hidden), dtype=dtype), z_stats.new_empty(hidden)
-    return _empty_image(x, x.dtype), z_stats, norm_stats, *saved, row_sums, fc2, z_stats.new_empty(1)
+    return _empty_image(x, x.dtype), z_stats, norm_stats, *_empty_mlp(x, len(parameters[2]), others[-1])
 
 
 @torch.library.custom_op("metaformer::mlp_branch_backward", mutates_args=())
@@ -343,32 +301,18 @@ def mlp_branch_backward(
 
     `stats` are the statistics of each image, or those of each position.
     """
-    kernels, pixels = triton_kernels(), _pixels(grad)
-    weight, bias, fc1, _, fc2, bias2, scale = (parameter.contiguous() for parameter in parameters)
-    normed, hidden, folded, folded_bias, row_sums, scaled, magnitude = saved
-    branch_grad, branch_sums = kernels.residual_backward(pixels, keep, hidden.dtype)
-    grad_hidden, activated, hidden_sums, norm_sums = _activation(kernels, activation)[1](
-        _product(branch_grad, scaled), hidden, magnitude, folded_bias, row_sums
-    )
-    grad_normed = _product(grad_hidden, folded)
-    grad_x, *grad_scale = kernels.norm_backward(grad_normed, normed, stats, norm_sums, pixels, _only(residual_scale))
-    parts = torch.zeros_like(scale, dtype=branch_sums.dtype), branch_sums.sum((0, 1)), hidden_sums.sum((0, 1))
-    sums = torch.cat(parts)  # as `finish_sums` makes them, without a mixer's
-    grads2 = kernels.fc2_gradients(_correlation(branch_grad, activated), fc2, bias2, scale, sums)
-    norms = weight, bias, weight, scale
-    grads1 = kernels.fc1_gradients(_correlation(grad_hidden, normed), fc1, *norms, sums)[MIXER_PARAMETERS:]
-    return [_image(grad_x), *grads1, *grads2, *_in_types_of(residual_scale, grad_scale)]
+    kernels, p, grad = triton_kernels(), _contiguous(_without_mixer(parameters)), _pixels(grad)
+    mlp = _backward_through_mlp(kernels, grad, keep, saved, activation)
+    grad_x, *grad_scale = kernels.norm_backward(mlp.normed, saved[0], stats, mlp.norm_sums, grad, _only(residual_scale))
+    # as `finish_sums` makes them, without a mixer's
+    parts = torch.zeros_like(p.scale2, dtype=stats.dtype), mlp.branch_sums.sum((0, 1)), mlp.hidden_sums.sum((0, 1))
+    grads = _parameter_gradients(kernels, p, mlp, torch.cat(parts))[MIXER_PARAMETERS:]
+    return [_image(grad_x), *grads, *_in_types_of(residual_scale, grad_scale)]
 
 
 @mlp_branch_backward.register_fake
 def _(
-    grad: Tensor,
-    stats: Tensor,
-    parameters: list[Tensor],
-    keep: Tensor | None,
-    residual_scale: list[Tensor],
-    saved: list[Tensor],
-    activation: str,
+    grad: Tensor, stats: Tensor, parameters: list[Tensor], keep: Any, residual_scale: list[Tensor], *_: Any
 ) -> list[Tensor]:
     return _empty_gradients(grad, [*parameters, *residual_scale])
 
@@ -381,17 +325,90 @@ def _save_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _mlp_gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    count = MLP_PARAMETERS
+    count, saved = MLP_PARAMETERS, SAVED_OF_MLP
     stats, keep, *others = ctx.saved_tensors
-    parameters, saved, residual_scale = others[:count], others[count : 2 * count], others[2 * count :]
+    parameters, saved_tensors, residual_scale = others[:count], others[count : count + saved], others[count + saved :]
     if grad is None:
         return None, None, [None] * count, None, [None] * len(residual_scale), *[None] * 4
     with torch.autocast(grad.device.type, enabled=False):
-        grad_x, *grads = mlp_branch_backward(grad, stats, parameters, keep, residual_scale, saved, ctx.activation)
+        grad_x, *grads = mlp_branch_backward(
+            grad, stats, parameters, keep, residual_scale, saved_tensors, ctx.activation
+        )
     return grad_x, None, grads[:count], None, grads[count:], *[None] * 4
 
 
 mlp_branch.register_autograd(_mlp_gradients, setup_context=_save_for_mlp)
+
+
+class _MlpGradient(NamedTuple):
+    """Gradients within an MLP branch: that of the normalised pixels, sums, and the matrices' before they are scaled.
+
+    The sums are parts of those that `gelu_backward` and `residual_backward` return.
+    """
+
+    normed: Tensor
+    norm_sums: Tensor
+    branch_sums: Tensor
+    hidden_sums: Tensor
+    correlation1: Tensor
+    correlation2: Tensor
+
+
+def _without_mixer(mlp: list[Tensor]) -> list[Tensor]:
+    """Return the parameters of a block whose mixer's are not used, so any of the same shape do."""
+    return [*mlp[:2], mlp[-1], *mlp]
+
+
+def _contiguous(parameters: list[Tensor]) -> Parameters:
+    return Parameters(*(parameter.contiguous() for parameter in parameters))
+
+
+def _fold(kernels: Kernels, p: Parameters, dtype: torch.dtype) -> tuple[Tensor, _Layers]:
+    """Return the mixer's scale, and the MLP's layers in `dtype`."""
+    norms = p.norm2_weight, p.norm2_bias, p.norm1_weight, p.scale1
+    fc1, bias1, row_sums, scale = kernels.fold_norms(p.fc1, p.bias1, *norms, dtype)
+    return scale, _Layers(fc1, bias1, row_sums, *kernels.scale_rows(p.fc2, p.bias2, p.scale2, dtype))
+
+
+def _apply_mlp(kernels: Kernels, normed: Tensor, layers: _Layers, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden layer before and after its activation, and the output before it is scaled."""
+    hidden = _linear(normed, layers.fc1, layers.bias1)
+    activated = _activation(kernels, activation)[0](hidden)
+    return hidden, activated, _linear(activated, layers.fc2, layers.bias2)
+
+
+def _backward_through_mlp(
+    kernels: Kernels, grad: Tensor, keep: Tensor | None, saved: list[Tensor], activation: str
+) -> _MlpGradient:
+    normed, hidden, activated, *others = saved
+    layers = _Layers(*others)
+    branch_grad, branch_sums = kernels.residual_backward(grad, keep, hidden.dtype)
+    grad_hidden, hidden_sums, norm_sums = _activation(kernels, activation)[1](
+        _product(branch_grad, layers.fc2), hidden, layers.magnitude, layers.bias1, layers.row_sums
+    )
+    correlations = _correlation(grad_hidden, normed), _correlation(branch_grad, activated)
+    return _MlpGradient(_product(grad_hidden, layers.fc1), norm_sums, branch_sums, hidden_sums, *correlations)
+
+
+def _parameter_gradients(kernels: Kernels, p: Parameters, mlp: _MlpGradient, sums: Tensor) -> list[Tensor]:
+    """Return the gradients of `Parameters`; `sums` are those of `finish_sums`, of all images."""
+    norms = p.norm2_weight, p.norm2_bias, p.norm1_weight, p.scale1
+    grads1 = kernels.fc1_gradients(mlp.correlation1, p.fc1, *norms, sums)
+    return [*grads1, *kernels.fc2_gradients(mlp.correlation2, p.fc2, p.bias2, p.scale2, sums)]
+
+
+def _empty_mlp(x: Tensor, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return the empty tensors that an MLP saves: normalised pixels, hidden layer, activated one, and layers."""
+    batch, channels, height, width = x.shape
+    exact = torch.promote_types(x.dtype, torch.float32)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    images = [empty(batch, height, width, size) for size in (channels, columns, columns)]
+    layer1 = empty(columns, channels), empty(columns), empty(columns, dtype=exact)
+    layer2 = empty(channels, columns), empty(channels), empty(1, dtype=exact)
+    return [*images, *_Layers(*layer1, *layer2)]
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:

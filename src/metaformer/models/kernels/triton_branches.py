@@ -114,7 +114,7 @@ def _add_norm(
         identity = values * tl.load(residual_scale + c, c < channels, 0.0)
     result = (identity + (values - mean) * factor + shift).to(out.dtype.element_ty)
     tl.store(out + offsets, result, mask)
-    store_moments(result.to(tl.float32), mask, moments)
+    store_moments(result.to(tl.float32), mask, positions, channels, moments)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Triton kernels between matrix products: GELU or squared ReLU, and the residual with layer scale and drop path.
 
 Bytes moved per element, where e is the element size of the stream and h that of the matrix products: `gelu` and
-`squared_relu` 2 h, their backward passes 4 h (also sums, and the recomputed activation), `residual` 2 e + h (also the
-next norm's statistics), `residual_backward` e + h (also a sum over rows). Each of them is one pass.
+`squared_relu` 2 h, their backward passes 3 h (also sums), `residual` 2 e + h (also the next norm's statistics),
+`residual_backward` e + h (also a sum over rows). Each of them is one pass.
 
 The normal distribution's tail is 2 to the power of a polynomial that was fitted to its logarithm. That takes less than
 half the instructions of erf, with an absolute error below 5e-7 in GELU and its derivative for numbers up to 8.
@@ -41,17 +41,6 @@ def _normal_density(x):
 
 
 @triton.jit
-def _value_and_slope(x, SQUARED_RELU: tl.constexpr):
-    """The activation and its derivative: GELU, or relu(x)^2."""
-    if SQUARED_RELU:
-        positive = tl.maximum(x, 0.0)
-        return positive * positive, 2 * positive
-    else:
-        cdf = _normal_cdf(x)
-        return x * cdf, cdf + x * _normal_density(x)
-
-
-@triton.jit
 def _activation(hidden, out, count, SQUARED_RELU: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(hidden + offsets, offsets < count, 0.0).to(tl.float32)
@@ -64,7 +53,7 @@ def _activation(hidden, out, count, SQUARED_RELU: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _activation_backward(
-    grad, hidden, factor, bias, row_sums, activated, sums, norm_sums, positions, columns, SQUARED_RELU: tl.constexpr,
+    grad, hidden, factor, bias, row_sums, sums, norm_sums, positions, columns, SQUARED_RELU: tl.constexpr,
     LOOPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -78,10 +67,9 @@ def _activation_backward(
         offsets = start + position * columns + column
         x = tl.load(hidden + offsets, mask, 0.0).to(tl.float32)
         grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * grad_factor
-        value, slope = _value_and_slope(x, SQUARED_RELU)
+        slope = 2 * tl.maximum(x, 0.0) if SQUARED_RELU else _normal_cdf(x) + x * _normal_density(x)
         result = grad_out * slope
         tl.store(grad + offsets, result, mask)
-        tl.store(activated + offsets, value, mask)
         total += result
         products += result * (x - offset)
     part = tile_number()
@@ -107,7 +95,7 @@ def _residual(
         identity = identity * tl.load(residual_scale + c, c < channels, 0.0)
     result = (identity + scaled).to(out.dtype.element_ty)
     tl.store(out + offsets, result, mask)
-    store_moments(result.to(tl.float32), mask, moments)
+    store_moments(result.to(tl.float32), mask, positions, channels, moments)
 
 
 @triton.jit
@@ -130,8 +118,8 @@ def gelu(hidden: Tensor) -> Tensor:
 
 def gelu_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradient for `hidden`, gelu(hidden), and parts of the sums of the gradient that others need.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient for `hidden`, and parts of the sums of the gradient that others need.
 
     Args:
         grad: gradient of gelu(hidden) before it is multiplied by `factor`; it is overwritten.
@@ -139,8 +127,8 @@ def gelu_backward(
         factor: a factor of the result, [1].
 
     Returns:
-        The gradient g, gelu(hidden), parts of each image's sums of g, [B, parts, 4C], and parts of each image's sums of
-        u's gradient W^T g and of its product with u, [B, parts, 2].
+        The gradient g, parts of each image's sums of g, [B, parts, 4C], and parts of each image's sums of u's gradient
+        W^T g and of its product with u, [B, parts, 2].
     """
     return _activate_backward(grad, hidden, factor, bias, row_sums, squared_relu=False)
 
@@ -152,7 +140,7 @@ def squared_relu(hidden: Tensor) -> Tensor:
 
 def squared_relu_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `gelu_backward` returns, for relu(hidden)^2."""
     return _activate_backward(grad, hidden, factor, bias, row_sums, squared_relu=True)
 
@@ -166,18 +154,17 @@ def _activate(hidden: Tensor, squared_relu: bool) -> Tensor:
 
 def _activate_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, bias: Tensor, row_sums: Tensor, squared_relu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     images, height, width, columns = hidden.shape
     positions, column_tiles = height * width, cdiv(columns, COLUMNS)
     parts = cdiv(positions, ROWS * MAX_LOOPS)
-    activated = torch.empty_like(hidden)
     sums = hidden.new_empty((images, parts, columns), dtype=torch.float32)
     norm_sums = hidden.new_empty((images, parts * column_tiles, 2), dtype=torch.float32)
     _activation_backward[column_tiles, parts, images](
-        grad, hidden, factor, bias, row_sums, activated, sums, norm_sums, positions, columns,
+        grad, hidden, factor, bias, row_sums, sums, norm_sums, positions, columns,
         SQUARED_RELU=squared_relu, LOOPS=cdiv(positions, ROWS * parts), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return grad, activated, sums, norm_sums
+    return grad, sums, norm_sums
 
 
 def residual(

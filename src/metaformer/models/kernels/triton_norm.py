@@ -14,7 +14,7 @@ from metaformer.models.kernels.triton_tiles import combine_moments, store_moment
 @triton.jit
 def _statistics(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     image, p, c, offsets, mask = tile_offsets(positions, channels, BLOCK_P, BLOCK_C)
-    store_moments(tl.load(x + offsets, mask, 0.0).to(tl.float32), mask, moments)
+    store_moments(tl.load(x + offsets, mask, 0.0).to(tl.float32), mask, positions, channels, moments)
 
 
 @triton.jit

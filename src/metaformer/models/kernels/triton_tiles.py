@@ -68,9 +68,11 @@ def tile_number():
 
 
 @triton.jit
-def store_moments(values, mask, moments):
+def store_moments(values, mask, positions, channels, moments):
     """Store the number of values in a tile, their mean, and the sum of squared deviations from it."""
-    count = tl.sum(mask.to(tl.float32))
+    rows = tl.minimum(positions - tl.program_id(1) * values.shape[0], values.shape[0])
+    columns = tl.minimum(channels - tl.program_id(0) * values.shape[1], values.shape[1])
+    count = (rows * columns).to(tl.float32)
     mean = tl.sum(tl.where(mask, values, 0.0)) / count
     deviation = tl.where(mask, values - mean, 0.0)
     pointer = moments + 3 * (tile_number() * tl.num_programs(0) + tl.program_id(0))
