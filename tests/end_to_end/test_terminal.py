@@ -44,11 +44,13 @@ def test_train_and_validate(images: Path, tmp_path: Path) -> None:
     assert json.loads(lines[-1])["images"] == VAL_IMAGES
     assert too_long(lines[:-1], tmp_path, images) == []
 
-    lines, _ = shown_lines("train", data, *QUICK, *MODEL, "dry_run=true", f"run_dir={run_dir}")
+    own = ("model=metaformer", "model.depths=[1,1,1,1]", "model.dims=[8,8,16,16]", "dry_run=true")
+    lines, _ = shown_lines("train", data, *QUICK, *own, f"run_dir={tmp_path / 'other'}")
     assert any(line.startswith("dry run  ") for line in lines)
     assert too_long(lines[:-1], tmp_path, images) == []
 
     image = str(next((images / "val").rglob("*.JPEG")))
     lines, _ = shown_lines("scripts/predict", image, f"checkpoint={run_dir}", "precision=fp32")
+    assert lines[0] == "starting: 1 rank, importing torch"
     assert any(line.startswith("classes  ") for line in lines)
     assert too_long(lines, tmp_path, images) == []

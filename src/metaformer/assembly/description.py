@@ -1,6 +1,7 @@
 """Describes the settings of a run in human-readable lines."""
 
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -36,7 +37,8 @@ def describe(
         options = "".join(f", {name}={value}" for name, value in config.model.options.items())
         yield f"target       {config.model.target}{options}"
     if config.model.composition is not None:
-        yield f"parts        {_describe_parts(config.model.composition)}"
+        parts = _describe_parts(config.model.composition)
+        yield from textwrap.wrap(parts, 80, initial_indent="parts        ", subsequent_indent="parts        ")
     root, train, val = splits.train.folder.parent, len(splits.train), len(splits.val)
     yield f"data         {root}: {train:,} training, {val:,} validation images"
     if config.data.quarantine is not None:

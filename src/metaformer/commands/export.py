@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from metaformer.composing import compose_validation
 from metaformer.errors import UserError
 from metaformer.files import check_output
+from metaformer.program import announce_start
 
 if TYPE_CHECKING:
     from metaformer.assembly.exporting import Built
@@ -45,6 +46,7 @@ def main() -> None:
         if file.exists():
             raise UserError(f"--out={out}: {file} already exists; give another name, or remove it")
     check_output(f"--out={out}", out)
+    announce_start()
     from metaformer import runtime  # takes seconds, which --help and wrong options need not wait for
     from metaformer.assembly.exporting import build_exportable
     from metaformer.models.export.programs import export_onnx, export_program

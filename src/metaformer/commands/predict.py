@@ -23,6 +23,7 @@ from pathlib import Path
 from metaformer.composing import compose_validation
 from metaformer.errors import UserError, printable, warn
 from metaformer.files import check_output
+from metaformer.program import announce_start
 
 _OPTION = re.compile(r"[+~]*[a-z]\w*(\.\w+)*=.*", re.DOTALL)
 _ONLY_VALIDATION = ("results_csv", "per_class_csv", "match_classes", "data", "seed")
@@ -39,6 +40,7 @@ def main() -> None:
     arguments, overrides = _parse()
     config = compose_validation(overrides)
     _check_outputs(arguments)
+    announce_start()
     from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
     from metaformer.data.load.listed_images import list_images
     from metaformer.prediction.results import Results, Wanted
