@@ -36,7 +36,7 @@ from metaformer.training.precision import Precision
 from metaformer.training.saver import CheckpointSaver
 from metaformer.training.schedule import Schedule
 from metaformer.training.state import TrainState
-from metaformer.training.step import Learner
+from metaformer.training.step import Learner, train_step
 from metaformer.training.watchdog import Watchdog
 from tests.conftest import QUICK, TRAIN_IMAGES, rows
 from tests.training.conftest import FEATURES, TINY_CLASSES, checkpoint_folder, tensors, tiny_network, tiny_state
@@ -142,6 +142,20 @@ def test_clipping_limits_the_update(tmp_path: Path) -> None:
     assert clipped == pytest.approx(0.05 * norm, rel=1e-4)
     assert norm_before == pytest.approx(norm), "the norm before clipping must be logged"
     assert update_norm(tmp_path / "loose", 10 * norm)[0] == pytest.approx(free, rel=1e-6)
+
+
+def test_no_two_batches_have_the_same_drop_path(tmp_path: Path) -> None:
+    """Each batch of each step and rank is seeded differently, so that drop path draws other numbers for it."""
+    seeds: list[int] = []
+    for rank in range(2):
+        state = sgd_state()
+        state.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+        learner = trainer(state, tmp_path / str(rank), Numbers(4), accumulation_steps=2).learner
+        learner.runtime = Runtime(rank, 2, rank, 2, CPU.device)
+        for _ in range(3):
+            train_step(learner, Numbers(4).epoch(0))
+            state.progress.count_step(8)
+    assert len(set(seeds)) == len(seeds) == 2 * 3 * 2
 
 
 @pytest.mark.parametrize("parts", [2, 4])
