@@ -14,15 +14,15 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import RECIPE, Checkout, Job
 
 SMALL = (*RECIPE, "epochs=1", "max_steps=2", "schedule.warmup_epochs=0")
-ROWS = ("ablation/identity", "paper/poolformer_s12")
+ROWS = ("ablation/identity", "ablation/relu", "paper/poolformer_s12")
 
 
 def test_an_array_over_rows(checkout: Checkout, images: Path) -> None:
-    """An array over two rows produces two results and a table with them."""
+    """An array over three rows produces three results and a table with them."""
     options = (*QUICK, f"data.root={images}", "epochs=1", "schedule.warmup_epochs=0", "workers=0")
-    batch = ("--array=0-1%2", "slurm/reproduce_table.sbatch", "--runs=runs/rows", *ROWS)
+    batch = ("--array=0-2%2", "slurm/reproduce_table.sbatch", "--runs=runs/rows", *ROWS)
     job = checkout.sbatch(*batch, "--", *options)
-    for task in range(2):
+    for task in range(3):
         log = checkout.folder / f"slurm-{job.id}_{task}.out"
         Job(checkout.cluster, f"{job.id}_{task}", log).succeeds()
     with (checkout.folder / "runs" / "rows" / "table.csv").open(newline="") as file:
