@@ -248,7 +248,7 @@ def test_imagenet_as_shards(tmp_path: Path, archives: tuple[str, ...], prepare: 
     for split in ("train", "val"):
         assert_same_images(folders, shards, split)
     assert {path.name for path in shards.parent.iterdir()} == {"folders", "shards"}
-    assert {path.suffix for path in (shards / "train").iterdir()} == {".tar", ".idx", ".json"}
+    assert {path.suffix for path in (shards / "train").iterdir()} == {".tar", ".idx", ".sfv", ".json"}
 
 
 def assert_same_images(folders: Path, shards: Path, split: str) -> None:
@@ -346,7 +346,7 @@ def test_shards_to_pixels(images: Path, tmp_path: Path, prepare: Prepare) -> Non
     options = ("--format", "pixels", "--shard-size", "1", "--workers", "1")
     lines = prepare("folder", "--from", str(shards), "--out", str(pixels), *options).splitlines()
     number = r"[\d,]+"
-    for split, line, count in zip(("train", "val"), lines, (48, 200), strict=False):
+    for split, line, count in zip(("train", "val"), lines, (48, VAL_IMAGES), strict=False):
         kept = rf"{split}: {number} bytes of images before, {number} after \(\d+\.\d %\); at 224 px, crop \.9, "
         assert re.fullmatch(kept + rf"{count} images differ by 0\.00 of 255 on average, PSNR inf dB", line), line
     assert_same_pixels(images, pixels, "train")
