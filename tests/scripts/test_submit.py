@@ -97,7 +97,7 @@ def test_options_that_exclude_each_other(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["optimizer.lr=1e-3,fast"], "optimizer.lr: "),
+        (["optimizer.lr=1e-3,fast"], "optimizer.lr=fast: must be a number"),
         (["optimizer.lrr=1"], "optimizer.lrr: no such field"),
         (["--gpus-per-node=3"], "global_batch_size=1024: not divisible by 3 ranks"),
         (["seed=1,1", "--local"], "two jobs would train in the same run folder"),
