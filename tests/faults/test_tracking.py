@@ -1,5 +1,6 @@
 """Test that tracking neither stops nor slows a run, and that no secret reaches a file."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -45,8 +46,8 @@ def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: 
     else:
         (warning,) = warnings
         checkpoints = {(tmp_path / "run" / "checkpoints" / name).resolve() for name in ("best", "last")}
-        missing = f"{STEPS + EPOCHS + 1} rows and {len(checkpoints) + 1} files"  # and a picture
-        assert f"still missing: {missing};" in warning, warning
+        files = f"({len(checkpoints)}|{len(checkpoints) + 1}) files?"  # and, or without, the picture
+        assert re.search(f"still missing: {STEPS + EPOCHS + 1} rows and {files};", warning), warning
 
 
 def test_a_stuck_tracker_does_not_delay_an_interruption(start: Start, tmp_path: Path) -> None:
