@@ -23,6 +23,8 @@ from metaformer.prediction.grad_cam import grad_cam
 from metaformer.runtime import Runtime
 from metaformer.training.precision import Precision
 
+CAM_LAYER = "--cam-layer"  # the option that names the part of a network for heat maps
+
 
 class Outputs(NamedTuple):
     """The network's outputs for a batch.
@@ -89,7 +91,7 @@ class Predictor:
                 with self.precision.autocast():
                     logits, maps = grad_cam(self.model, layer, images)
             except ValueError as error:
-                raise UserError(f"{name}: {error}; {other_layer(self.model)}") from error
+                raise UserError(f"{name}: {error}; {other_layer(self.model, CAM_LAYER)}") from error
             return logits.cpu(), maps.cpu()
 
 
@@ -117,6 +119,6 @@ def build_predictor(config: ValidateConfig, runtime: Runtime, heat_maps: bool, l
     ]
     target = None
     if heat_maps:
-        name = "--cam: the last stage" if layer is None else f"--cam-layer={layer}"
-        target = (find_layer(model, layer, "--cam-layer"), name)
+        name = "--cam: the last stage" if layer is None else f"{CAM_LAYER}={layer}"
+        target = (find_layer(model, layer, CAM_LAYER), name)
     return Predictor(config, runtime, model, precision, images, classes, notes, target)

@@ -26,10 +26,10 @@ def find_layer(model: nn.Module, name: str | None, option: str) -> nn.Module:
     return parts["norm1"] if {"attn", "norm1"} <= parts.keys() else last
 
 
-def other_layer(model: nn.Module) -> str:
+def other_layer(model: nn.Module, option: str) -> str:
     """Return the advice to name another part of a network, with the stage before the last as an example."""
     *earlier, _ = _stages(model) or [""]
-    return "name another part of the network with --cam-layer" + (f", such as {earlier[-1]}" if earlier else "")
+    return f"name another part of the network with {option}" + (f", such as {earlier[-1]}" if earlier else "")
 
 
 def _stages(model: nn.Module) -> list[str]:

@@ -106,13 +106,17 @@ def _describe_mismatch(expected: StateDict, found: StateDict, name: str) -> str:
     parts = [f"missing {_summarize(missing)}"] if missing else []
     parts += [f"unexpected {_summarize(extra)}"] if extra else []
     if shapes:
-        parts.append(_summarize([f"{key} is {list(file)}, not {list(model)}" for key, (file, model) in shapes.items()]))
+        parts.append(_describe_shapes(shapes))
     parts += [_summarize(types)] if types else []
     return f"contains weights of {name}, which do not fit this model: {', '.join(parts)}; check model=" if parts else ""
 
 
 def _summarize(keys: list[str]) -> str:
     return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+
+def _describe_shapes(shapes: dict[str, tuple[Size, Size]]) -> str:
+    return _summarize([f"{key} is {list(file)}, not {list(model)}" for key, (file, model) in shapes.items()])
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -122,8 +126,7 @@ def _dtype_name(tensor: Tensor) -> str:
 def _describe_setting(shapes: dict[str, tuple[Size, Size]]) -> str:
     """Name the setting to change where only the number of classes or the image size differ; otherwise return ""."""
     if shapes and all(TIMM_KEY.search(key) for key in shapes):
-        differing = _summarize([f"{key} is {list(file)}, not {list(model)}" for key, (file, model) in shapes.items()])
-        return f"is for images of another size ({differing}); set image_size to that of the weights"
+        return f"is for images of another size ({_describe_shapes(shapes)}); set image_size to that of the weights"
     sizes = {key: (file, model) for key, (file, model) in shapes.items() if len(file) == len(model)}
     classes = [key for key, (file, model) in sizes.items() if file[1:] == model[1:]]
     positions = [key for key in sizes if key not in classes and POSITION_KEY.fullmatch(key)]
