@@ -92,6 +92,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def link_fewer_validation_images(images: Path, root: Path, per_class: int) -> Path:
+    """Fill `root` with links to the training images and the first validation images of each class; return it."""
+    (root / "train").symlink_to(images / "train")
+    for folder in (images / "val").iterdir():
+        (root / "val" / folder.name).mkdir(parents=True)
+        for image in sorted(folder.iterdir())[:per_class]:
+            (root / "val" / folder.name / image.name).symlink_to(image)
+    return root
+
+
 @pytest.fixture
 def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
     """A function that runs main() of train.py or validate.py in this process and returns the printed result."""

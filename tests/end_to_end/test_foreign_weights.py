@@ -14,7 +14,7 @@ import validate
 from metaformer.errors import UserError
 from metaformer.models import create_model, download, save_weights
 from metaformer.models.weight_formats import metaformer_to_official
-from tests.conftest import QUICK, REPOSITORY, launch
+from tests.conftest import QUICK, REPOSITORY, launch, link_fewer_validation_images
 from tests.local_server import Reply, Server, serve
 
 Run = Callable[..., dict[str, Any]]
@@ -24,13 +24,7 @@ NAME, FILE = "official:poolformer_s12", "poolformer_s12.pth.tar"
 @pytest.fixture(scope="module")
 def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of the training images and three validation images of each class."""
-    root = tmp_path_factory.mktemp("few")
-    (root / "train").symlink_to(images / "train")
-    for folder in (images / "val").iterdir():
-        (root / "val" / folder.name).mkdir(parents=True)
-        for image in sorted(folder.iterdir())[:3]:
-            (root / "val" / folder.name / image.name).symlink_to(image)
-    return root
+    return link_fewer_validation_images(images, tmp_path_factory.mktemp("few"), 3)
 
 
 @pytest.fixture(scope="module")

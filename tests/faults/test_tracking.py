@@ -46,7 +46,7 @@ def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: 
     else:
         (warning,) = warnings
         checkpoints = {(tmp_path / "run" / "checkpoints" / name).resolve() for name in ("best", "last")}
-        files = f"({len(checkpoints)}|{len(checkpoints) + 1}) files?"  # and, or without, the picture
+        files = f"({len(checkpoints)}|{len(checkpoints) + 1}) files?"  # with or without the picture
         assert re.search(f"still missing: {STEPS + EPOCHS + 1} rows and {files};", warning), warning
 
 

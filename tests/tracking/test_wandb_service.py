@@ -13,7 +13,7 @@ import pytest
 
 from metaformer.tracking.service import child_processes
 from metaformer.tracking.wandb import SUPERSEDED_PREFIX
-from tests.conftest import REPOSITORY, rows
+from tests.conftest import REPOSITORY, link_fewer_validation_images, rows
 from tests.faults.conftest import status
 from tests.tracking.test_wandb import SMALL, STEPS_PER_EPOCH, assert_history_is_that_of_the_file, wandb_logs
 from tests.tracking.wandb_log import WandbLog, read_wandb_log
@@ -31,13 +31,7 @@ OPENS_AND_CLOSES = REPOSITORY / "tests" / "tracking" / "open_and_close.py"
 @pytest.fixture(scope="module", name="images")
 def fewer_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The training images and 20 validation images, since a run validates many times."""
-    folder = tmp_path_factory.mktemp("fewer")
-    (folder / "train").symlink_to(images / "train")
-    for label in (images / "val").iterdir():
-        (folder / "val" / label.name).mkdir(parents=True)
-        for file in sorted(label.iterdir())[:5]:
-            (folder / "val" / label.name / file.name).symlink_to(file)
-    return folder
+    return link_fewer_validation_images(images, tmp_path_factory.mktemp("fewer"), 5)
 
 
 @contextmanager

@@ -336,6 +336,27 @@ def test_a_flipped_bit_is_named(own_shards: Path) -> None:
         assert load_index(own_shards, "train", IndexCheck.files).notes == ()
 
 
+def test_checksums_follow_the_order_of_images(own_shards: Path) -> None:
+    """Each image has its own checksum where shards are not in the order of the split's images."""
+    folder, manifest = own_shards / "train", own_shards / "train" / "shards.json"
+    before = load_index(own_shards, "train")
+    content = json.loads(manifest.read_text())
+    first, second = "shard-000000", "shard-000001"
+    for suffix in (".tar", ".idx", ".sfv"):
+        (folder / f"{first}{suffix}").rename(folder / "other")
+        (folder / f"{second}{suffix}").rename(folder / f"{first}{suffix}")
+        (folder / "other").rename(folder / f"{second}{suffix}")
+    content["shards"][:2] = reversed(content["shards"][:2])
+    manifest.write_text(json.dumps(content))
+    swapped = load_index(own_shards, "train", IndexCheck.files)
+    assert swapped.fingerprint == before.fingerprint
+    assert swapped.shards is not None
+    assert before.shards is not None
+    assert np.array_equal(swapped.shards.checksums, before.shards.checksums)
+    assert not np.array_equal(swapped.shards.numbers, before.shards.numbers)
+    assert all(image.ok for image in scan_images(swapped, "train", 1, lambda *step: None))
+
+
 def test_shards_without_checksums(own_root: Path, own_shards: Path) -> None:
     """Shards that were packed before there were checksums are read, and the full check says what it cannot compare."""
     for sfv in own_shards.rglob("*.sfv"):
