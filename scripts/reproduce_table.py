@@ -138,7 +138,8 @@ def _command(row: Row, runs: Path, arguments: argparse.Namespace) -> list[str]:
 def _run_dir(row: Row, runs: Path) -> Path:
     """Return a row's run folder: the one that train.py would choose, but in --runs."""
     _require_recipes([row])
-    return Path(default_run_dir(compose_recipe(row.name).model.name, row.name, runs))
+    assert row.model is not None, row.name
+    return Path(default_run_dir(row.model, row.name, runs))
 
 
 def _require_recipes(rows: list[Row]) -> list[Row]:
@@ -184,10 +185,15 @@ def _compare(row: Row, runs: Path) -> Comparison:
     results = runs / "results.csv"
     if not row.has_recipe:
         return Comparison(row, Outcome(note="no recipe here"), _released(row, results))
-    recipe, _ = resolve_config(compose_recipe(row.name), weights=None)
-    values: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
-    ours = read_run(_run_dir(row, runs), values)
+    folder = _run_dir(row, runs)
+    ours = read_run(folder, _settings(row)) if folder.is_dir() else Outcome()
     return Comparison(row, ours, _released(row, results))
+
+
+def _settings(row: Row) -> Any:
+    """Return a row's configuration as nested plain values. Composing it takes a fifth of a second."""
+    recipe, _ = resolve_config(compose_recipe(row.name), weights=None)
+    return OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
 
 
 def _released(row: Row, results: Path) -> Outcome:

@@ -64,6 +64,7 @@ def test_finetuning_recipe(row: Row) -> None:
     recipe, images = resolve_config(compose_recipe(row.name), None)
     assert row.model is not None
     family, size = row.model.split("_")
+    assert recipe.model.name == row.model
     assert recipe.init_weights == f"official:{row.model}"
     assert row.released_weights == f"official:{row.model}_384"
     assert (images.image_size, images.crop_pct, row.image_size) == (384, 1.0, 384)
