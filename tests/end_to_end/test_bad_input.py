@@ -13,7 +13,7 @@ import train
 import validate
 from metaformer.errors import UserError
 from metaformer.models import create_model, save_weights
-from tests.conftest import QUICK, REPOSITORY, launch
+from tests.conftest import QUICK, REPOSITORY, SMALL_NETWORK, launch
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, program: str, *overrides: str) -> str:
@@ -117,12 +117,15 @@ def test_folder_beside_the_data_set(images: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_imagenet_dir_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """data.root defaults to $IMAGENET_DIR, or to data/imagenet if that is not set."""
+    """data.root defaults to $IMAGENET_DIR, or to data/imagenet if that is not set; an empty one is refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IMAGENET_DIR", str(tmp_path / "elsewhere"))
     assert str(tmp_path / "elsewhere") in error_of(monkeypatch, "train")
     monkeypatch.delenv("IMAGENET_DIR")
     assert "data/imagenet" in error_of(monkeypatch, "train")
+    monkeypatch.setenv("IMAGENET_DIR", "")
+    for program in ("train", "validate"):
+        assert error_of(monkeypatch, program).startswith("data.root: empty; ")
 
 
 def test_checkpoint_of_another_network(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +160,22 @@ def test_run_folder_of_another_run(images: Path, tmp_path: Path, monkeypatch: py
     assert "resume=never" in error_of(monkeypatch, "train", *common, "resume=never")
     message = error_of(monkeypatch, "train", *common, f"run_dir={tmp_path / 'new'}", f"resume={tmp_path / 'run'}")
     assert "a run folder; give a checkpoint" in message
+
+
+def test_run_folder_with_other_content(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set and a folder of runs are refused as run_dir and stay as they were; a launcher's log is accepted."""
+    command = (f"data.root={images}", *QUICK, *SMALL_NETWORK, "max_steps=1")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "job.out").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", *command, f"run_dir={runs / 'one'}"])
+    train.main()
+    for folder, content in ((runs, "one"), (images, "train, val")):
+        before = sorted(folder.iterdir())
+        expected = f"run_dir={folder}: holds other folders ({content}) and no run; give a new or empty folder"
+        assert error_of(monkeypatch, "train", *command, f"run_dir={folder}") == expected
+        assert sorted(folder.iterdir()) == before
+    assert "resume=never" in error_of(monkeypatch, "train", *command, f"run_dir={runs / 'one'}", "resume=never")
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "replaced"])

@@ -13,7 +13,7 @@ import torch
 
 from metaformer.errors import UserError
 from metaformer.tracking.lock import lock_run_folder
-from metaformer.tracking.run_folder import check_empty, open_run_folder
+from metaformer.tracking.run_folder import check_empty, check_is_for_runs, open_run_folder
 from tests.conftest import QUICK, REPOSITORY
 
 Run = Callable[..., dict[str, Any]]
@@ -115,6 +115,22 @@ def test_only_an_empty_folder_is_new(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="not empty, and resume=never"):
         check_empty(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["lock", "config.yaml", "checkpoints"])
+def test_folders_that_runs_may_use(tmp_path: Path, mark: str) -> None:
+    """A folder with files only, and one with a run in any state, may be used, but not one with other folders only."""
+    check_is_for_runs(tmp_path / "new")
+    (tmp_path / "job.out").touch()
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".snapshot").mkdir()
+    check_is_for_runs(tmp_path)
+    for name in "cabd":
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"^run_dir=\S+: holds other folders \(a, b, c, \.\.\.\) and no run; "):
+        check_is_for_runs(tmp_path)
+    (tmp_path / mark).mkdir()
+    check_is_for_runs(tmp_path)
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

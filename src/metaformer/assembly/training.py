@@ -29,7 +29,7 @@ from metaformer.interfaces import Batch, Row, Tracker
 from metaformer.models import load_weights, save_state
 from metaformer.runtime import Runtime
 from metaformer.tracking.lock import lock_run_folder
-from metaformer.tracking.run_folder import check_empty, check_shared
+from metaformer.tracking.run_folder import check_empty, check_is_for_runs, check_shared
 from metaformer.training.bottleneck import Bottleneck
 from metaformer.training.checkpoint import CheckpointFolder, ResumePoint, WeightFiles
 from metaformer.training.interruption import interruptible_start
@@ -59,6 +59,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         return
     config, runtime, splits = prepared.config, prepared.runtime, prepared.splits
     state, steps_per_epoch = prepared.state, prepared.plan.steps_per_epoch
+    runtime.main_only(partial(check_is_for_runs, config.resolved_run_dir), None)
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)

@@ -86,5 +86,5 @@ class ReportTracker(NullTracker):
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
-            warn(f"report: {reason}; training continues; scripts/report.py writes it later")
+            warn(f"report: {reason}; the run is unaffected; scripts/report.py writes it later")
             self._warned = True

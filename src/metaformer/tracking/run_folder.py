@@ -22,10 +22,29 @@ from metaformer.tracking.line_file import read_objects
 from metaformer.tracking.lock import LOCK_FILE
 
 CHANGES_FILE = "changes.jsonl"
+_RUN_MARKS = (LOCK_FILE, "config.yaml", "checkpoints")  # a folder with one of them has a run
 # Raised by OmegaConf for text that is not YAML, not a configuration, or nested too deeply.
 _PARSE_ERRORS = (
     YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, RecursionError
 )  # fmt: skip
+
+
+def check_is_for_runs(run_dir: Path) -> None:
+    """Raise an error if the folder holds other folders and no run: it may be a data set, or contain several runs.
+
+    Files alone are accepted: a launcher may write its log there.
+    """
+    try:
+        folders = sorted(entry.name for entry in run_dir.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:  # there is no such folder yet, or it cannot be read, which is reported when it is written
+        return
+    foreign = [name for name in folders if name != "lost+found"]  # which a mounted file system may have
+    if foreign and not any((run_dir / name).exists() for name in _RUN_MARKS):
+        more = ", ..." if len(foreign) > 3 else ""
+        raise UserError(
+            f"run_dir={run_dir}: holds other folders ({', '.join(foreign[:3])}{more}) and no run; give a new or empty "
+            "folder"
+        )
 
 
 def check_empty(run_dir: Path) -> None:

@@ -70,6 +70,8 @@ class DataConfig:
     expected_classes: int | None = None  # published number of classes of a test set
 
     def __post_init__(self) -> None:
+        if not self.root:  # would be the current folder
+            raise UserError("data.root: empty; give a folder, or unset an empty variable such as IMAGENET_DIR")
         self.root = os.path.expanduser(self.root)  # noqa: PTH111
         if self.quarantine is not None:
             self.quarantine = os.path.expanduser(self.quarantine)  # noqa: PTH111
