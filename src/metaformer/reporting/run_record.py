@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 KINDS = ("train", "validation", "final")
 # First words of the lines of log.txt about the course of a run; the log pads them to 13 characters.
-EVENTS = ("resuming", "complete", "ALARM", "warning", "time")
+EVENTS = ("resuming", "trained", "ALARM", "warning")
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ((\w+)\s+.*)")
 
 
