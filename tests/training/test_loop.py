@@ -144,6 +144,23 @@ def test_clipping_limits_the_update(tmp_path: Path) -> None:
     assert update_norm(tmp_path / "loose", 10 * norm)[0] == pytest.approx(free, rel=1e-6)
 
 
+def test_only_the_first_step_and_validation_may_compile(tmp_path: Path) -> None:
+    """The watchdog allows for compiling in the first step and the first validation of a start, and not after them."""
+    state = sgd_state()
+    loop = trainer(state, tmp_path, Numbers(8), epochs=2)
+    allowed: dict[str, list[bool]] = {"step": [], "validation": []}
+    state.model.register_forward_hook(lambda *_: allowed["step"].append(loop.watchdog._compiling))
+    validate = loop.validate
+
+    def validate_and_note(model: nn.Module, stop: Callable[[], bool]) -> dict[str, Any]:
+        allowed["validation"].append(loop.watchdog._compiling)
+        return validate(model, stop)
+
+    loop.validate = validate_and_note
+    loop.run()
+    assert allowed == {"step": [True, *[False] * 7], "validation": [True, False]}
+
+
 def test_no_two_batches_have_the_same_drop_path(tmp_path: Path) -> None:
     """Each batch of each step and rank is seeded differently, so that drop path draws other numbers for it."""
     seeds: list[int] = []

@@ -142,15 +142,73 @@ def test_nothing_is_expected_after_training(tmp_path: Path) -> None:
     assert finish(start(script, tmp_path, 0.5)) == (0, "")
 
 
+COMPILING = """
+watchdog.COMPILE_SECONDS, watchdog.BACKSTOP_SECONDS = 2.0, 0.1
+asked = []
+dog = Watchdog(0, stall, compiles=True)
+with dog.watching():
+    dog.training_begins(folder, [], lambda: bool(asked))
+    with dog.compiling("validation"):
+        time.sleep(0.75)
+    dog.beat()
+    with dog.step():
+        time.sleep(0.75)
+    dog.beat()
+    print("compiled", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "code"),
+    [
+        ("time.sleep(0.1)", 0),
+        ("with dog.step(): time.sleep(60)", EXIT_CODE),
+        ("with dog.compiling('validation'): time.sleep(60)", EXIT_CODE),
+        ("with dog.compiling('another kind'): time.sleep(60)", EXIT_CODE),
+    ],
+)
+def test_compiling_has_an_allowance(tmp_path: Path, then: str, code: int) -> None:
+    """The first step and the first validation may exceed the limit together by `COMPILE_SECONDS`, others may not."""
+    process = start(COMPILING + textwrap.indent(then, "    "), tmp_path, 0.5)
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (code, "compiled\n"), stderr
+    assert time.monotonic() - began < 20
+
+
+def test_without_compiling_there_is_no_allowance(tmp_path: Path) -> None:
+    """The first step of a network that is not compiled has the usual limit."""
+    process = start(COMPILING.replace("compiles=True", "compiles=False"), tmp_path, 0.5)
+    assert (*process.communicate(timeout=30)[:1], process.returncode) == ("", EXIT_CODE)
+
+
+def test_a_stop_request_ends_the_allowance(tmp_path: Path) -> None:
+    """A rank that is asked to stop while it compiles does not take the rest of the allowance."""
+    script = COMPILING.replace("= 2.0,", "= 60.0,") + """
+    watchdog.STOP_SECONDS = 0.5
+    asked.append(True)
+    with dog.compiling("another kind"):
+        time.sleep(60)
+"""
+    code, stderr = finish(start(script, tmp_path, 0.5))
+    assert code == EXIT_CODE
+    assert "it was asked to stop" in stderr
+
+
 @pytest.mark.parametrize(("step", "least", "most"), [(0.1, 0.5, 2.5), (1.0, 1.9, 5.5)], ids=["quick", "slow"])
 def test_a_stop_request_shortens_the_limit(tmp_path: Path, step: float, least: float, most: float) -> None:
-    """A rank that was asked to stop and waits for others has a limit of three steps, but at least `STOP_SECONDS`."""
+    """A rank that was asked to stop and waits for others has a limit of three steps, but at least `STOP_SECONDS`.
+
+    Saves and validation batches between the steps may be shorter.
+    """
     script = f"""
         watchdog.STOP_SECONDS = 0.5
         asked = []
         with watching(0, is_asked_to_stop=lambda: bool(asked)) as dog:
             for _ in range(3):
-                time.sleep({step})
+                with dog.step():
+                    time.sleep({step})
+                dog.beat()
                 dog.beat()
             asked.append(True)
             began = time.monotonic()

@@ -12,7 +12,7 @@ def main() -> None:
     from metaformer import assembly, runtime  # takes seconds, which --help and wrong options need not wait for
     from metaformer.training.watchdog import Watchdog
 
-    watchdog = Watchdog(launched_rank(), config.guards.stall_seconds)
+    watchdog = Watchdog(launched_rank(), config.guards.stall_seconds, config.compile)
     with watchdog.watching(), runtime.start(pause_watchdog=watchdog.pause) as ranks:
         with assembly.build_training(config, ranks, watchdog) as train:
             result = train()

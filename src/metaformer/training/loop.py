@@ -88,7 +88,8 @@ class Trainer:
             is_last = progress.steps_in_epoch + 1 == self.steps_per_epoch or progress.step + 1 == self._last_step
             logs = is_last or (progress.step + 1) % config.log_every_steps == 0
             try:
-                grad_norm = train_step(self.learner, batches, measure_norm=logs)
+                with self.watchdog.step():
+                    grad_norm = train_step(self.learner, batches, measure_norm=logs)
             except StopWaitingError:
                 discard_step(self.learner)
                 self._interrupt()
@@ -149,7 +150,7 @@ class Trainer:
         state = self.state
         row = state.progress.row(kind)
         try:
-            with self.goodput.phase(VALIDATING):
+            with self.goodput.phase(VALIDATING), self.watchdog.compiling(VALIDATING):
                 self.runtime.share_buffers(state.model)
                 row |= self.validate(state.model, self._stops_validation)
                 if state.ema is not None:

@@ -19,6 +19,7 @@ DUMP_SECONDS = 2.0  # time for the other processes of the node to write their st
 TICK = 1.0  # seconds
 STDERR = 2
 STOP_SECONDS = 15.0  # torchrun allows 30
+COMPILE_SECONDS = 1800.0  # the process group's timeout, in which all ranks must have compiled
 # The backstop kills a process whose threads cannot run after BACKSTOP x stall_seconds + BACKSTOP_SECONDS.
 BACKSTOP, BACKSTOP_SECONDS = 1.25, 2 * DUMP_SECONDS
 
@@ -32,18 +33,24 @@ class Watchdog:
     process ends with exit code 4; torchrun then ends the other ranks. Time during which the process did not run
     (SIGSTOP, a suspended machine) does not count. `backstop` kills a process whose threads cannot run at all.
 
+    With `compiles`, the first step and the first validation, which compile the network, may together take
+    `COMPILE_SECONDS` more.
+
     A rank that has been asked to stop gets `STOP_SECONDS`, or three times its last step, because the sender of the
     signal has a time limit too.
     """
 
-    def __init__(self, rank: int, stall_seconds: float) -> None:
+    def __init__(self, rank: int, stall_seconds: float, compiles: bool = False) -> None:
         self._rank, self._stall_seconds = rank, stall_seconds
         self._folder: Path | None = None
         self._stacks = STDERR  # file descriptor: stderr until there is a folder
         self._peers: list[int] = []
         self._is_asked_to_stop: Callable[[], bool] = lambda: False
         self._stalled = 0.0  # seconds since the last beat in which the process ran
-        self._beat_at, self._last_interval = time.monotonic(), 0.0
+        self._beat_at, self._last_interval, self._last_step = time.monotonic(), 0.0, 0.0
+        self._compiling = False
+        self._allowance = COMPILE_SECONDS if compiles else 0.0  # what is left of it
+        self._begun: set[str] = set()  # kinds of work for which the network has been compiled
         self._is_starting, self._paused = True, False
         self._beats: int | None = None  # the backstop's pipe
         self._told_backstop_at = 0.0
@@ -107,10 +114,33 @@ class Watchdog:
             self._paused = False
             self.beat()
 
+    @contextmanager
+    def compiling(self, kind: str) -> Iterator[None]:
+        """Allow for compiling the network within the first block of this kind."""
+        self._compiling = kind not in self._begun
+        self._begun.add(kind)
+        try:
+            yield
+        finally:
+            self._compiling = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Take a training step within the block."""
+        began = time.monotonic()
+        with self.compiling("step"):
+            yield
+        self._last_step = time.monotonic() - began
+
     def beat(self) -> None:
         """Report progress of this rank."""
         now = time.monotonic()
-        self._last_interval, self._beat_at, self._stalled = now - self._beat_at, now, 0.0
+        self._last_interval, self._beat_at = now - self._beat_at, now
+        self._start_anew(now)
+
+    def _start_anew(self, now: float) -> None:
+        """Count the time without a beat from now on, here and in the backstop."""
+        self._stalled = 0.0
         if self._beats is not None and now - self._told_backstop_at > self._stall_seconds / 10:
             self._told_backstop_at = now
             with suppress(BrokenPipeError):  # the backstop was killed; the thread still watches
@@ -137,10 +167,12 @@ class Watchdog:
         before = time.monotonic()
         while not self._ended.wait(tick):
             now = time.monotonic()
-            self._stalled += min(now - before, 2 * tick)  # a longer pause: the process was stopped
+            elapsed = min(now - before, 2 * tick)  # a longer pause: the process was stopped
             before = now
-            if self._paused:
-                self.beat()
+            self._stalled += elapsed
+            self._allowance -= elapsed if self._compiling else 0.0
+            if self._paused or (self._compiling and self._allowance > 0 and not self._is_asked_to_stop()):
+                self._start_anew(now)
             if self._stalled > self._limit():
                 try:
                     self._write_stacks(self._stalled)
@@ -151,7 +183,7 @@ class Watchdog:
         """Return the seconds without a beat after which the rank ends."""
         if not self._is_asked_to_stop():
             return self._stall_seconds
-        return min(self._stall_seconds, max(STOP_SECONDS, 3 * self._last_interval))
+        return min(self._stall_seconds, max(STOP_SECONDS, 3 * max(self._last_step, self._last_interval)))
 
     def _write_stacks(self, stalled: float) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
