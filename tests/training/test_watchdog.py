@@ -8,10 +8,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from metaformer.training.watchdog import EXIT_CODE, Watchdog
+import train
+from metaformer.training.watchdog import COMPILE_SECONDS, EXIT_CODE, Watchdog
 
 PRELUDE = """
 import ctypes, os, shutil, sys, time
@@ -180,6 +182,22 @@ def test_without_compiling_there_is_no_allowance(tmp_path: Path) -> None:
     """The first step of a network that is not compiled has the usual limit."""
     process = start(COMPILING.replace("compiles=True", "compiles=False"), tmp_path, 0.5)
     assert (*process.communicate(timeout=30)[:1], process.returncode) == ("", EXIT_CODE)
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("true", COMPILE_SECONDS), ("false", 0.0)])
+def test_compile_selects_the_allowance(monkeypatch: pytest.MonkeyPatch, value: str, seconds: float) -> None:
+    """train.py gives the watchdog the allowance if `compile` is set."""
+    allowances: list[float] = []
+
+    def note(dog: Watchdog) -> NoReturn:
+        allowances.append(dog._allowance)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watchdog, "watching", note)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"compile={value}"])
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    assert allowances == [seconds]
 
 
 def test_a_stop_request_ends_the_allowance(tmp_path: Path) -> None:
