@@ -3,13 +3,18 @@
 Options: conf/ and src/metaformer/config.py, or `python train.py --help`. The same command again resumes.
 """
 
-from metaformer.death_signal import end_with_launcher
-from metaformer.program import run_program
+import sys
 
-if __name__ == "__main__":
-    end_with_launcher()  # before the imports, which take time
+try:
+    from metaformer.death_signal import end_with_launcher
+    from metaformer.program import run_program
 
-from metaformer.commands.train import main
+    if __name__ == "__main__":
+        end_with_launcher()  # before the imports, which take time
+
+    from metaformer.commands.train import main
+except ModuleNotFoundError as error:  # the wrong Python
+    sys.exit(f"error: {sys.executable} has no module {error.name}; run `make install` and start with .venv/bin/python")
 
 __all__ = ["main"]
 

@@ -1,7 +1,12 @@
 """Check a machine before training: `python scripts/doctor.py --help`, or `metaformer doctor --help`."""
 
-from metaformer.commands.doctor import main
-from metaformer.program import run_program
+import sys
+
+try:
+    from metaformer.commands.doctor import main
+    from metaformer.program import run_program
+except ModuleNotFoundError as error:  # the wrong Python
+    sys.exit(f"error: {sys.executable} has no module {error.name}; run `make install` and start with .venv/bin/python")
 
 __all__ = ["main"]
 

@@ -63,6 +63,19 @@ def test_a_wrong_option_is_refused_without_torch() -> None:
         assert imported == "[]"
 
 
+@pytest.mark.parametrize("package", [False, True], ids=["nothing", "only metaformer"])
+@pytest.mark.parametrize("program", ["train.py", "validate.py", "scripts/doctor.py"])
+def test_a_python_without_the_packages(program: str, package: bool) -> None:
+    """A Python in which `make install` was not run is told in one line how to start, without a traceback."""
+    environment = {"PYTHONPATH": str(REPOSITORY / "src")} if package else {}
+    command = [sys.executable, "-S", program]  # without site-packages
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable} has no module {'' if package else 'metaformer; '}")
+    assert line.endswith("; run `make install` and start with .venv/bin/python")
+
+
 @pytest.mark.whole
 def test_training_imports_what_it_uses() -> None:
     """Building a training imports no plots, reports, exports, or loaders and trackers that are not chosen.

@@ -202,12 +202,15 @@ def test_compile_selects_the_allowance(monkeypatch: pytest.MonkeyPatch, value: s
 
 def test_a_stop_request_ends_the_allowance(tmp_path: Path) -> None:
     """A rank that is asked to stop while it compiles does not take the rest of the allowance."""
-    script = COMPILING.replace("= 2.0,", "= 60.0,") + """
+    script = (
+        COMPILING.replace("= 2.0,", "= 60.0,")
+        + """
     watchdog.STOP_SECONDS = 0.5
     asked.append(True)
     with dog.compiling("another kind"):
         time.sleep(60)
 """
+    )
     code, stderr = finish(start(script, tmp_path, 0.5))
     assert code == EXIT_CODE
     assert "it was asked to stop" in stderr
