@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut tar": (
         lambda train: rewrite(train / "shard-000001.tar", lambda content: content[:-5000]),
-        "shard-000001.tar: truncated or changed: ",
+        ": truncated or changed: ",
     ),
     "cut index": (
         lambda train: rewrite(train / "shard-000001.idx", lambda content: content[:-30]),
@@ -264,6 +264,23 @@ def test_shards_that_are_not_whole_are_refused(own_shards: Path, kind: str) -> N
     spoil, message = REFUSED[kind]
     spoil(own_shards / "train")
     assert message in refusal(own_shards)
+
+
+def test_the_first_image_that_a_cut_tar_lost_is_named(own_shards: Path) -> None:
+    """A tar that ends within an image is refused with that image's name; one that lost only a label, without."""
+    index = load_index(own_shards, "train")
+    assert index.shards is not None
+    samples = [sample for sample in range(len(index)) if index.shards.numbers[sample] == 1]
+    ends = {sample: int(index.shards.offsets[sample] + index.sizes[sample]) for sample in samples}
+    samples.sort(key=lambda sample: -ends[sample])  # the tar is cut from its end
+    tar, problem = own_shards / "train" / "shard-000001.tar", "truncated or changed: "
+    assert len(samples) > 1
+    for position, sample in enumerate(samples):
+        os.truncate(tar, ends[sample])
+        lost = f"{index.name(samples[position - 1])}: " if position else ""
+        assert refusal(own_shards).startswith(f"{tar}: {lost}{problem}{ends[sample]:,} bytes, ")
+        os.truncate(tar, ends[sample] - 1)
+        assert refusal(own_shards).startswith(f"{tar}: {index.name(sample)}: {problem}")
 
 
 @pytest.mark.parametrize("name", ["shards.json", "shard-000000.idx", "shard-000000.sfv", "shard-000001.tar"])

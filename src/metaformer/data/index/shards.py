@@ -160,8 +160,11 @@ def list_shards(folder: Path) -> dict[str, list[int]]:
         if not all(stat.S_ISREG(status.st_mode) for status in (tar, *others)):
             raise UserError(f"{folder / name}: it or its index is a FIFO, socket or device; copy both again")
         if tar.st_size != size:
-            raise UserError(f"{folder / name}: truncated or changed: {tar.st_size:,} bytes, not the {size:,} that "
-                            f"{MANIFEST} lists; copy it again")  # fmt: skip
+            lost = _find_lost_image(folder / name, images, size, tar.st_size)
+            raise UserError(
+                f"{folder / name}: {f'{lost}: ' if lost else ''}truncated or changed: {tar.st_size:,} bytes, not the "
+                f"{size:,} that {MANIFEST} lists; copy it again"
+            )
         states = [number for status in others for number in (status.st_size, status.st_mtime_ns)]
         tars[name] = [images, size, tar.st_mtime_ns, *states, *([] if has_checksums else [-1, -1])]
     unexpected = [name for name in entries if (_SHARD.fullmatch(name) and name not in tars) or entries[name].is_dir()]
@@ -259,6 +262,15 @@ def _read_idx(tar: Path, images: int, size: int, shard: int) -> list[_Member]:
         return [_parse_line(line, size, shard) for line in lines]
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); copy it again, or rebuild it: `wds2idx {tar} {file}`") from error
+
+
+def _find_lost_image(tar: Path, images: int, size: int, present: int) -> str | None:
+    """Return the first image that a truncated tar does not contain completely; None if its index is damaged."""
+    try:
+        members = _read_idx(tar, images, size, 0)
+    except (OSError, UserError):
+        return None
+    return next((member.name for member in members if member.offset + member.size > present), None)
 
 
 def _read_sfv(file: Path, members: list[_Member]) -> list[int]:
