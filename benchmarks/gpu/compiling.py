@@ -28,10 +28,12 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Bytes of shared memory that a block may have, from NVIDIA's CUDA C++ Programming Guide.
 MAX_SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 WARP = 32  # threads
+PRODUCTS = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC"}  # tensor core instructions of each architecture
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
 POINTER_USE = re.compile(r"(?:(%\w+) = )?tt\.(addptr|splat|broadcast|expand_dims|load|store) (%\w+)")
 TILE = re.compile(r"tensor<((?:\d+x)+)")
+DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class KernelFacts:
             assumed not to be taken.
         elements: number of values that each thread computes of the largest tile.
         loads: width in bits of each global load instruction in the code.
-        products: number of tensor core instructions in the code.
+        products: number of tensor core instructions in the code, of the architecture's own kind: wgmma on sm_90.
         fused_multiply_adds: number of fma instructions in the code before ptxas, which fuses none if Triton fuses none.
         reads, writes: names of the arguments that the kernel loads from and stores to.
+        flops: floating-point operations of matrix products in each program.
     """
 
     name: str
@@ -65,6 +68,7 @@ class KernelFacts:
     fused_multiply_adds: int
     reads: frozenset[str]
     writes: frozenset[str]
+    flops: int = 0
 
     @property
     def instructions_per_element(self) -> float:
@@ -145,7 +149,10 @@ def _kernel_name(kernel: Any) -> str:
 
 
 def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) -> KernelFacts:
-    """Return the facts of a compiled kernel. Its longest loop is executed LOOPS times, a constant of the kernel."""
+    """Return the facts of a compiled kernel.
+
+    Its longest loop is executed LOOPS times, a constant of the kernel, and has all of its matrix products.
+    """
     loops = options.get("LOOPS", 1)
     usage, code = _disassemble(compiled.asm["cubin"])
     reads, writes = _arguments_used(compiled.asm["ttir"])
@@ -164,10 +171,11 @@ def read_facts(compiled: Any, name: str, arch: int, options: Mapping[str, Any]) 
         instructions=_executed(code, loops),
         elements=max(1, max(tiles, default=1) // (WARP * warps)) * loops,
         loads=tuple(_width(opcode) for opcode in opcodes if opcode.startswith("LDG")),
-        products=sum(opcode.startswith(("HMMA", "HGMMA", "UTC")) for opcode in opcodes),
+        products=sum(opcode.startswith(PRODUCTS[arch]) for opcode in opcodes),
         fused_multiply_adds=compiled.asm["ptx"].count("fma."),
         reads=reads,
         writes=writes,
+        flops=loops * sum(2 * math.prod(map(int, sides)) for sides in DOT.findall(compiled.asm["ttir"])),
     )
 
 

@@ -1,5 +1,8 @@
 """A model of a training step's time: each launch takes as long as its memory traffic, instructions or products.
 
+A Triton kernel with matrix products takes as long as its instructions and its products together: the products wait for
+the instructions between them, and programs that run side by side hide that in part only.
+
 The constants are from data sheets and published measurements, not from this project's own runs. To correct them,
 compare predictions with measurements (`python -m benchmarks.gpu --measured FILE`).
 """
@@ -12,6 +15,7 @@ from benchmarks.gpu.recording import Launch
 SHARE_OF_COPY = 0.92  # bandwidth of kernels, as a share of that of a large copy
 SHARE_OF_SLOTS = 0.75  # share of the instruction slots that kernels use
 SHARE_OF_PRODUCTS = 0.85  # rate of the network's matrix products, as a share of that of a large one
+SHARE_OF_TRITON_PRODUCTS = 0.43  # the same of products in Triton kernels: half the rate of cuBLAS
 SHORTEST_LAUNCH = 2.25e-6  # seconds on the device
 HOST_SECONDS = 34e-6  # host time per launch: Python, autograd and the launch itself
 SLOTS = 4  # instructions that a multiprocessor can start per cycle, one per scheduler
@@ -66,9 +70,10 @@ def predict(launches: Iterable[Launch], gpu: Gpu) -> PredictedTime:
     for launch in launches:
         instructions = _issue_seconds(launch, gpu)
         memory = launch.bytes / (gpu.copy_rate * SHARE_OF_COPY)
-        products = launch.flops / (gpu.product_rate * SHARE_OF_PRODUCTS)
+        share = SHARE_OF_PRODUCTS if launch.facts is None else SHARE_OF_TRITON_PRODUCTS
+        products = launch.flops / (gpu.product_rate * share)
         count, total, issue = count + 1, total + launch.bytes, issue + instructions
-        seconds += max(memory, instructions, products, SHORTEST_LAUNCH)
+        seconds += max(memory, instructions + products, SHORTEST_LAUNCH)  # a launch of torch has no instructions
     return PredictedTime(count, total, issue, seconds)
 
 

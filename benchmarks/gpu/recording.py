@@ -101,7 +101,8 @@ def as_on_a_gpu(arch: int) -> Iterator[tuple[list[Launch], FakeTensorMode]]:
     launches: list[Launch] = []
 
     def note(launch: KernelLaunch) -> None:
-        launches.append(Launch(launch.facts.name, launch.bytes, 0, launch.facts, launch.programs))
+        facts, programs = launch.facts, launch.programs
+        launches.append(Launch(facts.name, launch.bytes, facts.flops * programs, facts, programs))
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as mode,

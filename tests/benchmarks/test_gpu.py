@@ -83,14 +83,21 @@ def test_what_a_step_records(step: list[Launch]) -> None:
         parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name and "weight" in name
     ]
     positions = [56**2] * 4 + [28**2] * 4 + [14**2] * 12 + [7**2] * 4
-    forward = 1024 * sum(2 * weight * count for weight, count in zip(weights, positions, strict=True))
+    products = [1024 * 2 * weight * count for weight, count in zip(weights, positions, strict=True)]
+    forward, of_mlp = sum(products), sum(products[:4])  # the first stage's MLPs are one kernel
     classifier = 2 * 1024 * 512 * 1000
-    assert sum(launch.flops for launch in by_name["addmm"]) == forward + classifier
-    assert sum(launch.flops for launch in by_name["mm"]) == 2 * (forward + classifier)
-    hidden = 1024 * 4 * 2 * 2 * (56**2 * 64 + 28**2 * 128 + 14**2 * 320 * 3 + 7**2 * 512)  # elements, bf16, 2 blocks
+    assert sum(launch.flops for launch in by_name["addmm"]) == forward - of_mlp + classifier
+    assert sum(launch.flops for launch in by_name["mm"]) == 2 * (forward + classifier) - of_mlp / 2
+    for name in ("mlp.mlp", "mlp.mlp_backward"):  # whole tiles of 64 positions; the backward pass has as many products
+        assert of_mlp <= sum(launch.flops for launch in by_name[name]) < 1.02 * of_mlp
+    elements = [1024 * 2 * count for count in (56**2 * 64, 28**2 * 128, 14**2 * 320 * 3, 7**2 * 512)]  # 2 blocks
+    hidden = 4 * 2 * sum(elements[1:])  # bytes in bf16
     assert sum(launch.bytes for launch in by_name["elementwise.activation"]) == 2 * hidden
     sums = sum(launch.bytes for launch in by_name["elementwise.activation_backward"]) / hidden - 3
     assert 0 < sums < 0.02  # the partial sums of the bias's gradient
+    # The second block returns bf16: 10 and 8 bytes for each element of its input, and 20 backward.
+    for name, count in (("mlp.mlp", 9), ("mlp.mlp_backward", 20)):
+        assert count < sum(launch.bytes for launch in by_name[name]) / elements[0] < 1.02 * count, name
     assert len(by_name["_fused_adamw_"]) >= 2
     parameters = sum(p.numel() for p in model.parameters())
     assert sum(launch.bytes for launch in by_name["_fused_adamw_"]) == pytest.approx(7 * 4 * parameters, rel=1e-3)

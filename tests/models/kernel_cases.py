@@ -290,6 +290,48 @@ def test_error_of_gelu(kernels: Kernels) -> None:
     torch.testing.assert_close(kernels.gelu(large).flatten(), wanted, rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
+# Two tiles of positions; channels that fill no tile; few channels; several tiles of a program, and two programs.
+MLPS = [(2, 9, 8, 64), (2, 3, 5, 40), (1, 1, 9, 3), (3, 2, 3, 96), (1, 31, 17, 16), (2, 4, 4, 128)]
+
+
+@pytest.mark.parametrize("shape", MLPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["gelu", "squared_relu"])
+def test_mlp_in_one_kernel(
+    kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, activation: str
+) -> None:
+    """The whole branch, its backward pass that computes the hidden layer again, and all sums.
+
+    The reference rounds where the kernels do, but a number near the middle of two may be rounded to the other one.
+    """
+    channels, keep = shape[3], keep_factors(shape[0]) if shape[0] > 1 else None
+    x, factor, stream = draw(*shape, mean=1.0), draw(1), torch.float32 if shape[0] != 3 else dtype
+    x = x.to(stream)
+    fc1, fc2 = draw(4 * channels, channels, dtype=dtype), draw(channels, 4 * channels, dtype=dtype)
+    fc1, fc2 = fc1 * channels**-0.5, fc2 * (4 * channels) ** -0.5
+    bias1, bias2 = draw(4 * channels, dtype=dtype), draw(channels, dtype=dtype)
+    layers, scale = (fc1, bias1, fc2, bias2, factor), (draw(channels),) if activation == "squared_relu" else ()
+    stats = reference.statistics(x, EPS)
+    normed, *found = kernels.mlp(x, stats, *layers, keep, activation, EPS, stream, *scale)
+    keep_exact = None if keep is None else keep.double()
+    others = [each.double() for each in (factor, *scale)]
+    exact_layers = *layers[:4], others[0], keep_exact, activation, EPS, torch.float64, *others[1:]
+    _, *expected = reference.mlp(x.double(), stats.double(), *exact_layers)
+    assert_near(normed, reference.normalize(*exact(x, stats, dtype)), dtype)
+    assert found[0].dtype == stream
+    tolerance = 4e-4 if stream == torch.float32 else TOLERANCES[dtype]
+    assert (found[0] - expected[0]).norm() <= tolerance * expected[0].norm()
+    assert_near(found[1], reference.statistics(found[0].double(), EPS), torch.float32)
+    grad, row_sums = draw(*shape, dtype=dtype), fc1.float().sum(1)
+    backward = (grad, normed, fc1, bias1, row_sums, fc2, factor, activation)
+    grad_hidden, activated, sums, norm_sums = kernels.mlp_backward(*backward)
+    wanted = reference.mlp_backward(*exact(*backward))
+    assert_near((grad_hidden, activated), wanted[:2], dtype, dtype)
+    assert_near(sums.sum(1), wanted[2].sum(1), torch.float32)
+    terms = wanted[0].norm() * (normed.double().norm() * fc1.double().norm() + row_sums.norm())
+    assert (norm_sums.sum(1) - wanted[3].sum(1)).norm() <= 1e-6 * terms
+
+
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_residual_and_its_gradient(kernels: Kernels, draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A factor and drop path on a branch in the products' type; the sum is float32 or of that type."""
@@ -365,3 +407,14 @@ def test_offsets_beyond_two_billion(kernels: Kernels, draw: Draw) -> None:
     others = (draw(64), draw(64))
     found = kernels.gelu_backward(grads, xs, keep, *others)[0][-1:, -1, -1]
     assert_near(found, reference.gelu_backward(*exact(grad, x, keep, *others))[0][:, -1, -1], half)
+    layers = [draw(*size, dtype=half) for size in ((256, 64), (256,), (64, 256), (64,))]
+    _, summed, _ = kernels.mlp(xs, all_stats, *layers, keep, all_keep, "gelu", EPS, half)
+    expected = reference.mlp(x.double(), *exact(stats), *layers, *exact(keep, keep), "gelu", EPS, torch.float64)
+    assert_near(summed[-1:], expected[1], half)
+    narrow, narrow_grad = draw(1, 56, 56, 16, dtype=half), draw(1, 56, 56, 16, dtype=half)
+    layers = [draw(*size, dtype=half) for size in ((64, 16), (64,), (16, 64))]
+    others = (*layers[:2], draw(64), layers[2], keep, "gelu")
+    hidden_grads, activated, *_ = kernels.mlp_backward(many(narrow_grad), many(narrow), *others)
+    assert hidden_grads.numel() > 2**31
+    wanted = reference.mlp_backward(*exact(narrow_grad, narrow, *others))
+    assert_near((hidden_grads[-1:], activated[-1:]), wanted[:2], half, half)

@@ -246,6 +246,47 @@ def add_norm_backward(
     return (through_norm + grad * residual_scale).to(x.dtype), *grads, (grad * x).to(stats.dtype).sum((0, 1, 2))
 
 
+def mlp(
+    x: Tensor,
+    stats: Tensor,
+    fc1: Tensor,
+    bias1: Tensor,
+    fc2: Tensor,
+    bias2: Tensor,
+    factor: Tensor,
+    keep: Tensor | None,
+    activation: str,
+    eps: float,
+    dtype: torch.dtype,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised pixels, x plus its MLP branch, and the statistics of the sum."""
+    acc, normed = accumulation_type(x), normalize(x, stats, fc1.dtype)
+    hidden = normed.to(acc) @ fc1.t().to(acc) + bias1
+    activated = (gelu(hidden) if activation == "gelu" else squared_relu(hidden)).to(fc1.dtype)
+    branch = activated.to(acc) @ fc2.t().to(acc) + bias2
+    return normed, *residual(x, branch, factor, keep, eps, dtype, residual_scale)
+
+
+def mlp_backward(
+    grad: Tensor,
+    normed: Tensor,
+    fc1: Tensor,
+    bias1: Tensor,
+    row_sums: Tensor,
+    fc2: Tensor,
+    factor: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient of the hidden layer, its activation, and sums."""
+    acc, is_gelu = factor.dtype, activation == "gelu"
+    hidden = normed.to(acc) @ fc1.t().to(acc) + bias1
+    activated = (gelu if is_gelu else squared_relu)(hidden).to(grad.dtype)
+    backward = gelu_backward if is_gelu else squared_relu_backward
+    grad_hidden, *sums = backward(grad.to(acc) @ fc2.to(acc), hidden, factor, bias1, row_sums)
+    return grad_hidden.to(grad.dtype), activated, *sums  # type: ignore[return-value]
+
+
 def _branch_factor(stats: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
     """Return the factor of pool(x) - x, [B, C]."""
     factor = stats[:, 1:] * scale

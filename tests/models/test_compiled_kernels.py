@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="torch's CPU builds do not include triton")
 
 from benchmarks.gpu.compiling import MAX_SHARED_BYTES, KernelLaunch, compiling
 from metaformer.data.device import triton_kernel, triton_randaugment
+from metaformer.models.kernels import operators
 from metaformer.models.kernels.backend import triton_kernels
 
 EPS = 1e-5
@@ -62,6 +63,13 @@ def launch_mlp(side: int, channels: int, dropped: bool, dtype: torch.dtype) -> N
     kernels.squared_relu(hidden)
     kernels.squared_relu_backward(hidden, hidden, factor, new(4 * channels, dtype=dtype), bias1)
     _, positions = kernels.normalize_channels(x, EPS, dtype)
+    if operators._recomputes_hidden(channels, dtype):
+        layers = [new(*size, dtype=dtype) for size in (fc1.shape, bias1.shape, fc2.shape, vector.shape)]
+        for activation in ("gelu", "squared_relu"):
+            for stream, scales in ((FLOAT32, ()), (dtype, (vector,))):
+                kernels.mlp(x.to(stream), stats, *layers, factor, keep, activation, EPS, stream, *scales)
+            backward = (branch, branch, *layers[:2], bias1, layers[2], factor, activation)
+            kernels.mlp_backward(*backward)
     for scale in (None, vector):
         kernels.residual(x, branch, factor, keep, EPS, x.dtype, scale)
         kernels.add_norm(x, stats, vector, vector, keep, scale, EPS)
@@ -91,13 +99,17 @@ def launch_randaugment(side: int) -> None:
 
 @pytest.fixture
 def launches(request: pytest.FixtureRequest) -> Iterator[list[KernelLaunch]]:
-    """The launches that a test makes, compiled for the architecture that is the fixture's parameter, and checked."""
+    """The launches that a test makes, compiled for the architecture that is the fixture's parameter, and checked.
+
+    Kernels with matrix products use the tensor cores, with the architecture's own instructions.
+    """
     found: list[KernelLaunch] = []
     with compiling(request.param, found.append):
         yield found
     assert found
     for facts in {launch.facts for launch in found}:
         assert facts.stack_bytes == 0, facts
+        assert bool(facts.products) == facts.name.startswith("mlp."), facts
         assert facts.shared_bytes <= MAX_SHARED_BYTES[facts.arch], facts
 
 
@@ -109,7 +121,10 @@ def test_kernels_of_training(launches: list[KernelLaunch]) -> None:
     launch_transform(224)
     launch_randaugment(224)
     for facts in (launch.facts for launch in launches):
-        if facts.name.partition(".")[0] in ("branches", "mixer", "norm", "elementwise") and "finish" not in facts.name:
+        if (
+            facts.name.partition(".")[0] in ("branches", "mixer", "mlp", "norm", "elementwise")
+            and "finish" not in facts.name
+        ):
             assert max(facts.loads) == 128, facts.name
 
 

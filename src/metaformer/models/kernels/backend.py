@@ -34,6 +34,8 @@ class Kernels(NamedTuple):
     norm_backward: Callable[..., tuple[Tensor, ...]]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     add_norm_backward: Callable[..., tuple[Tensor, ...]]
+    mlp: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    mlp_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @cache
@@ -43,6 +45,7 @@ def triton_kernels() -> Kernels:
         triton_branches,
         triton_elementwise,
         triton_mixer,
+        triton_mlp,
         triton_norm,
         triton_weights,
     )
@@ -68,4 +71,6 @@ def triton_kernels() -> Kernels:
         triton_branches.norm_backward,
         triton_branches.add_norm,
         triton_branches.add_norm_backward,
+        triton_mlp.mlp,
+        triton_mlp.mlp_backward,
     )

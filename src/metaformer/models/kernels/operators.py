@@ -48,6 +48,7 @@ class _Layers(NamedTuple):
     magnitude: Tensor
 
 
+RECOMPUTED_CHANNELS = 64  # up to which one kernel for the MLP is predicted to be faster (docs/performance.md)
 SAVED_OF_MLP = 3 + len(_Layers._fields)  # the tensors of an MLP branch that its backward pass needs
 
 
@@ -95,24 +96,28 @@ def block(
 
     Returns:
         Images with the shape of x, their statistics, and tensors for the backward pass: statistics between the
-        branches, the mixer's scale, the pixels that norm2 normalises, the hidden layer before and after its activation,
-        and the MLP's layers. Keeping the activated layer saves writing it again in the backward pass.
+        branches, the mixer's scale, the normalised pixels, the hidden layer before and after its activation, and the
+        MLP's layers. Keeping the activated layer saves writing it again in the backward pass. Both are empty if the
+        backward pass computes them again (`_recomputes_hidden`).
     """
     kernels, p = triton_kernels(), _contiguous(parameters)
     keep1, keep2 = (None, None) if keep is None else keep
     scale, layers = _fold(kernels, p, dtype)
     y, y_stats = kernels.mix(_pixels(x), stats, scale, keep1, size, eps2, stream, *residual_scales[:1])
-    normed = kernels.normalize(y, y_stats, dtype)
-    hidden, activated, branch = _apply_mlp(kernels, normed, layers, activation)
-    z, z_stats = kernels.residual(y, branch, layers.magnitude, keep2, following_eps, out, *residual_scales[1:])
-    return _image(z), z_stats, y_stats, scale, normed, hidden, activated, *layers
+    mlp = layers, keep2, residual_scales[1:], activation, following_eps, out
+    if _recomputes_hidden(y.shape[3], dtype):
+        z, z_stats, *saved = _add_mlp_at_once(kernels, y, y_stats, *mlp)
+    else:
+        z, z_stats, *saved = _add_mlp(kernels, y, kernels.normalize(y, y_stats, dtype), *mlp)
+    return _image(z), z_stats, y_stats, scale, *saved, *layers  # type: ignore[return-value]
 
 
 @block.register_fake
 def _(x: Tensor, stats: Tensor, parameters: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
     *_, dtype, _, out = others
     z_stats, y_stats, scale = _empty_statistics(x), _empty_statistics(x), stats.new_empty(x.shape[1])
-    return _empty_image(x, out), z_stats, y_stats, scale, *_empty_mlp(x, len(parameters[5]), dtype)
+    recomputed = _recomputes_hidden(x.shape[1], dtype)
+    return _empty_image(x, out), z_stats, y_stats, scale, *_empty_mlp(x, len(parameters[5]), dtype, recomputed)
 
 
 @torch.library.custom_op("metaformer::block_backward", mutates_args=())
@@ -270,13 +275,16 @@ def mlp_branch(
     """
     kernels, pixels = triton_kernels(), _pixels(x)
     _, layers = _fold(kernels, _contiguous(_without_mixer(parameters)), dtype)
+    mlp = layers, keep, residual_scale, activation, following_eps, x.dtype
+    norm_stats = layers.magnitude.new_empty(0)
     if stats is None:
         normed, norm_stats = kernels.normalize_channels(pixels, norm_eps, dtype)
+        z, z_stats, *saved = _add_mlp(kernels, pixels, normed, *mlp)
+    elif _recomputes_hidden(pixels.shape[3], dtype):
+        z, z_stats, *saved = _add_mlp_at_once(kernels, pixels, stats, *mlp)
     else:
-        normed, norm_stats = kernels.normalize(pixels, stats, dtype), stats.new_empty(0)
-    hidden, activated, branch = _apply_mlp(kernels, normed, layers, activation)
-    z, z_stats = kernels.residual(pixels, branch, layers.magnitude, keep, following_eps, x.dtype, *residual_scale)
-    return _image(z), z_stats, norm_stats, normed, hidden, activated, *layers
+        z, z_stats, *saved = _add_mlp(kernels, pixels, kernels.normalize(pixels, stats, dtype), *mlp)
+    return _image(z), z_stats, norm_stats, *saved, *layers  # type: ignore[return-value]
 
 
 @mlp_branch.register_fake
@@ -284,7 +292,9 @@ def _(x: Tensor, stats: Tensor | None, parameters: list[Tensor], *others: Any) -
     batch, _, height, width = x.shape
     z_stats = _empty_statistics(x)
     norm_stats = z_stats.new_empty((batch, height, width, 2) if stats is None else 0)
-    return _empty_image(x, x.dtype), z_stats, norm_stats, *_empty_mlp(x, len(parameters[2]), others[-1])
+    dtype = others[-1]
+    recomputed = stats is not None and _recomputes_hidden(x.shape[1], dtype)
+    return _empty_image(x, x.dtype), z_stats, norm_stats, *_empty_mlp(x, len(parameters[2]), dtype, recomputed)
 
 
 @torch.library.custom_op("metaformer::mlp_branch_backward", mutates_args=())
@@ -370,11 +380,48 @@ def _fold(kernels: Kernels, p: Parameters, dtype: torch.dtype) -> tuple[Tensor, 
     return scale, _Layers(fc1, bias1, row_sums, *kernels.scale_rows(p.fc2, p.bias2, p.scale2, dtype))
 
 
-def _apply_mlp(kernels: Kernels, normed: Tensor, layers: _Layers, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden layer before and after its activation, and the output before it is scaled."""
+def _recomputes_hidden(channels: int, dtype: torch.dtype) -> bool:
+    """Return whether one kernel computes an MLP after a norm over the image, and its backward pass the hidden layer.
+
+    float32 products are left to torch, whose TF32 setting they follow. Other widths would need more registers.
+    """
+    return dtype.itemsize < 4 and channels <= RECOMPUTED_CHANNELS and channels % 16 == 0
+
+
+def _add_mlp_at_once(
+    kernels: Kernels,
+    x: Tensor,
+    stats: Tensor,
+    layers: _Layers,
+    keep: Tensor | None,
+    residual_scale: list[Tensor],
+    activation: str,
+    eps: float,
+    out: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_add_mlp` returns, with an empty hidden layer."""
+    of_layers = layers.fc1, layers.bias1, layers.fc2, layers.bias2, layers.magnitude
+    normed, z, z_stats = kernels.mlp(x, stats, *of_layers, keep, activation, eps, out, *residual_scale)
+    return z, z_stats, normed, normed.new_empty(0), normed.new_empty(0)
+
+
+def _add_mlp(
+    kernels: Kernels,
+    x: Tensor,
+    normed: Tensor,
+    layers: _Layers,
+    keep: Tensor | None,
+    residual_scale: list[Tensor],
+    activation: str,
+    eps: float,
+    out: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return x plus its MLP branch, its statistics, `normed`, and the hidden layer before and after its activation."""
     hidden = _linear(normed, layers.fc1, layers.bias1)
     activated = _activation(kernels, activation)[0](hidden)
-    return hidden, activated, _linear(activated, layers.fc2, layers.bias2)
+    branch = _linear(activated, layers.fc2, layers.bias2)
+    z, z_stats = kernels.residual(x, branch, layers.magnitude, keep, eps, out, *residual_scale)
+    return z, z_stats, normed, hidden, activated
 
 
 def _backward_through_mlp(
@@ -382,10 +429,16 @@ def _backward_through_mlp(
 ) -> _MlpGradient:
     normed, hidden, activated, *others = saved
     layers = _Layers(*others)
-    branch_grad, branch_sums = kernels.residual_backward(grad, keep, hidden.dtype)
-    grad_hidden, hidden_sums, norm_sums = _activation(kernels, activation)[1](
-        _product(branch_grad, layers.fc2), hidden, layers.magnitude, layers.bias1, layers.row_sums
-    )
+    branch_grad, branch_sums = kernels.residual_backward(grad, keep, normed.dtype)
+    if hidden.ndim == 1:  # it was not kept
+        of_layers = layers.fc1, layers.bias1, layers.row_sums, layers.fc2, layers.magnitude
+        grad_hidden, activated, hidden_sums, norm_sums = kernels.mlp_backward(
+            branch_grad, normed, *of_layers, activation
+        )
+    else:
+        grad_hidden, hidden_sums, norm_sums = _activation(kernels, activation)[1](
+            _product(branch_grad, layers.fc2), hidden, layers.magnitude, layers.bias1, layers.row_sums
+        )
     correlations = _correlation(grad_hidden, normed), _correlation(branch_grad, activated)
     return _MlpGradient(_product(grad_hidden, layers.fc1), norm_sums, branch_sums, hidden_sums, *correlations)
 
@@ -397,7 +450,7 @@ def _parameter_gradients(kernels: Kernels, p: Parameters, mlp: _MlpGradient, sum
     return [*grads1, *kernels.fc2_gradients(mlp.correlation2, p.fc2, p.bias2, p.scale2, sums)]
 
 
-def _empty_mlp(x: Tensor, columns: int, dtype: torch.dtype) -> list[Tensor]:
+def _empty_mlp(x: Tensor, columns: int, dtype: torch.dtype, recomputed: bool) -> list[Tensor]:
     """Return the empty tensors that an MLP saves: normalised pixels, hidden layer, activated one, and layers."""
     batch, channels, height, width = x.shape
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -405,7 +458,8 @@ def _empty_mlp(x: Tensor, columns: int, dtype: torch.dtype) -> list[Tensor]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    images = [empty(batch, height, width, size) for size in (channels, columns, columns)]
+    hidden = (0,) if recomputed else (batch, height, width, columns)
+    images = empty(batch, height, width, channels), empty(*hidden), empty(*hidden)
     layer1 = empty(columns, channels), empty(columns), empty(columns, dtype=exact)
     layer2 = empty(channels, columns), empty(channels), empty(1, dtype=exact)
     return [*images, *_Layers(*layer1, *layer2)]

@@ -27,7 +27,7 @@ MAX_LOOPS = 16  # adjacent tiles of an image along the rows, summed by one progr
 
 
 @triton.jit
-def _normal_cdf(x):
+def normal_cdf(x):
     """The cumulative distribution function of the standard normal distribution, within 3e-7 in float32."""
     a = tl.minimum(tl.abs(x), 12.0)  # where the tail is 1e-33; the polynomial would grow from 20 on
     cubic = -0.0530703771 + a * (0.00785383861 + a * (-0.000699174094 + a * 2.50351006e-05))
@@ -36,7 +36,7 @@ def _normal_cdf(x):
 
 
 @triton.jit
-def _normal_density(x):
+def normal_density(x):
     return tl.exp2(x * (x * -0.7213475204444817)) * 0.3989422804014327
 
 
@@ -48,7 +48,7 @@ def _activation(hidden, out, count, SQUARED_RELU: tl.constexpr, BLOCK: tl.conste
         positive = tl.maximum(x, 0.0)
         tl.store(out + offsets, positive * positive, offsets < count)
     else:
-        tl.store(out + offsets, x * _normal_cdf(x), offsets < count)
+        tl.store(out + offsets, x * normal_cdf(x), offsets < count)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _activation_backward(
         offsets = start + position * columns + column
         x = tl.load(hidden + offsets, mask, 0.0).to(tl.float32)
         grad_out = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * grad_factor
-        slope = 2 * tl.maximum(x, 0.0) if SQUARED_RELU else _normal_cdf(x) + x * _normal_density(x)
+        slope = 2 * tl.maximum(x, 0.0) if SQUARED_RELU else normal_cdf(x) + x * normal_density(x)
         result = grad_out * slope
         tl.store(grad + offsets, result, mask)
         total += result
