@@ -5,6 +5,7 @@
 `to_read` is the loader's part (order, crop, RandAugment); `to_transform` is the trainer's (order, mixing, erasing).
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ IMAGES, BATCHES, REPEATS = 1_281_167, 20, 15
 
 def main() -> None:
     """Print the fastest of several repeats for several batch sizes per rank."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for size in (64, 128, 256, 512, 1024):
         plan = TrainingPlan(
             num_samples=IMAGES,

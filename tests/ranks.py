@@ -1,9 +1,7 @@
 """Helpers that run a function on several local ranks, joined by gloo, and that mount and fill a small disk."""
 
-import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from metaformer.runtime import Runtime, start
-from metaformer.signals import STOP_SIGNALS
+from tests.fork_server import context
 
 TIMEOUT_SECONDS = 60.0  # after which ranks count as hanging
 Work = Callable[[Runtime], Any]
@@ -23,8 +21,6 @@ Work = Callable[[Runtime], Any]
 
 def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
     """Run a module-level function on each rank, and return its results or the errors that it raised."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks", work.__module__])
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     results = context.Queue()
@@ -42,13 +38,7 @@ def on_ranks(work: Work, world_size: int = 2) -> list[Any]:
     return [found[rank] for rank in range(world_size)]
 
 
-def unblock_stop_signals() -> None:
-    """Receive stop signals: the fork server may have been started by a loader, with these signals blocked."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
 def _run(work: Work, rank: int, world_size: int, port: int, results: Any) -> None:
-    unblock_stop_signals()
     torch.set_num_threads(1)
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}

@@ -1,7 +1,6 @@
 """Fixtures for runs with faults: real processes, real signals, a small PoolFormer, real JPEGs."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -9,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 from tests.conftest import BIN, QUICK, REPOSITORY, TRAIN_IMAGES, rows
 from tests.end_to_end.test_training import assert_same_checkpoint
 from tests.faults.program import run_as
+from tests.fork_server import ForkedProcess
 from tests.warm import python
 
 STEPS_PER_EPOCH = TRAIN_IMAGES // 8
@@ -33,7 +32,7 @@ GRACE = 8.0  # seconds; rank 0 reports an error before the other ranks
 class Job:
     """The ranks of a run."""
 
-    processes: list[ForkServerProcess]
+    processes: list[ForkedProcess]
     log: Path
 
     def wait(self, timeout: float = TIMEOUT) -> list[int | None]:
@@ -79,8 +78,6 @@ Start = Callable[..., Job]
 @pytest.fixture
 def start(images: Path, tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts train.py's ranks like torchrun, from a process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.program"])
     jobs: list[Job] = []
 
     def begin(
@@ -92,7 +89,7 @@ def start(images: Path, tmp_path: Path) -> Iterator[Start]:
         processes = []
         for rank in range(ranks):
             arguments = (rank, ranks, port, argv, environment, tmp_path / f"{log.name}-{rank}")
-            processes.append(context.Process(target=run_as, args=arguments))
+            processes.append(ForkedProcess(target=run_as, args=arguments))
             processes[-1].start()
         jobs.append(Job(processes, log))
         return jobs[-1]

@@ -33,7 +33,6 @@ from metaformer.training.checkpoint import CheckpointFolder
 from metaformer.training.loop import Trainer
 from metaformer.training.state import Snapshot
 from metaformer.training.step import Learner, train_step
-from tests.ranks import unblock_stop_signals
 
 SMALL = Architecture((1, 1, 1, 1), (8, 16, 24, 32), POOLING, drop_path_rate=0.1)
 
@@ -189,7 +188,6 @@ def run_as(rank: int, world_size: int, port: int, argv: list[str], environment: 
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = ["train.py", *argv]
-    unblock_stop_signals()
     main()
 
 

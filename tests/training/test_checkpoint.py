@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -24,6 +23,7 @@ from metaformer.models import load_weights
 from metaformer.training.checkpoint import CheckpointFolder, find_weights
 from metaformer.training.config import CheckpointConfig
 from metaformer.training.state import Best, TrainState
+from tests.fork_server import context
 from tests.training.conftest import advance, checkpoint_folder, tensors, tiny_network, tiny_state
 
 Checkpoints = Callable[..., CheckpointFolder]
@@ -249,8 +249,6 @@ def save_forever(folder: Path, started: Any) -> None:
 
 def test_sigkill_never_breaks_the_last(tmp_path: Path) -> None:
     """A run that is killed at random moments while saving always resumes from a complete last checkpoint."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.test_checkpoint"])
     rng, folder, step = random.Random(0), tmp_path / "checkpoints", 0
     for _ in range(KILLS):
         started = context.Event()
@@ -284,8 +282,7 @@ def save_and_die(folder: Path, at: int) -> None:
 def test_sigkill_at_each_moment_of_a_save(tmp_path: Path, checkpoints: Checkpoints) -> None:
     """A run that is killed before any file system change of a save has a complete checkpoint, and can save again."""
     save_steps(checkpoints(keep=3), 1, 2, 3, best=1)
-    template, context = tmp_path / "run" / "checkpoints", multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.test_checkpoint"])
+    template = tmp_path / "run" / "checkpoints"
     for at in itertools.count():
         folder = tmp_path / str(at)
         shutil.copytree(template, folder, symlinks=True)

@@ -178,15 +178,17 @@ class Trainer:
         # The mean over the ranks, so that training can resume on another number of ranks.
         state.loss_sum.copy_(self.runtime.sum(state.loss_sum) / self.runtime.world_size)
         check_loss(state.progress.row("train"), float(state.loss_sum), int(state.skipped_in_a_row), self._most_skipped)
-        with self.goodput.phase(SAVING):
-            self.runtime.main_only(lambda: self.saver.save(state, name, is_best), None)
+        self._on_main(lambda: self.saver.save(state, name, is_best))
         self.goodput.record_save()
         self._saved_step = state.progress.step
-        self.watchdog.beat()
 
     def _finish_saving(self) -> None:
+        self._on_main(lambda: self.saver.wait(must_succeed=True))
+
+    def _on_main(self, save: Callable[[], None]) -> None:
+        """Run a part of saving on rank 0; the other ranks wait for it."""
         with self.goodput.phase(SAVING):
-            self.runtime.main_only(lambda: self.saver.wait(must_succeed=True), None)
+            self.runtime.from_main(save)
         self.watchdog.beat()
 
     def _finish(self) -> None:
