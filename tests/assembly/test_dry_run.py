@@ -1,6 +1,7 @@
 """Tests of dry runs: they predict a run from real steps, and write nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaformer import runtime
-from metaformer.assembly.dry_run import dry_run
+from metaformer.assembly.dry_run import STEPS, dry_run
 from metaformer.assembly.preparation import prepare_training
 from metaformer.composing import compose_training
 from metaformer.errors import UserError
@@ -70,3 +71,22 @@ def test_the_largest_batch(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match=r"0 do; use a smaller image_size or network$"):
         run_with_room_for(1, *data)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_not_watched(images: Path, tmp_path: Path) -> None:
+    """All steps of a dry run, and of its search for the largest batch, are taken while the watchdog is paused."""
+    paused = [False]
+
+    @contextmanager
+    def pause() -> Iterator[None]:
+        before, paused[0] = paused[0], True
+        yield
+        paused[0] = before
+
+    seen = []
+    with runtime.start(pause_watchdog=pause) as ranks:
+        prepared = prepare_training(compose_training([*SMALL, f"data.root={images}", f"run_dir={tmp_path}"]), ranks)
+        prepared.state.model.register_forward_pre_hook(lambda *_: seen.append(paused[0]))
+        dry_run(prepared, searches=True)
+    assert len(seen) > STEPS
+    assert all(seen)

@@ -113,6 +113,8 @@ def test_a_hang_in_the_start(tmp_path: Path) -> None:
         dog = Watchdog(0, stall)
         with dog.watching():
             with dog.pause():
+                with dog.pause():
+                    pass
                 time.sleep(3 * stall)
             print("paused", flush=True)
             hangs()

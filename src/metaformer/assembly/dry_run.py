@@ -41,7 +41,8 @@ def dry_run(prepared: Preparation, searches: bool | None = None) -> dict[str, An
     runtime = prepared.runtime
     searches = runtime.device.type == "cuda" if searches is None else searches
     network = prepared.distribute()
-    with closing(prepared.feed()) as feed:
+    # Not watched: compiling, and a search for the largest batch, may take long.
+    with runtime.pause_watchdog(), closing(prepared.feed()) as feed:
         batches = itertools.chain.from_iterable(feed.epoch(epoch) for epoch in itertools.count())
         first = next(batches)
         largest = _largest(prepared, first) if searches else None

@@ -107,11 +107,11 @@ class Watchdog:
         if not self._is_starting:
             yield
             return
-        self._paused = True
+        before, self._paused = self._paused, True
         try:
             yield
         finally:
-            self._paused = False
+            self._paused = before
             self.beat()
 
     @contextmanager
