@@ -1,6 +1,5 @@
 """Test that tracking neither stops nor slows a run, and that no secret reaches a file."""
 
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -46,8 +45,15 @@ def test_a_tracker_in_trouble(start: Start, undisturbed: Undisturbed, tmp_path: 
     else:
         (warning,) = warnings
         checkpoints = {(tmp_path / "run" / "checkpoints" / name).resolve() for name in ("best", "last")}
-        files = f"({len(checkpoints)}|{len(checkpoints) + 1}) files?"  # with or without the picture
-        assert re.search(f"still missing: {STEPS + EPOCHS + 1} rows and {files};", warning), warning
+        rows_missing = f"still missing: {STEPS + EPOCHS + 1} rows and"
+        with_picture, without = (
+            f"{rows_missing} {n} file{'s' * (n != 1)};" for n in (len(checkpoints) + 1, len(checkpoints))
+        )
+        # The picture comes before the first row, at which wandb gets stuck: it has been delivered if wandb was open.
+        opened = "has not opened" not in warning
+        assert opened or with_picture in warning, warning
+        assert not opened or fault == "tracker-blocks", warning
+        assert with_picture in warning or without in warning, warning
 
 
 def test_a_stuck_tracker_does_not_delay_an_interruption(start: Start, tmp_path: Path) -> None:
