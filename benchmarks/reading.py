@@ -30,7 +30,6 @@ from metaformer.data.load.image_file import StoredImage
 from metaformer.data.load.jpeg_decoder import DECODERS, DecodeRegion, region_decoder
 from metaformer.data.load.torch_reader import TorchReader, open_stored
 from metaformer.data.plan.augmentation import AugmentationConfig, RandAugmentConfig
-from metaformer.data.plan.geometry import random_resized_crop
 from metaformer.data.plan.plan import BatchPlan, TrainingPlan
 from metaformer.program import run_program
 
@@ -112,9 +111,7 @@ class Reading:
 
     def _decode(self, plan: BatchPlan, row: int) -> None:
         (width, height), cut = open_stored(self._read(plan, row), decode=self._decoder)
-        crop = plan.crop
-        assert crop is not None
-        cut(random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+        cut(plan.region(row, width, height))
 
     def _make_image(self, plan: BatchPlan, row: int) -> None:
         self._batch.copy_(self._reader.read(self._read(plan, row), plan, row))

@@ -72,6 +72,7 @@ def measure(index: ImageIndex, rate: int) -> dict[str, float]:
     with closing(ImageBytes(index)) as stored:
         for plan in batches:
             images += len(plan)
+            stored.read_ahead(plan)
             for row, sample in enumerate(plan.samples.tolist()):
                 reader.decode(stored.read(sample), plan, row)
     read = (_bytes_read() - before) / images

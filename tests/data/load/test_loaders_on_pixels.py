@@ -2,20 +2,26 @@
 
 import mmap
 import os
+from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from metaformer.assembly import make_loader
 from metaformer.data.index.image_index import ImageIndex, load_index
 from metaformer.data.load.config import LoaderConfig, LoaderName
 from metaformer.data.load.image_bytes import ImageBytes
-from metaformer.data.load.image_file import cut_out
+from metaformer.data.load.image_file import StoredImage, cut_out, read_ahead
+from metaformer.data.load.torch_reader import TorchReader
+from metaformer.data.load.worker_loader import WorkerLoader
 from metaformer.data.plan.geometry import Box
+from metaformer.data.plan.plan import BatchPlan
 from metaformer.errors import UserError
 from tests.data.conftest import decode
 from tests.data.load.test_loaders import (
@@ -79,11 +85,44 @@ def test_a_crop_reads_no_more_than_its_rows_from_the_disk(tmp_path: Path) -> Non
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     image = np.ndarray((height, width, 3), np.uint8, mapped, 10 * height * row)
     before = bytes_read()
+    read_ahead(image, Box(100, 200, 300, 40))
     cut_out(image, Box(100, 200, 300, 40))
     read = bytes_read() - before
     if not read:
         pytest.skip("the temporary folder is in memory")
     assert read < 40 * row + 4 * mmap.PAGESIZE
+
+
+def test_the_regions_of_a_batch_are_requested_before_the_first_is_cut_out(tmp_path: Path) -> None:
+    """The disk has got the requests for all regions when the first image is decoded, and gets no others."""
+
+    class Recorder(TorchReader):
+        def decode(self, stored: StoredImage, plan: BatchPlan, row: int) -> Tensor:
+            found.append(bytes_read())
+            return super().decode(stored, plan, row)
+
+    for split, name, number in product(("train", "val"), "ab", range(4)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (200, 200), "red").save(folder / f"{number}.JPEG")
+    index = load_index(decode(tmp_path / "data", tmp_path / "pixels"), "train")
+    assert index.shards is not None
+    for name in index.shards.names:
+        with (index.folder / name).open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found, before = list[int](), bytes_read()
+    loader = WorkerLoader(
+        Recorder(), index, replace(training_plan(batch=8), num_samples=8), 0, prefetch_batches=2, pin_memory=False
+    )
+    with closing(loader):
+        list(loader.epoch(0))
+    found.append(bytes_read())
+    if found[-1] == before:
+        pytest.skip("the temporary folder is in memory")
+    assert len(found) == 9
+    assert set(found) == {found[0]}
+    assert found[0] > before
 
 
 def bytes_read() -> int:

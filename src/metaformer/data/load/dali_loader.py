@@ -35,9 +35,10 @@ from metaformer.data.load.image_file import (
     has_plain_pixels,
     jpeg_header,
     open_image,
+    read_ahead,
 )
 from metaformer.data.load.pil_reader import PilReader
-from metaformer.data.plan.geometry import Box, central_part, random_resized_crop
+from metaformer.data.plan.geometry import central_part
 from metaformer.data.plan.plan import BatchPlan, Plan
 from metaformer.errors import UserError
 from metaformer.interfaces import Waiting
@@ -180,10 +181,9 @@ class DaliLoader:
         except BAD_FILE as error:
             self._unreadable[sample] = describe_bad_file(self._index.location(sample), error)
             return np.zeros((1, 1, 3), np.uint8)
-        if plan.crop is None:
-            return cut_out(pixels, central_part(width, height) or Box(0, 0, width, height))
-        crop = plan.crop
-        return cut_out(pixels, random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+        region = plan.region(row, width, height)
+        read_ahead(pixels, region)
+        return cut_out(pixels, region)
 
     def _read_encoded(self, plan: BatchPlan, row: int) -> Encoded:
         try:

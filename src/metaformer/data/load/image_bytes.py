@@ -5,6 +5,7 @@ import resource
 import stat
 import weakref
 import zlib
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 from metaformer.data.index.image_index import ImageIndex
 from metaformer.data.index.shards import NO_CHECKSUM
 from metaformer.data.load.bad_file import DamagedShard
-from metaformer.data.load.image_file import Encoded, StoredImage
+from metaformer.data.load.image_file import Encoded, StoredImage, read_ahead
 from metaformer.data.load.pixel_maps import PixelMaps
+from metaformer.data.plan.plan import BatchPlan
 from metaformer.errors import UserError
 
 OTHER_FILES = 256  # open files that a process may need besides the shards
@@ -56,6 +58,20 @@ class ImageBytes:
         encoded = np.empty(int(self._index.sizes[sample]), np.uint8)
         descriptor, offset = self._descriptor(int(shards.numbers[sample])), int(shards.offsets[sample])
         return _read(descriptor, offset, encoded, "the shard ends before the image")
+
+    def read_ahead(self, plan: BatchPlan) -> None:
+        """Make the kernel start to read the regions that a batch needs of images stored as pixels; return at once.
+
+        The disk then works on the next images while the first ones are resized. Images that cannot be read are left
+        out, because `read` reports them.
+        """
+        if self._maps is None:
+            return
+        for row, sample in enumerate(plan.samples.tolist()):
+            with suppress(OSError):
+                pixels = self._maps.read(sample)
+                height, width, _ = pixels.shape
+                read_ahead(pixels, plan.region(row, width, height))
 
     def check(self, sample: int) -> StoredImage:
         """Return an image as `read` does, after comparing it with its checksum if it has one.

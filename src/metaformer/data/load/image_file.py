@@ -109,14 +109,16 @@ def is_decoded(image: StoredImage) -> bool:
 
 def cut_out(pixels: PixelArray, box: Box) -> PixelArray:
     """Return a contiguous copy of a region; of a mapped file, only its rows are read."""
-    rows = pixels[box.top : box.top + box.height]
-    if isinstance(pixels.base, mmap.mmap):
-        _read_ahead(rows, pixels.base)
-    return rows[:, box.left : box.left + box.width].copy()
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width].copy()
 
 
-def _read_ahead(rows: PixelArray, mapped: mmap.mmap) -> None:
-    """Make the kernel read these rows of a map at once; by default it reads far around each missing page."""
+def read_ahead(pixels: PixelArray, box: Box) -> None:
+    """Make the kernel start to read the rows of a region of a mapped image, and return at once.
+
+    Without this, the kernel reads far around each page that is missing when the region is cut out.
+    """
+    rows, mapped = pixels[box.top : box.top + box.height], pixels.base
+    assert isinstance(mapped, mmap.mmap)
     start = rows.ctypes.data - np.frombuffer(mapped, np.uint8, 1).ctypes.data
     page = start % mmap.PAGESIZE  # madvise takes whole pages
     mapped.madvise(mmap.MADV_WILLNEED, start - page, rows.nbytes + page)

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaformer.data.load.image_file import StoredImage, check_pixels, cut_out, decode_rgb, is_decoded
 from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.load.reader import ImageReader
-from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
+from metaformer.data.plan.geometry import Box, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
 
@@ -28,10 +28,7 @@ class PilReader(ImageReader[Image.Image]):
 
     def decode(self, stored: StoredImage, plan: BatchPlan, row: int) -> Image.Image:
         (width, height), cut = _open(stored, self.max_pixels)
-        if plan.crop is None:
-            return cut(central_part(width, height) or Box(0, 0, width, height))
-        crop = plan.crop
-        return cut(random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+        return cut(plan.region(row, width, height))
 
     def augment(self, region: Image.Image, plan: BatchPlan, row: int) -> Tensor:
         size = plan.image_size

@@ -26,7 +26,7 @@ from metaformer.data.load.jpeg_decoder import DecodeRegion, region_decoder
 from metaformer.data.load.limits import MAX_PIXELS
 from metaformer.data.load.reader import ImageReader
 from metaformer.data.load.scaled_decoder import decode_scaled
-from metaformer.data.plan.geometry import Box, central_part, random_resized_crop, resize_and_center_crop
+from metaformer.data.plan.geometry import Box, resize_and_center_crop
 from metaformer.data.plan.plan import BatchPlan
 from metaformer.data.plan.randaugment import apply_operations
 
@@ -50,10 +50,7 @@ class TorchReader(ImageReader[Tensor]):
         if self.scaled and plan.crop is not None:
             decoder = partial(decode_scaled, size=plan.image_size, exact=decoder)
         (width, height), cut = open_stored(stored, self.max_pixels, decoder)
-        if plan.crop is None:
-            return cut(central_part(width, height) or Box(0, 0, width, height))
-        crop = plan.crop
-        return cut(random_resized_crop(crop.tries[row], crop.position[row], crop.aspects, width, height))
+        return cut(plan.region(row, width, height))
 
     def augment(self, region: Tensor, plan: BatchPlan, row: int) -> Tensor:
         size = plan.image_size

@@ -146,6 +146,7 @@ class _Batches(Dataset[_Made | str]):
         images = _allocate((len(plan), plan.image_size, plan.image_size, 3))
         read = decode = augment = 0.0
         completed = time.monotonic()
+        self.stored.read_ahead(plan)
         for row, sample in enumerate(plan.samples.tolist()):
             started = completed
             try:

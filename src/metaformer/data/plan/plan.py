@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from metaformer.data.plan.augmentation import AugmentationConfig, Interpolation
 from metaformer.data.plan.balance import ClassBalance
 from metaformer.data.plan.draws import Float64, Int64, generator, sample_bits, uniforms
-from metaformer.data.plan.geometry import evaluation_resize
+from metaformer.data.plan.geometry import Box, central_part, evaluation_resize, random_resized_crop
 from metaformer.data.plan.randaugment import (
     DRAWS_PER_OPERATION,
     IMAGENET_COLOUR,
@@ -72,6 +72,12 @@ class BatchPlan:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def region(self, row: int, width: int, height: int) -> Box:
+        """Return the region that is resized of the image at position `row`, which has this size in pixels."""
+        if self.crop is None:
+            return central_part(width, height) or Box(0, 0, width, height)
+        return random_resized_crop(self.crop.tries[row], self.crop.position[row], self.crop.aspects, width, height)
 
 
 class Plan(Protocol):
