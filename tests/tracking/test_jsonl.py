@@ -84,11 +84,14 @@ def test_half_written_last_line(tmp_path: Path, resumed_at: int, ending: str) ->
     assert [each["step"] for each in read(tmp_path / "metrics.jsonl")] == list(range(1, resumed_at + 3))
 
 
-def test_another_file_is_rejected(tmp_path: Path) -> None:
-    """The error for a metrics.jsonl with other content names the line, and the file is not changed."""
-    text = "epoch,loss\n1,2.0\n" + json.dumps(row(1)) + "\n"
+@pytest.mark.parametrize("number", [1, 2], ids=["first", "last"])
+def test_another_file_is_rejected(tmp_path: Path, number: int) -> None:
+    """The error for a metrics.jsonl with another whole line names the line, and the file is not changed."""
+    lines = [json.dumps(row(1))]
+    lines.insert(number - 1, "epoch,loss")
+    text = "\n".join(lines) + "\n"
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is not JSON; move the file away"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: line {number} is not JSON; move the file away"):
         JsonlTracker(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 

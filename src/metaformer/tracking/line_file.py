@@ -53,7 +53,7 @@ def read_objects(path: Path, types: dict[str, type], allow_partial_last_line: bo
 
     Args:
         types: Fields that each object must have, with their types.
-        allow_partial_last_line: Skip a last line that is not JSON, such as a crash during a write leaves behind.
+        allow_partial_last_line: Skip the start of a line at the end, which a crash during a write leaves behind.
 
     Raises:
         OSError: The file cannot be read.
@@ -61,12 +61,13 @@ def read_objects(path: Path, types: dict[str, type], allow_partial_last_line: bo
     if not path.exists():
         return []
     objects = []
-    lines = path.read_bytes().splitlines()
+    content = path.read_bytes()
+    lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
-            if allow_partial_last_line and number == len(lines):
+            if allow_partial_last_line and number == len(lines) and not content.endswith(b"\n"):
                 break
             raise UserError(f"{path}: line {number} is not JSON; move the file away") from error
         if not isinstance(found, dict) or not all(type(found.get(name)) is kind for name, kind in types.items()):
