@@ -52,6 +52,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_training(
     images: Path, tmp_path: Path, run_program: Run
 ) -> None:
     """A folder in the place of per_class.csv gives a warning in the log."""
+    (tmp_path / "lock").touch()  # it is the folder of a run
     (tmp_path / "per_class.csv").mkdir()
     assert run_program("train", f"data.root={images}", *SMALL, f"run_dir={tmp_path}")["images"] == VAL_IMAGES
     assert "results by class cannot be written" in (tmp_path / "log.txt").read_text()
