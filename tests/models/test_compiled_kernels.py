@@ -139,6 +139,7 @@ def test_randaugment_rounds_as_torch_does(launches: list[KernelLaunch]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 6 minutes on a busy machine, if nothing is in Triton's cache
 @pytest.mark.parametrize("launches", [80, 89, 90, 100], indirect=True, ids="sm_{}".format)
 @pytest.mark.parametrize("shapes", [S12, M36, ODD], ids=["s12", "m36", "odd"])
 def test_all_kernels(launches: list[KernelLaunch], shapes: tuple[tuple[int, int], ...]) -> None:
