@@ -59,7 +59,7 @@ def build_training(config: TrainConfig, runtime: Runtime, watchdog: Watchdog) ->
         return
     config, runtime, splits = prepared.config, prepared.runtime, prepared.splits
     state, steps_per_epoch = prepared.state, prepared.plan.steps_per_epoch
-    runtime.main_only(partial(check_is_for_runs, config.resolved_run_dir), None)
+    runtime.from_main(partial(check_is_for_runs, config.resolved_run_dir))
     with ExitStack() as stack:
         lock = runtime.main_only(lambda: stack.enter_context(lock_run_folder(config.resolved_run_dir)), None)
         check_shared(config.resolved_run_dir, runtime)

@@ -48,6 +48,17 @@ class _Layers(NamedTuple):
     magnitude: Tensor
 
 
+class _Mlp(NamedTuple):
+    """An MLP branch without its input: the options are those of `block`, and eps is of the norm after the branch."""
+
+    layers: _Layers
+    keep: Tensor | None
+    residual_scale: list[Tensor]
+    activation: str
+    eps: float
+    out: torch.dtype
+
+
 RECOMPUTED_CHANNELS = 64  # up to which one kernel for the MLP is predicted to be faster (docs/performance.md)
 SAVED_OF_MLP = 3 + len(_Layers._fields)  # the tensors of an MLP branch that its backward pass needs
 
@@ -104,11 +115,8 @@ def block(
     keep1, keep2 = (None, None) if keep is None else keep
     scale, layers = _fold(kernels, p, dtype)
     y, y_stats = kernels.mix(_pixels(x), stats, scale, keep1, size, eps2, stream, *residual_scales[:1])
-    mlp = layers, keep2, residual_scales[1:], activation, following_eps, out
-    if _recomputes_hidden(y.shape[3], dtype):
-        z, z_stats, *saved = _add_mlp_at_once(kernels, y, y_stats, *mlp)
-    else:
-        z, z_stats, *saved = _add_mlp(kernels, y, kernels.normalize(y, y_stats, dtype), *mlp)
+    mlp = _Mlp(layers, keep2, residual_scales[1:], activation, following_eps, out)
+    z, z_stats, *saved = _normalize_and_add_mlp(kernels, y, y_stats, mlp)
     return _image(z), z_stats, y_stats, scale, *saved, *layers  # type: ignore[return-value]
 
 
@@ -275,15 +283,13 @@ def mlp_branch(
     """
     kernels, pixels = triton_kernels(), _pixels(x)
     _, layers = _fold(kernels, _contiguous(_without_mixer(parameters)), dtype)
-    mlp = layers, keep, residual_scale, activation, following_eps, x.dtype
-    norm_stats = layers.magnitude.new_empty(0)
+    mlp = _Mlp(layers, keep, residual_scale, activation, following_eps, x.dtype)
     if stats is None:
         normed, norm_stats = kernels.normalize_channels(pixels, norm_eps, dtype)
-        z, z_stats, *saved = _add_mlp(kernels, pixels, normed, *mlp)
-    elif _recomputes_hidden(pixels.shape[3], dtype):
-        z, z_stats, *saved = _add_mlp_at_once(kernels, pixels, stats, *mlp)
+        z, z_stats, *saved = _add_mlp(kernels, pixels, normed, mlp)
     else:
-        z, z_stats, *saved = _add_mlp(kernels, pixels, kernels.normalize(pixels, stats, dtype), *mlp)
+        norm_stats = layers.magnitude.new_empty(0)
+        z, z_stats, *saved = _normalize_and_add_mlp(kernels, pixels, stats, mlp)
     return _image(z), z_stats, norm_stats, *saved, *layers  # type: ignore[return-value]
 
 
@@ -388,39 +394,26 @@ def _recomputes_hidden(channels: int, dtype: torch.dtype) -> bool:
     return dtype.itemsize < 4 and channels <= RECOMPUTED_CHANNELS and channels % 16 == 0
 
 
-def _add_mlp_at_once(
-    kernels: Kernels,
-    x: Tensor,
-    stats: Tensor,
-    layers: _Layers,
-    keep: Tensor | None,
-    residual_scale: list[Tensor],
-    activation: str,
-    eps: float,
-    out: torch.dtype,
+def _normalize_and_add_mlp(
+    kernels: Kernels, x: Tensor, stats: Tensor, mlp: _Mlp
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what `_add_mlp` returns, with an empty hidden layer."""
+    """Return what `_add_mlp` returns for x normalised; the hidden layer is empty if the backward pass recomputes it."""
+    layers, dtype = mlp.layers, mlp.layers.fc1.dtype
+    if not _recomputes_hidden(x.shape[3], dtype):
+        return _add_mlp(kernels, x, kernels.normalize(x, stats, dtype), mlp)
     of_layers = layers.fc1, layers.bias1, layers.fc2, layers.bias2, layers.magnitude
-    normed, z, z_stats = kernels.mlp(x, stats, *of_layers, keep, activation, eps, out, *residual_scale)
+    options = mlp.keep, mlp.activation, mlp.eps, mlp.out
+    normed, z, z_stats = kernels.mlp(x, stats, *of_layers, *options, *mlp.residual_scale)
     return z, z_stats, normed, normed.new_empty(0), normed.new_empty(0)
 
 
-def _add_mlp(
-    kernels: Kernels,
-    x: Tensor,
-    normed: Tensor,
-    layers: _Layers,
-    keep: Tensor | None,
-    residual_scale: list[Tensor],
-    activation: str,
-    eps: float,
-    out: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _add_mlp(kernels: Kernels, x: Tensor, normed: Tensor, mlp: _Mlp) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return x plus its MLP branch, its statistics, `normed`, and the hidden layer before and after its activation."""
+    layers = mlp.layers
     hidden = _linear(normed, layers.fc1, layers.bias1)
-    activated = _activation(kernels, activation)[0](hidden)
+    activated = _activation(kernels, mlp.activation)[0](hidden)
     branch = _linear(activated, layers.fc2, layers.bias2)
-    z, z_stats = kernels.residual(x, branch, layers.magnitude, keep, eps, out, *residual_scale)
+    z, z_stats = kernels.residual(x, branch, layers.magnitude, mlp.keep, mlp.eps, mlp.out, *mlp.residual_scale)
     return z, z_stats, normed, hidden, activated
 
 
